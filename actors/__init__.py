@@ -1,0 +1,1 @@
+"""Everything that lives in a Ray process of its own."""

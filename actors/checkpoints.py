@@ -1,0 +1,234 @@
+"""Checkpoints of a run: written aside, made durable, then renamed; what has a manifest is complete.
+
+    <run folder>/checkpoints/step-000050/engine/…        DeepSpeed: trained parameters, optimizer state
+                                         ema-0.safetensors, rng-0.pt      one per rank
+                                         manifest.json                    written last: step, settings, source state, files
+    <run folder>/checkpoints/.writing-…                  cut short; never read, removed by the next checkpoint
+
+Frozen weights are not in it: the manifest has a fingerprint of the folder they come from, checked on resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepgen.config.errors import UserError
+
+if TYPE_CHECKING:
+    from actors.ema import Ema
+    from actors.engine import TrainingEngine
+    from deepgen.config.settings import Settings
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_PACKAGES = ("torch", "deepspeed", "ray", "transformers", "diffusers", "peft")
+_SAMPLE = 1 << 16
+_SPARE = 16 << 20  # left free beside a checkpoint: journal, images
+_WRITE_ERRORS = ("PytorchStreamWriter failed", "No space left", "Disk quota", "file write failed")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says about itself. ``step`` optimizer steps are done; ``files`` maps names to sizes in bytes."""
+
+    format: int
+    step: int
+    stage: str
+    preset: str
+    workers: int
+    zero_stage: int
+    ema: bool
+    attempt: str
+    weights: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    source: dict[str, Any]
+    files: dict[str, int]
+
+
+class CheckpointStore:
+    """The checkpoints of one run folder. ``save`` and ``load`` are collective over all workers; ``attempt`` names this start."""
+
+    def __init__(self, settings: Settings, stage: str, attempt: str = "") -> None:
+        self.run_folder = Path(settings.run.dir) / settings.run.name
+        self.folder = self.run_folder / "checkpoints"
+        self._settings, self._stage, self._attempt = settings, stage, attempt
+        self._fingerprint = ""
+
+    def newest(self) -> Manifest | None:
+        """The newest complete checkpoint, None when there is none. One whose files are short or missing is passed over."""
+        for folder in sorted(self.folder.glob("step-*"), reverse=True):
+            manifest = _read_manifest(folder)
+            if manifest and all(_size(folder / name) == size for name, size in manifest.files.items()):
+                return manifest
+        return None
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def check_fits(self, manifest: Manifest) -> None:
+        """Raise UserError when the checkpoint cannot continue the run as it is set now."""
+        settings, where = self._settings, self.path(manifest.step)
+        then = manifest.settings
+        pairs: list[tuple[str, Any, Any]] = [
+            ("stage", self._stage, manifest.stage),
+            ("model.preset", settings.model.preset, manifest.preset),
+            ("model.lora_rank", settings.model.lora_rank if self._stage == "sft" else 0, _lora_rank(manifest)),
+            ("train.zero_stage", settings.train.zero_stage, manifest.zero_stage),
+            ("train.workers", settings.train.workers, manifest.workers),
+            ("train.ema_decay", "0" if not settings.train.ema_decay else "above 0", "above 0" if manifest.ema else "0"),
+            ("run.seed", settings.run.seed, then["run"]["seed"]),
+        ]
+        for key, given, allowed in pairs:
+            if given != allowed:
+                raise UserError(f"{key}: got {given}, but the checkpoint {where} was written with {allowed}; allowed: {allowed}")
+        if manifest.step > settings.train.steps:
+            raise UserError(f"train.steps: got {settings.train.steps}; the checkpoint {where} already has {manifest.step}")
+        if manifest.weights != self._weights_fingerprint():
+            raise UserError(
+                f"model.weights: {settings.model.weights} is not what the checkpoint {where} was trained from "
+                f"({then['model']['weights']}, or the folder has changed)"
+            )
+
+    def save(self, step: int, engine: TrainingEngine, ema: Ema | None, source: dict[str, Any]) -> None:
+        """Write the checkpoint of ``step`` finished steps and remove the oldest. Raises UserError when the disk is full."""
+        import torch.distributed as dist
+
+        unfinished = self.folder / f".writing-{self.path(step).name}"
+        try:
+            if engine.rank == 0:
+                self._make_room(unfinished, engine, ema)
+            dist.barrier()
+            engine.save(unfinished)
+            _save_rank_files(unfinished, engine.rank, ema)
+            dist.barrier()
+            if engine.rank == 0:
+                self._finish(unfinished, step, ema is not None, source)
+            dist.barrier()
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(text in str(error) for text in _WRITE_ERRORS):
+                raise
+            raise UserError(
+                f"run.dir: cannot write the checkpoint of step {step} to {self.folder}: {_short(error)}; "
+                "make room, then continue with --resume"
+            ) from error
+
+    def load(self, manifest: Manifest, engine: TrainingEngine, ema: Ema | None) -> None:
+        """Put the checkpoint into engine, averages and random generators. Raises UserError when it does not fit."""
+        import torch
+        from safetensors.torch import load_file
+
+        self.check_fits(manifest)
+        folder = self.path(manifest.step)
+        engine.load(folder)
+        if ema:
+            ema.parts = load_file(folder / f"ema-{engine.rank}.safetensors")
+        torch.set_rng_state(torch.load(folder / f"rng-{engine.rank}.pt", weights_only=True))
+
+    def _make_room(self, unfinished: Path, engine: TrainingEngine, ema: Ema | None) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".writing-*"):
+            shutil.rmtree(leftover)
+        copies = 4 if ema else 3  # the weights, AdamW's two moments, the averages; all fp32
+        needed = copies * 4 * sum(getattr(p, "ds_numel", p.numel()) for _, p in engine.parameters)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed + _SPARE:
+            raise OSError(f"{megabytes(free)} free, {megabytes(needed + _SPARE)} needed")
+        unfinished.mkdir()
+
+    def _finish(self, unfinished: Path, step: int, has_ema: bool, source: dict[str, Any]) -> None:
+        files = {str(file.relative_to(unfinished)): file for file in sorted(unfinished.rglob("*")) if file.is_file()}
+        settings = self._settings
+        manifest = Manifest(
+            format=FORMAT,
+            step=step,
+            stage=self._stage,
+            preset=settings.model.preset,
+            workers=settings.train.workers,
+            zero_stage=settings.train.zero_stage,
+            ema=has_ema,
+            attempt=self._attempt,
+            weights=self._weights_fingerprint(),
+            settings=settings.model_dump(mode="json"),
+            versions={package: version(package) for package in _PACKAGES},
+            source=source,
+            files={name: file.stat().st_size for name, file in files.items()},
+        )
+        (unfinished / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+        for file in [*files.values(), unfinished / MANIFEST, *{file.parent for file in files.values()}, unfinished]:
+            _flush(file)
+        final = self.path(step)
+        if final.exists():
+            shutil.rmtree(final)  # only a damaged one, or the same step of a run that was started again
+        unfinished.rename(final)
+        _flush(self.folder)
+        for old in sorted(self.folder.glob("step-*"))[: -settings.train.keep_checkpoints]:
+            shutil.rmtree(old)
+
+    def _weights_fingerprint(self) -> str:
+        if not self._fingerprint:
+            self._fingerprint = fingerprint(Path(self._settings.model.weights))
+        return self._fingerprint
+
+
+def fingerprint(folder: Path) -> str:
+    """12 hex digits of a weights folder: names, sizes and both ends of every file. Not of times, so a copy is equal."""
+    digest = hashlib.blake2b(digest_size=6)
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)}:{size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_SAMPLE))
+            stream.seek(max(0, size - _SAMPLE))
+            digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+def _save_rank_files(folder: Path, rank: int, ema: Ema | None) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    torch.save(torch.get_rng_state(), folder / f"rng-{rank}.pt")
+    if ema:
+        save_file(ema.parts, folder / f"ema-{rank}.safetensors")
+
+
+def _read_manifest(folder: Path) -> Manifest | None:
+    file = folder / MANIFEST
+    if not file.is_file():
+        return None
+    content = json.loads(file.read_text())
+    if content.get("format") != FORMAT:
+        raise UserError(f"{file}: checkpoint format {content.get('format')}; allowed: {FORMAT}")
+    return Manifest(**content)
+
+
+def _lora_rank(manifest: Manifest) -> int:
+    return manifest.settings["model"]["lora_rank"] if manifest.stage == "sft" else 0
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else -1
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,48 @@
+"""An averaged copy of the trained weights, updated after every optimizer step, saved and exported.
+
+Each worker averages what it holds: under ZeRO-3 its shard of a parameter, else the whole parameter.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from actors.engine import NamedParameters, TrainingEngine, Weights
+
+
+def local_part(parameter: nn.Parameter) -> Tensor:
+    """What this worker stores of a parameter: the ZeRO-3 shard [padded numel / world], else all of it."""
+    shard = getattr(parameter, "ds_tensor", None)
+    return parameter.data if shard is None else shard.data
+
+
+class Ema:
+    """average += (1 - d) (parameter - average) with d = min(decay, (1 + n) / (10 + n)) at step n, so it forgets its start."""
+
+    def __init__(self, parameters: NamedParameters, decay: float) -> None:
+        self.decay = decay
+        self.parts: dict[str, Tensor] = {name: local_part(p).detach().float().clone() for name, p in parameters}
+
+    def update(self, parameters: NamedParameters, step: int) -> None:
+        """Take in the weights after optimizer step ``step`` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in parameters:
+            self.parts[name].lerp_(local_part(parameter).detach().float(), 1 - decay)
+
+    def full(self, engine: TrainingEngine) -> Weights:
+        """Averages in full by name on rank 0, {} elsewhere. Collective."""
+        if engine.zero_stage < 3:
+            return dict(self.parts) if engine.rank == 0 else {}
+        whole: Weights = {}
+        for name, parameter in engine.parameters:
+            shards = [torch.empty_like(self.parts[name]) for _ in range(dist.get_world_size())]
+            dist.all_gather(shards, self.parts[name])
+            if engine.rank == 0:
+                shape = parameter.ds_shape  # type: ignore[attr-defined]  # set by ZeRO-3
+                whole[name] = torch.cat(shards)[: shape.numel()].view(shape)
+        return whole

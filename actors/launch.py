@@ -1,0 +1,296 @@
+"""Starting a learner: checks before anything runs, Ray Train around the loop, its lines on the console, its errors.
+
+``prepare_run`` (driver, before Ray) → ``run_learner`` (driver) → ``_work`` (one per Ray Train worker) → ``learner.train``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+import uuid
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.checkpoints import CheckpointStore, Manifest, megabytes
+from deepgen.cluster.resources import process_resources
+from deepgen.config import Settings, UserError
+
+if TYPE_CHECKING:
+    from actors.learner import Parts, WorkerContext
+    from deepgen.models.unified import UnifiedModel
+
+CONSOLE = "console.log"
+_POLL_S = 0.2
+_PARTS_TRAINED = {"pretrain": ("bridge",), "sft": ("bridge", "transformer"), "rl": ("transformer",)}
+_RAY_TRAIN_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # start and end of a run wait for a look at the workers; default 2 s
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in a worker as in the submitted checkout
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less: our checkpoints do not wait for a notice
+}
+
+
+@dataclass(frozen=True)
+class LearnerJob:
+    """One run of the learner. ``build`` makes source and objective inside each worker; it is pickled by reference.
+
+    ``max_failures``: how often Ray Train starts the workers again after one died; they go on from the last checkpoint.
+    """
+
+    stage: str
+    settings: Settings
+    build: Callable[[WorkerContext], Parts]
+    gpus: bool
+    max_failures: int = 0
+
+
+def run_folder(settings: Settings) -> Path:
+    return Path(settings.run.dir) / settings.run.name
+
+
+def prepare_run(settings: Settings, stage: str) -> Settings:
+    """Check what can be checked before anything starts and make the run folder; settings with weights resolved.
+
+    A new run never writes into the folder of an older one that has checkpoints: the older one is renamed to
+    ``<name>.1`` (.2, ...). Raises UserError when the folder cannot be written, the disk is too small, there is nothing
+    to resume, or the checkpoint does not fit.
+    """
+    weights = resolve_weights(Path(settings.model.weights))
+    settings = settings.model_copy(update={"model": settings.model.model_copy(update={"weights": weights})})
+    folder, store = run_folder(settings), CheckpointStore(settings, stage)
+    if settings.run.resume:
+        if not folder.is_dir():
+            raise UserError(f"--resume: there is no run {settings.run.name!r} in {settings.run.dir}")
+        manifest = store.newest()
+        if manifest is None:
+            print(f"{folder} has no complete checkpoint yet: starting from step 0", flush=True)
+        else:
+            store.check_fits(manifest)
+    elif (folder / "checkpoints").exists():
+        kept = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
+        folder.rename(kept)
+        print(f"an earlier run of this name is kept as {kept}", flush=True)
+    _check_writable(folder)
+    _check_space(folder, settings, stage)
+    return settings
+
+
+def resolve_weights(path: Path) -> Path:
+    """The component folder ``path`` is, or that the finished run in folder ``path`` has written."""
+    if (path / "transformer").is_dir():
+        return path
+    if (path / "model" / "transformer").is_dir():
+        return path / "model"
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"model.weights: the run {path} has not finished; finish it with --resume, then use {path}/model")
+    raise UserError(f"model.weights: {path} is not a component folder (it has no transformer/) and not a finished run")
+
+
+def run_learner(job: LearnerJob) -> Path:
+    """Train under Ray Train until the last step; the component folder with the result. Ray must be connected.
+
+    Lines of rank 0 appear on this process's stdout. Raises UserError of a worker as it is, KeyboardInterrupt on Ctrl-C.
+    """
+    for key, value in _RAY_TRAIN_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    settings, folder = job.settings, run_folder(job.settings)
+    trainer = _make_trainer(job)
+    console = folder / CONSOLE
+    console.touch()
+    workers, stage = settings.train.workers, settings.train.zero_stage
+    print(f"starting {workers} learner worker{'s' if workers > 1 else ''} (Ray Train, DeepSpeed ZeRO-{stage})", flush=True)
+    _fit_and_show(trainer, console)
+    return folder / "model"
+
+
+def _make_trainer(job: LearnerJob) -> Any:
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class QuietTrainer(TorchTrainer):
+        """Without the actor that removes placement groups of a dead controller: Ray removes them with their creator,
+        and on a cluster without dashboard it warns every second."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+    settings = job.settings
+    return QuietTrainer(
+        _work,
+        train_loop_config={"job": job, "attempt": uuid.uuid4().hex},
+        torch_config=TorchConfig(backend="nccl" if job.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=settings.train.workers,
+            use_gpu=job.gpus,
+            resources_per_worker=process_resources("learner", gpus=job.gpus),
+        ),
+        run_config=RunConfig(
+            name=settings.run.name,
+            storage_path=str(run_folder(settings) / "ray_train"),
+            failure_config=FailureConfig(max_failures=job.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+
+
+def _fit_and_show(trainer: Any, console: Path) -> None:
+    """Run ``fit`` in a thread, so that Ctrl-C is ours, and print what rank 0 writes meanwhile."""
+    outcome: list[Exception | None] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            outcome.append(None)
+        except Exception as error:  # carried over to the main thread and raised there
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    with console.open() as lines:
+        lines.seek(0, os.SEEK_END)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            _copy_lines(lines)
+        _copy_lines(lines)
+    if not outcome:
+        raise RuntimeError("Ray Train ended without a result")
+    if (error := outcome[0]) is not None:
+        raise _cause(error)
+
+
+def _copy_lines(lines: Any) -> None:
+    text = lines.read()
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _cause(error: Exception) -> Exception:
+    """The worker's UserError inside Ray's exception, if there is one."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        inner: BaseException | None = failure
+        while inner is not None:
+            if isinstance(inner, UserError):
+                return inner
+            inner = getattr(inner, "_base_exc", None) or getattr(inner, "cause", None) or inner.__cause__
+    return error
+
+
+def _check_writable(folder: Path) -> None:
+    probe = folder / ".probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write the run folder {folder}: {error.strerror or error}") from error
+
+
+def _check_space(folder: Path, settings: Settings, stage: str) -> None:
+    """Room for the checkpoints (weights and two moments in fp32) and the result, estimated from the weights' files."""
+    weights = Path(settings.model.weights)
+    trained = sum(_folder_bytes(weights / part) for part in _PARTS_TRAINED[stage])
+    count = min(settings.train.keep_checkpoints, settings.train.steps // settings.train.checkpoint_every + 1) + 1
+    needed = 3 * trained * count + _folder_bytes(weights)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"run.dir: {folder} has {megabytes(free)} free, this run needs about {megabytes(needed)} ({count} checkpoints "
+            "and the result); make room, lower train.keep_checkpoints or choose another run.dir"
+        )
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _work(config: dict[str, Any]) -> None:
+    """The function of every Ray Train worker."""
+    import ray.train
+
+    job: LearnerJob = config["job"]
+    train_context = ray.train.get_context()
+    rank, world = train_context.get_world_rank(), train_context.get_world_size()
+    prepare_process(job.settings)
+    run_worker(job, config["attempt"], rank, world)
+
+
+def prepare_process(settings: Settings) -> None:
+    """Environment of a worker process; must run before DeepSpeed is imported."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # DeepSpeed compiles its shared-memory collectives once, with the environment's own ninja.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    torch.set_num_threads(settings.train.threads)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's older names
+
+
+def run_worker(job: LearnerJob, attempt: str, rank: int, world: int) -> None:
+    """One worker of an initialised torch process group: load the model, then train."""
+    import torch
+
+    from actors.learner import WorkerContext, train
+    from deepgen.tracking.tracker import Tracker
+
+    store = CheckpointStore(job.settings, job.stage, attempt)
+    resume = _resumes(job.settings, store.newest(), attempt)
+    settings = job.settings.model_copy(update={"run": job.settings.run.model_copy(update={"resume": resume})})
+    say = _console(run_folder(settings)) if rank == 0 else _silent
+    device = torch.device("cuda", torch.cuda.current_device()) if job.gpus else torch.device("cpu")
+    say(f"loading {settings.model.weights}")
+    model = load_model(settings, job.stage).to(device)
+    with ExitStack() as stack:
+        tracker = stack.enter_context(Tracker(settings, job.stage)) if rank == 0 else None
+        context = WorkerContext(job.stage, settings, model, rank, world, device, tracker, say)
+        train(context, job.build, store, resume)
+
+
+def _resumes(settings: Settings, newest: Manifest | None, attempt: str) -> bool:
+    """A run resumes when the user asked for it, or when Ray Train started its workers again."""
+    return settings.run.resume or (newest is not None and newest.attempt == attempt)
+
+
+def load_model(settings: Settings, stage: str) -> UnifiedModel:
+    """The model a stage starts from: fp32 parameters; sft attaches a new LoRA unless the folder has one."""
+    import torch
+
+    from deepgen.models.unified import UnifiedModel
+    from deepgen.models.vlm import LoraSettings
+
+    chosen = settings.model
+    lora = LoraSettings(rank=chosen.lora_rank, alpha=chosen.lora_alpha, dropout=chosen.lora_dropout)
+    torch.manual_seed(settings.run.seed)  # a fresh bridge and a fresh LoRA are the same on every rank and on resume
+    model = UnifiedModel.from_folder(
+        chosen.weights,
+        padding=chosen.padding,
+        lora=lora if stage == "sft" and chosen.lora_rank else None,
+        preset=chosen.preset,
+        fresh_bridge=chosen.fresh_bridge,
+    )
+    if chosen.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def _console(folder: Path) -> Callable[[str], None]:
+    path = folder / CONSOLE
+
+    def say(line: str) -> None:
+        with path.open("a") as stream:
+            stream.write(line + "\n")
+
+    return say
+
+
+def _silent(line: str) -> None:
+    """Ranks above 0 say nothing."""

@@ -1,0 +1,56 @@
+"""What a rollout costs above its DiT: one group sampled as an actor does it, against bare forwards of the same shapes.
+
+Ours: encode the prompt (and an edit's source), sample with noise and log-probabilities, decode, pack for the object
+store. Floor: `num_steps` forwards of diffusers' SD3 transformer. Left out: Ray, rewards, weight transfer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from actors.rollout import GroupRequest, RolloutActor
+from benchmarks.common import Result, Shape, bare_dit, bare_inputs, compare, joined_size, recipe
+from deepgen.data.dataset import image_to_tensor
+from deepgen.data.records import Record, decode_image, read_records
+from deepgen.models.unified import UnifiedModel
+
+
+def run(weights: Path, repeats: int, threads: int) -> list[Result]:
+    """Results for a generation and for an edit prompt of the tiny world, with recipe tiny-rl's rollout settings."""
+    settings = recipe("tiny-rl", weights, f"rollout.threads={threads}")
+    actor = RolloutActor(settings, "benchmark")
+    model = UnifiedModel.from_folder(weights, padding=settings.model.padding).eval()
+    records = read_records(settings.data.prompts)
+    group, steps = settings.rollout.group_size, settings.rollout.num_steps
+    results = []
+    for task in ("t2i", "edit"):
+        record = next(record for record in records if record.task == task)
+        request = GroupRequest(number=0, step=0, epoch=0, record=record)
+        shape = replace(_shape(model, record, settings.data.image_size), batch=group)
+        inputs, dit = bare_inputs(shape), bare_dit().eval()
+
+        @torch.no_grad()
+        def floor(dit: torch.nn.Module = dit, inputs: dict[str, torch.Tensor] = inputs) -> None:
+            for _ in range(steps):
+                dit(**inputs)
+
+        def ours(request: GroupRequest = request) -> None:
+            actor.sample_group(request, None)
+
+        shapes = f"{group} x {steps} steps, {shape.height}x{shape.width} latents, {shape.context} context"
+        results.append(compare(f"rollout, {task}", shapes, group, ours, floor, repeats))
+    return results
+
+
+@torch.no_grad()
+def _shape(model: UnifiedModel, record: Record, image_size: int) -> Shape:
+    """Shape of one sample of this prompt's DiT call."""
+    images = [image_to_tensor(decode_image(data), image_size) for data in record.references]
+    context = model.encode_prompts([record.prompt], [images]).context.shape[1]
+    side = image_size // model.architecture.vae_downsample
+    references = [model.encode_images(images)] if images else None
+    height, width = joined_size([torch.empty(1, side, side)], references)
+    return Shape(1, height, width, context)

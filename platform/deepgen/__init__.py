@@ -1,0 +1,1 @@
+"""DeepGen: the core library of the platform."""

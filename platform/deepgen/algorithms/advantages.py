@@ -1,0 +1,217 @@
+"""Advantages: how much better a sample is than its siblings, from several rewards with different scales (M3.5).
+
+The default, GDPO, normalises every reward inside its group *before* adding them up with the prompt's weights. Adding
+raw rewards first (GRPO) lets the reward with the widest scale decide; normalising first lets the weights decide.
+
+A score that could not be had is NaN. It is left out of every mean and spread and counts as "average": it adds 0 to the
+normalised sum, or its group's mean to a raw sum. The other weights are not scaled up in its place, so a sample is not
+pushed harder because a judge was away. A sample without any score gets advantage 0 and is left out of the batch
+statistics. A score with weight 0 plays no part at all and is not counted as missing.
+
+All functions are pure. Statistics are in fp64, with the sample standard deviation (n - 1) and eps outside the root.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepgen.algorithms.registry import lookup
+from deepgen.config.errors import UserError
+
+WHITEN = {"global": "the whole batch", "rank": "each rank's samples", "none": "not at all"}
+
+
+@dataclass(frozen=True)
+class AdvantageResult:
+    advantages: Tensor  # [N] fp32, clipped
+    normalised: Tensor  # [N, K] fp32, each reward normalised within its group; NaN where missing
+    zero_spread: Tensor  # [K] fp32, share of the groups using this reward that learned nothing from it
+    missing: Tensor  # [K] int, scores that were asked for (weight > 0) and could not be had
+    spread_before: float  # standard deviation of the combined signal before batch normalisation
+    spread_after: float  # and of the final advantages
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A batch of N samples with K rewards, checked and in fp64."""
+
+    rewards: Tensor  # [N, K], 0 where not present
+    present: Tensor  # [N, K] bool
+    weights: Tensor  # [N, K]
+    groups: Tensor  # [N] int, 0..G-1
+    scope: Tensor | None  # [N] int: samples normalised together in the batch-wide part; None = no such part
+    eps: float
+
+    @property
+    def usable(self) -> Tensor:
+        """[N] bool: at least one score that counts."""
+        return (self.present & (self.weights != 0)).any(dim=1)
+
+
+def group_advantages(
+    name: str,
+    rewards: Tensor,
+    weights: Tensor,
+    group_ids: Tensor,
+    *,
+    eps: float = 1e-4,
+    whiten: str = "global",
+    rank_ids: Tensor | None = None,
+    clip: float | None = 5.0,
+) -> AdvantageResult:
+    """Advantages of N samples by the method called `name` (a key of ADVANTAGES).
+
+    rewards: [N, K], NaN for missing. weights: [N, K], the prompt's weight of each reward.
+    group_ids: [N], equal for samples of one group, in any order.
+    whiten: over what the batch-wide normalisation runs (a key of WHITEN); "rank" needs rank_ids [N].
+    clip: bound on the size of an advantage, None for no bound.
+
+    Raises UserError for an unknown name or scope, ValueError for shapes or values that don't fit.
+    """
+    method = lookup(ADVANTAGES, name, "algorithm.advantage")
+    scores = _checked(rewards, weights, group_ids, _scope(whiten, rewards, rank_ids), eps)
+    normalised, flat = normalise(scores.rewards, scores.present, scores.groups, eps)
+    combined, advantages = method(scores)
+    advantages = torch.where(scores.usable, advantages, 0.0)
+    if clip is not None:
+        advantages = advantages.clamp(-clip, clip)
+    asked = scores.weights != 0
+    return AdvantageResult(
+        advantages=advantages.float(),
+        normalised=torch.where(scores.present, normalised, torch.nan).float(),
+        zero_spread=_share_of_groups(flat, asked, scores.groups).float(),
+        missing=(~scores.present & asked).sum(dim=0),
+        spread_before=_spread(combined[scores.usable]),
+        spread_after=_spread(advantages[scores.usable]),
+    )
+
+
+# -- the methods: Scores -> (combined signal [N], advantages [N]) ----------------------------------
+
+
+def gdpo(scores: Scores) -> tuple[Tensor, Tensor]:
+    """Paper Eq. 2: normalise each reward in its group, add with weights, then whiten over the batch."""
+    normalised, _ = normalise(scores.rewards, scores.present, scores.groups, scores.eps)
+    combined = (scores.weights * normalised).sum(dim=1)
+    if scores.scope is None:
+        return combined, combined
+    return combined, normalise(combined, scores.usable, scores.scope, scores.eps)[0]
+
+
+def grpo(scores: Scores) -> tuple[Tensor, Tensor]:
+    """Weighted raw sum, normalised in its group. No batch-wide part."""
+    total = weighted_total(scores)
+    return total, normalise(total, scores.usable, scores.groups, scores.eps)[0]
+
+
+def grpo_global_std(scores: Scores) -> tuple[Tensor, Tensor]:
+    """Weighted raw sum minus the group's mean, over the spread of the batch: easy prompts don't get inflated."""
+    total = weighted_total(scores)
+    group_mean, _, _ = _statistics(total, scores.usable, scores.groups)
+    _, batch_std, _ = _statistics(total, scores.usable, _required(scores, "grpo_global_std"))
+    return total, (total - group_mean) / (batch_std + scores.eps)
+
+
+def reinforcepp(scores: Scores) -> tuple[Tensor, Tensor]:
+    """REINFORCE++: weighted raw sum, normalised over the batch; groups play no part."""
+    total = weighted_total(scores)
+    return total, normalise(total, scores.usable, _required(scores, "reinforcepp"), scores.eps)[0]
+
+
+ADVANTAGES: dict[str, Callable[[Scores], tuple[Tensor, Tensor]]] = {
+    "gdpo": gdpo,
+    "grpo": grpo,
+    "grpo_global_std": grpo_global_std,
+    "reinforcepp": reinforcepp,
+}
+
+
+# -- parts -----------------------------------------------------------------------------------------
+
+
+def normalise(values: Tensor, present: Tensor, ids: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(values - mean) / (std + eps) among the present values that share an id; and where that was impossible.
+
+    values, present: [N] or [N, K]; ids [N]. Returns two tensors of the shape of values: the normalised values, 0 where
+    not present; and True where fewer than two values, or only equal ones, share the id (normalised to exactly 0).
+    """
+    mean, std, count = _statistics(values, present, ids)
+    flat = (count < 2) | (std == 0)
+    return torch.where(present & ~flat, (values - mean) / (std + eps), 0.0), flat
+
+
+def weighted_total(scores: Scores) -> Tensor:
+    """Sum of weight * reward [N]. A missing score stands at its group's mean, or the batch's if the group has none."""
+    group_mean, _, count = _statistics(scores.rewards, scores.present, scores.groups)
+    batch_mean, _, _ = _statistics(scores.rewards, scores.present, torch.zeros_like(scores.groups))
+    stand_in = torch.where(count > 0, group_mean, batch_mean)
+    return (scores.weights * torch.where(scores.present, scores.rewards, stand_in)).sum(dim=1)
+
+
+def _statistics(values: Tensor, present: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, sample standard deviation and count among the present values that share an id, spread back over the rows.
+
+    In fp64 equal fp32 values have exactly their own mean, so `std == 0` finds a group without spread.
+    """
+
+    def total(rows: Tensor) -> Tensor:
+        sums = rows.new_zeros(int(ids.max()) + 1, *rows.shape[1:])
+        return sums.index_add(0, ids, rows)[ids]
+
+    count = total(present.double())
+    mean = total(torch.where(present, values, 0.0)) / count.clamp(min=1)
+    squares = total(torch.where(present, (values - mean) ** 2, 0.0))
+    return mean, torch.sqrt(squares / (count - 1).clamp(min=1)), count
+
+
+def _share_of_groups(flat: Tensor, asked: Tensor, groups: Tensor) -> Tensor:
+    """Share of groups with `flat` among those that asked for the reward; [N, K], [N, K], [N] -> [K]."""
+    first_rows = torch.stack([(groups == g).nonzero()[0, 0] for g in range(int(groups.max()) + 1)])
+    flat, asked = flat[first_rows], asked[first_rows]
+    return (flat & asked).sum(dim=0) / asked.sum(dim=0).clamp(min=1)
+
+
+def _numbered(ids: Tensor) -> Tensor:
+    """Any ids [N] as 0..count-1."""
+    numbered: Tensor = torch.unique(ids, return_inverse=True)[1]
+    return numbered
+
+
+def _spread(values: Tensor) -> float:
+    return float(values.std()) if len(values) > 1 else 0.0
+
+
+def _scope(whiten: str, rewards: Tensor, rank_ids: Tensor | None) -> Tensor | None:
+    lookup(WHITEN, whiten, "algorithm.whiten")
+    if whiten == "none":
+        return None
+    if whiten == "global":
+        return torch.zeros(len(rewards), dtype=torch.long, device=rewards.device)
+    if rank_ids is None or rank_ids.shape != rewards.shape[:1]:
+        raise ValueError("whiten='rank' needs rank_ids, one per sample")
+    return _numbered(rank_ids)
+
+
+def _required(scores: Scores, name: str) -> Tensor:
+    if scores.scope is None:
+        raise UserError(f"algorithm.whiten: got 'none' with batch-wide advantage {name!r}; allowed: global, rank")
+    return scores.scope
+
+
+def _checked(rewards: Tensor, weights: Tensor, group_ids: Tensor, scope: Tensor | None, eps: float) -> Scores:
+    if rewards.dim() != 2 or not len(rewards) or weights.shape != rewards.shape or group_ids.shape != rewards.shape[:1]:
+        shapes = f"{list(rewards.shape)}, {list(weights.shape)}, {list(group_ids.shape)}"
+        raise ValueError(f"rewards, weights, group_ids must be [N, K], [N, K], [N] with N > 0; got {shapes}")
+    if rewards.isinf().any() or not weights.isfinite().all():
+        raise ValueError("rewards must be finite or NaN (missing), weights finite")
+    present = ~rewards.isnan()
+    return Scores(
+        rewards=torch.where(present, rewards, 0.0).float().double(),
+        present=present,
+        weights=weights.double(),
+        groups=_numbered(group_ids),
+        scope=scope,
+        eps=eps,
+    )

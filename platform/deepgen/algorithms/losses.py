@@ -1,0 +1,138 @@
+"""Losses: flow matching (stages 1 and 2) and MR-GRPO (stage 3), as pure functions over tensors.
+
+One RL batch minimises (1 - lambda) * (policy + beta * KL) + lambda * SFT (paper Eq. 3-5, M3.6). All three terms train
+the velocity: the policy term moves it where advantages say, the KL term holds it near the starting model, the SFT term
+(plain flow matching on real images) keeps it a good generator.
+
+Left out: clamping of log-probabilities and GRPO-Guard's ratio normalisation (off in the published recipe), and
+DiffusionNFT.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepgen.algorithms.registry import lookup
+
+_VARIANCE_EPS = 1e-7  # added to 2 std^2 in the reference's KL terms
+
+
+# -- flow matching (M2.1) --------------------------------------------------------------------------
+
+
+class FlowMatchingLoss(NamedTuple):
+    loss: Tensor  # []
+    per_sample: Tensor  # [B]
+
+
+def interpolate(x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
+    """(1 - sigma) x0 + sigma noise. x0, noise [B, c, h, w] with sigma [B], or one sample [c, h, w] with one number.
+
+    In fp32, then cast back to x0's dtype: rounding sigma to bf16 would not match the timestep the model is told.
+    """
+    level = torch.as_tensor(sigma, dtype=torch.float32, device=x0.device)
+    level = level.reshape(level.shape + (1,) * (x0.dim() - level.dim()))
+    return ((1 - level) * x0.float() + level * noise.float()).to(x0.dtype)
+
+
+def flow_matching_loss(
+    v_pred: Tensor | Sequence[Tensor], x0: Tensor | Sequence[Tensor], noise: Tensor | Sequence[Tensor]
+) -> FlowMatchingLoss:
+    """Squared error against the velocity noise - x0: mean over a sample's elements, then over samples, in fp32.
+
+    Each argument is a batch [B, c, h, w] or a list of B samples [c, h, w] of different sizes; a large image counts as
+    much as a small one.
+    """
+    errors = [((v.float() - (n.float() - x.float())) ** 2).mean() for v, x, n in zip(v_pred, x0, noise, strict=True)]
+    per_sample = torch.stack(errors)
+    return FlowMatchingLoss(per_sample.mean(), per_sample)
+
+
+# -- policy (paper Eq. 3) --------------------------------------------------------------------------
+
+
+class PolicyLoss(NamedTuple):
+    loss: Tensor  # []
+    stats: dict[str, Tensor]  # scalars without gradient, see clipped_policy_loss
+
+
+def clipped_policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> PolicyLoss:
+    """mean(max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range))) with rho = exp(log_prob - old_log_prob).
+
+    All [B]; log-probabilities must be fp32, because bf16 rounds them more coarsely than clip_range (M3.6).
+    stats: ratio_mean, ratio_max, ratio_deviation (largest |rho - 1|, exactly 0 in the first on-policy update) and
+    clip_share, the share of samples whose gradient the clip has cut off.
+    """
+    if not log_prob.dtype == old_log_prob.dtype == torch.float32:
+        raise ValueError(f"log-probabilities must be float32, got {log_prob.dtype} and {old_log_prob.dtype}")
+    if not log_prob.shape == old_log_prob.shape == advantages.shape:
+        shapes = f"{list(log_prob.shape)}, {list(old_log_prob.shape)}, {list(advantages.shape)}"
+        raise ValueError(f"log_prob, old_log_prob and advantages must have one shape, got {shapes}")
+    ratio = torch.exp(log_prob - old_log_prob.detach())
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    with torch.no_grad():
+        stats = {
+            "ratio_mean": ratio.mean(),
+            "ratio_max": ratio.max(),
+            "ratio_deviation": (ratio - 1).abs().max(),
+            "clip_share": (clipped > plain).float().mean(),
+        }
+    return PolicyLoss(torch.maximum(plain, clipped).mean(), stats)
+
+
+# -- distance from the reference model: all [B, c, h, w] -> [B], exactly 0 for equal inputs --------
+
+
+def kl_velocity(v: Tensor, v_ref: Tensor) -> Tensor:
+    """(v - v_ref)^2, mean over elements: the paper's Eq. 4."""
+    return ((v.float() - v_ref.float()) ** 2).flatten(1).mean(dim=1)
+
+
+def kl_velocity_scaled(v: Tensor, v_ref: Tensor, std: Tensor) -> Tensor:
+    """(v - v_ref)^2 / (2 std^2): the reference code's form, with std [B, 1, 1, 1] of the sampler step.
+
+    For CPS with eta 1, std is sigma'. Larger than `kl_velocity` by 1 / (2 std^2), which grows without bound towards the
+    clean end; a beta chosen for one form is wrong for the other, hence two names.
+    """
+    return _over_variance(v, v_ref, std)
+
+
+def kl_latent_mean(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
+    """(mean - mean_ref)^2 / (2 std^2): KL between the two Gaussian sampler steps, averaged over elements."""
+    return _over_variance(mean, mean_ref, std)
+
+
+def _over_variance(a: Tensor, b: Tensor, std: Tensor) -> Tensor:
+    return ((a.float() - b.float()) ** 2 / (2 * std.float() ** 2 + _VARIANCE_EPS)).flatten(1).mean(dim=1)
+
+
+class PolicyStep(NamedTuple):
+    """What one model says about one sampler step, for the KL terms to choose from."""
+
+    velocity: Tensor  # [B, c, h, w]
+    mean: Tensor  # [B, c, h, w]
+    std: Tensor  # [B, 1, 1, 1]
+
+
+KL_FORMS: dict[str, Callable[[PolicyStep, PolicyStep], Tensor]] = {
+    "velocity": lambda new, ref: kl_velocity(new.velocity, ref.velocity),
+    "velocity_scaled": lambda new, ref: kl_velocity_scaled(new.velocity, ref.velocity, new.std),
+    "latent_mean": lambda new, ref: kl_latent_mean(new.mean, ref.mean, new.std),
+}
+
+
+def kl_divergence(name: str, new: PolicyStep, reference: PolicyStep) -> Tensor:
+    """The form called `name` (a key of KL_FORMS), [B]. "none" is not a form: without a KL no reference model runs."""
+    return lookup(KL_FORMS, name, "algorithm.kl")(new, reference)
+
+
+def combine(policy: Tensor, kl: Tensor | float, beta: float, sft: Tensor | float, sft_coef: float) -> Tensor:
+    """(1 - lambda) * (policy + beta * kl) + lambda * sft with lambda = sft_coef; policy, kl, sft are scalars (Eq. 5).
+
+    The terms usually live in different micro-batches; the loss is linear, so each can be passed alone with zeros for
+    the others and backpropagated by itself.
+    """
+    return (1 - sft_coef) * (policy + beta * kl) + sft_coef * sft

@@ -1,0 +1,198 @@
+"""The command line of the stage programs: recipe, dotted overrides, --help, --print-config, --resume."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from deepgen.config.errors import UserError, nearest
+from deepgen.config.paths import CHECKOUT, resolve_path
+from deepgen.config.recipes import find_recipe, read_recipe
+from deepgen.config.settings import Settings, allowed_values, leaf_keys, load_settings, sections
+
+Stage = Literal["pretrain", "sft", "rl"]
+WIDTH = 100
+_FLAGS = ("help", "print-config", "resume")
+
+_PURPOSE = {
+    "pretrain": "Alignment: trains think tokens and bridge by flow matching; VLM and DiT stay as they are.",
+    "sft": "Joint fine-tuning: trains think tokens, bridge, DiT and a LoRA on the VLM by flow matching.",
+    "rl": "MR-GRPO: rollout actors sample images, reward pools score them, the learner updates the DiT.",
+}
+_OPTIONS = """\
+options:
+  --recipe NAME_OR_PATH   differences to the defaults: a name in stages/recipes or a YAML file
+                          (without it: {recipe})
+  KEY=VALUE               sets one key; --KEY VALUE and --KEY=VALUE do the same. It wins over the
+                          recipe; of two for one key the last wins. Values are written as in YAML.
+  --resume                continue run.name from its last checkpoint (run.resume=true)
+  --print-config          print all settings as YAML, which is itself a recipe, and start nothing
+  --help                  this text
+"""
+
+
+@dataclass
+class _Arguments:
+    recipe: str
+    overrides: list[str] = field(default_factory=list)
+    print_config: bool = False
+    help: bool = False
+
+
+def parse_command_line(stage: Stage, argv: Sequence[str]) -> Settings:
+    """Settings of one stage program from its arguments (without the program's name).
+
+    --help and --print-config print and leave with SystemExit(0). Raises UserError, before anything is started, for an
+    unknown key, a bad value, a missing or broken recipe, a pair of settings that cannot work, a missing input file.
+    """
+    arguments = _read_arguments(stage, argv)
+    if arguments.help:
+        print(help_text(stage, arguments.recipe))
+        sys.exit(0)
+    settings = load_settings(find_recipe(arguments.recipe), arguments.overrides)
+    check_stage(settings, stage)
+    if arguments.print_config:
+        print(yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True), end="")
+        sys.exit(0)
+    check_inputs(settings, stage)
+    return settings
+
+
+def _read_arguments(stage: Stage, argv: Sequence[str]) -> _Arguments:
+    arguments = _Arguments(recipe=f"tiny-{stage}")
+    rest = iter(argv)
+    for word in rest:
+        name, equals, text = word.removeprefix("--").partition("=")
+        if word in ("-h", "--help"):
+            arguments.help = True
+        elif word == "--print-config":
+            arguments.print_config = True
+        elif word == "--resume":
+            arguments.overrides.append("run.resume=true")
+        elif word.startswith("--") and name:
+            _check_option(name, has_value=bool(equals))
+            value = text if equals else next(rest, None)
+            if value is None or (not equals and value.startswith("--")):
+                raise UserError(f"--{name}: got no value; allowed: --{name} VALUE")
+            if name == "recipe":
+                arguments.recipe = value
+            else:
+                arguments.overrides.append(f"{name}={value}")
+        elif equals and not word.startswith("-"):
+            arguments.overrides.append(word)
+        else:
+            raise UserError(f"cannot read {word!r}; allowed: KEY=VALUE, --KEY VALUE, or an option of --help")
+    return arguments
+
+
+def _check_option(name: str, *, has_value: bool) -> None:
+    """A word without a dot can only be an option: say so before its neighbour is taken for its value."""
+    if name in _FLAGS and has_value:
+        raise UserError(f"--{name}: got a value; allowed: --{name} alone")
+    if "." not in name and name != "recipe":
+        raise UserError(f"unknown option '--{name}'{nearest(name, ['recipe', *_FLAGS, *leaf_keys()])}")
+
+
+# ---- Checks that depend on the stage ----
+
+
+def check_stage(settings: Settings, stage: Stage) -> None:
+    """Pairs of settings that only this stage cannot run with. UserError."""
+    if stage != "rl":
+        return
+    rollout, train = settings.rollout, settings.train
+    if rollout.sampler == "ode":
+        raise UserError(
+            "rollout.sampler: got 'ode', which has no log-probabilities for the policy loss; "
+            "allowed in rl: cps, flow_sde or dance_sde"
+        )
+    if rollout.eta == 0:
+        raise UserError("rollout.eta: got 0, which leaves no noise to explore with; allowed in rl: number > 0")
+    if rollout.prompts_per_step % train.workers:
+        raise UserError(
+            f"rollout.prompts_per_step: got {rollout.prompts_per_step} for train.workers {train.workers}; "
+            f"allowed: a multiple of {train.workers}, so that each rank gets as many groups"
+        )
+    if not settings.rewards.used():
+        raise UserError("rewards.weights: got no weight above 0; allowed: at least one reward for some task")
+
+
+def check_inputs(settings: Settings, stage: Stage) -> None:
+    """That every file and folder this stage reads is there. UserError naming the key."""
+    needed = {"model.weights": settings.model.weights}
+    if stage != "rl" or settings.algorithm.sft_coef > 0:
+        needed["data.train"] = settings.data.train
+    if stage == "rl":
+        needed["data.prompts"] = settings.data.prompts
+        if settings.evaluation.prompts:
+            needed["data.heldout"] = settings.data.heldout
+        for name in settings.rewards.used():
+            path = getattr(getattr(settings.rewards, name), "path", None)
+            if path is not None:
+                needed[f"rewards.{name}.path"] = path
+    for key, path in needed.items():
+        if not resolve_path(path).exists():
+            places = [] if path.is_absolute() else [Path.cwd(), *([CHECKOUT] if CHECKOUT else [])]
+            looked = f" in {' or '.join(dict.fromkeys(map(str, places)))}" if places else ""
+            raise UserError(f"{key}: no file or folder {str(path)!r}{looked}")
+
+
+# ---- Help ----
+
+
+def help_text(stage: Stage, recipe: str) -> str:
+    """The whole --help: examples, options, then each key with its meaning, what it allows, default and recipe value."""
+    program, purpose = f"python stages/{stage}.py", textwrap.fill(_PURPOSE[stage], WIDTH)
+    examples = [
+        (program, f"the recipe tiny-{stage}"),
+        (f"{program} train.steps=10 run.name=short", "the same, with two settings changed"),
+        (f"{program} --train.steps 10 --run.name short", "the same again: both spellings work"),
+        (f"{program} --recipe my.yaml --resume", "a recipe of your own, continued"),
+    ]
+    width = max(len(command) for command, _ in examples)
+    lines = [f"usage: {program} [--recipe NAME_OR_PATH] [--resume] [--print-config] [KEY=VALUE]...", "", purpose, ""]
+    lines += ["examples:", *(f"  {command:<{width}}  {what}" for command, what in examples), ""]
+    lines += [_OPTIONS.format(recipe=f"tiny-{stage}")]
+    lines += [f"settings (default; in brackets what {recipe} sets):"]
+    return "\n".join([*lines, *_help_of_keys(recipe)])
+
+
+def _help_of_keys(recipe: str) -> Iterator[str]:
+    chosen, groups = read_recipe(find_recipe(recipe)), sections()
+    section = ""
+    for key, leaf in leaf_keys().items():
+        owner = key.rpartition(".")[0]
+        if owner != section:
+            section = owner
+            yield f"\n{section}: {groups[section].about}"
+        unit = leaf.json_schema_extra.get("unit") if isinstance(leaf.json_schema_extra, dict) else ""
+        head = f"{key} = {_show(leaf.default)}" + (f" {unit}" if unit else "")
+        value = _lookup(chosen, key)
+        yield _wrap(head + (f"  [{_show(value)}]" if value is not None else ""), 2, 6)
+        yield _wrap(f"{leaf.description} Allowed: {allowed_values(leaf)}.", 6, 6)
+
+
+def _lookup(content: Any, key: str) -> Any:
+    for part in key.split("."):
+        content = content.get(part) if isinstance(content, dict) else None
+    return content
+
+
+def _show(value: Any) -> str:
+    if value == "":
+        return "(empty)"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_show(inner)}" for name, inner in value.items()) + "}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _wrap(text: str, first: int, rest: int) -> str:
+    return textwrap.fill(text, WIDTH, initial_indent=" " * first, subsequent_indent=" " * rest, break_on_hyphens=False)

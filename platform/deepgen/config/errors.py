@@ -1,0 +1,47 @@
+"""The one exception for mistakes of the user, and the process boundary that turns it into an exit code."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+USAGE_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130
+
+
+class UserError(Exception):
+    """A mistake the user can repair. The message is one line: what, what was given, what is allowed."""
+
+
+def run_program(main: Callable[[], int | None]) -> NoReturn:
+    """Run a stage's `main` and leave the process with its exit code.
+
+    `UserError` ends with 2 and one line on stderr; Ctrl-C with 130 and the command that continues the run.
+    Every other exception passes through with its traceback: it is a bug, and hiding it helps nobody.
+    """
+    try:
+        code = main()
+    except UserError as error:
+        # Ray raises a subclass that carries the remote traceback as its text and the original as `cause`.
+        message = str(getattr(error, "cause", None) or error)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(USAGE_EXIT_CODE)
+    except KeyboardInterrupt:
+        arguments = [a for a in sys.argv if a != "--resume"]
+        print(f"\nstopped; to continue: {shlex.join(['python', *arguments, '--resume'])}", file=sys.stderr)
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    sys.exit(code or 0)
+
+
+def nearest(given: str, names: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" for the name that `given` probably misspells, or the empty string."""
+    names = list(names)
+    given = given.replace("-", "_")
+    found = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
+    if not found:  # the right leaf without its section, or in another one
+        by_leaf = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
+        found = [by_leaf[n] for n in difflib.get_close_matches(given.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.7)]
+    return f"; did you mean {found[0]!r}?" if found else ""

@@ -1,0 +1,59 @@
+"""Paths of settings: found from any current folder, and valid on every node of a cluster.
+
+A run starts in the checkout, in the uploaded copy of a submitted job, or elsewhere; Ray Train moves its workers to
+folders of their own. So an input path is looked for in the current folder and in the checkout this code lies in.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, PlainSerializer, ValidationInfo
+
+
+def _find_checkout() -> Path | None:
+    """The folder that holds stages/: the one this code lies in; for an installed package the current or its own."""
+    here = Path(__file__).resolve()
+    for folder in (here.parents[3], Path.cwd(), here.parents[2]):
+        if (folder / "stages" / "recipes").is_dir():
+            return folder
+    return None
+
+
+CHECKOUT = _find_checkout()
+
+
+def resolve_path(path: str | Path, *, current_folder_first: bool = True) -> Path:
+    """Absolute path of an input that exists in the current folder or in the checkout; otherwise `path` unchanged."""
+    path = Path(path).expanduser()
+    folders = [Path.cwd(), *([CHECKOUT] if CHECKOUT else [])]
+    for folder in folders if current_folder_first else reversed(folders):
+        if (folder / path).exists():
+            return Path(os.path.normpath(folder / path))
+    return path
+
+
+def _read_input(value: object, info: ValidationInfo) -> object:
+    if not isinstance(value, str | Path) or not str(value):
+        return value
+    from_user = bool(info.context and info.context.get("from_user"))
+    return resolve_path(value, current_folder_first=from_user)
+
+
+def _read_output(value: object) -> object:
+    if not isinstance(value, str | Path) or not str(value):
+        return value
+    return Path(os.path.normpath(Path.cwd() / Path(value).expanduser()))
+
+
+def _portable(path: Path) -> str:
+    """Inputs inside the checkout travel relative to it: each node of a cluster has its copy in another place."""
+    if CHECKOUT and path.is_relative_to(CHECKOUT):
+        return path.relative_to(CHECKOUT).as_posix()
+    return str(path)
+
+
+InputPath = Annotated[Path, BeforeValidator(_read_input), PlainSerializer(_portable)]
+OutputPath = Annotated[Path, BeforeValidator(_read_output), PlainSerializer(str)]

@@ -1,0 +1,293 @@
+"""The sections of the settings: every key with its default, meaning, unit and limits.
+
+Defaults are the paper's for the 5B model and its RL stage (method M3.1; where the reference differs, M7, the paper's).
+Left out on purpose: what the weights folder already says, such as widths, layers and the VAE's scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from deepgen.config.errors import nearest
+from deepgen.config.paths import InputPath, OutputPath
+
+TASKS = ("t2i", "reasoning", "text", "edit")
+Weight = Annotated[float, Field(ge=0)]
+
+
+def setting(default: Any, meaning: str, *, unit: str = "", **limits: Any) -> Any:
+    """A leaf key: default, one-sentence meaning, unit, and pydantic limits (ge, gt, le, lt, pattern, multiple_of)."""
+    return Field(default, description=meaning, json_schema_extra={"unit": unit}, **limits)
+
+
+class Section(BaseModel):
+    """Base of all sections: closed, immutable, strict (a recipe's true is not 1, its "10" not 10)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+    about: ClassVar[str] = ""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled settings (Ray arguments) find their files again in the process that unpacks them.
+        return type(self).model_validate, (self.model_dump(),)
+
+
+class RunSettings(Section):
+    about: ClassVar[str] = "one run and its folder"
+    name: str = setting(
+        "deepgen", "Name of the run and of its folder under run.dir.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    )
+    dir: OutputPath = setting(
+        "runs", "Folder of all runs; on a cluster a folder every node sees. Relative to the current folder."
+    )
+    seed: int = setting(42, "Seed of everything random: data order, noise, dropout.", ge=0, lt=2**31)
+    resume: bool = setting(False, "Continue run.name from its last checkpoint; the flag --resume sets it.")
+
+
+class ModelSettings(Section):
+    about: ClassVar[str] = "architecture, weights and precision"
+    preset: Literal["tiny", "deepgen-5b"] = setting("deepgen-5b", "Architecture the weights must have.")
+    weights: InputPath = setting("weights/deepgen-5b", "Component folder, or a checkpoint of an earlier stage.")
+    padding: Literal["masked", "reference"] = setting(
+        "masked", "Left padding of prompts: masked, or attended to as the reference implementation does."
+    )
+    precision: Literal["fp32", "bf16"] = setting("bf16", "fp32, or bf16 autocast. Log-probabilities are fp32 in both.")
+    gradient_checkpointing: bool = setting(True, "Recompute DiT activations in the backward pass to save memory.")
+    lora_rank: int = setting(64, "Rank of the LoRA on the VLM in sft; 0 trains none.", ge=0, le=1024)
+    lora_alpha: float = setting(128.0, "LoRA scale times rank.", gt=0)
+    lora_dropout: float = setting(0.05, "Dropout on LoRA inputs.", ge=0, lt=1)
+    fresh_bridge: bool = setting(False, "Start with new think tokens and bridge, as pretrain does; ignore saved ones.")
+
+
+class DataSettings(Section):
+    about: ClassVar[str] = "records and how they are mixed"
+    train: InputPath = setting(
+        "data/train.parquet", "Training records, a parquet file or a folder of them; in rl for the auxiliary loss."
+    )
+    prompts: InputPath = setting(
+        "data/rl_prompts.parquet", "RL prompts: parquet, a folder, or a .txt with one t2i prompt a line."
+    )
+    heldout: InputPath = setting("data/heldout.parquet", "Records never trained on, for evaluation.")
+    image_size: int = setting(
+        512, "Images have about this side squared as area, their own aspect.", unit="px", ge=32, le=4096, multiple_of=32
+    )
+    edit_per_cycle: int = setting(1, "Editing micro-batches in one optimizer step.", unit="micro-batches", ge=0)
+    t2i_per_cycle: int = setting(
+        2, "Generation micro-batches in one optimizer step (paper: pretrain 3, sft 2).", unit="micro-batches", ge=0
+    )
+    micro_batch: int = setting(4, "Records per forward and backward on one learner rank.", unit="records", ge=1)
+    caption_drop: float = setting(
+        0.1, "Share of generation captions replaced by an empty one, for guidance.", ge=0, le=1
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.edit_per_cycle + self.t2i_per_cycle == 0:
+            raise ValueError("data.edit_per_cycle and data.t2i_per_cycle: got 0 and 0; allowed: at least one above 0")
+        return self
+
+
+class TrainSettings(Section):
+    about: ClassVar[str] = "the learner: optimizer, ranks, checkpoints"
+    steps: int = setting(1500, "Optimizer steps in all; in rl each step is one batch of rollouts.", ge=1)
+    learning_rate: float = setting(2e-6, "Peak learning rate (paper: pretrain 1e-4, sft 5e-5, rl 2e-6).", gt=0, le=1)
+    min_learning_rate: float = setting(0.0, "Where the cosine schedule ends.", ge=0)
+    beta1: float = setting(0.9, "AdamW decay of the first moment.", ge=0, lt=1)
+    beta2: float = setting(0.999, "AdamW decay of the second moment (paper: pretrain and sft 0.95).", ge=0, lt=1)
+    weight_decay: float = setting(
+        0.0, "AdamW weight decay of tensors with 2 or more dimensions (paper: pretrain, sft 0.05).", ge=0
+    )
+    warmup_steps: int = setting(20, "Steps of linear warm-up.", unit="steps", ge=0)
+    schedule: Literal["cosine", "constant"] = setting("constant", "Learning rate after the warm-up.")
+    grad_clip: float = setting(1.0, "Largest global norm of the gradient.", gt=0)
+    workers: int = setting(8, "Learner ranks under Ray Train.", ge=1)
+    threads: int = setting(1, "CPU threads of a learner rank.", ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = setting(
+        2, "DeepSpeed ZeRO: 0 plain data parallel, 1 optimizer states split, 2 + gradients, 3 + weights."
+    )
+    ema_decay: float = setting(0.0, "Decay of an averaged copy of the trained weights; 0 keeps none.", ge=0, lt=1)
+    checkpoint_every: int = setting(50, "Steps between checkpoints; the last step always writes one.", ge=1)
+    keep_checkpoints: int = setting(5, "Newest checkpoints kept.", ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"train.warmup_steps: got {self.warmup_steps} with train.steps {self.steps}; allowed: 0 to {self.steps}"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"train.min_learning_rate: got {self.min_learning_rate:g}; "
+                f"allowed: at most train.learning_rate, {self.learning_rate:g}"
+            )
+        return self
+
+
+class RolloutSettings(Section):
+    about: ClassVar[str] = "sampling of images in rl"
+    sampler: Literal["cps", "flow_sde", "dance_sde", "ode"] = setting(
+        "cps", "Sampler step. ode draws no noise, so it has no log-probabilities and rl refuses it."
+    )
+    eta: float = setting(1.0, "Noise level of the SDE samplers; for cps 1 is complete re-noising.", ge=0, le=2)
+    num_steps: int = setting(50, "Denoising steps of a rollout.", unit="steps", ge=2, le=1000)
+    shift: float = setting(3.0, "Shift of the noise schedule towards high noise; 1 is none.", gt=0)
+    guidance_scale: float = setting(1.0, "Classifier-free guidance scale; 1 is off and halves the cost.", ge=1)
+    sde_steps: int = setting(
+        30, "Steps of a trajectory that are trained; never the last one, which adds no noise.", unit="steps", ge=1
+    )
+    sde_window: Literal["all", "window"] = setting(
+        "all",
+        "all: every step draws noise and random ones are trained; window: noise only in a random run of neighbouring "
+        "steps, all trained.",
+    )
+    group_size: int = setting(8, "Images sampled for one prompt, compared with each other.", unit="images", ge=1)
+    prompts_per_step: int = setting(32, "Groups in one optimizer step.", unit="prompts", ge=1)
+    actors: int = setting(8, "Rollout actors.", ge=1)
+    same_noise: bool = setting(True, "The images of a group start from the same noise.")
+    threads: int = setting(1, "CPU threads of a rollout actor.", ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        usable = self.num_steps - 1  # the last step adds no noise: M3.4
+        if self.sde_steps > usable:
+            raise ValueError(
+                f"rollout.sde_steps: got {self.sde_steps} with rollout.num_steps {self.num_steps}; "
+                f"allowed: 1 to {usable} (the last step is never trained)"
+            )
+        if self.sampler == "cps" and self.eta > 1:
+            raise ValueError(f"rollout.eta: got {self.eta:g} with rollout.sampler cps; allowed: > 0 and <= 1")
+        return self
+
+
+class AlgorithmSettings(Section):
+    about: ClassVar[str] = "MR-GRPO: advantages and loss"
+    advantage: Literal["gdpo", "grpo", "grpo_global_std", "reinforcepp"] = setting(
+        "gdpo", "gdpo normalises each reward in its group, then mixes; the others mix raw rewards first."
+    )
+    whiten: Literal["global", "rank", "none"] = setting(
+        "global", "gdpo: advantages get mean 0 and deviation 1 over the whole batch, over a rank's share, or not."
+    )
+    advantage_clip: float = setting(5.0, "Advantages are clamped to plus and minus this.", gt=0)
+    clip_range: float = setting(1e-4, "The probability ratio is clipped to 1 plus and minus this.", gt=0, lt=1)
+    kl: Literal["velocity", "velocity_scaled", "latent_mean", "none"] = setting(
+        "velocity",
+        "Distance to the initial model: of velocities (paper), of velocities over twice the step's variance "
+        "(reference), of step means, or none. kl_beta does not transfer between them.",
+    )
+    kl_beta: float = setting(5e-7, "Weight of the KL term.", ge=0)
+    sft_coef: float = setting(
+        1e-4, "Lambda: (1 - lambda) of the RL loss plus lambda of the flow-matching loss.", ge=0, le=1
+    )
+    sft_batch: int = setting(
+        32, "Records of data.train in the auxiliary loss, per learner rank and step.", unit="records", ge=1
+    )
+    update_micro_batch: int = setting(
+        32, "Samples per forward and backward of the policy loss on a learner rank.", unit="samples", ge=1
+    )
+
+
+class PoolSettings(Section):
+    about: ClassVar[str] = "the pool of one reward"
+    replicas: int = setting(1, "Actors that score in parallel.", ge=1)
+    batch_size: int = setting(64, "Images in one call.", unit="images", ge=1)
+    deadline_s: float = setting(
+        120.0, "Longest wait for one call; after all retries the score is missing.", unit="s", gt=0
+    )
+    retries: int = setting(2, "Further attempts after a failed call.", ge=0, le=20)
+
+
+class JudgeSettings(PoolSettings):
+    about: ClassVar[str] = "VLM judge on vLLM: does the image show the answer?"
+    path: InputPath = setting("weights/judge", "Folder of the judge's VLM.")
+
+
+class OcrSettings(PoolSettings):
+    about: ClassVar[str] = "RapidOCR: edit distance to the quoted words; its models come with the package"
+
+
+class ClipSettings(PoolSettings):
+    about: ClassVar[str] = "CLIP similarity of image and answer"
+    path: InputPath = setting("weights/clip", "Folder of the CLIP model.")
+
+
+class AestheticSettings(PoolSettings):
+    about: ClassVar[str] = "aesthetic head over CLIP"
+    path: InputPath = setting("weights/aesthetic", "Folder of the aesthetic model.")
+
+
+_GENERAL = {"judge": 0.7, "clip": 0.3}
+_TEXT = {"judge": 0.2, "clip": 0.1, "ocr": 0.7}
+
+
+class RewardSettings(Section):
+    about: ClassVar[str] = "rewards and their weights by task"
+    weights: dict[str, dict[str, Weight]] = setting(
+        {"t2i": _GENERAL, "reasoning": _GENERAL, "text": _TEXT, "edit": _GENERAL},
+        "Weight of each reward for the prompts of each task; absent or 0 is never called. A recipe replaces whole "
+        "tasks; one weight is set as rewards.weights.text.ocr=0.5.",
+    )
+    judge: JudgeSettings = JudgeSettings()
+    ocr: OcrSettings = OcrSettings()
+    clip: ClipSettings = ClipSettings()
+    aesthetic: AestheticSettings = AestheticSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for task, row in self.weights.items():
+            _require_known(f"rewards.weights.{task}", "task", task, TASKS)
+            for name in row:
+                _require_known(f"rewards.weights.{task}.{name}", "reward", name, self.names())
+        return self
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names a weight may have: the sections beside `weights`."""
+        return tuple(name for name in cls.model_fields if name != "weights")
+
+    def used(self) -> tuple[str, ...]:
+        """Rewards with a weight above 0 for some task."""
+        return tuple(n for n in self.names() if any(row.get(n, 0) > 0 for row in self.weights.values()))
+
+
+class ExperienceSettings(Section):
+    about: ClassVar[str] = "the stream of groups between rollout and learner"
+    max_staleness: int = setting(
+        0, "Policy versions a sample may be older than the update it is used in; 0 is on-policy.", unit="versions", ge=0
+    )
+    deadline_s: float = setting(1800.0, "Longest wait of the learner for one batch.", unit="s", gt=0)
+
+
+class ClusterSettings(Section):
+    about: ClassVar[str] = "the Ray cluster"
+    address: str = setting(
+        "auto-local",
+        "auto-local joins the cluster of RAY_ADDRESS or of the submitted job, else starts one here; or a Ray address.",
+        min_length=1,
+    )
+    num_cpus: int = setting(0, "CPUs of a cluster started here; 0 is all.", unit="CPUs", ge=0)
+    start_deadline_s: float = setting(300.0, "Longest wait until every actor of the run is ready.", unit="s", gt=0)
+
+
+class TrackingSettings(Section):
+    about: ClassVar[str] = "MLflow"
+    uri: str = setting(
+        "", "Tracking server or sqlite address; empty is MLFLOW_TRACKING_URI, else a sqlite file beside the runs."
+    )
+    experiment: str = setting("deepgen", "Name of the MLflow experiment.", min_length=1)
+    grid_every: int = setting(10, "Steps between image grids of fixed prompts; 0 draws none.", unit="steps", ge=0)
+
+
+class EvaluationSettings(Section):
+    about: ClassVar[str] = "held-out prompts before, during and after"
+    prompts: int = setting(600, "Most held-out prompts that are drawn; 0 evaluates nothing.", unit="prompts", ge=0)
+    samples_per_prompt: int = setting(4, "Images per held-out prompt.", unit="images", ge=1)
+    num_steps: int = setting(50, "Denoising steps of an evaluation image, without noise.", unit="steps", ge=1, le=1000)
+    seed: int = setting(42, "Seed of the evaluation's noise: the same for every run compared.", ge=0, lt=2**31)
+    every: int = setting(10, "Steps between evaluations; 0 is only before the first and after the last.", ge=0)
+
+
+def _require_known(key: str, what: str, given: str, allowed: Sequence[str]) -> None:
+    if given not in allowed:
+        raise ValueError(f"{key}: unknown {what} {given!r}; allowed: {', '.join(allowed)}{nearest(given, allowed)}")

@@ -1,0 +1,91 @@
+"""Training records as model-side tensors: resized like the paper does it (M1.9), scaled to [-1, 1].
+
+Left out on purpose: which records make a batch (``deepgen.data.mixture``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from deepgen.config.errors import UserError
+from deepgen.data.records import Record, decode_image, read_records
+
+SIDE_MULTIPLE = 32  # latents, DiT patches and the 28/32 resize for the VLM all divide it
+MAX_ASPECT = 8.0
+
+
+def fixed_area_size(height: int, width: int, image_size: int) -> tuple[int, int]:
+    """(height, width) with about image_size^2 pixels, each side rounded UP to a multiple of 32 (M1.9 ``fix_pixels``)."""
+    ratio = image_size / math.sqrt(height * width)
+
+    def fit(side: int) -> int:
+        # 1e-9: 600 * (512 / 600) is 512.0000000000001 and must stay 512
+        return math.ceil(side * ratio / SIDE_MULTIPLE - 1e-9) * SIDE_MULTIPLE
+
+    return fit(height), fit(width)
+
+
+def image_to_tensor(image: np.ndarray, image_size: int) -> Tensor:
+    """uint8 [H, W, 3] -> float32 [3, h, w] in [-1, 1], area about image_size^2, sides multiples of 32."""
+    height, width = fixed_area_size(image.shape[0], image.shape[1], image_size)
+    if (height, width) != image.shape[:2]:
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    pixels = torch.from_numpy(np.ascontiguousarray(image).copy())  # [h, w, 3]
+    return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+
+
+class TrainingSet:
+    """Records with target images, kept encoded in memory, in two sources: editing and generation (M2.4).
+
+    ``edit`` and ``t2i`` are the record numbers of each source; tasks text and reasoning count as generation.
+    """
+
+    def __init__(self, records: Sequence[Record], image_size: int, name: str = "data.train") -> None:
+        for record in records:
+            if record.image is None:
+                raise UserError(f"{name}: record {record.id!r} has no image; allowed: records with a target image")
+        self.records = list(records)
+        self.image_size = image_size
+        self.name = name
+        self.edit = [i for i, record in enumerate(self.records) if record.task == "edit"]
+        self.t2i = [i for i, record in enumerate(self.records) if record.task != "edit"]
+
+    @classmethod
+    def read(cls, path: Path, image_size: int) -> TrainingSet:
+        """Read a parquet file or folder; raises UserError naming file and row."""
+        return cls(read_records(path), image_size, name=f"data.train {path}")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def target(self, index: int) -> Tensor:
+        """Target image of a record, float32 [3, h, w] in [-1, 1]."""
+        data = self.records[index].image
+        assert data is not None
+        return self._tensor(index, data, "image")
+
+    def references(self, index: int) -> list[Tensor]:
+        """Source images of a record, float32 [3, h, w] in [-1, 1] each; [] unless it is an edit."""
+        encoded = self.records[index].references
+        return [self._tensor(index, data, f"reference {slot + 1}") for slot, data in enumerate(encoded)]
+
+    def _tensor(self, index: int, data: bytes, what: str) -> Tensor:
+        record = self.records[index]
+        try:
+            image = decode_image(data)
+        except ValueError as error:
+            raise UserError(f"{self.name}, row {index + 1} ({record.id!r}): {what} is {error}") from error
+        sides = sorted(image.shape[:2])
+        if sides[1] > MAX_ASPECT * sides[0]:
+            raise UserError(
+                f"{self.name}, row {index + 1} ({record.id!r}): {what} is {image.shape[1]}x{image.shape[0]} px; "
+                f"allowed: sides in a ratio of at most {MAX_ASPECT:g}"
+            )
+        return image_to_tensor(image, self.image_size)

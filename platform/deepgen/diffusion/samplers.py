@@ -1,0 +1,174 @@
+"""One sampling step x -> x' from noise level sigma to sigma' < sigma, and how probable that step was (M3.3).
+
+Every sampler is a pair of pure functions in `SAMPLERS`:
+
+* `transition(x, v, sigma, sigma', eta) -> mean, std`: the step is x' = mean + std * noise;
+* `log_prob(x', mean, std) -> [B]`: what policy-gradient training compares between the new and the old policy.
+
+The rollout draws x' (`noise=`); training scores the x' that was drawn (`next_x=`). Both go through `sampler_step`, so
+an unchanged policy gives bit-equal log-probabilities and a ratio of exactly 1.
+
+Everything is computed and returned in fp32, whatever the input: in bf16 the spacing of a log-probability near -1 is
+forty times the clip range of the published recipe (M3.6).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepgen.algorithms.registry import lookup
+from deepgen.config.errors import UserError
+
+_EPS = 1e-8  # of the Gaussian density, as in the reference; it matters once std is about 1e-3
+
+Transition = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class StepResult(NamedTuple):
+    """One step for B samples, all fp32: x' = mean + std * noise."""
+
+    next: Tensor  # [B, c, h, w]
+    mean: Tensor  # [B, c, h, w]
+    std: Tensor  # [B, 1, 1, 1]
+    log_prob: Tensor  # [B], mean over all but the batch dimension; zeros for a deterministic step
+
+
+@dataclass(frozen=True)
+class Sampler:
+    transition: Transition
+    log_prob: LogProb
+    eta_max: float = math.inf  # largest noise setting that means anything
+    stochastic: bool = True
+
+
+def sampler_step(
+    name: str,
+    x: Tensor,
+    v: Tensor,
+    sigma: float | Tensor,
+    sigma_next: float | Tensor,
+    *,
+    eta: float,
+    noise: Tensor | None = None,
+    next_x: Tensor | None = None,
+) -> StepResult:
+    """Draw a step (`noise` given) or score one that was drawn before (`next_x` given).
+
+    x, v, noise, next_x: [B, c, h, w], any float dtype. sigma, sigma_next: one number, or one per sample [B].
+    Gradients reach `mean` and `log_prob` through v; x' counts as data in `log_prob`.
+
+    `ode` draws without noise, and its log-probability is 0 for every sample: a certain step adds nothing to a
+    trajectory's log-probability. Scoring one is refused, so those zeros can't be trained on by mistake.
+
+    Raises UserError for an unknown sampler or an eta out of range, ValueError unless one of noise and next_x is given
+    (next_x never with `ode`).
+    """
+    sampler = lookup(SAMPLERS, name, "rollout.sampler")
+    if sampler.stochastic and not 0 < eta <= sampler.eta_max:
+        limit = f" and at most {sampler.eta_max:g}" if sampler.eta_max < math.inf else ""
+        raise UserError(f"rollout.eta: got {eta} with sampler {name!r}; allowed: above 0{limit} (for 0 use 'ode')")
+    if sampler.stochastic and (noise is None) == (next_x is None):
+        raise ValueError(f"sampler {name!r} needs either noise (to draw) or next_x (to score)")
+    if not sampler.stochastic and next_x is not None:
+        raise ValueError(f"sampler {name!r} is deterministic: a step of it has no density to score")
+
+    x, v = x.float(), v.float()
+    mean, std = sampler.transition(x, v, _per_sample(sigma, x), _per_sample(sigma_next, x), eta)
+    if next_x is not None:
+        next_x = next_x.float()
+    elif noise is not None and sampler.stochastic:
+        next_x = mean + std * noise.float()
+    else:
+        next_x = mean
+    return StepResult(next_x, mean, std, sampler.log_prob(next_x.detach(), mean, std))
+
+
+def guided(velocity_cond: Tensor, velocity_uncond: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance, v_u + scale * (v_c - v_u) (M1.8), same shape. A scale of 1 is exactly v_c."""
+    if scale == 1:
+        return velocity_cond
+    return velocity_uncond + scale * (velocity_cond - velocity_uncond)
+
+
+def _per_sample(sigma: float | Tensor, x: Tensor) -> Tensor:
+    """fp32 [B, 1, 1, 1]."""
+    column = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
+    return column.reshape(-1, *[1] * (x.dim() - 1))
+
+
+# -- transitions: x, v [B, c, h, w]; sigma, sigma_next [B, 1, 1, 1] --------------------------------
+
+
+def cps_transition(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """Coefficients-preserving sampling (paper Eq. 6): image and noise keep the exact shares that sigma' asks for.
+
+    Of the noise in x', the share sin(eta pi/2) is fresh. At eta 1 that is all of it: each step guesses the image and
+    re-noises it from scratch.
+    """
+    image = x - sigma * v
+    old_noise = x + (1 - sigma) * v
+    fresh = math.sin(eta * math.pi / 2)
+    kept = math.sqrt(1 - fresh**2)
+    return (1 - sigma_next) * image + sigma_next * kept * old_noise, sigma_next * fresh
+
+
+def flow_sde_transition(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """Flow-GRPO's SDE: Euler-Maruyama with diffusion eta * sqrt(sigma / (1 - sigma))."""
+    dt = sigma_next - sigma
+    # At sigma 1 the diffusion is infinite; the reference takes the next level in the denominator of that first step.
+    variance = eta**2 * sigma / (1 - torch.where(sigma >= 1, sigma_next, sigma))
+    mean = x * (1 + variance / (2 * sigma) * dt) + v * (1 + variance * (1 - sigma) / (2 * sigma)) * dt
+    return mean, torch.sqrt(-dt * variance)
+
+
+def dance_sde_transition(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """DanceGRPO's SDE: constant diffusion eta, with the score as drift correction."""
+    dt = sigma_next - sigma
+    image = x - sigma * v
+    correction = 0.5 * eta**2 * (x - image * (1 - sigma)) / sigma**2
+    return x + (v + correction) * dt, eta * torch.sqrt(-dt)
+
+
+def ode_transition(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """Euler step of the probability-flow ODE, no noise. The limit of every other sampler as eta goes to 0."""
+    return x + v * (sigma_next - sigma), torch.zeros_like(sigma)
+
+
+# -- log-probabilities: next_x, mean [B, c, h, w]; std [B, 1, 1, 1] -> [B] -------------------------
+
+
+def _mean_per_sample(values: Tensor) -> Tensor:
+    # Summed in fp64, so the fp32 result does not depend on how a batch was split over calls or threads.
+    return values.double().flatten(1).mean(dim=1).float()
+
+
+def squared_distance_log_prob(next_x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """-(x' - mean)^2 (paper Eq. 7): no variance, no normaliser, so every step pulls in proportion to its own noise.
+
+    The paper writes the sum over dimensions, the reference takes the mean; so do we, and clip_range counts on it.
+    """
+    return _mean_per_sample(-((next_x - mean) ** 2))
+
+
+def gaussian_log_prob(next_x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log N(x'; mean, std^2), averaged over dimensions."""
+    distance = (next_x - mean) ** 2 / (2 * (std**2 + _EPS))
+    return _mean_per_sample(-distance - torch.log(std + _EPS) - 0.5 * math.log(2 * math.pi))
+
+
+def certain_log_prob(next_x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log 1 = 0: a deterministic step always happens."""
+    return mean.new_zeros(mean.shape[0])
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "cps": Sampler(cps_transition, squared_distance_log_prob, eta_max=1.0),
+    "flow_sde": Sampler(flow_sde_transition, gaussian_log_prob),
+    "dance_sde": Sampler(dance_sde_transition, gaussian_log_prob),
+    "ode": Sampler(ode_transition, certain_log_prob, stochastic=False),
+}

@@ -1,0 +1,319 @@
+"""The unified model: VLM, think tokens, bridge, DiT and VAE as one module (M1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from deepgen.config.errors import UserError
+from deepgen.models import checkpoint
+from deepgen.models.bridge import BRIDGE_PREFIXES, Bridge
+from deepgen.models.dit import DeepGenTransformer
+from deepgen.models.presets import Architecture, check_preset
+from deepgen.models.prompts import check_tokenizer, tokenize
+from deepgen.models.vlm import (
+    LoraSettings,
+    add_lora,
+    conditioning_states,
+    image_token_count,
+    is_live,
+    lora_parameters,
+)
+
+PADDINGS = ("masked", "reference")
+STAGES = ("pretrain", "sft", "rl")
+
+
+@dataclass
+class Conditioning:
+    """What the DiT is told about each sample of a batch."""
+
+    context: Tensor  # [B, L, joint_attention_dim]
+    pooled: Tensor  # [B, pooled_projection_dim]
+    mask: Tensor | None  # bool [B, L], True = valid; None in padding="reference"
+
+    def __len__(self) -> int:
+        return self.context.shape[0]
+
+    def select(self, index: Any) -> Conditioning:
+        """Samples by a slice, a list of indices or an index tensor; repeats are allowed."""
+        mask = None if self.mask is None else self.mask[index]
+        return Conditioning(self.context[index], self.pooled[index], mask)
+
+    def to(self, *args: Any, **kwargs: Any) -> Conditioning:
+        """`Tensor.to` for context and pooled; of it the mask follows only the device."""
+        context = self.context.to(*args, **kwargs)
+        mask = None if self.mask is None else self.mask.to(context.device)
+        return Conditioning(context, self.pooled.to(*args, **kwargs), mask)
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """One batch of several, padded on the left to the longest; what is added is masked."""
+        longest = max(part.context.shape[1] for part in parts)
+        pooled = torch.cat([part.pooled for part in parts])
+        if all(part.mask is None and part.context.shape[1] == longest for part in parts):
+            return Conditioning(torch.cat([part.context for part in parts]), pooled, None)
+        contexts, masks = [], []
+        for part in parts:
+            added = longest - part.context.shape[1]
+            mask = part.context.new_ones(part.context.shape[:2], dtype=torch.bool) if part.mask is None else part.mask
+            contexts.append(nn.functional.pad(part.context, (0, 0, added, 0)))
+            masks.append(nn.functional.pad(mask, (added, 0), value=False))
+        return Conditioning(torch.cat(contexts), pooled, torch.cat(masks))
+
+
+class UnifiedModel(Bridge):
+    """The bridge with the backbones at its two ends.
+
+    It is a `Bridge`, so that think tokens, projectors and connector keep the top-level names of the published
+    checkpoints (M6.2). Autocast and `no_grad` are the caller's business; the visual tower and the VAE never take a
+    gradient.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        vlm: Qwen2_5_VLForConditionalGeneration,
+        transformer: DeepGenTransformer,
+        vae: AutoencoderKL,
+        tokenizer: Any = None,
+        padding: str = "masked",
+    ) -> None:
+        if padding not in PADDINGS:
+            raise UserError(f"model.padding: {padding!r} given; allowed: {', '.join(PADDINGS)}")
+        if transformer.config.in_channels != vae.config.latent_channels:
+            raise UserError(
+                f"model.weights: the transformer takes {transformer.config.in_channels} latent channels, "
+                f"the VAE makes {vae.config.latent_channels}"
+            )
+        super().__init__(architecture)
+        self.architecture = architecture
+        self.vlm = vlm
+        self.transformer = transformer
+        self.vae = vae
+        self.tokenizer = tokenizer
+        self.padding = padding
+        self.vae.requires_grad_(False)
+        self.eval()
+
+    # ------------------------------------------------------------ building
+
+    @classmethod
+    def from_architecture(
+        cls, architecture: Architecture, device: str | torch.device = "cpu", *, tokenizer: Any = None
+    ) -> UnifiedModel:
+        """Random weights; on "meta" only shapes."""
+        with torch.device(device):
+            return cls(
+                architecture,
+                Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**architecture.vlm)),
+                DeepGenTransformer(**architecture.transformer),
+                AutoencoderKL(**architecture.vae),
+                tokenizer,
+            )
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: str | Path,
+        *,
+        padding: str = "masked",
+        lora: LoraSettings | None = None,
+        dtype: torch.dtype = torch.float32,
+        preset: str | None = None,
+        fresh_bridge: bool = False,
+    ) -> UnifiedModel:
+        """Load a component folder.
+
+        Args:
+            lora: attach a fresh adapter when the folder has none; when it has one, the ranks must agree.
+            preset: raise unless the folder holds a model of this preset.
+            fresh_bridge: new think tokens and bridge instead of the folder's; it needs none then.
+
+        Raises:
+            UserError: something is absent, damaged, or does not fit; the message names it.
+        """
+        folder = Path(path)
+        architecture = checkpoint.read_architecture(folder, preset if fresh_bridge else None)
+        if preset is not None:
+            check_preset(preset, architecture, folder)
+        tokenizer = checkpoint.load_tokenizer(folder / "tokenizer")
+        vlm_config = architecture.vlm
+        check_tokenizer(tokenizer, vlm_config["image_token_id"], vlm_config["text_config"]["vocab_size"])
+        model = cls(
+            architecture,
+            checkpoint.load_vlm(folder / "vlm", dtype),
+            checkpoint.load_transformer(folder / "transformer", dtype),
+            checkpoint.load_vae(folder / "vae", dtype),
+            tokenizer,
+            padding,
+        )
+        if not fresh_bridge:
+            checkpoint.load_bridge(model, folder / "bridge")
+        for name, parameter in model.named_parameters():
+            if name.startswith(BRIDGE_PREFIXES):
+                parameter.data = parameter.data.to(dtype)
+        if (folder / checkpoint.LORA_FOLDER).is_dir():
+            checkpoint.load_lora(model.vlm, folder / checkpoint.LORA_FOLDER, lora)
+        elif lora is not None:
+            add_lora(model.vlm, lora, architecture.fusion_layers[0])
+        return model.eval()
+
+    def save_folder(self, path: str | Path) -> None:
+        """Write every component; the caller makes it atomic (write beside, then rename)."""
+        folder = Path(path)
+        checkpoint.save_vlm(self.vlm, folder / "vlm")
+        if lora_parameters(self.vlm):
+            checkpoint.save_lora(self.vlm, folder / checkpoint.LORA_FOLDER)
+        checkpoint.save_transformer(self.transformer, folder / "transformer")
+        self.vae.save_pretrained(folder / "vae")
+        checkpoint.save_bridge(self, self.architecture, folder / "bridge")
+        checkpoint.save_scheduler(folder / "scheduler")
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder / "tokenizer")
+            self.tokenizer.save_pretrained(folder / "vlm")
+
+    # ------------------------------------------------------------ conditioning
+
+    def encode_prompts(
+        self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] | None = None
+    ) -> Conditioning:
+        """Text and reference images to conditioning (M1.2-1.5).
+
+        Args:
+            prompts: captions or instructions; "" is the unconditional prompt of its task.
+            references: per prompt its images [3, H, W] in [-1, 1], sides multiples of 32; [] means text-to-image.
+        """
+        references = [()] * len(prompts) if references is None else references
+        if len(references) != len(prompts):
+            raise ValueError(f"{len(references)} lists of references for {len(prompts)} prompts")
+        image_tokens = [[image_token_count(image) for image in images] for images in references]
+        tokens = tokenize(self.tokenizer, prompts, image_tokens)
+        flat = [image for images in references for image in images]
+        most_images = max(len(counts) for counts in image_tokens)
+        largest = max((count for counts in image_tokens for count in counts), default=0)
+        budget = self.architecture.max_prompt_tokens + most_images * largest + self.architecture.num_queries
+        states, mask = conditioning_states(
+            self.vlm, tokens, flat, self.meta_queries, self.architecture.fusion_layers, budget
+        )
+        visible = mask if self.padding == "masked" else None
+        context, pooled = self.fuse(states, visible)
+        return Conditioning(context, pooled, visible)
+
+    # ------------------------------------------------------------ latents
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Tensor], generator: torch.Generator | None = None) -> list[Tensor]:
+        """Images [3, H, W] in [-1, 1] to latents [c, h, w], shifted and scaled (M1.7).
+
+        With a generator the posterior is sampled, image by image in order; without one its mode is taken.
+        """
+        weight = next(self.vae.parameters())
+        moments: list[Tensor] = [images[0]] * len(images) if images else []
+        for indices in _by_shape(images):
+            batch = torch.stack([images[i] for i in indices]).to(weight.device, weight.dtype)
+            posterior = self.vae.encode(batch).latent_dist
+            for row, i in enumerate(indices):
+                moments[i] = torch.stack([posterior.mean[row], posterior.std[row]])
+        latents = []
+        for mean, std in moments:
+            if generator is not None:
+                noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
+                mean = mean + std * noise
+            latents.append((mean.float() - self._latent_shift) * self.vae.config.scaling_factor)
+        return latents
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Sequence[Tensor] | Tensor) -> list[Tensor]:
+        """Latents [c, h, w] to images, float32 [3, H, W], not clamped (M1.7)."""
+        weight = next(self.vae.parameters())
+        images: list[Tensor] = list(latents)
+        for indices in _by_shape(latents):
+            batch = torch.stack([latents[i] for i in indices]).to(weight.device, torch.float32)
+            batch = batch / self.vae.config.scaling_factor + self._latent_shift
+            decoded = self.vae.decode(batch.to(weight.dtype)).sample.float()
+            for image, i in zip(decoded.unbind(0), indices, strict=True):
+                images[i] = image
+        return images
+
+    @property
+    def _latent_shift(self) -> float:
+        return float(self.vae.config.shift_factor or 0.0)
+
+    # ------------------------------------------------------------ velocity
+
+    def velocity(
+        self,
+        latents: Tensor | Sequence[Tensor],
+        timesteps: Tensor,
+        cond: Conditioning,
+        references: Sequence[Sequence[Tensor]] | None = None,
+    ) -> Tensor | list[Tensor]:
+        """The DiT's velocity for noisy latents ([B, c, h, w] or B tensors), timesteps [B] in 0..1000 (M1.6).
+
+        references: per sample its clean reference latents. The result has the form and dtype of `latents`.
+        """
+        return self.transformer(latents, timesteps, cond.context, cond.pooled, references, cond.mask)
+
+    def forward(
+        self,
+        prompts: Sequence[str],
+        latents: Tensor | Sequence[Tensor],
+        timesteps: Tensor,
+        references: Sequence[Sequence[Tensor]] | None = None,
+        reference_latents: Sequence[Sequence[Tensor]] | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Conditioning and velocity in one call, for engines that gather parameters around `forward`."""
+        cond = self.encode_prompts(prompts, references)
+        return self.velocity(latents, timesteps, cond, reference_latents)
+
+    # ------------------------------------------------------------ training
+
+    def trainable_parameters(self, stage: str) -> list[tuple[str, nn.Parameter]]:
+        """Set `requires_grad` for a stage and list what it trains (M1.11).
+
+        pretrain: think tokens and bridge; sft: these, the DiT and the VLM's LoRA; rl: the DiT alone. Adapters that
+        can never receive a gradient stay frozen.
+        """
+        if stage not in STAGES:
+            raise ValueError(f"stage {stage!r}; one of {', '.join(STAGES)}")
+        deepest = self.architecture.fusion_layers[0]
+        chosen = []
+        for name, parameter in self.named_parameters():
+            if name.startswith(BRIDGE_PREFIXES):
+                trained = stage in ("pretrain", "sft")
+            elif name.startswith("transformer."):
+                trained = stage in ("sft", "rl")
+            else:
+                trained = stage == "sft" and ".lora_" in name and is_live(name.removeprefix("vlm."), deepest)
+            parameter.requires_grad_(trained)
+            if trained:
+                chosen.append((name, parameter))
+        return chosen
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations of DiT blocks and decoder layers in the backward pass."""
+        self.transformer.enable_gradient_checkpointing()
+        self.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def train(self, mode: bool = True) -> UnifiedModel:
+        """Training mode, except for what is frozen: the VAE, and the VLM (LoRA dropout) unless its LoRA is trained."""
+        super().train(mode)
+        self.vae.eval()
+        self.vlm.train(mode and any(p.requires_grad for p in lora_parameters(self.vlm).values()))
+        return self
+
+
+def _by_shape(tensors: Sequence[Tensor] | Tensor) -> list[list[int]]:
+    """Indices of tensors grouped by shape."""
+    groups: dict[torch.Size, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        groups.setdefault(tensor.shape, []).append(index)
+    return list(groups.values())

@@ -1,0 +1,108 @@
+"""Training curves of a run as one PNG, drawn from its metrics.jsonl."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from deepgen.tracking.journal import read_series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Series = dict[str, tuple[list[int], list[float]]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: title and the metrics in it (a pattern for the whole name; its group, if any, becomes the label)."""
+
+    title: str
+    pattern: str
+    log: bool = False  # logarithmic where the values span a wide range
+
+
+PANELS = (
+    Panel("reward (mean of the step's samples)", r"reward/([^/]+)"),
+    Panel("reward on held-out prompts", r"eval/([^/]+)"),
+    Panel("loss", r"loss/([^/]+)"),
+    Panel("KL to the reference", r"policy/(kl[^/]*)", log=True),
+    Panel("share of clipped samples", r"policy/(clip_share)"),
+    Panel("gradient norm", r"train/(grad_norm)", log=True),
+)
+_LOG_RANGE = 20
+_SMOOTHING_SPAN = 10  # steps: half of the weight of the thick line lies within about this many
+
+
+def draw_curves(metrics: Path, output: Path, *, title: str = "", panels: tuple[Panel, ...] = PANELS) -> bool:
+    """Draw the panels that have data from `metrics` (metrics.jsonl) into `output` (PNG).
+
+    Thin line: the values; thick line: their exponential average. Returns False, and writes nothing, when there is
+    nothing to draw.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display, no global state
+    from matplotlib.figure import Figure
+
+    series = read_series(metrics)
+    chosen = [(panel, found) for panel in panels if (found := _select(series, panel.pattern))]
+    if not chosen:
+        return False
+    columns = min(3, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.4 * rows + (0.4 if title else 0)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title, fontsize=13, fontweight="bold")
+    for index, (panel, found) in enumerate(chosen):
+        _draw_panel(figure.add_subplot(rows, columns, index + 1), panel, found)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
+    return True
+
+
+def _select(series: Series, pattern: str) -> Series:
+    found: Series = {}
+    for name, values in series.items():
+        match = re.fullmatch(pattern, name)
+        if match:
+            found[match.group(1) if match.groups() else name] = values
+    return found
+
+
+def _draw_panel(axes: Axes, panel: Panel, found: Series) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for index, (label, (steps, values)) in enumerate(sorted(found.items())):
+        colour = f"C{index}"
+        if len(steps) > _SMOOTHING_SPAN:
+            axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
+            axes.plot(steps, smoothed(values), color=colour, linewidth=2, label=label)
+        else:
+            axes.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
+    every = [value for _, values in found.values() for value in values]
+    if panel.log and min(every) > 0 and max(every) > _LOG_RANGE * min(every):
+        axes.set_yscale("log")
+    axes.set_title(panel.title, fontsize=11)
+    axes.set_xlabel("optimizer step", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(found) > 1:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def smoothed(values: list[float], span: int = _SMOOTHING_SPAN) -> npt.NDArray[np.float64]:
+    """Exponential average with the start-up bias divided out. [n] -> [n]."""
+    keep = 1 - 2 / (span + 1)
+    total = weight = 0.0
+    result = np.empty(len(values))
+    for index, value in enumerate(values):
+        total, weight = keep * total + value, keep * weight + 1
+        result[index] = total / weight
+    return result

@@ -1,0 +1,93 @@
+"""The run's own record of its metrics: `metrics.jsonl`, one JSON object a line.
+
+A line is `{"step": 3, "time": 1795365066.5, "metrics": {"reward/judge": 0.61}, "skipped": ["reward/ocr"]}`. Values that
+do not exist (None, NaN, infinite) stand under `skipped`, never as 0. The file is the source of plots and of what is
+sent to MLflow again after a change of server.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Metrics logged together: optimizer step, Unix time in seconds, finite values, keys without a value."""
+
+    step: int
+    time: float
+    metrics: dict[str, float]
+    skipped: list[str]
+
+
+def make_entry(step: int, time: float, values: Mapping[str, Any]) -> Entry:
+    """Split `values` into finite floats and the keys that have none. Numbers may be Python, numpy or torch scalars."""
+    metrics, skipped = {}, []
+    for key, value in values.items():
+        number = math.nan if value is None else float(value)
+        if math.isfinite(number):
+            metrics[key] = number
+        else:
+            skipped.append(key)
+    return Entry(int(step), time, metrics, skipped)
+
+
+class Journal:
+    """Appends entries to `<folder>/metrics.jsonl`. Unless `resume`, an older file is moved aside, never overwritten."""
+
+    def __init__(self, folder: Path, *, resume: bool) -> None:
+        self.path = folder / FILE_NAME
+        if self.path.exists() and not resume:
+            self.path.rename(_free_name(self.path))
+        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
+        self._file = self.path.open("a", encoding="utf-8")
+        if torn:  # killed in the middle of a line: begin a new one
+            self._file.write("\n")
+
+    def append(self, entry: Entry) -> None:
+        """Write one line and hand it to the operating system. Raises OSError (disk full, folder gone)."""
+        record: dict[str, Any] = {"step": entry.step, "time": round(entry.time, 3), "metrics": entry.metrics}
+        if entry.skipped:
+            record["skipped"] = entry.skipped
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_entries(path: Path) -> Iterator[Entry]:
+    """Entries in the order written. A line torn by a kill is passed over; it can only be the last of a process."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            yield Entry(record["step"], record["time"], record["metrics"], record.get("skipped", []))
+
+
+def read_series(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Per metric its steps in ascending order and the values.
+
+    A step that was logged twice (a resumed run repeats the steps after its checkpoint) keeps the later value.
+    """
+    values: dict[str, dict[int, float]] = {}
+    for entry in read_entries(path):
+        for key, value in entry.metrics.items():
+            values.setdefault(key, {})[entry.step] = value
+    return {key: (sorted(by_step), [by_step[step] for step in sorted(by_step)]) for key, by_step in values.items()}
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (candidate := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return candidate

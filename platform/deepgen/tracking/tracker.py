@@ -1,0 +1,416 @@
+"""One run's record: metrics, pictures and files to the run folder first, and to MLflow in the background.
+
+Left out on purpose: MLflow's global "active run" (two trackers in one process would mix), its own asynchronous queue
+(it logs out of order, gives up for good on the first error and can hold the exit for minutes) and its telemetry.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from deepgen.config.errors import UserError
+from deepgen.tracking.journal import Entry, Journal, make_entry, read_entries
+from deepgen.tracking.provenance import run_tags
+from deepgen.tracking.sender import MAX_BATCH, Sender, SenderCounts
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    from deepgen.config.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+RUN_ID_FILE = "mlflow_run_id"
+START_DEADLINE_S = 60.0
+CLOSE_DEADLINE_S = 60.0
+_MAX_PARAM_LENGTH = 6000
+_MAX_PARAMS_PER_REQUEST = 100
+# Errors of the content, not of the connection: sending the same thing again cannot help.
+_REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"})
+
+
+class Tracker:
+    """Records a run under `<settings.run.dir>/<settings.run.name>/` and in MLflow.
+
+    Use as a context manager, or call `start()` and `close()`. Where MLflow's data go: `settings.tracking.uri`, else the
+    environment's MLFLOW_TRACKING_URI, else `sqlite:///<run.dir>/mlflow.db` with artifacts in `<run.dir>/mlartifacts`.
+    With `settings.run.resume` the run whose id stands in `<run folder>/mlflow_run_id` goes on.
+
+    When two processes of one program record a run (the driver its evaluation, the learner its steps), the later one
+    passes `attach`: it goes on with the run the first one began. `log`, `log_images` and `log_file` never raise for a tracker's trouble and never wait for
+    a server; what went wrong is counted (`counts`) and warned about.
+    """
+
+    def __init__(
+        self, settings: Settings, stage: str, *, attach: bool = False, start_deadline_s: float = START_DEADLINE_S
+    ) -> None:
+        self.folder = (Path(settings.run.dir) / settings.run.name).resolve()
+        self.uri = tracking_uri(settings)
+        self.run_id = ""
+        self.experiment_id = ""
+        self.skipped_values = 0  # metrics that had no finite value
+        self.journal_failures = 0  # lines of metrics.jsonl that could not be written
+        self._settings, self._stage, self._start_deadline_s = settings, stage, start_deadline_s
+        self._goes_on = attach or settings.run.resume
+        self._client: MlflowClient | None = None
+        self._journal: Journal | None = None
+        self._sender: Sender | None = None
+
+    def start(self) -> Tracker:
+        """Open the journal and begin or continue the MLflow run.
+
+        Raises UserError when the run folder cannot be written, or the tracking server does not answer in time.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "images").mkdir(exist_ok=True)
+            self._journal = Journal(self.folder, resume=self._goes_on)
+        except OSError as error:
+            raise UserError(f"run.dir: cannot write the run folder {self.folder}: {error.strerror or error}") from error
+        _quiet_mlflow()
+        history = _call_with_deadline(
+            self._open_run, self._start_deadline_s, f"tracking.uri: no answer from {_shown(self.uri)}"
+        )
+        hint = f"Every number is kept in {self._journal.path}."
+        self._sender = Sender(_is_refusal, hint)
+        for entry in history:
+            self._send_entry(entry)
+        return self
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record numbers of optimizer step `step`. Values: float-like (Python, numpy, torch scalar) or None.
+
+        None, NaN and infinite values are left out and counted, never written as 0.
+        """
+        entry = make_entry(step, time.time(), {_clean(key): value for key, value in metrics.items()})
+        self.skipped_values += len(entry.skipped)
+        self._write(entry)
+        self._send_entry(entry)
+
+    def log_images(self, key: str, step: int, image: Image.Image | np.ndarray) -> None:
+        """Record a picture of step `step` (PIL, or uint8 [H, W, 3]); MLflow shows the pictures of one `key` by step.
+
+        A copy lies in `<run folder>/images/<key>-<step>.png`.
+        """
+        name = _clean(key)
+        picture = Image.fromarray(image.copy()) if isinstance(image, np.ndarray) else image.copy()
+        path = self.folder / "images" / f"{name.replace('/', '_')}-{step:06d}.png"
+        self._put(_ImageItem(self._mlflow, self.run_id, name, int(step), _milliseconds(time.time()), path, picture))
+
+    def log_file(self, path: Path) -> None:
+        """Attach a finished file (table, picture, plot) to the MLflow run."""
+        self._put(_FileItem(self._mlflow, self.run_id, Path(path)))
+
+    def counts(self) -> SenderCounts:
+        """Failed attempts, refused records and records that still wait for the server."""
+        return self._sender.counts() if self._sender else SenderCounts()
+
+    def flush(self, deadline_s: float = CLOSE_DEADLINE_S) -> bool:
+        """Wait until the server has everything. False when `deadline_s` passed first."""
+        return self._sender.flush(deadline_s) if self._sender else True
+
+    def close(self, status: str = "FINISHED", *, deadline_s: float = CLOSE_DEADLINE_S) -> None:
+        """Deliver what waits and end the MLflow run as FINISHED, FAILED or KILLED. A second call does nothing."""
+        if self._sender is None:
+            return
+        self._sender.put(_EndItem(self._mlflow, self.run_id, status))
+        sender, self._sender = self._sender, None
+        undelivered = sender.close(deadline_s)
+        if self._journal is not None:
+            self._journal.close()
+        if undelivered:
+            message = "TRACKING: %d records did not reach %s (%s). Every number is kept in %s."
+            error = sender.counts().last_error or f"not within {deadline_s:.0f} s"
+            logger.warning(message, undelivered, _shown(self.uri), error, self.folder / "metrics.jsonl")
+
+    def where(self) -> str:
+        """One line that tells a person how to see the run's page."""
+        if self.uri.startswith("sqlite:"):
+            return f"make ui   (mlflow ui --backend-store-uri {self.uri})"
+        page = f"#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"{_shown(self.uri).rstrip('/')}/{page}"
+
+    def __enter__(self) -> Tracker:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close("FINISHED")
+        else:
+            self.close("KILLED" if issubclass(kind, KeyboardInterrupt | SystemExit) else "FAILED")
+
+    # --- MLflow run -------------------------------------------------------------------------------------------------
+
+    def _mlflow(self) -> MlflowClient:
+        if self._client is None:
+            from mlflow import MlflowClient  # 1.3 s: only where a run is recorded
+
+            self._client = MlflowClient(tracking_uri=self.uri)
+        return self._client
+
+    def _open_run(self) -> list[Entry]:
+        """Find or create experiment and run. Returns earlier entries that a new run lacks (resumed elsewhere)."""
+        client, id_file = self._mlflow(), self.folder / RUN_ID_FILE
+        self.experiment_id = self._experiment()
+        known = id_file.read_text().strip() if self._goes_on and id_file.exists() else ""
+        if known and _run_exists(client, known):
+            self.run_id = known
+            client.update_run(known, status="RUNNING")
+            self._describe(resumed=True)
+            return []
+        if known:
+            message = "the MLflow run %s is not at %s: a new run takes over the history from metrics.jsonl"
+            logger.warning(message, known, _shown(self.uri))
+        run = client.create_run(self.experiment_id, run_name=self._settings.run.name)
+        self.run_id = run.info.run_id
+        _write_atomically(id_file, self.run_id + "\n")
+        self._describe(resumed=False)
+        return list(read_entries(self.folder / "metrics.jsonl")) if self._goes_on else []
+
+    def _experiment(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        client, name = self._mlflow(), self._settings.tracking.experiment
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return str(client.create_experiment(name, artifact_location=self._artifacts()))
+            except MlflowException:  # another run of the same second may have made it
+                experiment = client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise
+        if experiment.lifecycle_stage != "active":
+            raise UserError(f"tracking.experiment: {name!r} was deleted in MLflow; restore it or give another name")
+        return str(experiment.experiment_id)
+
+    def _artifacts(self) -> str | None:
+        """Where pictures go: beside the sqlite file; with a server, where the server says (None)."""
+        if not self.uri.startswith("sqlite:"):
+            return None
+        return (Path(self._settings.run.dir).resolve() / "mlartifacts").as_uri()
+
+    def _describe(self, *, resumed: bool) -> None:
+        """Settings as parameters, provenance as tags. A resumed run keeps its first parameters, which MLflow does not
+        let change; a setting that differs now becomes a tag `resumed.<key>`."""
+        from mlflow.entities import Param, RunTag
+
+        client = self._mlflow()
+        params = {key: value[:_MAX_PARAM_LENGTH] for key, value in flatten(self._settings.model_dump()).items()}
+        tags = run_tags(self._stage)
+        if resumed:
+            before = client.get_run(self.run_id).data.params
+            changed = {key for key, value in params.items() if before.get(key, value) != value}
+            tags |= {f"resumed.{key}": params[key] for key in changed}
+            params = {key: value for key, value in params.items() if key not in before}
+        client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        items = [Param(_clean(key), value) for key, value in params.items()]
+        for start in range(0, len(items), _MAX_PARAMS_PER_REQUEST):
+            client.log_batch(self.run_id, params=items[start : start + _MAX_PARAMS_PER_REQUEST])
+
+    # --- delivery ---------------------------------------------------------------------------------------------------
+
+    def _write(self, entry: Entry) -> None:
+        if self._journal is None:
+            raise RuntimeError("Tracker.log before start()")
+        try:
+            self._journal.append(entry)
+        except (OSError, ValueError) as error:  # disk full, or closed: the numbers still go to the server
+            self.journal_failures += 1
+            if self.journal_failures == 1:
+                logger.warning("TRACKING: cannot write %s: %s", self._journal.path, error)
+
+    def _send_entry(self, entry: Entry) -> None:
+        if not entry.metrics:
+            return
+        from mlflow.entities import Metric
+
+        at = _milliseconds(entry.time)
+        metrics = [Metric(key, value, at, entry.step) for key, value in entry.metrics.items()]
+        for start in range(0, len(metrics), MAX_BATCH):
+            self._put(_MetricsItem(self._mlflow, self.run_id, metrics[start : start + MAX_BATCH]))
+
+    def _put(self, item: _MetricsItem | _ImageItem | _FileItem) -> None:
+        if self._sender is None:
+            raise RuntimeError("Tracker is not open: call start() before logging, and nothing after close()")
+        self._sender.put(item)
+
+
+def tracking_uri(settings: Settings) -> str:
+    """The MLflow address in force: setting, environment, or a sqlite file (absolute path) in `run.dir`."""
+    given = settings.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    return given or f"sqlite:///{Path(settings.run.dir).resolve() / 'mlflow.db'}"
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as {"run.seed": "0", ...}; values as text."""
+    flat: dict[str, str] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = str(value)
+    return flat
+
+
+# --- items of the sender --------------------------------------------------------------------------------------------
+
+_Client = Callable[[], "MlflowClient"]
+
+
+@dataclass
+class _MetricsItem:
+    client: _Client
+    run_id: str
+    metrics: list[Metric]
+
+    def send(self) -> None:
+        # MLflow drops exact repetitions, so sending again after a lost answer is safe.
+        self.client().log_batch(self.run_id, metrics=self.metrics, synchronous=True)
+
+    def merge(self, other: Any) -> bool:
+        if not isinstance(other, _MetricsItem) or len(self.metrics) + len(other.metrics) > MAX_BATCH:
+            return False
+        self.metrics += other.metrics
+        return True
+
+
+@dataclass
+class _ImageItem:
+    client: _Client
+    run_id: str
+    key: str
+    step: int
+    timestamp: int
+    path: Path
+    image: Image.Image | None  # None once it lies in `path`: a long outage must not fill the memory
+
+    def send(self) -> None:
+        if self.image is not None:
+            self.image.save(self.path)
+            self.image = None
+        with Image.open(self.path) as image:
+            self.client().log_image(
+                self.run_id, image, key=self.key, step=self.step, timestamp=self.timestamp, synchronous=True
+            )
+
+    def merge(self, other: Any) -> bool:
+        return False
+
+
+@dataclass
+class _FileItem:
+    client: _Client
+    run_id: str
+    path: Path
+
+    def send(self) -> None:
+        self.client().log_artifact(self.run_id, str(self.path))
+
+    def merge(self, other: Any) -> bool:
+        return False
+
+
+@dataclass
+class _EndItem:
+    client: _Client
+    run_id: str
+    status: str
+
+    def send(self) -> None:
+        self.client().set_terminated(self.run_id, status=self.status)
+
+    def merge(self, other: Any) -> bool:
+        return False
+
+
+# --- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _call_with_deadline(function: Callable[[], list[Entry]], deadline_s: float, failure: str) -> list[Entry]:
+    """Run `function` in a daemon thread, so that a server that accepts and never answers cannot hold the program."""
+    result: list[list[Entry]] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            result.append(function())
+        except Exception as error:  # noqa: BLE001  carried to the caller's thread
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="tracking-start", daemon=True)
+    thread.start()
+    thread.join(deadline_s)
+    if result:
+        return result[0]
+    if not errors:
+        raise UserError(f"{failure} within {deadline_s:.0f} s; give a reachable server, or leave it empty for a file")
+    if isinstance(errors[0], UserError):
+        raise errors[0]
+    reason = _mask(str(errors[0]).strip().splitlines()[0][:200] if str(errors[0]).strip() else repr(errors[0]))
+    raise UserError(f"{failure}: {reason}; give a reachable server, or leave it empty for a file") from errors[0]
+
+
+def _quiet_mlflow() -> None:
+    """No telemetry, short timeouts (MLflow's own defaults hold an unreachable server for minutes), no migration log."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    import mlflow  # noqa: F401  its import sets the log levels that are lowered here
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _run_exists(client: MlflowClient, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+
+
+def _is_refusal(error: Exception) -> bool:
+    return getattr(error, "error_code", "") in _REFUSALS or isinstance(error, ValueError | FileNotFoundError)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _clean(key: str) -> str:
+    """A key that MLflow takes: letters, digits, `_`, `-`, `.`, `/` and spaces."""
+    return re.sub(r"[^\w./ -]", "_", key, flags=re.ASCII)
+
+
+def _shown(uri: str) -> str:
+    return _mask(uri)
+
+
+def _mask(text: str) -> str:
+    """Passwords in addresses do not belong into messages."""
+    return re.sub(r"(://[^:/@\s]+:)[^@/\s]+@", r"\1***@", text)
+
+
+def _milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)

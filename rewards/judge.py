@@ -1,0 +1,176 @@
+"""VLM judge: the probability that a Qwen2.5-VL answers Yes to "Does this image show ...?".
+
+vLLM runs inside this process (the actor of the pool). The probability is sigmoid(log p(Yes) - log p(No)) of the first
+answered token, so it is smooth where a sampled answer would be 0 or 1, and no text has to be parsed (the reference
+parses a generated verdict and counts what it can't parse as half a win, M3.8 a).
+
+`judge_prompt` and `judge_image` define what the judge sees; a program that trains one uses the same two functions.
+
+Left out in this version: references. An edit is judged by its result alone, against the description of the result.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from PIL import Image
+
+from deepgen.config.errors import UserError
+from rewards.base import RewardRequest, existing_folder
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput
+
+log = logging.getLogger(__name__)
+
+JUDGE_QUESTION = "Does this image show {answer}? Answer Yes or No."
+JUDGE_PIXELS = 112 * 112
+YES, NO = "Yes", "No"
+PATCH = 28  # pixels of one visual token: patches of 14, merged 2 x 2
+PROMPT_TOKENS = 512  # room for the text of a prompt
+CPU_KV_CACHE_BYTES = 64 << 20
+GPU_MEMORY_SHARE = 0.85
+
+
+def judge_prompt(answer: str) -> str:
+    """The whole text the judge gets, without a system turn; one `<|image_pad|>` stands for the image."""
+    question = JUDGE_QUESTION.format(answer=answer)
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    return f"<|im_start|>user\n{image}\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def judge_image(image: np.ndarray, min_pixels: int = JUDGE_PIXELS, max_pixels: int = JUDGE_PIXELS) -> Image.Image:
+    """The image as the judge gets it: area brought into the range, sides rounded to multiples of 28 (bicubic).
+
+    Args:
+        image: uint8 [H, W, 3], RGB.
+        min_pixels, max_pixels: of the judge's image processor. The defaults make every square 112 x 112.
+    """
+    height, width = image.shape[:2]
+    scale = math.sqrt(min(max(height * width, min_pixels), max_pixels) / (height * width))
+    cells = [max(1, round(side * scale / PATCH)) for side in (height, width)]
+    if cells[0] * cells[1] * PATCH**2 > max_pixels:
+        cells = [max(1, math.floor(side * scale / PATCH + 1e-6)) for side in (height, width)]
+    size = (cells[1] * PATCH, cells[0] * PATCH)
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+
+
+class JudgeReward:
+    """Probability of Yes, 0..1.
+
+    Args:
+        path: transformers folder of a Qwen2.5-VL with tokenizer and image processor. The range of pixels is the image
+            processor's.
+        batch_size: most requests in the engine at a time.
+
+    Raises:
+        UserError: the folder is missing or holds another model, or Yes or No is not one token.
+    """
+
+    name = "judge"
+
+    def __init__(self, path: str | Path, batch_size: int = 64) -> None:
+        folder = existing_folder(self.name, path, "config.json")
+        _prepare_process()
+        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+        model_type = AutoConfig.from_pretrained(folder).model_type
+        if model_type != "qwen2_5_vl":
+            raise UserError(f"rewards.judge.path: {str(folder)!r} holds a {model_type!r} model; wanted a 'qwen2_5_vl'")
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._yes, self._no = (self._single_token(word, folder) for word in (YES, NO))
+        pixels = AutoImageProcessor.from_pretrained(folder).size
+        self.pixel_range = (int(pixels["shortest_edge"]), int(pixels["longest_edge"]))
+        self._engine = _engine(folder, batch_size, self.pixel_range[1])
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """Reads `path` and `batch_size`."""
+        return cls(settings["path"], settings["batch_size"])
+
+    @staticmethod
+    def applies(request: RewardRequest) -> bool:
+        """True when there are words to ask about."""
+        return bool(request.target.strip())
+
+    def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
+        """Probability of Yes a request; None when the description is too long for the judge's context."""
+        from vllm import SamplingParams, TextPrompt
+
+        scores: list[float | None] = [None] * len(requests)
+        prompts: dict[int, TextPrompt] = {}
+        for index, request in enumerate(requests):
+            text = judge_prompt(request.target)
+            if len(self._tokenizer(text).input_ids) > PROMPT_TOKENS:
+                log.warning("judge: description of %d characters is too long, not scored", len(request.target))
+                continue
+            image = judge_image(request.image, *self.pixel_range)
+            prompts[index] = TextPrompt(prompt=text, multi_modal_data={"image": image})
+        sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=2, logprob_token_ids=[self._yes, self._no])
+        outputs = self._engine.generate(list(prompts.values()), sampling, use_tqdm=False)
+        for index, output in zip(prompts, outputs, strict=True):
+            scores[index] = self._probability(output)
+        return scores
+
+    def _probability(self, output: RequestOutput) -> float:
+        """sigmoid(log p(Yes) - log p(No)) of the first generated token."""
+        logprobs = output.outputs[0].logprobs
+        assert logprobs is not None  # asked for in the sampling parameters
+        first = logprobs[0]
+        return 1.0 / (1.0 + math.exp(first[self._no].logprob - first[self._yes].logprob))
+
+    def _single_token(self, word: str, folder: Path) -> int:
+        ids = self._tokenizer.encode(word, add_special_tokens=False)
+        if len(ids) != 1 or ids[0] == self._tokenizer.unk_token_id:
+            raise UserError(
+                f"rewards.judge.path: the tokenizer in {str(folder)!r} has no single token for {word!r}: {ids}"
+            )
+        return int(ids[0])
+
+
+def _prepare_process() -> None:
+    """What vLLM reads from the environment, set before it is imported; a value that is already there stays."""
+    wanted = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: killed with its actor, starts sooner
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are shared with the rest of the run
+        "OMP_NUM_THREADS": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings on a CPU are many, one for every image among them
+    }
+    for key, value in wanted.items():
+        os.environ.setdefault(key, value)
+
+
+def _engine(folder: Path, batch_size: int, max_pixels: int) -> Any:
+    """vLLM's offline engine. Untyped: importing its classes costs seconds, and only this process may do it."""
+    import torch
+    from vllm import LLM
+
+    on_gpu = torch.cuda.is_available()
+    device: dict[str, Any] = (
+        {"dtype": "auto", "gpu_memory_utilization": GPU_MEMORY_SHARE}
+        if on_gpu
+        else {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
+    )
+    return LLM(
+        model=str(folder),
+        distributed_executor_backend="uni",
+        max_model_len=max_pixels // PATCH**2 + PROMPT_TOKENS + 1,
+        max_num_seqs=batch_size,
+        limit_mm_per_prompt={"image": 1, "video": 0},
+        # `judge_image` has sized the image already; this keeps the processor from rounding it once more.
+        mm_processor_kwargs={"size": {"shortest_edge": PATCH**2, "longest_edge": max_pixels}},
+        # Every image is new, and what is asked twice is answered by the pool's cache.
+        mm_processor_cache_gb=0,
+        enable_prefix_caching=False,
+        seed=0,
+        use_tqdm_on_load=False,
+        **device,
+    )

@@ -1,0 +1,89 @@
+"""Fixtures all tests share, and the environment every process of a test run gets.
+
+The environment is set while this file is imported, before any test module can import ray or torch: Ray reads its
+authentication settings once, and its processes inherit the rest.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from cpu_stack_hook import build_of
+
+ROOT = Path(__file__).resolve().parent.parent
+# Ray's sockets lie under RAY_TMPDIR, and the path of a Unix socket ends at 107 characters.
+RAY_TMPDIR = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
+
+
+def _torch_is_cpu_build() -> bool:
+    spec = importlib.util.find_spec("torch")
+    return spec is not None and spec.origin is not None and build_of("torch", Path(spec.origin).parent.parent) == "cpu"
+
+
+def _set_environment() -> None:
+    for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        os.environ.pop(name, None)  # a test never joins somebody's cluster, nor writes to somebody's server
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "RAY_TMPDIR": str(RAY_TMPDIR),
+        # Token authentication stays on, with a token of this run only: nothing is written into the home folder.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
+        # torch looks for ninja on the PATH; the checkout comes before whatever copy of the packages is installed.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "PYTHONPATH": str(ROOT),
+    }
+    if _torch_is_cpu_build():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+_set_environment()
+
+
+def pytest_sessionfinish() -> None:
+    """Remove Ray's session folders; its processes have ended with their fixtures."""
+    shutil.rmtree(RAY_TMPDIR, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, np.ndarray]:
+    """Arrays computed by the reference implementation; tests/golden/README.md says what each one is."""
+    with np.load(ROOT / "tests" / "golden" / "reference.npz", allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+@pytest.fixture(scope="module")
+def ray_local() -> Iterator[ModuleType]:
+    """Ray, with a cluster of this test module's own (4 logical CPUs), ended after the module."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=256 * 2**20,
+        log_to_driver=False,
+    )
+    yield ray
+    ray.shutdown()

@@ -1,0 +1,99 @@
+"""Grids: geometry, wrapping, scaling, and that a picture is where it should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deepgen.tracking.grids import GridRow, before_after_grid, fit, font, image_grid, wrap
+
+RED, BLUE = (220, 30, 30), (30, 30, 220)
+
+
+def flat(colour: tuple[int, int, int], size: int = 64) -> np.ndarray:
+    return np.full((size, size, 3), colour, np.uint8)
+
+
+def pixels(image: Image.Image, colour: tuple[int, int, int]) -> int:
+    return int((np.asarray(image) == np.array(colour, np.uint8)).all(axis=-1).sum())
+
+
+def test_wrap_keeps_to_the_width_and_ends_in_an_ellipsis() -> None:
+    face = font(12)
+    text = "a very long caption about a purple dinosaur that goes on and on " * 3
+    lines = wrap(text, 160, face)
+    assert len(lines) == 3
+    assert lines[-1].endswith("…")
+    assert all(face.getlength(line) <= 160 for line in lines)
+    assert wrap("short", 160, face) == ["short"]
+    assert wrap("", 160, face) == [""]
+
+
+def test_wrap_breaks_a_word_without_spaces_and_loses_nothing() -> None:
+    word = "https://example.org/" + "x" * 60
+    lines = wrap(word, 100, font(12), max_lines=10)
+    assert "".join(lines) == word
+    assert all(font(12).getlength(line) <= 100 for line in lines)
+
+
+def test_fit_enlarges_and_shrinks_and_keeps_the_aspect() -> None:
+    assert fit(flat(RED), 160).size == (160, 160)
+    assert fit(Image.new("RGB", (200, 100)), 50).size == (50, 25)
+    assert fit(np.zeros((64, 32, 3), np.uint8), 160).size == (80, 160)
+
+
+def test_grid_shows_every_picture_and_source() -> None:
+    grid = image_grid(
+        [flat(RED), flat(BLUE), flat(RED)],
+        ["a red square", "make it blue", "another"],
+        [{"judge": 0.91, "ocr": None}, {"judge": 0.2}, {}],
+        columns=2,
+        sources=[None, flat((10, 200, 10)), None],
+        title="step 40",
+        cell=130,
+    )
+    assert pixels(grid, RED) == 2 * 128 * 128
+    assert pixels(grid, BLUE) == 128 * 128
+    assert pixels(grid, (10, 200, 10)) == (130 // 3 - 2) ** 2
+    assert grid.width == 2 * 24 + 2 * 130 + 14
+
+
+def test_grid_refuses_sequences_of_different_lengths() -> None:
+    with pytest.raises(ValueError, match="2 images, 1 captions"):
+        image_grid([flat(RED), flat(RED)], ["one"])
+    with pytest.raises(ValueError, match="0 images"):
+        image_grid([], [])
+
+
+def test_before_after_grid_is_saved_with_all_its_pictures(tmp_path: Path) -> None:
+    rows = [
+        GridRow("a red square", [flat(RED)] * 2, [flat(BLUE)] * 2, {"judge": 0.2}, {"judge": 0.8}, task="t2i"),
+        GridRow("make it blue", [flat(RED)] * 2, [flat(BLUE)] * 2, references=[flat((10, 200, 10))], task="edit"),
+    ]
+    path = tmp_path / "plots" / "grid.png"
+    grid = before_after_grid(path, rows, title="T", subtitle="s", cell=130)
+    saved = Image.open(path)
+    assert saved.size == grid.size
+    assert pixels(saved.convert("RGB"), RED) == pixels(saved.convert("RGB"), BLUE) == 4 * 128 * 128
+    assert pixels(saved.convert("RGB"), (10, 200, 10)) == 128 * 128
+
+
+def test_a_rise_is_green_and_a_fall_red(tmp_path: Path) -> None:
+    def row(before: float, after: float) -> GridRow:
+        return GridRow("x", [flat(RED)], [flat(BLUE)], {"judge": before}, {"judge": after})
+
+    green, red = (0x1A, 0x7F, 0x37), (0xC6, 0x28, 0x28)
+    up = before_after_grid(tmp_path / "up.png", [row(0.2, 0.8)])
+    down = before_after_grid(tmp_path / "down.png", [row(0.8, 0.2)])
+    assert pixels(up, green) > 20
+    assert pixels(up, red) == 0
+    assert pixels(down, red) > 20
+    assert pixels(down, green) == 0
+
+
+def test_before_after_grid_needs_rows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one row"):
+        before_after_grid(tmp_path / "x.png", [])

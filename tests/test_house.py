@@ -1,0 +1,64 @@
+"""Rules of the house that no linter knows: which way imports go, and what must stay light or small."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+# Each package and what it may import of the others: stages -> actors -> rewards, deepgen.
+MAY_IMPORT = {
+    "deepgen": set[str](),
+    "rewards": {"deepgen"},
+    "actors": {"rewards", "deepgen"},
+    "stages": {"actors", "rewards", "deepgen"},
+}
+ASSETS_BYTES = 48 * 10**6
+
+
+def sources(root: Path, package: str) -> list[Path]:
+    return sorted((root / ("platform/deepgen" if package == "deepgen" else package)).rglob("*.py"))
+
+
+def imported(file: Path) -> set[str]:
+    """Top-level names of all modules a file imports, wherever in the file."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_go_one_way(root: Path, package: str) -> None:
+    forbidden = set(MAY_IMPORT) - MAY_IMPORT[package] - {package}
+    found = {str(file.relative_to(root)): imported(file) & forbidden for file in sources(root, package)}
+    wrong = {file: names for file, names in found.items() if names}
+    assert not wrong
+
+
+def test_settings_import_neither_torch_nor_ray(root: Path) -> None:
+    heavy = {"torch", "ray", "transformers", "diffusers", "vllm"}
+    wrong = [file.name for file in (root / "platform/deepgen/config").glob("*.py") if imported(file) & heavy]
+    assert not wrong
+
+
+def test_rewards_know_nothing_of_ray(root: Path) -> None:
+    assert not [file.name for file in sources(root, "rewards") if "ray" in imported(file)]
+
+
+def test_files_can_be_read_in_one_sitting(root: Path) -> None:
+    long = {
+        str(file.relative_to(root)): lines
+        for package in MAY_IMPORT
+        for file in sources(root, package)
+        if (lines := len(file.read_text(encoding="utf-8").splitlines())) > 600
+    }
+    assert not long
+
+
+def test_assets_stay_small(root: Path) -> None:
+    assert sum(file.stat().st_size for file in (root / "assets").rglob("*") if file.is_file()) <= ASSETS_BYTES

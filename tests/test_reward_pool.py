@@ -1,0 +1,209 @@
+"""The reward pool on a real local Ray, with a reward that hangs, dies and fails on request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.reward_pool import NOT_APPLICABLE, CallTimeout, RewardPool, RewardPoolError, RewardScores, request_key
+from deepgen.config.errors import UserError
+from rewards.base import RewardRequest
+
+pytestmark = pytest.mark.ray
+
+FAKE = "tests.fake_rewards:FakeReward"
+
+
+def request(level: int, prompt: str = "a cat", answer: str = "") -> RewardRequest:
+    """A request that the fake reward scores with level / 255."""
+    return RewardRequest(prompt, answer, "t2i", np.full((8, 8, 3), level, dtype=np.uint8))
+
+
+def mishaps(folder: Path, kind: str, count: int) -> None:
+    for index in range(count):
+        (folder / f"{kind}-{index}").touch()
+
+
+def batches(folder: Path) -> list[int]:
+    """Sizes of the batches that were scored, without warm-ups."""
+    sizes = [int(line) for line in (folder / "calls").read_text().split()]
+    return [size for size in sizes if size != 1]
+
+
+def run(folder: Path, scenario: Callable[[RewardPool], Awaitable[Any]], **changes: Any) -> Any:
+    """Run a scenario on a started pool. `changes` are settings of the pool or arguments of its constructor."""
+    settings = {"path": str(folder), "replicas": 1, "batch_size": 4, "deadline_s": 60.0, "retries": 2}
+    arguments: dict[str, Any] = {"num_cpus": 0.1, "backoff_s": 0.01}
+    for key, value in changes.items():
+        (settings if key in settings else arguments)[key] = value
+
+    async def body() -> Any:
+        pool = RewardPool(FAKE, settings, **arguments)
+        await pool.start()
+        try:
+            return await scenario(pool)
+        finally:
+            pool.stop()
+
+    return asyncio.run(body())
+
+
+def levels(scores: RewardScores) -> list[int | None]:
+    return [None if value is None else round(value * 255) for value in scores.values]
+
+
+def test_scores_in_order_in_batches_and_from_two_replicas(ray_local: ModuleType, tmp_path: Path) -> None:
+    async def scenario(pool: RewardPool) -> list[RewardScores]:
+        groups = [[request(10 * group + index) for index in range(5)] for group in range(4)]
+        by_reference = ray_local.put([request(100 + index) for index in range(5)])
+        return await asyncio.gather(*(pool.score(group) for group in groups), pool.score(by_reference))
+
+    *groups, referenced = run(tmp_path, scenario, replicas=2)
+    assert [levels(scores) for scores in groups] == [[10 * g + i for i in range(5)] for g in range(4)]
+    assert levels(referenced) == [100, 101, 102, 103, 104]
+    assert all(scores.reasons == [None] * 5 for scores in groups)
+    sizes = batches(tmp_path)
+    assert max(sizes) == 4
+    assert len(sizes) < 5 * 5 / 2  # groups share calls
+
+
+def test_cache_answers_what_was_scored_before(ray_local: ModuleType, tmp_path: Path) -> None:
+    async def scenario(pool: RewardPool) -> tuple[RewardScores, RewardScores, dict[str, float]]:
+        first = await pool.score([request(1), request(2), request(3, "none")])
+        again = await pool.score([request(2), request(1, answer="a dog"), request(1), request(3, "none")])
+        return first, again, pool.counters()
+
+    first, again, totals = run(tmp_path, scenario)
+    assert (levels(first), levels(again)) == ([1, 2, None], [2, 1, 1, None])
+    assert first.counters["cache_hits"] == 0
+    assert again.counters["cache_hits"] == totals["cache_hits"] == 2  # another answer is another question; None is not kept
+    assert batches(tmp_path) == [3, 2]
+
+
+def test_cache_key_covers_all_that_a_reward_may_look_at() -> None:
+    image = np.zeros((8, 8, 3), dtype=np.uint8)
+    changed = image.copy()
+    changed[7, 7, 2] = 1
+    requests = [
+        RewardRequest("a", "b", "t2i", image),
+        RewardRequest("ab", "", "t2i", image),
+        RewardRequest("a", "b", "edit", image),
+        RewardRequest("a", "b", "t2i", changed),
+        RewardRequest("a", "b", "t2i", image.reshape(4, 16, 3)),
+        RewardRequest("a", "b", "t2i", image, (image,)),
+        RewardRequest("a", "b", "t2i", image, (changed,)),
+    ]
+    assert len({request_key(entry) for entry in requests}) == len(requests)
+    assert request_key(requests[0]) == request_key(RewardRequest("a", "b", "t2i", image.copy()))
+
+
+def test_unavailable_is_tried_again_and_then_succeeds(ray_local: ModuleType, tmp_path: Path) -> None:
+    mishaps(tmp_path, "unavailable", 2)
+
+    async def scenario(pool: RewardPool) -> RewardScores:
+        return await pool.score([request(7, "unavailable"), request(8)])
+
+    scores = run(tmp_path, scenario)
+    assert levels(scores) == [7, 8]
+    assert {key: scores.counters[key] for key in ("calls", "retries", "missing", "restarts")} == {
+        "calls": 3, "retries": 2, "missing": 0, "restarts": 0,
+    }  # fmt: skip
+
+
+def test_missing_scores_are_none_with_reason_and_counter(ray_local: ModuleType, tmp_path: Path) -> None:
+    mishaps(tmp_path, "unavailable", 9)
+
+    async def scenario(pool: RewardPool) -> tuple[RewardScores, RewardScores]:
+        return (
+            await pool.score([request(1, "unavailable"), request(2, "unavailable")]),
+            await pool.score([request(1, "none"), request(2, "nan"), request(3, "skip"), request(4)]),
+        )
+
+    down, odd = run(tmp_path, scenario, retries=1)
+    assert down.values == [None, None]
+    assert down.reasons[0] is not None
+    assert "the service is down (attempt 2, the last)" in down.reasons[0]
+    assert (down.counters["missing"], down.counters["calls"]) == (2, 2)
+    assert levels(odd) == [None, None, None, 4]
+    assert odd.reasons[2] == NOT_APPLICABLE
+    assert odd.counters["missing"] == 2  # a request that is never sent does not count
+
+
+def test_hanging_replica_is_replaced_and_its_request_scored(ray_local: ModuleType, tmp_path: Path) -> None:
+    mishaps(tmp_path, "hang", 1)
+
+    async def scenario(pool: RewardPool) -> tuple[RewardScores, dict[str, float], bool]:
+        before = pool.replica_actors()
+        scores = await pool.score([request(5, "hang"), request(6)])
+        return scores, pool.counters(), before != pool.replica_actors()
+
+    scores, totals, replaced = run(tmp_path, scenario, deadline_s=3.0)
+    assert levels(scores) == [5, 6]
+    assert replaced
+    assert (totals["timeouts"], totals["retries"], totals["restarts"]) == (1, 1, 1)
+
+
+def test_timeout_without_retries_is_missing_and_names_actor_call_and_age(ray_local: ModuleType, tmp_path: Path) -> None:
+    mishaps(tmp_path, "hang", 1)
+
+    async def scenario(pool: RewardPool) -> RewardScores:
+        return await pool.score([request(5, "hang")])
+
+    scores = run(tmp_path, scenario, deadline_s=2.0, retries=0)
+    assert scores.values == [None]
+    assert scores.reasons[0] is not None
+    assert "FakeReward reward #0: call 'score' has not answered after 2.0 s (deadline 2 s)" in scores.reasons[0]
+    assert (scores.counters["timeouts"], scores.counters["missing"]) == (1, 1)
+
+
+def test_killed_replica_is_replaced(ray_local: ModuleType, tmp_path: Path) -> None:
+    mishaps(tmp_path, "die", 1)
+
+    async def scenario(pool: RewardPool) -> tuple[RewardScores, RewardScores, dict[str, float]]:
+        during = await pool.score([request(1, "die"), request(2)])  # dies while it scores
+        ray_local.kill(pool.replica_actors()[0])  # dies while it waits
+        return during, await pool.score([request(3), request(4)]), pool.counters()
+
+    during, after, totals = run(tmp_path, scenario)
+    assert (levels(during), levels(after)) == ([1, 2], [3, 4])
+    assert totals["restarts"] == 2
+    assert totals["missing"] == 0
+
+
+def test_pool_without_replicas_fails_loud(ray_local: ModuleType, tmp_path: Path) -> None:
+    mishaps(tmp_path, "die", 9)
+
+    async def scenario(pool: RewardPool) -> None:
+        with pytest.raises(RewardPoolError, match=r"has no replica left; last: .* died during score"):
+            await asyncio.gather(pool.score([request(1, "die")]), pool.score([request(2, "die")]))
+        with pytest.raises(RewardPoolError, match="has no replica left"):
+            await pool.score([request(3)])
+
+    run(tmp_path, scenario, max_restarts=1, retries=5)
+
+
+def test_bugs_of_a_reward_are_raised_and_leave_the_pool_working(ray_local: ModuleType, tmp_path: Path) -> None:
+    async def scenario(pool: RewardPool) -> RewardScores:
+        with pytest.raises(ZeroDivisionError, match="a bug in the reward"):
+            await pool.score([request(1, "bug")])
+        return await pool.score([request(2)])
+
+    assert levels(run(tmp_path, scenario)) == [2]
+
+
+def test_start_reports_bad_settings_and_deadline(ray_local: ModuleType, tmp_path: Path) -> None:
+    async def never(pool: RewardPool) -> None:
+        raise AssertionError("the pool started")
+
+    with pytest.raises(UserError, match=r"^rewards\.fake\.path: no such folder"):
+        run(tmp_path / "nowhere", never)
+    with pytest.raises(CallTimeout, match="FakeReward reward #0: call 'start' has not answered"):
+        run(tmp_path, never, num_cpus=1000.0, start_deadline_s=0.5)
+    with pytest.raises(UserError, match="unknown reward 'nice'"):
+        RewardPool("nice", {})
