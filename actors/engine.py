@@ -83,6 +83,8 @@ class TrainingEngine:
         if self.zero_stage == 0:
             # Without ZeRO, DeepSpeed clips but does not say by how much; so the clipping is done here.
             optimizer.register_step_pre_hook(lambda *_: self._clip(train.grad_clip))
+        if self.zero_stage == 3:
+            _keep_whole(model, "vae")
         module = _Computed(model, device, settings.model.precision == "bf16")
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=_configuration(settings), dist_init_required=False
@@ -153,6 +155,16 @@ class TrainingEngine:
     def _clip(self, limit: float) -> None:
         norm = nn.utils.clip_grad_norm_([parameter for _, parameter in self.parameters], limit)
         self._plain_norm = float(norm)
+
+
+def _keep_whole(model: nn.Module, name: str) -> None:
+    """Hide a frozen part from ZeRO-3, which gathers a part whenever a rank uses it and hangs unless all do at once.
+
+    The VAE is such a part: a rank encodes only the images it has not cached.
+    """
+    part = model._modules.pop(name, None)
+    if part is not None:
+        object.__setattr__(model, name, part)
 
 
 @contextmanager

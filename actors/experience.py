@@ -18,19 +18,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from actors.evaluation import Evaluation, weighted_total
 from actors.fleet import ATTEMPTS, RolloutFleet
 from actors.rollout import EvaluationRequest, GroupImages, GroupRequest
 from actors.scoring import RewardRouter
 from actors.weights import PublishedWeights
-from deepgen.algorithms.advantages import AdvantageResult, group_advantages
 from deepgen.config import Settings, UserError
 from deepgen.data.records import Record
+
+if TYPE_CHECKING:
+    from deepgen.algorithms.advantages import AdvantageResult
 
 _EVALUATION_IMAGES = 16  # drawn by one call of an evaluation
 
@@ -48,7 +49,7 @@ class GroupBatch:
     task: str
     version: int  # of the policy that drew the samples
     advantages: np.ndarray  # float32 [G]
-    trajectory: Any  # Ray reference of the packed trajectory (`actors.rollout.unpack_group`)
+    trajectory: Any  # Ray reference of the packed trajectory (`actors.sampling.unpack_group`)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class PromptOrder:
 
 
 class ExperienceStream:
-    """See the module. `actors` are Ray handles of rollout actors by name; with `resume` nothing begins before `publish`."""
+    """See the module. `actors`: handles of rollout actors by name; with `resume` nothing begins before `publish`."""
 
     def __init__(
         self, settings: Settings, records: Sequence[Record], actors: dict[str, Any], *, resume: bool, gpus: bool = False
@@ -122,7 +123,8 @@ class ExperienceStream:
         """Wait until rollout actors and reward pools are ready; raises after cluster.start_deadline_s."""
         deadline = self._settings.cluster.start_deadline_s
         try:
-            await asyncio.wait_for(asyncio.gather(self._fleet.start(), self._rewards.start()), deadline)
+            parts = self._fleet.start(), self._rewards.start(), asyncio.to_thread(_import_libraries)
+            await asyncio.wait_for(asyncio.gather(*parts), deadline)
         except TimeoutError as error:
             raise TimeoutError(f"rollout actors and reward pools were not ready within {deadline:.0f} s") from error
 
@@ -162,6 +164,10 @@ class ExperienceStream:
 
     def _advantages(self, groups: Sequence[_Group]) -> AdvantageResult:
         """Over all groups of the step together, so that they do not depend on the number of ranks."""
+        import torch
+
+        from deepgen.algorithms.advantages import group_advantages
+
         algorithm, size, world = self._settings.algorithm, len(groups[0].scores), self._settings.train.workers
         weights = np.stack([self._rewards.weights(group.request.record) for group in groups])  # [groups, K]
         return group_advantages(
@@ -337,3 +343,8 @@ class ExperienceStream:
                 metrics[f"reward/{name}"] = float(scores[had, k].mean())
                 metrics[f"reward_normalised/{name}"] = float(np.abs(result.normalised[:, k].numpy()[had]).mean())
         return metrics | self._rewards.counters(), tally
+
+
+def _import_libraries() -> None:
+    """Seconds of import, spent while models load instead of when the first scores are there."""
+    import deepgen.algorithms.advantages  # noqa: F401

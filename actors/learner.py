@@ -25,7 +25,7 @@ from actors.checkpoints import CheckpointStore, Manifest
 from actors.ema import Ema
 from actors.engine import TrainingEngine, Weights, learning_rate
 from deepgen.config.errors import UserError
-from deepgen.data.collate import stable_seed
+from deepgen.diffusion.rollout import stable_seed
 from deepgen.tracking.progress import Phases, Progress
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ Left out: several updates on one batch, GRPO-Guard's ratio normalisation, Diffus
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from actors.evaluation import GRID_PROMPTS, Evaluation, choose_records, grid, he
 from actors.experience import GroupBatch, RankBatch
 from actors.learner import Metrics, Parts, StepContext, WorkerContext
 from actors.objectives import FlowMatching, FlowMatchingMicro
-from actors.rollout import LearnerGroup, unpack_group
+from actors.sampling import LearnerGroup, unpack_group
 from actors.weights import publish_weights
 from deepgen.algorithms.losses import PolicyStep, clipped_policy_loss, kl_divergence
 from deepgen.config import Settings
@@ -324,20 +323,15 @@ class _Scored:
     log_prob: Tensor  # [B] fp32
 
 
-# -- stage ------------------------------------------------------------------------------------------------------------
+# -- both, for the stage ---------------------------------------------------------------------------------------------
 
 
-def _build(stream: Any, context: WorkerContext) -> Parts:
+def build_rl(context: WorkerContext, stream: Any) -> Parts:
+    """Source and objective of rl; `stream` is the handle of the experience stream."""
     settings = context.settings
     if not settings.algorithm.sft_coef:
         return ExperienceSource(context, stream, None), MRGRPO.for_worker(context, None)
     data = TrainingSet.read(settings.data.train, settings.data.image_size)
     context.say(f"{len(data)} records for the auxiliary loss")
-    auxiliary = FlowMatching.for_worker(data, context)
     source = ExperienceSource(context, stream, AuxiliaryRecords(data, settings))
-    return source, MRGRPO.for_worker(context, auxiliary)
-
-
-def build_rl(stream: Any) -> Callable[[WorkerContext], Parts]:
-    """The maker of source and objective for `actors.launch.LearnerJob`, given the handle of the experience stream."""
-    return functools.partial(_build, stream)
+    return source, MRGRPO.for_worker(context, FlowMatching.for_worker(data, context))

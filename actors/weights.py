@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from deepgen.models.checkpoint import weights_checksum
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 SHARD_BYTES = 512 << 20  # several objects of this size travel better than one of many gigabytes
 
@@ -38,7 +37,9 @@ def publish_weights(version: int, weights: Mapping[str, Tensor]) -> PublishedWei
     """Put the policy's weights (name -> tensor, all of them on this rank) into the object store."""
     import ray
 
-    arrays = {name: tensor.detach().to("cpu", torch.float32).numpy() for name, tensor in weights.items()}
+    from deepgen.models.checkpoint import weights_checksum
+
+    arrays = {name: tensor.detach().cpu().float().numpy() for name, tensor in weights.items()}
     refs = tuple(ray.put(shard) for shard in _shards(arrays))
     return PublishedWeights(version, weights_checksum(weights.items()), tuple(weights), refs)
 
@@ -53,20 +54,23 @@ def fetch_weights(published: PublishedWeights, deadline_s: float) -> dict[str, n
     return arrays
 
 
-@torch.no_grad()
 def load_weights(model: nn.Module, arrays: Mapping[str, np.ndarray], published: PublishedWeights) -> None:
     """Copy fetched arrays into the model's parameters of the same names and compare checksums."""
+    import torch
+
     parameters = dict(model.named_parameters())
     unknown = [name for name in arrays if name not in parameters]
     if unknown:
         raise WeightsMismatchError(f"weights of version {published.version}: the policy has no parameter {unknown[0]}")
     for name, array in arrays.items():
-        parameters[name].copy_(torch.tensor(array))
+        parameters[name].data.copy_(torch.tensor(array))
     verify_weights(model, published)
 
 
 def verify_weights(model: nn.Module, published: PublishedWeights) -> None:
     """Raise WeightsMismatchError, naming both checksums, unless the model holds exactly the published version."""
+    from deepgen.models.checkpoint import weights_checksum
+
     parameters = dict(model.named_parameters())
     here = weights_checksum((name, parameters[name]) for name in published.names)
     if here != published.checksum:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from actors.rollout import GroupRequest, RolloutActor
+from actors.rollout import GroupRequest
+from actors.sampling import PolicySampler
 from benchmarks.common import Result, Shape, bare_dit, bare_inputs, compare, joined_size, recipe
 from deepgen.data.dataset import image_to_tensor
 from deepgen.data.records import Record, decode_image, read_records
@@ -21,15 +22,14 @@ from deepgen.models.unified import UnifiedModel
 def run(weights: Path, repeats: int, threads: int) -> list[Result]:
     """Results for a generation and for an edit prompt of the tiny world, with recipe tiny-rl's rollout settings."""
     settings = recipe("tiny-rl", weights, f"rollout.threads={threads}")
-    actor = RolloutActor(settings, "benchmark")
-    model = UnifiedModel.from_folder(weights, padding=settings.model.padding).eval()
+    sampler = PolicySampler(settings)
     records = read_records(settings.data.prompts)
     group, steps = settings.rollout.group_size, settings.rollout.num_steps
     results = []
     for task in ("t2i", "edit"):
         record = next(record for record in records if record.task == task)
         request = GroupRequest(number=0, step=0, epoch=0, record=record)
-        shape = replace(_shape(model, record, settings.data.image_size), batch=group)
+        shape = replace(_shape(sampler.model, record, settings.data.image_size), batch=group)
         inputs, dit = bare_inputs(shape), bare_dit().eval()
 
         @torch.no_grad()
@@ -38,7 +38,7 @@ def run(weights: Path, repeats: int, threads: int) -> list[Result]:
                 dit(**inputs)
 
         def ours(request: GroupRequest = request) -> None:
-            actor.sample_group(request, None)
+            sampler.sample_group(request)
 
         shapes = f"{group} x {steps} steps, {shape.height}x{shape.width} latents, {shape.context} context"
         results.append(compare(f"rollout, {task}", shapes, group, ours, floor, repeats))

@@ -1,4 +1,4 @@
-"""Rewards that misbehave on request, for the tests of the pool. They keep their state in files: replicas come and go."""
+"""A reward that misbehaves on request, for the tests of the pool. Its state is in files: replicas come and go."""
 
 from __future__ import annotations
 

@@ -1,53 +1,101 @@
-"""Processes for learner tests: ``python tests/learner_workers.py JOB.json`` runs one worker of a gloo group without Ray."""
+"""Processes for learner tests: ``python tests/learner_workers.py JOB`` is one worker of a gloo group without Ray."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def start_workers(
-    tmp: Path, overrides: list[str], *, world: int = 1, die_after: int = 0, noise: float = 0.0
-) -> list[subprocess.Popen[str]]:
-    """Start ``world`` workers that train the toy model with these settings; each dies hard after ``die_after`` steps."""
-    tmp.mkdir(parents=True, exist_ok=True)
-    rendezvous = tmp / f"rendezvous-{len(list(tmp.glob('rendezvous-*')))}"
+def run_workers(folder: Path, runs: Sequence[dict[str, Any]], *, world: int = 1, exit_code: int = 0) -> str:
+    """Train each of ``runs`` in turn on ``world`` workers and wait; what the workers printed.
+
+    A run is {"overrides": [...]} plus, as wanted, "stage" (default: the toy model), "noise" (toy) and "die_after": the
+    worker then ends hard, as by a kill, in the step after that many.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rendezvous = folder / f"rendezvous-{len(list(folder.glob('rendezvous-*')))}"
     processes = []
     for rank in range(world):
-        job = {
-            "rank": rank, "world": world, "rendezvous": str(rendezvous), "overrides": overrides,
-            "die_after": die_after, "noise": noise,
-        }  # fmt: skip
+        job = {"rank": rank, "world": world, "rendezvous": str(rendezvous), "runs": list(runs)}
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-        }  # fmt: skip
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+        }
         command = [sys.executable, str(Path(__file__)), json.dumps(job)]
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
-    return processes
-
-
-def finish(processes: list[subprocess.Popen[str]], expected: int = 0) -> str:
-    """Wait for the workers; their output."""
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    codes = [process.returncode for process in processes]
-    assert codes == [expected] * len(codes), "\n".join(outputs)
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [exit_code] * world, "\n".join(outputs)
     return "\n".join(outputs)
 
 
-class _Dying:
-    """A source that ends its process, as a kill does, in the middle of the step after ``die_after`` whole ones."""
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    import torch.distributed as dist
 
-    def __init__(self, source: Any, die_after: int) -> None:
-        self._source, self._left = source, die_after
+    from actors.launch import prepare_process
+    from deepgen.config import load_settings
+
+    for number, run in enumerate(job["runs"]):
+        settings = load_settings(None, run["overrides"])
+        if number == 0:
+            prepare_process(settings)
+            method = f"file://{job['rendezvous']}"
+            dist.init_process_group("gloo", init_method=method, rank=job["rank"], world_size=job["world"])
+        start = _train_toy if "stage" not in run else _train_stage
+        start(settings, run, job["rank"], job["world"])
+    dist.destroy_process_group()
+
+
+def _train_stage(settings: Any, run: dict[str, Any], rank: int, world: int) -> None:
+    from actors.launch import LearnerJob, run_worker
+    from actors.objectives import build_flow_matching
+
+    build = functools.partial(_build, build_flow_matching, run.get("die_after", 0))
+    run_worker(LearnerJob(run["stage"], settings, build, gpus=False), "", rank, world)
+
+
+def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> None:
+    import torch
+    from toy import ToyModel, ToyObjective, ToySource
+
+    from actors.checkpoints import CheckpointStore
+    from actors.learner import WorkerContext, train
+
+    class Log:
+        def log(self, step: int, metrics: dict[str, float]) -> None:
+            with (Path(settings.run.dir) / f"{settings.run.name}.jsonl").open("a") as stream:
+                stream.write(json.dumps({"step": step} | metrics) + "\n")
+
+    model: Any = ToyModel()
+    tracker: Any = Log() if rank == 0 else None
+    context = WorkerContext("rl", settings, model, rank, world, torch.device("cpu"), tracker, print)
+    parts = (ToySource(), ToyObjective(run.get("noise", 0.0)))
+    build = functools.partial(_build, lambda _: parts, run.get("die_after", 0))
+    train(context, build, CheckpointStore(settings, "rl"), settings.run.resume)
+
+
+def _build(build: Callable[[Any], Any], die_after: int, context: Any) -> Any:
+    source, objective = build(context)
+    return (_Dying(source, die_after) if die_after else source), objective
+
+
+class _Dying:
+    """A source whose process ends, without any goodbye, when it is asked for one batch more than ``batches``."""
+
+    def __init__(self, source: Any, batches: int) -> None:
+        self._source, self._left = source, batches
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
@@ -57,35 +105,6 @@ class _Dying:
             os._exit(9)
         self._left -= 1
         return self._source.next(step, rank, world)
-
-
-def main() -> None:
-    job = json.loads(sys.argv[1])
-    import torch
-    import torch.distributed as dist
-    from toy import ToyModel, ToyObjective, ToySource
-
-    from actors.checkpoints import CheckpointStore
-    from actors.learner import WorkerContext, train
-    from deepgen.config import load_settings
-
-    torch.set_num_threads(1)
-    settings = load_settings(None, job["overrides"])
-    dist.init_process_group("gloo", init_method=f"file://{job['rendezvous']}", rank=job["rank"], world_size=job["world"])
-
-    class Recorder:
-        def log(self, step: int, metrics: dict[str, float]) -> None:
-            with (Path(settings.run.dir) / "log.jsonl").open("a") as stream:
-                stream.write(json.dumps({"step": step} | metrics) + "\n")
-
-    context = WorkerContext(
-        "rl", settings, ToyModel(), job["rank"], job["world"], torch.device("cpu"),  # type: ignore[arg-type]
-        Recorder() if job["rank"] == 0 else None, print if job["rank"] == 0 else lambda line: None,  # type: ignore[arg-type]
-    )  # fmt: skip
-    source = _Dying(ToySource(), job["die_after"]) if job["die_after"] else ToySource()
-    parts = (source, ToyObjective(job["noise"]))
-    train(context, lambda _: parts, CheckpointStore(settings, "rl"), settings.run.resume)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

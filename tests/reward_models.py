@@ -7,29 +7,8 @@ from pathlib import Path
 import torch
 
 VISION_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-WORDS = (
-    "Yes",
-    "No",
-    *[
-        "Does",
-        "this",
-        "image",
-        "show",
-        "Answer",
-        "or",
-        "a",
-        "an",
-        "the",
-        "red",
-        "green",
-        "blue",
-        "apple",
-        "cat",
-        "sign",
-        "car",
-        "user",
-    ],
-)
+SENTENCES = "Yes No Does this image show Answer or a an the red green blue apple cat sign car user"
+WORDS = tuple(SENTENCES.split())
 
 
 def make_clip_folder(folder: Path, *, image_size: int = 32, projection: int = 16, end_token: bool = True) -> Path:
@@ -37,7 +16,9 @@ def make_clip_folder(folder: Path, *, image_size: int = 32, projection: int = 16
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<sot>", "<eot>", *map(str.lower, WORDS)])}
+    vocabulary = {
+        word: i for i, word in enumerate(["<pad>", "<unk>", "<sot>", "<eot>", *(word.lower() for word in WORDS)])
+    }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

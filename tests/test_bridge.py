@@ -57,9 +57,9 @@ def test_fresh_bridge_gives_zero_conditioning_and_the_inits_of_the_paper():
     assert not context.any()
     assert not pooled.any()
     assert bridge.meta_queries.std().item() == pytest.approx(architecture.vlm_hidden**-0.5, rel=0.1)
-    layer = bridge.connector.layers[0]
-    assert not layer.self_attn.q_proj.bias.any()
-    assert 0 < layer.mlp.fc1.bias.abs().max() < 1e-5
+    state = bridge.bridge_state()
+    assert not state["connector.layers.0.self_attn.q_proj.bias"].any()
+    assert 0 < state["connector.layers.0.mlp.fc1.bias"].abs().max() < 1e-5
 
 
 def test_first_step_trains_the_zero_projectors():

@@ -111,9 +111,9 @@ def test_no_mask_is_built_when_nothing_is_padded(dit, batch, monkeypatch):
     masks = []
     original = torch.nn.functional.scaled_dot_product_attention
 
-    def spy(*args, attn_mask=None, **kwargs):
+    def spy(query, key, value, attn_mask=None):
         masks.append(attn_mask)
-        return original(*args, attn_mask=attn_mask, **kwargs)
+        return original(query, key, value, attn_mask)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     everything = torch.ones(3, 7, dtype=torch.bool)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -49,10 +50,10 @@ print("PROBE", json.dumps({{"driver": look(), "worker": worker}}))
 
 @dataclass(frozen=True)
 class Submission:
-    """What one submitted job reported: `places[process][module]` is [file, mark]."""
+    """What one submitted job reported: `places[process][module]` is [file, mark], or the file alone of `platform`."""
 
     copy: Path
-    places: dict[str, dict[str, list[str]]]
+    places: dict[str, dict[str, Any]]
 
 
 def copy_of_checkout(root: Path, target: Path, mark: str) -> Path:

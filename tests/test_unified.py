@@ -153,6 +153,19 @@ def test_the_prompt_and_the_image_matter(model, image):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("padding", ["masked", "reference"])
+def test_bf16_autocast_stays_close_with_padding(image, padding):
+    model = make_tiny_model()
+    model.padding = padding
+    references: list[list[torch.Tensor]] = [[], [], [image]]
+    exact = model.encode_prompts(PROMPTS, references)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.encode_prompts(PROMPTS, references)
+    assert torch.isfinite(rounded.context).all()
+    assert (rounded.pooled.float() - exact.pooled).abs().max() < 0.05 * exact.pooled.abs().max()
+
+
+@torch.no_grad()
 def test_conditioning_select_and_cat(model):
     cond = model.encode_prompts(PROMPTS)
     parts = [model.encode_prompts([prompt]) for prompt in PROMPTS]
@@ -205,7 +218,10 @@ def test_posterior_is_sampled_only_with_a_generator(model, image):
 
 def loss_of(model: UnifiedModel, image: torch.Tensor) -> torch.Tensor:
     velocity = model(
-        ["a cat", "mirror it"], torch.ones(2, 8, 16, 16), torch.tensor([300.0, 700.0]), [[], [image]],
+        ["a cat", "mirror it"],
+        torch.ones(2, 8, 16, 16),
+        torch.tensor([300.0, 700.0]),
+        [[], [image]],
         [[], model.encode_images([image])],
     )
     return sum(v.square().mean() for v in velocity)

@@ -1,13 +1,14 @@
 """Teach a small Qwen2.5-VL the tiny world: to describe pictures, to judge them, to solve riddles, to foresee edits.
 
-    python -m stages.base.vlm
+    python -m stages.base.vlm                 # the backbone, assets/tiny/model/vlm
+    python -m stages.base.vlm --judge         # the judge: continues on judging alone, assets/tiny/rewards/judge
 
 One model, four kinds of dialogue, the loss on the assistant's words only:
   judge    picture + "Does this image show …?"        -> Yes | No     (JUDGE_QUESTION, at 112 px)
   caption  picture + "What does this image show? …"   -> description  (56 or 112 px)
   prompt   "Generate an image: …" (captions, riddles) -> description
   edit     source picture + instruction               -> description of the target (56 px)
-The last two make the hidden states the bridge reads say what is to be drawn. The same weights serve as the judge.
+The last two make the hidden states the bridge reads say what is to be drawn.
 Only training records are used; half of the wrong descriptions differ from the right one in a single word.
 """
 
@@ -22,9 +23,9 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
 from deepgen.data.records import Record, decode_image
-from stages.base.common import MODEL, load_split, to_float, training_steps, unique_pictures, update_ema
+from rewards.judge import JUDGE_QUESTION
+from stages.base.common import MODEL, REWARDS, load_split, to_float, training_steps, unique_pictures, update_ema
 
-JUDGE_QUESTION = "Does this image show {answer}? Answer Yes or No."
 CAPTION_QUESTION = "What does this image show? Answer in a few words."
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
@@ -255,19 +256,24 @@ def heldout_pairs(seed: int = 1) -> tuple[torch.Tensor, list[str], list[bool]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--out", type=Path, default=MODEL / "vlm")
+    parser.add_argument("--judge", action="store_true", help="make the judge from the trained backbone")
+    parser.add_argument("--steps", type=int, help="default: 5000, judge 1500")
     args = parser.parse_args()
+    steps, rate, out = (args.steps or 1500, 4e-4, REWARDS / "judge") if args.judge else (args.steps or 5000, 1e-3, MODEL / "vlm")
     torch.manual_seed(0)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(int(args.judge))
     tokenizer = AutoTokenizer.from_pretrained(MODEL / "tokenizer")
-    model = Qwen2_5_VLForConditionalGeneration(config(tokenizer.get_vocab()))
+    if args.judge:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(MODEL / "vlm", dtype=torch.float32).train()
+    else:
+        model = Qwen2_5_VLForConditionalGeneration(config(tokenizer.get_vocab()))
     model.set_attn_implementation("eager")  # bf16 SDPA has a slow backward on CPUs
     lessons, batcher, held = Lessons(load_split("train"), 0), Batcher(tokenizer), heldout_pairs()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
     ema = {n: q.detach().clone() for n, q in model.named_parameters()}
-    kinds, seen = ["judge"] * 5 + ["caption"] * 3 + ["prompt", "edit"], {}
-    for step, bar in training_steps(args.steps, "vlm", optimizer, 1e-3):
+    kinds = ["judge"] if args.judge else ["judge"] * 5 + ["caption"] * 3 + ["prompt", "edit"]
+    seen: dict[str, float] = {}
+    for step, bar in training_steps(steps, "judge" if args.judge else "vlm", optimizer, rate):
         kind = kinds[step % len(kinds)]
         with torch.autocast("cpu", torch.bfloat16):
             logits, labels = answer_logits(model, draw_batch(kind, lessons, batcher, rng))
@@ -282,10 +288,10 @@ def main() -> None:
             bar.set_postfix({k: f"{v:.3f}" for k, v in seen.items()} | {"held-out": f"{judge_accuracy(model, batcher, *held):.3f}"})
     model.load_state_dict(ema, strict=False)
     print(f"judge accuracy on {len(held[1])} held-out pairs: {judge_accuracy(model, batcher, *held):.3f}")
-    model.to(torch.bfloat16).save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
     processor = Qwen2VLImageProcessor(min_pixels=JUDGE_SIZE**2, max_pixels=JUDGE_SIZE**2, patch_size=PATCH, merge_size=MERGE)
-    processor.save_pretrained(args.out)
+    processor.save_pretrained(out)
 
 
 if __name__ == "__main__":

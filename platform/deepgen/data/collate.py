@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,12 +10,7 @@ from torch import Tensor
 
 from deepgen.data.dataset import TrainingSet
 from deepgen.data.mixture import PlannedMicroBatch
-
-
-def stable_seed(*parts: int | str) -> int:
-    """63-bit seed from numbers and names, the same in every process and version (Python's ``hash`` is not)."""
-    digest = hashlib.blake2b("/".join(str(part) for part in parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+from deepgen.diffusion.rollout import stable_seed
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Component folders: reading and writing a model's weights, and naming exactly what does not fit.
 
-    <folder>/{vlm,transformer,vae}/    Hugging Face folders (config.json + safetensors)
-    <folder>/bridge/                   config.json, bridge.safetensors (M6.2 names)
-    <folder>/tokenizer/                the VLM's tokenizer
-    <folder>/vlm_lora/                 peft adapter, when the model has one
-    <folder>/scheduler/                flow-matching Euler scheduler config
+<folder>/{vlm,transformer,vae}/    Hugging Face folders (config.json + safetensors)
+<folder>/bridge/                   config.json, bridge.safetensors (M6.2 names)
+<folder>/tokenizer/                the VLM's tokenizer
+<folder>/vlm_lora/                 peft adapter, when the model has one
+<folder>/scheduler/                flow-matching Euler scheduler config
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -104,23 +104,43 @@ def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
 def _load_pretrained(cls: Any, folder: Path, stem: str, **kwargs: Any) -> Any:
     """`cls.from_pretrained` that accepts neither missing, nor unexpected, nor mis-shaped tensors."""
     _read_config(folder)
-    if not any((folder / f"{stem}.safetensors{suffix}").exists() for suffix in ("", ".index.json")):
-        raise UserError(f"model.weights: {folder / stem}.safetensors does not exist")
+    _check_files(folder, stem)
     previous = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it would warn about is reported below, as an error
     try:
         model, info = cls.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **kwargs
         )
-    except SafetensorError as error:
-        raise UserError(f"{folder}: damaged weights file ({error})") from None
     finally:
         transformers_logging.set_verbosity(previous)
     mismatched = {
-        key: f"{tuple(found)} in the file, {tuple(wanted)} in the model" for key, found, wanted in info["mismatched_keys"]
+        key: f"{tuple(found)} in the file, {tuple(wanted)} in the model"
+        for key, found, wanted in info["mismatched_keys"]
     }
     _report_keys(folder, info["missing_keys"], info["unexpected_keys"], mismatched)
     return model
+
+
+def _check_files(folder: Path, stem: str) -> None:
+    """Open the header of every weights file, so that an absent or cut one is named before anything is built."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = [f"{stem}.safetensors"]
+    for name in names:
+        _open_weights(folder / name)
+
+
+def _open_weights(path: Path) -> None:
+    """Raise `UserError` unless `path` is a whole safetensors file."""
+    if not path.exists():
+        raise UserError(f"model.weights: {path} does not exist")
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged weights file ({error})") from None
 
 
 def load_bridge(bridge: Bridge, folder: Path) -> None:
@@ -180,12 +200,8 @@ def _report_keys(
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        raise UserError(f"model.weights: {path} does not exist")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged weights file ({error})") from None
+    _open_weights(path)
+    return load_file(path)
 
 
 # ---------------------------------------------------------------- saving

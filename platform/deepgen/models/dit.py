@@ -79,12 +79,13 @@ class DeepGenTransformer(SD3Transformer2DModel):
     padded, no attention mask is built at all, which keeps the fastest attention kernels available.
     """
 
-    @functools.wraps(SD3Transformer2DModel.__init__)  # diffusers reads the signature to match config.json keys
+    # diffusers matches the keys of config.json with this signature
+    @functools.wraps(SD3Transformer2DModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.set_attn_processor(MaskedJointAttnProcessor())
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: LatentBatch,
         timestep: Tensor,
@@ -166,9 +167,7 @@ class DeepGenTransformer(SD3Transformer2DModel):
         out = self.proj_out(self.norm_out(tokens[:, :longest], temb))  # [B, longest, patch·patch·c]
         if isinstance(targets, Tensor):
             return self._to_image(out, *sizes[0]).to(targets.dtype)
-        return [
-            self._to_image(out[i : i + 1, : h * w], h, w)[0].to(targets[i].dtype) for i, (h, w) in enumerate(sizes)
-        ]
+        return [self._to_image(out[i : i + 1, : h * w], h, w)[0].to(targets[i].dtype) for i, (h, w) in enumerate(sizes)]
 
     def _to_image(self, out: Tensor, height: int, width: int) -> Tensor:
         """[B, height·width, patch·patch·c] -> [B, c, height·patch, width·patch]."""
@@ -177,9 +176,7 @@ class DeepGenTransformer(SD3Transformer2DModel):
         return out.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height * patch, width * patch)
 
 
-def _key_mask(
-    tokens: Tensor, lengths: list[int] | None, context: Tensor, context_mask: Tensor | None
-) -> Tensor | None:
+def _key_mask(tokens: Tensor, lengths: list[int] | None, context: Tensor, context_mask: Tensor | None) -> Tensor | None:
     """Validity of keys, bool [B, 1, 1, S + L], or None when every key is valid."""
     if context_mask is not None and bool(context_mask.all()):
         context_mask = None

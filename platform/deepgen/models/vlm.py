@@ -6,8 +6,10 @@ run as the bridge reads: neither the last layer, nor the final norm, nor the lan
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ VISUAL_UNIT = 28
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """LoRA on the VLM (M1.10). `modules`: "live" adapts what can receive a gradient, "all" every Linear and Embedding."""
+    """LoRA on the VLM (M1.10); `modules` is "live" (what can receive a gradient) or "all" (every Linear, Embedding)."""
 
     rank: int = 64
     alpha: float = 128.0
@@ -136,7 +138,7 @@ def conditioning_states(
     return _decode(vlm.model.language_model, embeds, mask, positions, layers), mask
 
 
-def _decode(decoder: nn.Module, embeds: Tensor, mask: Tensor, positions: Tensor, layers: Sequence[int]) -> list[Tensor]:
+def _decode(decoder: Any, embeds: Tensor, mask: Tensor, positions: Tensor, layers: Sequence[int]) -> list[Tensor]:
     """Run decoder layers until the deepest state wanted and collect them in the order of `layers`."""
     # With nothing padded the attention kernels can be told "causal" instead of being given a mask.
     padding = None if bool(mask.all()) else mask
@@ -175,15 +177,17 @@ def is_live(name: str, deepest_state: int) -> bool:
 
 def add_lora(vlm: Qwen2_5_VLForConditionalGeneration, settings: LoraSettings, deepest_state: int) -> None:
     """Attach a fresh adapter called "default": Gaussian A, zero B, scale alpha / rank (M1.10)."""
-    vlm.add_adapter(
-        LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it by the rank, nothing else
-            lora_dropout=settings.dropout,
-            init_lora_weights="gaussian",
-            target_modules=lora_modules(vlm, settings.modules, deepest_state),
-        )
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        init_lora_weights="gaussian",
+        target_modules=lora_modules(vlm, settings.modules, deepest_state),
     )
+    with warnings.catch_warnings():
+        # The head shares the embedding's weights in the 3B VLM, but is never called and never merged.
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True")
+        vlm.add_adapter(config)
 
 
 def lora_parameters(vlm: nn.Module) -> dict[str, nn.Parameter]:

@@ -50,8 +50,8 @@ class Tracker:
     With `settings.run.resume` the run whose id stands in `<run folder>/mlflow_run_id` goes on.
 
     When two processes of one program record a run (the driver its evaluation, the learner its steps), the later one
-    passes `attach`: it goes on with the run the first one began. `log`, `log_images` and `log_file` never raise for a tracker's trouble and never wait for
-    a server; what went wrong is counted (`counts`) and warned about.
+    passes `attach`: it goes on with the run the first one began. `log`, `log_images` and `log_file` never raise for a
+    tracker's trouble and never wait for a server; what went wrong is counted (`counts`) and warned about.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class Tracker:
         tags = run_tags(self._stage)
         if resumed:
             before = client.get_run(self.run_id).data.params
-            changed = {key for key, value in params.items() if before.get(key, value) != value}
+            changed = {key for key, value in params.items() if before.get(key, value) != value} - {"run.resume"}
             tags |= {f"resumed.{key}": params[key] for key in changed}
             params = {key: value for key, value in params.items() if key not in before}
         client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])

@@ -1,0 +1,55 @@
+"""Starting the Ray actors of an RL run. Imports neither torch nor the model: those are the actors' business."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from actors.experience import ExperienceStream
+from actors.fleet import RESTARTS, WEIGHTS_GROUP
+from actors.rollout import RolloutActor
+from deepgen.cluster.resources import process_resources
+from deepgen.config import Settings
+from deepgen.data.records import Record
+
+if TYPE_CHECKING:
+    from actors.learner import Parts, WorkerContext
+
+
+def start_rollouts(settings: Settings, *, gpus: bool) -> dict[str, Any]:
+    """Handles of the rollout actors by name, spread over the nodes; they load their models while we go on."""
+    remote = ray.remote(RolloutActor).options(
+        **_options("rollout", gpus),
+        max_restarts=RESTARTS,
+        concurrency_groups={WEIGHTS_GROUP: 1},
+        scheduling_strategy="SPREAD",
+    )
+    names = [f"rollout-{i}" for i in range(settings.rollout.actors)]
+    return {name: remote.remote(settings, name) for name in names}
+
+
+def start_stream(
+    settings: Settings, prompts: Sequence[Record], rollouts: dict[str, Any], *, resume: bool, gpus: bool
+) -> Any:
+    """Handle of the experience stream; call its `start` next."""
+    remote = ray.remote(ExperienceStream).options(**_options("experience", gpus))
+    return remote.remote(settings, prompts, rollouts, resume=resume, gpus=gpus)
+
+
+def learner_parts(stream: Any) -> Callable[[WorkerContext], Parts]:
+    """What `actors.launch.LearnerJob` wants: makes source and objective inside a learner worker."""
+    return functools.partial(_learner_parts, stream)
+
+
+def _learner_parts(stream: Any, context: WorkerContext) -> Parts:
+    from actors.rl_objective import build_rl
+
+    return build_rl(context, stream)
+
+
+def _options(role: str, gpus: bool) -> dict[str, float]:
+    resources = process_resources(role, gpus=gpus)
+    return {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0.0)}

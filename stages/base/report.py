@@ -1,0 +1,106 @@
+"""Look at the base: grids of what it draws, per task, and the figures that go with them.
+
+    python -m stages.base.report            # writes docs/images/base_<task>.png and docs/base_figures.json
+
+Every grid shows held-out prompts beside training prompts, drawn with the ODE sampler and fixed seeds.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from transformers import AutoTokenizer, CLIPModel, Qwen2_5_VLForConditionalGeneration
+
+from deepgen.config.settings import TASKS
+from deepgen.data.dataset import image_to_tensor
+from deepgen.data.records import Record, decode_image
+from deepgen.diffusion.rollout import sample, start_group
+from deepgen.diffusion.schedule import rollout_sigmas
+from deepgen.models.unified import UnifiedModel
+from deepgen.tracking.grids import image_grid
+from rewards.base import RewardRequest
+from rewards.ocr import OcrReward
+from stages.base.clip import retrieval
+from stages.base.common import MODEL, REWARDS, load_split, to_float, unique_pictures
+from stages.base.vae import psnr
+from stages.base.vlm import Batcher, heldout_pairs, judge_accuracy
+
+
+@torch.no_grad()
+def draw(model: UnifiedModel, records: list[Record], steps: int = 20, batch: int = 16) -> list[np.ndarray]:
+    """One image uint8 [64, 64, 3] a record; the noise follows from the record's id."""
+    images: list[np.ndarray] = []
+    for s in range(0, len(records), batch):
+        part = records[s : s + batch]
+        sources = [[image_to_tensor(decode_image(d), 64) for d in r.references] for r in part]
+        refs = [model.encode_images(x, None) if x else [] for x in sources]
+        noise = torch.cat([start_group((8, 16, 16), run_seed=0, prompt_id=r.id, epoch=0, indices=[0])[0] for r in part])
+        with torch.autocast("cpu", torch.bfloat16):
+            cond = model.encode_prompts([r.prompt for r in part], sources)
+
+        def velocity(x: torch.Tensor, t: torch.Tensor, cond=cond, refs=refs) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                v = model.velocity(x, t, cond, refs if any(refs) else None)
+            return v.float()
+
+        final = sample(velocity, noise, rollout_sigmas(steps), sampler="ode", eta=0.0, sde_steps=[], generators=[]).final
+        for image in model.decode_latents(final):
+            images.append((image * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
+    return images
+
+
+def choose(split: str, task: str, count: int) -> list[Record]:
+    records = [r for r in load_split(split) if r.task == task]
+    return random.Random(f"{split}{task}").sample(records, min(count, len(records)))
+
+
+def grids(model: UnifiedModel, out: Path, count: int) -> None:
+    """Held-out prompts on the left half of each sheet, training prompts on the right."""
+    out.mkdir(parents=True, exist_ok=True)
+    for task in TASKS:
+        held, train = choose("heldout", task, count), choose("train", task, count)
+        rows = [r for k in range(0, count, 6) for r in held[k : k + 6] + train[k : k + 6]]
+        sources = [decode_image(r.references[0]) if r.references else None for r in rows]
+        image_grid(draw(model, rows), captions, columns=12, sources=sources).save(out / f"base_{task}.png")
+
+
+def ocr_rate(model: UnifiedModel) -> dict[str, float]:
+    """Share of drawn words that RapidOCR reads exactly, and the mean OCR score, held-out and trained words."""
+    reward, out = OcrReward(), {}
+    for split in ("heldout", "train"):
+        records = choose(split, "text", 60)
+        scores = reward.score([RewardRequest(r.prompt, r.answer, r.task, i) for r, i in zip(records, draw(model, records), strict=True)])
+        known = np.array([np.nan if s is None else s for s in scores], dtype=float)
+        out |= {f"{split}_read_exactly": float(np.nanmean(known > 0.999)), f"{split}_score": float(np.nanmean(known))}
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--count", type=int, default=24, help="prompts of each kind and task in a grid")
+    args = parser.parse_args()
+    model = UnifiedModel.from_folder(args.model, preset="tiny")
+    grids(model, args.docs / "images", args.count)
+    judge = Qwen2_5_VLForConditionalGeneration.from_pretrained(REWARDS / "judge", dtype=torch.float32).eval()
+    pairs = heldout_pairs()
+    clip = CLIPModel.from_pretrained(REWARDS / "clip", dtype=torch.float32).eval()
+    held = to_float(unique_pictures(load_split("heldout")).images)
+    figures = {
+        "vae_psnr_db": psnr(AutoencoderKL.from_pretrained(args.model / "vae").eval(), held),
+        "judge_accuracy": judge_accuracy(judge, Batcher(AutoTokenizer.from_pretrained(REWARDS / "judge")), *pairs),
+        "judge_pairs": len(pairs[1]),
+        "clip": retrieval(clip, AutoTokenizer.from_pretrained(REWARDS / "clip"), "heldout"),
+        "ocr": ocr_rate(model),
+    }
+    (args.docs / "base_figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

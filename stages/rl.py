@@ -1,0 +1,150 @@
+"""Stage 3, reinforcement learning: MR-GRPO on the DiT (method 3).
+
+    python stages/rl.py [--recipe NAME_OR_PATH] [KEY=VALUE ...] [--resume]
+
+Held-out prompts are drawn and scored before the first step and after the last one, with the same seeds; the table at
+the end compares the two.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
+
+from actors.launch import LearnerJob, prepare_run, run_folder, run_learner  # noqa: E402
+from deepgen.cluster.connect import connect  # noqa: E402
+from deepgen.cluster.resources import rl_needs  # noqa: E402
+from deepgen.config import Settings, UserError, parse_command_line, run_program  # noqa: E402
+from deepgen.data.records import Record, read_records  # noqa: E402
+
+if TYPE_CHECKING:
+    from actors.evaluation import Evaluation
+
+BEFORE, AFTER = "evaluation-before.npz", "evaluation-after.npz"
+MARGIN_S = 30.0  # an actor's own error, which says more, comes first
+
+
+def main() -> int:
+    settings = prepare_run(parse_command_line("rl", sys.argv[1:]), "rl")
+    prompts = read_prompts(settings)
+    gpus = connect(settings, rl_needs, code_root=ROOT)
+    import ray
+
+    from actors.evaluation import heldout_records
+    from actors.start import learner_parts, start_rollouts, start_stream
+
+    heldout = heldout_records(settings)
+    say(f"starting {settings.rollout.actors} rollout actors and the rewards {', '.join(settings.rewards.used())}")
+    rollouts = start_rollouts(settings, gpus=gpus)
+    stream = start_stream(settings, prompts, rollouts, resume=resumes(settings), gpus=gpus)
+    ray.get(stream.start.remote(), timeout=settings.cluster.start_deadline_s + MARGIN_S)
+
+    before = evaluate_before(settings, stream, heldout)  # goes on while the learner starts
+    ray.get(stream.begin.remote(), timeout=MARGIN_S)
+    result = run_learner(LearnerJob("rl", settings, learner_parts(stream), gpus))
+
+    if before is not None:
+        after = wait_for_evaluation(settings, order_evaluation(settings, stream, heldout, result))
+        after.save(run_folder(settings) / AFTER)
+        report(settings, before.result(), after)
+    say(f"the trained model is {result}")
+    return 0
+
+
+def read_prompts(settings: Settings) -> list[Record]:
+    """RL prompts, each of a task that has rewards. Raises UserError naming file and row."""
+    prompts = read_records(settings.data.prompts)
+    for number, record in enumerate(prompts, start=1):
+        if not any(weight > 0 for weight in settings.rewards.weights.get(record.task, {}).values()):
+            raise UserError(
+                f"{settings.data.prompts}, row {number}: task {record.task} has no weight above 0 in rewards.weights; "
+                f"allowed: tasks with a reward, so remove it or set e.g. rewards.weights.{record.task}.judge=1"
+            )
+    return prompts
+
+
+def resumes(settings: Settings) -> bool:
+    """Whether there is a checkpoint to go on from."""
+    from actors.checkpoints import CheckpointStore
+
+    return settings.run.resume and CheckpointStore(settings, "rl").newest() is not None
+
+
+def evaluate_before(settings: Settings, stream: Any, heldout: Sequence[Record]) -> Future[Evaluation] | None:
+    """The initial policy on the held-out prompts (None without any): drawn now, or by an earlier start of this run."""
+    from actors.evaluation import Evaluation
+
+    if not heldout:
+        return None
+    path = run_folder(settings) / BEFORE
+    executor = ThreadPoolExecutor(1)
+    if settings.run.resume and path.exists() and (saved := Evaluation.load(path, heldout)):
+        return executor.submit(lambda: saved)
+    drawn = order_evaluation(settings, stream, heldout)  # here, so that it comes before the first step
+
+    def finish() -> Evaluation:
+        evaluation = wait_for_evaluation(settings, drawn)
+        if evaluation.version != 0:
+            raise RuntimeError(f"the evaluation before the first step was drawn by version {evaluation.version}")
+        evaluation.save(path)
+        say("held-out before: " + "  ".join(f"{name} {mean:.3f}" for name, mean in evaluation.means().items()))
+        return evaluation
+
+    before = executor.submit(finish)
+    if settings.run.resume:
+        before.result()  # a resumed learner publishes other weights as soon as it is there
+    return before
+
+
+def order_evaluation(settings: Settings, stream: Any, heldout: Sequence[Record], folder: Path | None = None) -> Any:
+    """Have the held-out prompts drawn and scored; `folder`: by the policy that lies there."""
+    return stream.evaluate.remote(heldout, settings.evaluation.samples_per_prompt, folder=folder)
+
+
+def wait_for_evaluation(settings: Settings, drawn: Any) -> Evaluation:
+    import ray
+
+    evaluation: Evaluation = ray.get(drawn, timeout=settings.experience.deadline_s)
+    return evaluation
+
+
+def report(settings: Settings, before: Evaluation, after: Evaluation) -> None:
+    """Table, before/after grid and MLflow entries of the whole run."""
+    from actors.evaluation import grid_rows
+    from deepgen.tracking.grids import before_after_grid
+    from deepgen.tracking.report import paired_table
+    from deepgen.tracking.tracker import Tracker
+
+    folder, seed = run_folder(settings), settings.evaluation.seed
+    table = paired_table(
+        before.columns(), after.columns(), before.sample_weights(), prompt_ids=before.sample_ids(), seed=seed
+    )
+    table.save_json(folder / "report.json")
+    subtitle = f"{settings.run.name}: {after.version} steps; same prompts, seeds and sampler"
+    before_after_grid(folder / "before-after.png", grid_rows(before, after), subtitle=subtitle)
+    continued = settings.model_copy(update={"run": settings.run.model_copy(update={"resume": True})})
+    with Tracker(continued, "rl") as tracker:  # the learner's run, which has ended
+        for evaluation in (before, after):
+            tracker.log(evaluation.version, {f"eval/{name}": mean for name, mean in evaluation.means().items()})
+        tracker.log_file(folder / "before-after.png")
+        tracker.log_file(folder / "report.json")
+        page = tracker.where()
+    count, samples = len(before.records), before.scores.shape[1]
+    print(f"\n{count} held-out prompts, {samples} images each, seed {seed}, {settings.evaluation.num_steps} steps")
+    print(f"\n{table.to_text()}\n")
+    say(f"grid:   {folder / 'before-after.png'}")
+    say(f"MLflow: {page}")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    run_program(main)

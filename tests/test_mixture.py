@@ -1,0 +1,100 @@
+"""The batch plan: a pure function of the step, the same cycle on every rank, each record once an epoch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepgen.config import UserError
+from deepgen.data.collate import LatentCache, collate
+from deepgen.data.dataset import TrainingSet
+from deepgen.data.mixture import Mixture
+from deepgen.data.records import Record
+
+SIZES, CYCLE = {"edit": 7, "t2i": 31}, {"edit": 1, "t2i": 3}
+
+
+def make(micro_batch: int = 2, seed: int = 1) -> Mixture:
+    return Mixture(seed, SIZES, CYCLE, micro_batch)
+
+
+def test_every_rank_has_the_same_tasks_in_the_same_order() -> None:
+    for step in range(5):
+        for rank in range(3):
+            plan = make().plan(step, rank, 3)
+            assert [(b.source, b.number) for b in plan] == [("edit", 0), ("t2i", 1), ("t2i", 2), ("t2i", 3)]
+            assert all(len(b.members) == 2 for b in plan)
+
+
+def test_a_batch_is_computed_without_its_predecessors() -> None:
+    in_order = make()
+    forwards = [in_order.plan(step, 0, 2) for step in range(40)]
+    assert make().plan(39, 0, 2) == forwards[39]
+    assert make(seed=2).plan(3, 0, 2) != forwards[3]
+
+
+def in_stream_order(mixture: Mixture, steps: range, world: int) -> list[int]:
+    """Generation records as the stream has them: micro-batch by micro-batch, rank after rank."""
+    plans = [[mixture.plan(step, rank, world) for rank in range(world)] for step in steps]
+    return [m for ranks in plans for number in range(1, 4) for plan in ranks for m in plan[number].members]
+
+
+def test_each_epoch_has_every_record_once() -> None:
+    drawn = in_stream_order(make(), range(50), 2)
+    epochs = [drawn[i : i + 31] for i in range(0, len(drawn) - 31, 31)]
+    assert all(sorted(epoch) == list(range(31)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_ranks_share_what_one_rank_would_do() -> None:
+    """2 ranks with micro-batch 2 work on the records of 1 rank with micro-batch 4, at the same places."""
+    for step in range(10):
+        (one,) = (make(4).plan(step, 0, 1),)
+        two = [make(2).plan(step, rank, 2) for rank in range(2)]
+        for number, whole in enumerate(one):
+            assert whole.members == two[0][number].members + two[1][number].members
+            assert [two[0][number].first, two[1][number].first] == [0, 2]
+
+
+def test_state_continues_on_another_number_of_ranks() -> None:
+    before, after = make(), make()
+    seen = in_stream_order(before, range(3), 2)
+    state = before.state_dict(3, 2)
+    assert state == {"step": 3, "positions": {"edit": 12, "t2i": 36}}
+    after.load_state_dict(state)
+    seen += in_stream_order(after, range(3, 8), 1)
+    assert sorted(seen[:31]) == sorted(seen[31:62]) == list(range(31))
+    same = make()
+    same.load_state_dict(state)
+    assert same.plan(5, 1, 2) == before.plan(5, 1, 2)
+
+
+def test_a_task_without_records_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.edit_per_cycle: got 1, but data\.train holds no editing"):
+        Mixture(1, {"edit": 0, "t2i": 3}, CYCLE, 2)
+    Mixture(1, {"edit": 0, "t2i": 3}, {"edit": 0, "t2i": 3}, 2)
+
+
+def test_random_numbers_belong_to_the_place_in_the_batch() -> None:
+    data = TrainingSet([Record(str(i), "t2i", str(i), "", b"x", (), "") for i in range(31)], 64)
+    (whole,) = (collate(data, make(4).plan(2, 0, 1)[1], seed=1, step=2),)
+    halves = [collate(data, make(2).plan(2, rank, 2)[1], seed=1, step=2) for rank in range(2)]
+    assert whole.prompts == halves[0].prompts + halves[1].prompts
+    assert whole.seeds == halves[0].seeds + halves[1].seeds
+    assert len(set(whole.seeds)) == 4
+    first, again = whole.generators("noise")[0], halves[0].generators("noise")[0]
+    assert torch.equal(torch.randn(3, generator=first), torch.randn(3, generator=again))
+
+
+def test_cache_is_bounded_and_changes_nothing() -> None:
+    calls: list[float] = []
+
+    def encode(image: torch.Tensor) -> torch.Tensor:
+        calls.append(float(image[0]))
+        return image * 2
+
+    cache = LatentCache(encode, max_bytes=2 * 8 * 4)
+    images = [torch.full((8,), float(i)) for i in range(3)]
+    for _ in range(2):
+        assert [float(cache.get(i, 0, lambda i=i: images[i])[0]) for i in range(3)] == [0, 2, 4]  # type: ignore[misc]
+    assert len(cache) == 2 and calls == [0, 1, 2, 2]
