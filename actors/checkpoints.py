@@ -2,7 +2,7 @@
 
     <run folder>/checkpoints/step-000050/engine/…        DeepSpeed: trained parameters, optimizer state
                                          ema-0.safetensors, rng-0.pt      one per rank
-                                         manifest.json                    written last: step, settings, source state, files
+                                         manifest.json        written last: step, settings, source state, files
     <run folder>/checkpoints/.writing-…                  cut short; never read, removed by the next checkpoint
 
 Frozen weights are not in it: the manifest has a fingerprint of the folder they come from, checked on resume.
@@ -30,13 +30,13 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 _PACKAGES = ("torch", "deepspeed", "ray", "transformers", "diffusers", "peft")
 _SAMPLE = 1 << 16
-_SPARE = 16 << 20  # left free beside a checkpoint: journal, images
+SPARE_BYTES = 16 << 20  # left free beside a checkpoint: journal, images
 _WRITE_ERRORS = ("PytorchStreamWriter failed", "No space left", "Disk quota", "file write failed")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says about itself. ``step`` optimizer steps are done; ``files`` maps names to sizes in bytes."""
+    """What a checkpoint says about itself. ``step`` optimizer steps are done; ``files`` has sizes in bytes."""
 
     format: int
     step: int
@@ -54,7 +54,7 @@ class Manifest:
 
 
 class CheckpointStore:
-    """The checkpoints of one run folder. ``save`` and ``load`` are collective over all workers; ``attempt`` names this start."""
+    """The checkpoints of one run folder; ``attempt`` names this start of it. ``save`` and ``load`` are collective."""
 
     def __init__(self, settings: Settings, stage: str, attempt: str = "") -> None:
         self.run_folder = Path(settings.run.dir) / settings.run.name
@@ -63,7 +63,7 @@ class CheckpointStore:
         self._fingerprint = ""
 
     def newest(self) -> Manifest | None:
-        """The newest complete checkpoint, None when there is none. One whose files are short or missing is passed over."""
+        """The newest complete checkpoint, or None; one whose files are short or missing is passed over."""
         for folder in sorted(self.folder.glob("step-*"), reverse=True):
             manifest = _read_manifest(folder)
             if manifest and all(_size(folder / name) == size for name, size in manifest.files.items()):
@@ -88,9 +88,13 @@ class CheckpointStore:
         ]
         for key, given, allowed in pairs:
             if given != allowed:
-                raise UserError(f"{key}: got {given}, but the checkpoint {where} was written with {allowed}; allowed: {allowed}")
+                raise UserError(
+                    f"{key}: got {given}; allowed: {allowed}, with which the checkpoint {where} was written"
+                )
         if manifest.step > settings.train.steps:
-            raise UserError(f"train.steps: got {settings.train.steps}; the checkpoint {where} already has {manifest.step}")
+            raise UserError(
+                f"train.steps: got {settings.train.steps}; allowed: {manifest.step} or more, as {where} has"
+            )
         if manifest.weights != self._weights_fingerprint():
             raise UserError(
                 f"model.weights: {settings.model.weights} is not what the checkpoint {where} was trained from "
@@ -98,7 +102,7 @@ class CheckpointStore:
             )
 
     def save(self, step: int, engine: TrainingEngine, ema: Ema | None, source: dict[str, Any]) -> None:
-        """Write the checkpoint of ``step`` finished steps and remove the oldest. Raises UserError when the disk is full."""
+        """Write the checkpoint of ``step`` finished steps, remove the oldest. UserError when it cannot be written."""
         import torch.distributed as dist
 
         unfinished = self.folder / f".writing-{self.path(step).name}"
@@ -129,7 +133,8 @@ class CheckpointStore:
         folder = self.path(manifest.step)
         engine.load(folder)
         if ema:
-            ema.parts = load_file(folder / f"ema-{engine.rank}.safetensors")
+            saved = load_file(folder / f"ema-{engine.rank}.safetensors")
+            ema.parts = {name: saved[name].to(part.device) for name, part in ema.parts.items()}
         torch.set_rng_state(torch.load(folder / f"rng-{engine.rank}.pt", weights_only=True))
 
     def _make_room(self, unfinished: Path, engine: TrainingEngine, ema: Ema | None) -> None:
@@ -139,8 +144,8 @@ class CheckpointStore:
         copies = 4 if ema else 3  # the weights, AdamW's two moments, the averages; all fp32
         needed = copies * 4 * sum(getattr(p, "ds_numel", p.numel()) for _, p in engine.parameters)
         free = shutil.disk_usage(self.folder).free
-        if free < needed + _SPARE:
-            raise OSError(f"{megabytes(free)} free, {megabytes(needed + _SPARE)} needed")
+        if free < needed + SPARE_BYTES:
+            raise OSError(f"{megabytes(free)} free, {megabytes(needed + SPARE_BYTES)} needed")
         unfinished.mkdir()
 
     def _finish(self, unfinished: Path, step: int, has_ema: bool, source: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ def local_part(parameter: nn.Parameter) -> Tensor:
 
 
 class Ema:
-    """average += (1 - d) (parameter - average) with d = min(decay, (1 + n) / (10 + n)) at step n, so it forgets its start."""
+    """average += (1 - d) (parameter - average); d = min(decay, (1 + n) / (10 + n)) at step n, to forget the start."""
 
     def __init__(self, parameters: NamedParameters, decay: float) -> None:
         self.decay = decay

@@ -1,7 +1,7 @@
 """DeepSpeed behind five verbs: run, backward, step, save, load, and the weights in full for whoever needs them.
 
-The model is wrapped whole. What does not train is frozen, so ZeRO-3 shards it as well, and everything that computes goes
-through the engine's forward (``run``), which is where ZeRO gathers parameters. DeepSpeed's own accumulation counter is off
+The model is wrapped whole, so ZeRO-3 shards the frozen parts as well, and everything that computes goes through the
+engine's forward (``run``), which is where ZeRO gathers parameters. DeepSpeed's own accumulation counter is off
 (``managed_gradient_accumulation: false``): ``step`` is the boundary, however many backward passes came before.
 
 Left out on purpose: fp16, offload, pipeline and tensor parallelism.
@@ -29,14 +29,15 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Rate of optimizer step ``step`` (from 0): linear warm-up, then constant or half a cosine down to the minimum (M2.2)."""
+    """Rate of step ``step`` (from 0): linear warm-up, then constant or half a cosine down to the minimum (M2.2)."""
     train = settings.train
     if step < train.warmup_steps:
         return train.learning_rate * (step + 1) / train.warmup_steps
     if train.schedule == "constant":
         return train.learning_rate
     done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
-    return train.min_learning_rate + (train.learning_rate - train.min_learning_rate) * (1 + math.cos(math.pi * done)) / 2
+    span = train.learning_rate - train.min_learning_rate
+    return train.min_learning_rate + span * (1 + math.cos(math.pi * done)) / 2
 
 
 def parameter_groups(parameters: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
@@ -130,7 +131,7 @@ class TrainingEngine:
             raise FileNotFoundError(f"no engine state in {folder}")
 
     def export(self, folder: Path, replaced: Weights | None = None) -> None:
-        """Write the whole model as a component folder, replacing an older one; ``replaced`` (rank 0) goes in for its own."""
+        """Write a component folder, in place of an older one. ``replaced`` (rank 0): weights to write for its own."""
         unfinished = folder.with_name(f".{folder.name}.writing")
         with self._gathered(list(self.model.parameters())):
             if self.rank == 0:

@@ -31,12 +31,12 @@ class Evaluation:
     version: int  # of the policy
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Scores by reward, [N * S] each, the samples of a prompt side by side."""
-        return {name: self.scores[:, :, k].reshape(-1) for k, name in enumerate(self.names)}
+        """Scores by reward, [N * S] each, the samples of a prompt side by side; only rewards that were asked for."""
+        return {self.names[k]: self.scores[:, :, k].reshape(-1) for k in self._asked()}
 
     def sample_weights(self) -> np.ndarray:
-        """Weights as `columns` are ordered, [N * S, K]."""
-        return np.repeat(self.weights, self.scores.shape[1], axis=0)
+        """Weights as `columns` are ordered, [N * S, rewards]."""
+        return np.repeat(self.weights[:, self._asked()], self.scores.shape[1], axis=0)
 
     def sample_ids(self) -> list[str]:
         """Prompt of each row of `columns`."""
@@ -46,10 +46,13 @@ class Evaluation:
         """Mean of each reward over the scores that exist, and of the weighted total; absent where there are none."""
         columns = self.columns()
         means = {name: float(np.nanmean(column)) for name, column in columns.items() if np.isfinite(column).any()}
-        total = weighted_total(self.scores.reshape(-1, len(self.names)), self.sample_weights())
+        total = weighted_total(np.stack(list(columns.values()), axis=1), self.sample_weights())
         if np.isfinite(total).any():
             means["total"] = float(np.nanmean(total))
         return means
+
+    def _asked(self) -> list[int]:
+        return np.flatnonzero((self.weights > 0).any(axis=0)).tolist()
 
     def prompt_scores(self, i: int) -> dict[str, float]:
         """Mean of each reward that was asked for prompt i; NaN where none could be had."""

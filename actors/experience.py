@@ -132,6 +132,12 @@ class ExperienceStream:
         """Let the first steps be sampled; a resumed stream waits for `publish` instead."""
         self._schedule_steps()
 
+    async def stop(self) -> None:
+        """End the reward pools and whatever is still being made; the rollout actors belong to whoever started them."""
+        await self._rewind(self._next_step)
+        self._rewards.stop()
+        await asyncio.sleep(0)  # lets the pools' cancelled tasks end
+
     # -- one step: generate -> score -> advantage --------------------------------------------------------------------
 
     async def next_batch(self, step: int, rank: int, world: int) -> RankBatch:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from actors.weights import PublishedWeights
 
 ATTEMPTS = 3
 RESTARTS = 8  # of one actor in a run; more than that is not bad luck
 WEIGHTS_GROUP = "weights"  # calls that may overlap sampling
+_PAUSE_S = 0.2  # before an actor that is being restarted is asked again
 _NOBODY = ""  # in the queue of idle actors: there is none left
 
 
@@ -36,7 +37,7 @@ class RolloutFleet:
         self._idle: asyncio.Queue[str] = asyncio.Queue()
         self._busy: dict[str, tuple[str, float]] = {}  # actor -> what it does, since when
         self._recovering: set[asyncio.Task[None]] = set()
-        self._lost: dict[str, RolloutError] = {}  # actors that did not come back
+        self._lost: dict[str, str] = {}  # actors that did not come back
         self.restarts = 0
 
     async def start(self) -> None:
@@ -66,7 +67,7 @@ class RolloutFleet:
                 reusable = False
                 age = time.monotonic() - begin
                 failures.append(f"actor {name}, call {method}, after {age:.0f} s: {_reason(error)}")
-                self._replace(name, kill=isinstance(error, TimeoutError))
+                self._replace(name, failures[-1], kill=isinstance(error, TimeoutError))
             finally:
                 self._busy.pop(name, None)
                 if reusable:
@@ -94,7 +95,7 @@ class RolloutFleet:
         name = await self._idle.get()
         if name == _NOBODY:
             self._idle.put_nowait(_NOBODY)  # whoever waits too shall know
-            raise RolloutError("no rollout actor is left; " + "; ".join(map(str, self._lost.values())))
+            raise RolloutError("no rollout actor is left; " + "; ".join(self._lost.values()))
         return name
 
     async def _everywhere(self, method: str, *arguments: Any, skip_dead: bool = False) -> None:
@@ -114,26 +115,37 @@ class RolloutFleet:
     async def _admit(self, name: str) -> None:
         """Wait until the actor answers, then let it have calls."""
         begin = time.monotonic()
+        left = self._start_deadline_s
         try:
-            await asyncio.wait_for(self._actors[name].ready.remote(), self._start_deadline_s)
+            while not await self._answers(name, left):
+                await asyncio.sleep(_PAUSE_S)
+                left = self._start_deadline_s - (time.monotonic() - begin)
         except (RayActorError, TimeoutError) as error:
             age = time.monotonic() - begin
             raise RolloutError(f"actor {name}, call ready, after {age:.0f} s: {_reason(error)}") from error
         self._idle.put_nowait(name)
 
-    def _replace(self, name: str, *, kill: bool) -> None:
+    async def _answers(self, name: str, deadline_s: float) -> bool:
+        """Whether the actor is ready, False while Ray is restarting it."""
+        try:
+            await asyncio.wait_for(self._actors[name].ready.remote(), deadline_s)
+        except ActorUnavailableError:
+            return False
+        return True
+
+    def _replace(self, name: str, failure: str, *, kill: bool) -> None:
         self.restarts += 1
         if kill:
             ray.kill(self._actors[name], no_restart=False)
-        task = asyncio.ensure_future(self._recover(name))
+        task = asyncio.ensure_future(self._recover(name, failure))
         self._recovering.add(task)
         task.add_done_callback(self._recovering.discard)
 
-    async def _recover(self, name: str) -> None:
+    async def _recover(self, name: str, failure: str) -> None:
         try:
             await self._admit(name)
         except RolloutError as error:
-            self._lost[name] = error
+            self._lost[name] = f"{failure}; {error}"
             if len(self._lost) == len(self._actors):
                 self._idle.put_nowait(_NOBODY)
 

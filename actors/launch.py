@@ -1,10 +1,11 @@
 """Starting a learner: checks before anything runs, Ray Train around the loop, its lines on the console, its errors.
 
-``prepare_run`` (driver, before Ray) → ``run_learner`` (driver) → ``_work`` (one per Ray Train worker) → ``learner.train``.
+``prepare_run`` (driver, before Ray) → ``run_learner`` (driver) → ``_work`` (each Ray Train worker) → ``learner.train``.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.checkpoints import CheckpointStore, Manifest, megabytes
+from actors.checkpoints import SPARE_BYTES, CheckpointStore, Manifest, megabytes
 from deepgen.cluster.resources import process_resources
 from deepgen.config import Settings, UserError
 
@@ -64,20 +65,25 @@ def prepare_run(settings: Settings, stage: str) -> Settings:
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"weights": weights})})
     folder, store = run_folder(settings), CheckpointStore(settings, stage)
     if settings.run.resume:
-        if not folder.is_dir():
-            raise UserError(f"--resume: there is no run {settings.run.name!r} in {settings.run.dir}")
-        manifest = store.newest()
-        if manifest is None:
-            print(f"{folder} has no complete checkpoint yet: starting from step 0", flush=True)
-        else:
-            store.check_fits(manifest)
-    elif (folder / "checkpoints").exists():
-        kept = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
-        folder.rename(kept)
-        print(f"an earlier run of this name is kept as {kept}", flush=True)
+        _check_resume(store, settings)
     _check_writable(folder)
     _check_space(folder, settings, stage)
+    if not settings.run.resume and store.folder.exists():
+        kept = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
+        folder.rename(kept)
+        folder.mkdir()
+        print(f"an earlier run of this name is kept as {kept}", flush=True)
     return settings
+
+
+def _check_resume(store: CheckpointStore, settings: Settings) -> None:
+    if not store.run_folder.is_dir():
+        raise UserError(f"--resume: there is no run {settings.run.name!r} in {settings.run.dir}")
+    manifest = store.newest()
+    if manifest is None:
+        print(f"{store.run_folder} has no complete checkpoint yet: starting from step 0", flush=True)
+    else:
+        store.check_fits(manifest)
 
 
 def resolve_weights(path: Path) -> Path:
@@ -87,7 +93,7 @@ def resolve_weights(path: Path) -> Path:
     if (path / "model" / "transformer").is_dir():
         return path / "model"
     if (path / "checkpoints").is_dir():
-        raise UserError(f"model.weights: the run {path} has not finished; finish it with --resume, then use {path}/model")
+        raise UserError(f"model.weights: the run {path} has not finished; finish it with --resume")
     raise UserError(f"model.weights: {path} is not a component folder (it has no transformer/) and not a finished run")
 
 
@@ -102,8 +108,8 @@ def run_learner(job: LearnerJob) -> Path:
     trainer = _make_trainer(job)
     console = folder / CONSOLE
     console.touch()
-    workers, stage = settings.train.workers, settings.train.zero_stage
-    print(f"starting {workers} learner worker{'s' if workers > 1 else ''} (Ray Train, DeepSpeed ZeRO-{stage})", flush=True)
+    engine = f"Ray Train, DeepSpeed ZeRO-{settings.train.zero_stage}"
+    print(f"starting {settings.train.workers} learner worker(s): {engine}", flush=True)
     _fit_and_show(trainer, console)
     return folder / "model"
 
@@ -111,18 +117,19 @@ def run_learner(job: LearnerJob) -> Path:
 def _make_trainer(job: LearnerJob) -> Any:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-    class QuietTrainer(TorchTrainer):
-        """Without the actor that removes placement groups of a dead controller: Ray removes them with their creator,
-        and on a cluster without dashboard it warns every second."""
+    class LeanTrainer(TorchTrainer):
+        """Two helper processes less: we pass no Ray datasets, and Ray removes placement groups with their creator
+        (the cleaner would warn every second on a cluster without dashboard)."""
 
         def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
-            return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+            unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+            return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
     settings = job.settings
-    return QuietTrainer(
+    return LeanTrainer(
         _work,
         train_loop_config={"job": job, "attempt": uuid.uuid4().hex},
         torch_config=TorchConfig(backend="nccl" if job.gpus else "gloo"),
@@ -135,7 +142,7 @@ def _make_trainer(job: LearnerJob) -> Any:
             name=settings.run.name,
             storage_path=str(run_folder(settings) / "ray_train"),
             failure_config=FailureConfig(max_failures=job.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # errors come back to run_learner with their traceback
         ),
     )
 
@@ -148,7 +155,7 @@ def _fit_and_show(trainer: Any, console: Path) -> None:
         try:
             trainer.fit()
             outcome.append(None)
-        except Exception as error:  # carried over to the main thread and raised there
+        except Exception as error:  # noqa: BLE001  carried over to the main thread and raised there
             outcome.append(error)
 
     thread = threading.Thread(target=fit, daemon=True)
@@ -198,12 +205,12 @@ def _check_space(folder: Path, settings: Settings, stage: str) -> None:
     weights = Path(settings.model.weights)
     trained = sum(_folder_bytes(weights / part) for part in _PARTS_TRAINED[stage])
     count = min(settings.train.keep_checkpoints, settings.train.steps // settings.train.checkpoint_every + 1) + 1
-    needed = 3 * trained * count + _folder_bytes(weights)
+    needed = 3 * trained * count + _folder_bytes(weights) + SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"run.dir: {folder} has {megabytes(free)} free, this run needs about {megabytes(needed)} ({count} checkpoints "
-            "and the result); make room, lower train.keep_checkpoints or choose another run.dir"
+            f"run.dir: {folder} has {megabytes(free)} free, this run needs about {megabytes(needed)} ({count} "
+            "checkpoints and the result); make room, lower train.keep_checkpoints or choose another run.dir"
         )
 
 
@@ -232,6 +239,9 @@ def prepare_process(settings: Settings) -> None:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     torch.set_num_threads(settings.train.threads)
+    from huggingface_hub.serialization import _torch as saving
+
+    saving.logger.setLevel(logging.WARNING)  # Ray Train would show on the console where each component was saved
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's older names
 
 
@@ -283,6 +293,7 @@ def load_model(settings: Settings, stage: str) -> UnifiedModel:
 
 
 def _console(folder: Path) -> Callable[[str], None]:
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONSOLE
 
     def say(line: str) -> None:

@@ -2,8 +2,8 @@
 
 The loop knows neither data sets nor rewards. A ``BatchSource`` hands it one batch a step, an ``Objective`` turns that
 batch into losses, micro-batch by micro-batch; everything else (ZeRO, clipping, schedule, EMA, checkpoints, resume,
-metrics) is written here once for pretrain, sft and rl. Exactly one optimizer step follows each batch, whatever the number
-of micro-batches (method 3.7: the reference takes 61 steps a batch; we do not).
+metrics) is written here once for pretrain, sft and rl. Exactly one optimizer step follows each batch, whatever the
+number of micro-batches (method 3.7: the reference takes 61 steps a batch; we do not).
 
 Left out on purpose: how the processes are started (``actors.launch``) and what is in a batch.
 """
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 Metrics = Mapping[str, float | Tensor]
 _SAY_EVERY_S = 1.0
+_RL_FIGURES = {"policy/kl": "kl", "policy/clip_share": "clipped"}
+_RL_PHASES = {"time/rollout_s": "rollout", "time/reward_s": "scoring", "time/update_s": "update", "time/sync_s": "sync"}
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ class BatchSource(Protocol):
     """Gives every rank its batch of a step and is told about new weights.
 
     Order of calls in a run: ``load_state_dict`` (only on resume), ``publish(weights, start)``, then for each step
-    ``next(step, rank, world)``, the update, ``publish(weights, step + 1)``, ``state_dict(step + 1)`` when a checkpoint is
-    due; ``close()`` at the end, also after an error. All methods are called on every rank and in the same order.
+    ``next(step, rank, world)``, the update, ``publish(weights, step + 1)``, ``state_dict(step + 1)`` when a checkpoint
+    is due; ``close()`` at the end, also after an error. All methods are called on every rank and in the same order.
     """
 
     def next(self, step: int, rank: int, world: int) -> Any:
@@ -92,7 +94,7 @@ class BatchSource(Protocol):
         """Figures of the last batch that do not come from the update (rewards, staleness, ...); rank 0's are logged."""
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """State that continues the stream exactly before ``step``; JSON-able. Rank 0's is written into the checkpoint."""
+        """State that continues the stream exactly before ``step``; JSON-able. Rank 0's goes into the checkpoint."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state; every rank gets the one of rank 0."""
@@ -252,13 +254,18 @@ def _reduce(key: str, values: list[float]) -> float:
     return sum(values) if key.endswith("_sum") else sum(values) / len(values)
 
 
-def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The few numbers of a console line."""
-    shown = {"loss": metrics.get("loss/total", math.nan), "grad": metrics.get("train/grad_norm", math.nan)}
-    shown |= {key.removeprefix("reward/"): value for key, value in metrics.items() if key.startswith("reward/")}
-    if "throughput/images_per_s" in metrics:
-        shown["images/s"] = metrics["throughput/images_per_s"]
-    return shown
+def _shown(metrics: Mapping[str, float]) -> dict[str, float | str]:
+    """The few numbers of a console line: in rl rewards, distance from the start and phases, else loss and speed."""
+    if "time/rollout_s" not in metrics:
+        shown: dict[str, float | str] = {"loss": metrics["loss/total"], "grad": metrics["train/grad_norm"]}
+        if "throughput/images_per_s" in metrics:
+            shown["images/s"] = metrics["throughput/images_per_s"]
+        return shown
+    shown = {"reward": metrics.get("reward/total", math.nan)}
+    rewards = sorted(key for key in metrics if key.startswith("reward/") and key != "reward/total")
+    shown |= {key.removeprefix("reward/"): metrics[key] for key in rewards}
+    shown |= {label: metrics[key] for key, label in _RL_FIGURES.items() if key in metrics}
+    return shown | {label: f"{metrics[key]:.1f} s" for key, label in _RL_PHASES.items() if key in metrics}
 
 
 def _seed(context: StepContext, part: int | str) -> None:
@@ -271,7 +278,7 @@ def _check_same_count(count: int, context: StepContext) -> None:
         counts = [0] * context.world
         dist.all_gather_object(counts, count)
     if count == 0 or len(set(counts)) > 1:
-        raise RuntimeError(f"step {context.step}: micro-batches by rank are {counts}; all ranks need the same, at least 1")
+        raise RuntimeError(f"step {context.step}: micro-batches by rank are {counts}; all need the same, at least 1")
 
 
 def _restore(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from actors.engine import Weights
 from actors.learner import Metrics, Parts, StepContext, WorkerContext
+from actors.pictures import picture_drawer
 from deepgen.algorithms.losses import flow_matching_loss, interpolate
 from deepgen.data.collate import LatentCache, MicroBatch, collate
 from deepgen.data.dataset import TrainingSet
@@ -28,18 +30,23 @@ LATENT_CACHE_BYTES = 512 << 20
 
 
 class MixtureSource:
-    """Micro-batches of the edit:T2I cycle (M2.4). Everything follows from the step number; its state is a position."""
+    """Micro-batches of the edit:T2I cycle (M2.4). Everything follows from the step number; its state is a position.
 
-    def __init__(self, data: TrainingSet, mixture: Mixture) -> None:
-        self.data, self.mixture = data, mixture
+    ``draw`` is called with the step number whenever there are new weights, to take pictures.
+    """
+
+    def __init__(self, data: TrainingSet, mixture: Mixture, draw: Callable[[int], None] | None = None) -> None:
+        self.data, self.mixture, self._draw = data, mixture, draw
         self._world = 1
 
     @classmethod
-    def from_settings(cls, settings: Settings, data: TrainingSet) -> MixtureSource:
+    def from_settings(
+        cls, settings: Settings, data: TrainingSet, draw: Callable[[int], None] | None = None
+    ) -> MixtureSource:
         """The source that data.* describes; raises UserError when a task of the cycle has no records."""
         per_cycle = {"edit": settings.data.edit_per_cycle, "t2i": settings.data.t2i_per_cycle}
         sizes = {"edit": len(data.edit), "t2i": len(data.t2i)}
-        return cls(data, Mixture(settings.run.seed, sizes, per_cycle, settings.data.micro_batch))
+        return cls(data, Mixture(settings.run.seed, sizes, per_cycle, settings.data.micro_batch), draw)
 
     def next(self, step: int, rank: int, world: int) -> list[MicroBatch]:
         self._world = world
@@ -47,7 +54,8 @@ class MixtureSource:
         return [collate(self.data, planned, seed=self.mixture.seed, step=step) for planned in plan]
 
     def publish(self, weights: Callable[[], Weights], version: int) -> None:
-        """Nobody waits for these weights."""
+        if self._draw:
+            self._draw(version)
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -100,23 +108,26 @@ class FlowMatching:
 
         return cls(data, context.settings, encode)
 
-    def prepare(self, model: UnifiedModel, batch: Sequence[MicroBatch], context: StepContext) -> list[FlowMatchingMicro]:
+    def prepare(
+        self, model: UnifiedModel, batch: Sequence[MicroBatch], context: StepContext
+    ) -> list[FlowMatchingMicro]:
         return [self.prepare_one(micro, context.device, 1 / len(batch)) for micro in batch]
 
     def prepare_one(self, micro: MicroBatch, device: torch.device, share: float) -> FlowMatchingMicro:
         """Draw captions to drop, noise and times; fetch latents. ``share`` scales the loss."""
-        latents = [self.cache.get(i, 0, lambda i=i: self.data.target(i)) for i in micro.indices]
+        latents = [self.cache.get(i, 0, partial(self.data.target, i)) for i in micro.indices]
         generators = micro.generators("flow matching")
         dropped = [bool(torch.rand((), generator=g) < self.caption_drop) for g in generators]
         levels = torch.stack([self.sigmas[torch.randint(len(self.sigmas), (), generator=g)] for g in generators])
         noise = [torch.randn(x.shape, generator=g) for x, g in zip(latents, generators, strict=True)]
+        clean = [self._reference_latents(*pair) for pair in zip(micro.indices, micro.references, strict=True)]
         is_edit = micro.task == "edit"
         return FlowMatchingMicro(
             task=micro.task,
             prompts=["" if drop and not is_edit else p for p, drop in zip(micro.prompts, dropped, strict=True)],
-            references=[[image.to(device) for image in images] for images in micro.references],
+            references=[_to(images, device) for images in micro.references],
             latents=_to(latents, device),
-            reference_latents=[_to(self._reference_latents(*pair), device) for pair in zip(micro.indices, micro.references, strict=True)],
+            reference_latents=[_to(images, device) for images in clean],
             noise=_to(noise, device),
             sigmas=levels.to(device),
             share=share,
@@ -125,25 +136,24 @@ class FlowMatching:
     def loss(self, model: UnifiedModel, micro: FlowMatchingMicro, context: StepContext) -> tuple[Tensor, Metrics]:
         is_edit = micro.task == "edit"
         conditioning = model.encode_prompts(micro.prompts, micro.references if is_edit else None)
-        noisy = [
-            interpolate(x, n, sigma) for x, n, sigma in zip(micro.latents, micro.noise, micro.sigmas, strict=True)
-        ]
+        noisy = [interpolate(x, n, sigma) for x, n, sigma in zip(micro.latents, micro.noise, micro.sigmas, strict=True)]
         references = micro.reference_latents if is_edit else None
         velocity = model.velocity(noisy, timesteps(micro.sigmas), conditioning, references)
         loss = flow_matching_loss(velocity, micro.latents, micro.noise).loss
         value = loss.detach()
-        metrics = {"loss/flow_matching": value, f"loss/flow_matching_{micro.task}": value, "images_sum": len(noisy)}
-        return loss * micro.share, metrics
+        own = f"loss/flow_matching_{micro.task}"
+        return loss * micro.share, {"loss/flow_matching": value, own: value, "images_sum": float(len(noisy))}
 
     def _reference_latents(self, index: int, images: list[Tensor]) -> list[Tensor]:
-        return [self.cache.get(index, slot, lambda image=image: image) for slot, image in enumerate(images, start=1)]
+        return [self.cache.get(index, slot, image.clone) for slot, image in enumerate(images, start=1)]
 
 
 def build_flow_matching(context: WorkerContext) -> Parts:
     """Source and objective of pretrain and sft."""
     data = TrainingSet.read(context.settings.data.train, context.settings.data.image_size)
     context.say(f"{len(data.t2i)} generation and {len(data.edit)} editing records")
-    return MixtureSource.from_settings(context.settings, data), FlowMatching.for_worker(data, context)
+    source = MixtureSource.from_settings(context.settings, data, picture_drawer(context))
+    return source, FlowMatching.for_worker(data, context)
 
 
 def _to(tensors: list[Tensor], device: torch.device) -> list[Tensor]:

@@ -64,6 +64,7 @@ class RolloutActor:
 
         self.name = name
         self._deadline_s = settings.experience.deadline_s
+        self._folder = settings.model.weights
         self._sampler = PolicySampler(settings)
         self._version = 0  # what the weights folder holds
         self._published: PublishedWeights | None = None
@@ -111,7 +112,11 @@ class RolloutActor:
 
     def _use(self, weights: PublishedWeights | None) -> None:
         """Make the policy the wanted version."""
-        if weights is None or weights == self._published:
+        if weights == self._published or (weights is None and self._version == 0):
+            return
+        if weights is None:
+            self._sampler.load(self._folder)
+            self._version, self._published = 0, None
             return
         if weights.version == self._version and self._published is None:
             verify_weights(self._sampler.model, weights)

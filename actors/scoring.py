@@ -31,6 +31,11 @@ class RewardRouter:
         """Start all pools at once; returns when every one can score."""
         await asyncio.gather(*(pool.start() for pool in self._pools.values()))
 
+    def stop(self) -> None:
+        """End all pools."""
+        for pool in self._pools.values():
+            pool.stop()
+
     def weights(self, record: Record) -> np.ndarray:
         """Weight of each reward for a prompt, float32 [K]; 0 = not called."""
         return np.array([self._weight(name, record) for name in self.names], dtype=np.float32)

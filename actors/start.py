@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 def start_rollouts(settings: Settings, *, gpus: bool) -> dict[str, Any]:
     """Handles of the rollout actors by name, spread over the nodes; they load their models while we go on."""
-    remote = ray.remote(RolloutActor).options(
+    options: dict[str, Any] = {
         **_options("rollout", gpus),
-        max_restarts=RESTARTS,
-        concurrency_groups={WEIGHTS_GROUP: 1},
-        scheduling_strategy="SPREAD",
-    )
+        "max_restarts": RESTARTS,
+        "concurrency_groups": {WEIGHTS_GROUP: 1},
+        "scheduling_strategy": "SPREAD",
+    }
+    remote = ray.remote(**options)(RolloutActor)
     names = [f"rollout-{i}" for i in range(settings.rollout.actors)]
     return {name: remote.remote(settings, name) for name in names}
 

@@ -9,32 +9,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from actors.engine import TrainingEngine
+from actors.experience import GroupBatch
 from actors.launch import load_model, prepare_process
-from actors.learner import StepContext, WorkerContext, update
-from actors.objectives import FlowMatchingMicro, build_flow_matching
+from actors.learner import Objective, StepContext, WorkerContext, update
+from actors.objectives import FlowMatching, FlowMatchingMicro, build_flow_matching
+from actors.rl_objective import MRGRPO, AuxiliaryRecords, PolicyMicro, RLBatch
+from actors.rollout import GroupRequest
+from actors.sampling import PolicySampler
 from benchmarks.common import Result, Shape, bare_dit, bare_inputs, compare, joined_size, recipe
+from deepgen.data.dataset import TrainingSet
+from deepgen.data.records import TASKS, read_records
 from deepgen.models.unified import UnifiedModel
 
 CPU = torch.device("cpu")
 
 
 def run(weights: Path, repeats: int, threads: int) -> list[Result]:
-    """Results for the supervised stages, with their recipes' batches. Needs a process group."""
-    return [_supervised(stage, weights, repeats, threads) for stage in ("pretrain", "sft")]
+    """Results for the three stages, with their recipes' batches (rl: one group a task). Needs a process group."""
+    return [_measure(stage, weights, repeats, threads) for stage in ("pretrain", "sft", "rl")]
 
 
-def _supervised(stage: str, weights: Path, repeats: int, threads: int) -> Result:
-    settings = recipe(f"tiny-{stage}", weights, f"train.threads={threads}")
+def _measure(stage: str, weights: Path, repeats: int, threads: int) -> Result:
+    """A sample is an image in pretrain and sft, and a trained transition of an image (or a record) in rl."""
+    threaded = (f"train.threads={threads}", f"rollout.threads={threads}")
+    settings = recipe(f"tiny-{stage}", weights, f"rollout.prompts_per_step={len(TASKS)}", *threaded)
     prepare_process(settings)
     context = WorkerContext(stage, settings, load_model(settings, stage), 0, 1, CPU, None, _say_nothing)
     trainable = context.model.trainable_parameters(stage)
-    source, objective = build_flow_matching(context)
-    step = StepContext(settings.run.seed, 0, 0, 1, CPU)
-    batch = source.next(0, 0, 1)
+    objective, batch = _experience(context) if stage == "rl" else _records(context)
+    # Step 1 with samples of version 0: the check that an unchanged policy has ratio 1 does not apply to repetitions.
+    step = StepContext(settings.run.seed, 1, 0, 1, CPU)
     with torch.no_grad():  # also fills the cache of latents, which the update is not charged for
         shapes = [_shape(context.model, micro) for micro in objective.prepare(context.model, batch, step)]
     engine = TrainingEngine(settings, context.model, trainable, CPU)
@@ -44,6 +54,30 @@ def _supervised(stage: str, weights: Path, repeats: int, threads: int) -> Result
 
     samples = sum(shape.batch for shape in shapes)
     return compare(f"update, {stage}", describe(shapes), samples, ours, BareUpdate(shapes), repeats)
+
+
+def _records(context: WorkerContext) -> tuple[Objective, Any]:
+    source, objective = build_flow_matching(context)
+    return objective, source.next(0, 0, 1)
+
+
+def _experience(context: WorkerContext) -> tuple[Objective, RLBatch]:
+    """A step's groups, cycling through the tasks, with random advantages, and the records of the auxiliary loss."""
+    settings = context.settings
+    sampler = PolicySampler(settings)
+    prompts = read_records(settings.data.prompts)
+    by_task = [[record for record in prompts if record.task == task] for task in TASKS]
+    groups, trajectories = [], []
+    for number in range(settings.rollout.prompts_per_step):
+        record = by_task[number % len(TASKS)][number]
+        _, packed = sampler.sample_group(GroupRequest(number=number, step=0, epoch=0, record=record))
+        advantages = np.random.default_rng(number).standard_normal(settings.rollout.group_size).astype(np.float32)
+        groups.append(GroupBatch(number, record.id, record.task, 0, advantages, None))
+        trajectories.append(packed)
+    data = TrainingSet.read(settings.data.train, settings.data.image_size)
+    objective = MRGRPO.for_worker(context, FlowMatching.for_worker(data, context))
+    auxiliary = AuxiliaryRecords(data, settings).plan(0, 0, 1)
+    return objective, RLBatch(tuple(groups), tuple(trajectories), tuple(auxiliary))
 
 
 class BareUpdate:
@@ -63,12 +97,21 @@ class BareUpdate:
 
 
 def describe(shapes: Sequence[Shape]) -> str:
-    """Short text of the DiT calls of a batch."""
-    texts = [f"{s.batch} of {s.height}x{s.width} latents, {s.context} context" for s in shapes]
-    return "; ".join(f"{texts.count(text)} x {text}" for text in dict.fromkeys(texts))
+    """Short text of the DiT calls of a batch: samples by size, largest micro-batch, range of context tokens."""
+    sizes: dict[str, int] = {}
+    for shape in shapes:
+        size = f"{shape.height}x{shape.width}"
+        sizes[size] = sizes.get(size, 0) + shape.batch
+    samples = " + ".join(f"{count} of {size}" for size, count in sizes.items())
+    contexts = [shape.context for shape in shapes]
+    largest = max(shape.batch for shape in shapes)
+    return f"{samples} latents by up to {largest}, {min(contexts)}-{max(contexts)} context"
 
 
-def _shape(model: UnifiedModel, micro: FlowMatchingMicro) -> Shape:
+def _shape(model: UnifiedModel, micro: FlowMatchingMicro | PolicyMicro) -> Shape:
+    if isinstance(micro, PolicyMicro):
+        height, width = joined_size([micro.x[0]], [micro.references])
+        return Shape(len(micro.x), height, width, micro.conditioning.context.shape[1])
     is_edit = micro.task == "edit"
     context = model.encode_prompts(micro.prompts, micro.references if is_edit else None).context.shape[1]
     height, width = joined_size(micro.latents, micro.reference_latents if is_edit else None)

@@ -9,52 +9,69 @@ the end compares the two.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
+from actors.evaluation import Evaluation, grid_rows, heldout_records  # noqa: E402
 from actors.launch import LearnerJob, prepare_run, run_folder, run_learner  # noqa: E402
 from deepgen.cluster.connect import connect  # noqa: E402
 from deepgen.cluster.resources import rl_needs  # noqa: E402
 from deepgen.config import Settings, UserError, parse_command_line, run_program  # noqa: E402
 from deepgen.data.records import Record, read_records  # noqa: E402
 
-if TYPE_CHECKING:
-    from actors.evaluation import Evaluation
-
 BEFORE, AFTER = "evaluation-before.npz", "evaluation-after.npz"
 MARGIN_S = 30.0  # an actor's own error, which says more, comes first
+END_S = 10.0
 
 
 def main() -> int:
     settings = prepare_run(parse_command_line("rl", sys.argv[1:]), "rl")
-    prompts = read_prompts(settings)
+    prompts, heldout = read_prompts(settings), heldout_records(settings)
+    if settings.algorithm.sft_coef:
+        read_records(settings.data.train)  # a row that does not fit is named now, not when the workers have started
     gpus = connect(settings, rl_needs, code_root=ROOT)
-    import ray
+    from actors.start import start_rollouts, start_stream
 
-    from actors.evaluation import heldout_records
-    from actors.start import learner_parts, start_rollouts, start_stream
-
-    heldout = heldout_records(settings)
     say(f"starting {settings.rollout.actors} rollout actors and the rewards {', '.join(settings.rewards.used())}")
     rollouts = start_rollouts(settings, gpus=gpus)
     stream = start_stream(settings, prompts, rollouts, resume=resumes(settings), gpus=gpus)
-    ray.get(stream.start.remote(), timeout=settings.cluster.start_deadline_s + MARGIN_S)
+    try:
+        run(settings, stream, heldout, gpus)
+    finally:
+        end(stream)
+    return 0
 
+
+def run(settings: Settings, stream: Any, heldout: list[Record], gpus: bool) -> None:
+    """Evaluate, train, evaluate, report."""
+    import ray
+
+    from actors.start import learner_parts
+
+    ray.get(stream.start.remote(), timeout=settings.cluster.start_deadline_s + MARGIN_S)
     before = evaluate_before(settings, stream, heldout)  # goes on while the learner starts
     ray.get(stream.begin.remote(), timeout=MARGIN_S)
     result = run_learner(LearnerJob("rl", settings, learner_parts(stream), gpus))
-
     if before is not None:
         after = wait_for_evaluation(settings, order_evaluation(settings, stream, heldout, result))
         after.save(run_folder(settings) / AFTER)
         report(settings, before.result(), after)
     say(f"the trained model is {result}")
-    return 0
+
+
+def end(stream: Any) -> None:
+    """Let the stream end its reward pools; one that is gone has nothing left to end."""
+    import ray
+
+    with suppress(ray.exceptions.RayError):
+        ray.get(stream.stop.remote(), timeout=END_S)
 
 
 def read_prompts(settings: Settings) -> list[Record]:
@@ -78,25 +95,27 @@ def resumes(settings: Settings) -> bool:
 
 def evaluate_before(settings: Settings, stream: Any, heldout: Sequence[Record]) -> Future[Evaluation] | None:
     """The initial policy on the held-out prompts (None without any): drawn now, or by an earlier start of this run."""
-    from actors.evaluation import Evaluation
-
     if not heldout:
         return None
     path = run_folder(settings) / BEFORE
-    executor = ThreadPoolExecutor(1)
+    before: Future[Evaluation] = Future()
     if settings.run.resume and path.exists() and (saved := Evaluation.load(path, heldout)):
-        return executor.submit(lambda: saved)
+        before.set_result(saved)
+        return before
     drawn = order_evaluation(settings, stream, heldout)  # here, so that it comes before the first step
 
-    def finish() -> Evaluation:
-        evaluation = wait_for_evaluation(settings, drawn)
-        if evaluation.version != 0:
-            raise RuntimeError(f"the evaluation before the first step was drawn by version {evaluation.version}")
-        evaluation.save(path)
-        say("held-out before: " + "  ".join(f"{name} {mean:.3f}" for name, mean in evaluation.means().items()))
-        return evaluation
+    def finish() -> None:
+        try:
+            evaluation = wait_for_evaluation(settings, drawn)
+            if evaluation.version != 0:
+                raise RuntimeError(f"the evaluation before the first step was drawn by version {evaluation.version}")
+            evaluation.save(path)
+            say("held-out before: " + "  ".join(f"{name} {mean:.3f}" for name, mean in evaluation.means().items()))
+            before.set_result(evaluation)
+        except Exception as error:  # noqa: BLE001  # carried to the main thread, which raises it
+            before.set_exception(error)
 
-    before = executor.submit(finish)
+    threading.Thread(target=finish, daemon=True).start()  # daemon: Ctrl-C does not wait for it
     if settings.run.resume:
         before.result()  # a resumed learner publishes other weights as soon as it is there
     return before
@@ -116,7 +135,6 @@ def wait_for_evaluation(settings: Settings, drawn: Any) -> Evaluation:
 
 def report(settings: Settings, before: Evaluation, after: Evaluation) -> None:
     """Table, before/after grid and MLflow entries of the whole run."""
-    from actors.evaluation import grid_rows
     from deepgen.tracking.grids import before_after_grid
     from deepgen.tracking.report import paired_table
     from deepgen.tracking.tracker import Tracker

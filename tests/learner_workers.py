@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def run_workers(folder: Path, runs: Sequence[dict[str, Any]], *, world: int = 1, exit_code: int = 0) -> str:
     """Train each of ``runs`` in turn on ``world`` workers and wait; what the workers printed.
 
-    A run is {"overrides": [...]} plus, as wanted, "stage" (default: the toy model), "noise" (toy) and "die_after": the
-    worker then ends hard, as by a kill, in the step after that many.
+    A run is {"overrides": [...]} plus, as wanted, "recipe", "stage" (default: the toy model), "noise" (toy) and
+    "die_after": the worker then ends hard, as by a kill, in the step after that many.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rendezvous = folder / f"rendezvous-{len(list(folder.glob('rendezvous-*')))}"
@@ -26,7 +26,7 @@ def run_workers(folder: Path, runs: Sequence[dict[str, Any]], *, world: int = 1,
     for rank in range(world):
         job = {"rank": rank, "world": world, "rendezvous": str(rendezvous), "runs": list(runs)}
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+            "PYTHONPATH": str(ROOT),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world),
@@ -46,9 +46,10 @@ def main() -> None:
 
     from actors.launch import prepare_process
     from deepgen.config import load_settings
+    from deepgen.config.recipes import find_recipe
 
     for number, run in enumerate(job["runs"]):
-        settings = load_settings(None, run["overrides"])
+        settings = load_settings(find_recipe(run["recipe"]) if "recipe" in run else None, run["overrides"])
         if number == 0:
             prepare_process(settings)
             method = f"file://{job['rendezvous']}"
@@ -68,10 +69,10 @@ def _train_stage(settings: Any, run: dict[str, Any], rank: int, world: int) -> N
 
 def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> None:
     import torch
-    from toy import ToyModel, ToyObjective, ToySource
 
     from actors.checkpoints import CheckpointStore
     from actors.learner import WorkerContext, train
+    from tests.toy import ToyModel, ToyObjective, ToySource
 
     class Log:
         def log(self, step: int, metrics: dict[str, float]) -> None:

@@ -69,7 +69,9 @@ def main() -> None:
         bar.set_postfix(loss=f"{loss.item():.3f}")
     wins = []
     for kind in range(5):
-        weak, strong = (head(features(encoder, fault(held, torch.full((len(held),), s), kind, vae))) for s in (0.1, 0.6))
+        weak, strong = (
+            head(features(encoder, fault(held, torch.full((len(held),), s), kind, vae))) for s in (0.1, 0.6)
+        )
         wins.append((weak > strong).float().mean().item())
     print("held-out: weaker fault scored higher, by kind:", [round(w, 3) for w in wins])
     head.save(args.out, clip="../clip")

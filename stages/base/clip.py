@@ -8,6 +8,7 @@ the similarity has to look at attributes and not at the object alone.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +25,13 @@ WIDTH = 160
 
 def config(vocab: dict[str, int]) -> CLIPConfig:
     """4 vision layers over 8 x 8 patches of 8 px, 3 text layers; 160 wide, 128 in common."""
-    common = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": 4, "hidden_act": "quick_gelu"}
-    end = vocab["<|im_end|>"]
+    common = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_attention_heads": 4,
+        "hidden_act": "quick_gelu",
+    }
+    end = vocab["<|endoftext|>"]  # not <|im_end|>: its id is 2, which CLIPModel takes for "an old config"
     text = common | {
         "vocab_size": len(vocab),
         "num_hidden_layers": 3,
@@ -38,11 +44,14 @@ def config(vocab: dict[str, int]) -> CLIPConfig:
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=128)
 
 
-def make_tokenizer():
-    """The world's tokenizer, ending every text with <|im_end|>."""
+def make_tokenizer() -> Any:
+    """The world's tokenizer, ending every text with <|endoftext|>, where the text model pools."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL / "tokenizer")
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|im_end|>", special_tokens=[("<|im_end|>", end)])
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", end)]
+    )
     tokenizer.padding_side, tokenizer.model_max_length = "right", 40
     return tokenizer
 
@@ -65,14 +74,16 @@ def rows_of_batch(lessons: Lessons, size: int) -> list[int]:
 
 
 @torch.no_grad()
-def retrieval(model: CLIPModel, tokenizer, split: str) -> dict[str, float]:
+def retrieval(model: CLIPModel, tokenizer: Any, split: str) -> dict[str, float]:
     """Text-to-image recall at 1 over the split, and accuracy against one wrong description that is nearly right."""
     records = load_split(split)
     if split == "heldout":
         records = [r for r in records if not r.id.endswith("/heldout")]
     p = unique_pictures(records)
     lessons = Lessons(records, 1)
-    image = F.normalize(torch.cat([model.get_image_features(normalise(b)).pooler_output for b in lessons.images.split(64)]), dim=-1)
+    image = F.normalize(
+        torch.cat([model.get_image_features(normalise(b)).pooler_output for b in lessons.images.split(64)]), dim=-1
+    )
     wrong = [lessons.wrong_answer(i) for i in range(len(p.answers))]
     right_f, wrong_f = (text_features(model, tokenizer, t) for t in (p.answers, wrong))
     top = (right_f @ image.T).argmax(1) == torch.arange(len(image))
@@ -80,7 +91,7 @@ def retrieval(model: CLIPModel, tokenizer, split: str) -> dict[str, float]:
     return {"recall_at_1": top.float().mean().item(), "two_way": two.float().mean().item(), "pictures": len(image)}
 
 
-def text_features(model: CLIPModel, tokenizer, texts: list[str]) -> torch.Tensor:
+def text_features(model: CLIPModel, tokenizer: Any, texts: list[str]) -> torch.Tensor:
     t = tokenizer(texts, padding=True, truncation=True, max_length=40, return_tensors="pt")
     return F.normalize(model.get_text_features(t.input_ids, attention_mask=t.attention_mask).pooler_output, dim=-1)
 

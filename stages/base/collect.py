@@ -1,6 +1,6 @@
 """Put a trained component folder into assets/tiny/model, rounded to bf16 (the VAE stays fp32).
 
-    python -m stages.base.collect runs/tiny-sft/model
+python -m stages.base.collect runs/tiny-sft/model
 """
 
 import argparse

@@ -27,7 +27,9 @@ class Pictures:
 
     def weights(self, text_share: float) -> np.ndarray:
         """Sampling probabilities that give words `text_share` of the draws."""
-        w = np.where(self.is_text, text_share / max(self.is_text.sum(), 1), (1 - text_share) / max((~self.is_text).sum(), 1))
+        w = np.where(
+            self.is_text, text_share / max(self.is_text.sum(), 1), (1 - text_share) / max((~self.is_text).sum(), 1)
+        )
         return w / w.sum()
 
 
@@ -55,10 +57,12 @@ def cosine_lr(step: int, total: int, peak: float, warmup: int = 100) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))))
 
 
-def training_steps(total: int, name: str, optimizer: torch.optim.Optimizer, peak: float) -> Iterator[tuple[int, tqdm]]:
+def training_steps(
+    total: int, name: str, optimizer: torch.optim.Optimizer, peak: float, start: int = 0
+) -> Iterator[tuple[int, tqdm]]:
     """Yield (step, bar) and set the learning rate of each step."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    bar = tqdm(range(total), desc=name, mininterval=5)
+    bar = tqdm(range(start, total), desc=name, mininterval=5, initial=start, total=total)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step, total, peak) * group.get("lr_scale", 1.0)

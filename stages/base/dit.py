@@ -4,12 +4,14 @@
 
 Like SD3 it is taught with a text encoder of its own (here a 2-layer transformer over the prompt's tokens), which is
 thrown away afterwards: the bridge of `stages/pretrain.py` later learns to speak the language of its context. Targets
-and references are VAE latents; generation and editing come in task-pure batches, 2 to 1. The training set's own
+and references are VAE latents; generation and editing come in task-pure batches, 5 to 1. The training set's own
 prompts, 10 % replaced by an empty one. Keeps an average of the weights, which is what is saved.
 """
 
 import argparse
+import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +50,9 @@ class PromptEncoder(nn.Module):
     def __init__(self, vocab: int, width: int = 192, length: int = 64):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocab, width), nn.Embedding(length, width)
-        layer = nn.TransformerEncoderLayer(width, 3, 512, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, 3, 512, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
         self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)
 
@@ -62,17 +66,19 @@ class PromptEncoder(nn.Module):
 class Lesson:
     """Latents and token ids of the training records, drawn in task-pure batches."""
 
-    def __init__(self, records: list[Record], vae: AutoencoderKL, tokenizer, seed: int = 0):
+    def __init__(self, records: list[Record], vae: AutoencoderKL, tokenizer: Any, seed: int = 0):
         self.rng, self.vae = np.random.default_rng(seed), vae
-        blobs = sorted({b for r in records for b in (r.image, *r.references)})
+        blobs = sorted({b for r in records for b in (r.image or b"", *r.references)})
         index = {b: i for i, b in enumerate(blobs)}
         self.latents = encode_all(vae, to_float(np.stack([decode_image(b) for b in blobs])))
-        self.target = np.array([index[r.image] for r in records])
+        self.target = np.array([index[r.image or b""] for r in records])
         self.reference = np.array([index[r.references[0]] if r.references else -1 for r in records])
         self.ids = [x[:60] for x in tokenizer([r.prompt for r in records], add_special_tokens=False)["input_ids"]]
         self.pad = tokenizer.pad_token_id
-        groups = {t: np.array([i for i, r in enumerate(records) if r.task == t]) for t in ("t2i", "reasoning", "text", "edit")}
-        self.groups, self.mix = groups, {"t2i": 0.53, "reasoning": 0.12, "text": 0.35}
+        groups = {
+            t: np.array([i for i, r in enumerate(records) if r.task == t]) for t in ("t2i", "reasoning", "text", "edit")
+        }
+        self.groups, self.mix = groups, {"t2i": 0.74, "reasoning": 0.14, "text": 0.12}
 
     def batch(self, edit: bool, size: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Targets [B, 8, 16, 16], references or None, ids [B, L], mask [B, L]."""
@@ -105,19 +111,35 @@ def training_sigma(rng: np.random.Generator, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def draw(dit, encoder: PromptEncoder, vae: AutoencoderKL, ids: Tensor, mask: Tensor, reference: Tensor | None, steps: int = 20) -> Tensor:
+def draw(
+    dit: DeepGenTransformer,
+    encoder: PromptEncoder,
+    vae: AutoencoderKL,
+    ids: Tensor,
+    mask: Tensor,
+    reference: Tensor | None,
+    steps: int = 20,
+) -> Tensor:
     """Euler ODE samples as images [B, 3, 64, 64]; seeded."""
     x = torch.randn(len(ids), 8, 16, 16, generator=torch.Generator().manual_seed(5))
     sigmas = rollout_sigmas(steps)
     with torch.autocast("cpu", torch.bfloat16):
         context, pooled = encoder(ids, mask)
-        for s, s_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for s, s_next in itertools.pairwise(sigmas):
             v = velocity(dit, x, s.expand(len(ids)), context, pooled, mask, reference)
             x = x + (s_next - s) * v.float()
     return vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample.clamp(-1, 1)
 
 
-def velocity(dit, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor, mask: Tensor, reference: Tensor | None) -> Tensor:
+def velocity(
+    dit: DeepGenTransformer,
+    x: Tensor,
+    sigma: Tensor,
+    context: Tensor,
+    pooled: Tensor,
+    mask: Tensor,
+    reference: Tensor | None,
+) -> Tensor:
     refs = None if reference is None else [[r] for r in reference]
     return dit(x, sigma * 1000, context, pooled, cond_hidden_states=refs, encoder_attention_mask=mask)
 
@@ -135,23 +157,27 @@ def save_sheet(path: Path, images: Tensor, columns: int = 16) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--start", type=int, default=0, help="continue from the weights saved at this step")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1.2e-3)
     parser.add_argument("--out", type=Path, default=MODEL)
     parser.add_argument("--sheets", type=Path, default=Path("runs/base"))
     args = parser.parse_args()
-    torch.manual_seed(0)
-    rng = np.random.default_rng(1)
+    torch.manual_seed(args.start)
+    rng = np.random.default_rng(1 + args.start)
     tokenizer = AutoTokenizer.from_pretrained(MODEL / "tokenizer")
     vae = AutoencoderKL.from_pretrained(MODEL / "vae").eval()
-    lesson = Lesson(load_split("train"), vae, tokenizer)
+    lesson = Lesson(load_split("train"), vae, tokenizer, args.start)
     dit, encoder = DeepGenTransformer(**CONFIG), PromptEncoder(len(tokenizer))
-    both = nn.ModuleDict({"dit": dit, "encoder": encoder})
+    if args.start:
+        dit = DeepGenTransformer.from_pretrained(args.out / "transformer")
+        encoder.load_state_dict(torch.load(args.sheets / "prompt_encoder.pt", weights_only=True))
+    both = nn.ModuleDict({"dit": dit, "encoder": encoder}).train()
     optimizer = torch.optim.AdamW(both.parameters(), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.01)
     ema = {n: p.detach().clone() for n, p in both.named_parameters()}
     mean = {False: 1.0, True: 1.0}
-    for step, bar in training_steps(args.steps, "dit", optimizer, args.rate):
-        edit = step % 3 == 2
+    for step, bar in training_steps(args.steps, "dit", optimizer, args.rate, args.start):
+        edit = step % 6 == 5
         target, reference, ids, mask = lesson.batch(edit, args.batch)
         noise, sigma = torch.randn_like(target), training_sigma(rng, len(target))
         x = torch.lerp(target, noise, sigma.view(-1, 1, 1, 1))
@@ -163,21 +189,21 @@ def main() -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimizer.step()
-        update_ema(ema, both, 0.999, step)
+        update_ema(ema, both, 0.999, step - args.start)
         mean[edit] += 0.02 * (loss.item() - mean[edit])
         if step % 50 == 49:
             bar.set_postfix(t2i=f"{mean[False]:.4f}", edit=f"{mean[True]:.4f}")
-        if step % 1000 == 999 or step + 1 == args.steps:
+        if step % 500 == 499 or step + 1 == args.steps:
             keep = {n: p.detach().clone() for n, p in both.named_parameters()}
             both.load_state_dict(ema, strict=False)
             for name, is_edit in (("t2i", False), ("edit", True)):
                 look = Lesson.batch(lesson, is_edit, 32)
                 images = draw(dit, encoder, vae, look[2], look[3], look[1])
-                before = decode(vae, look[1]) if is_edit else decode(vae, look[0])
+                before = decode(vae, look[0] if look[1] is None else look[1])
                 save_sheet(args.sheets / f"dit_{name}_{step + 1}.png", torch.cat([before, images]))
             dit.save_pretrained(args.out / "transformer")
             torch.save(encoder.state_dict(), args.sheets / "prompt_encoder.pt")
-            both.load_state_dict(keep)
+            both.load_state_dict(keep, strict=False)  # positions are a buffer
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(args.out / "scheduler")
 
 

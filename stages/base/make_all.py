@@ -83,8 +83,10 @@ def main() -> int:
         command = STEPS[name]
         if command is None:
             packages()
-        elif subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}).returncode:
-            raise UserError(f"make base: step {name!r} failed; mend it and continue with: make base ARGS='--from {name}'")
+        elif subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, check=False).returncode:
+            raise UserError(
+                f"make base: step {name!r} failed; mend it and continue with: make base ARGS='--from {name}'"
+            )
         print(f"== {name} took {(time.monotonic() - begin) / 60:.1f} min", flush=True)
     return 0
 

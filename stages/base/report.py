@@ -20,7 +20,7 @@ from deepgen.data.dataset import image_to_tensor
 from deepgen.data.records import Record, decode_image
 from deepgen.diffusion.rollout import sample, start_group
 from deepgen.diffusion.schedule import rollout_sigmas
-from deepgen.models.unified import UnifiedModel
+from deepgen.models.unified import Conditioning, UnifiedModel
 from deepgen.tracking.grids import image_grid
 from rewards.base import RewardRequest
 from rewards.ocr import OcrReward
@@ -42,12 +42,17 @@ def draw(model: UnifiedModel, records: list[Record], steps: int = 20, batch: int
         with torch.autocast("cpu", torch.bfloat16):
             cond = model.encode_prompts([r.prompt for r in part], sources)
 
-        def velocity(x: torch.Tensor, t: torch.Tensor, cond=cond, refs=refs) -> torch.Tensor:
+        def velocity(
+            x: torch.Tensor, t: torch.Tensor, cond: Conditioning = cond, refs: list[list[torch.Tensor]] = refs
+        ) -> torch.Tensor:
             with torch.autocast("cpu", torch.bfloat16):
                 v = model.velocity(x, t, cond, refs if any(refs) else None)
+            assert isinstance(v, torch.Tensor)  # a batch of one size stays a tensor
             return v.float()
 
-        final = sample(velocity, noise, rollout_sigmas(steps), sampler="ode", eta=0.0, sde_steps=[], generators=[]).final
+        final = sample(
+            velocity, noise, rollout_sigmas(steps), sampler="ode", eta=0.0, sde_steps=[], generators=[]
+        ).final
         for image in model.decode_latents(final):
             images.append((image * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
     return images
@@ -65,15 +70,19 @@ def grids(model: UnifiedModel, out: Path, count: int) -> None:
         held, train = choose("heldout", task, count), choose("train", task, count)
         rows = [r for k in range(0, count, 6) for r in held[k : k + 6] + train[k : k + 6]]
         sources = [decode_image(r.references[0]) if r.references else None for r in rows]
+        captions = [f"{'held-out' if r in held else 'train'}: {r.prompt}" for r in rows]
         image_grid(draw(model, rows), captions, columns=12, sources=sources).save(out / f"base_{task}.png")
 
 
 def ocr_rate(model: UnifiedModel) -> dict[str, float]:
     """Share of drawn words that RapidOCR reads exactly, and the mean OCR score, held-out and trained words."""
-    reward, out = OcrReward(), {}
+    reward = OcrReward()
+    out: dict[str, float] = {}
     for split in ("heldout", "train"):
         records = choose(split, "text", 60)
-        scores = reward.score([RewardRequest(r.prompt, r.answer, r.task, i) for r, i in zip(records, draw(model, records), strict=True)])
+        scores = reward.score(
+            [RewardRequest(r.prompt, r.answer, r.task, i) for r, i in zip(records, draw(model, records), strict=True)]
+        )
         known = np.array([np.nan if s is None else s for s in scores], dtype=float)
         out |= {f"{split}_read_exactly": float(np.nanmean(known > 0.999)), f"{split}_score": float(np.nanmean(known))}
     return out

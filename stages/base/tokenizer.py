@@ -1,4 +1,4 @@
-"""Make the tiny world's tokenizer: byte-level BPE with Qwen's special tokens; every capital letter is a token of its own.
+"""Make the tiny world's tokenizer: byte-level BPE with Qwen's special tokens; every capital letter is one token.
 
     python -m stages.base.tokenizer
 
@@ -14,15 +14,28 @@ from transformers import PreTrainedTokenizerFast
 from deepgen.data.records import Record
 from stages.base.common import MODEL, load_split
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}<|vision_start|><|image_pad|><|vision_end|>\n"
+    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}"
+    "<|vision_start|><|image_pad|><|vision_end|>\n"
     "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-EXTRA = ["user assistant Generate an image: ", "Does this image show ? Answer Yes or No. Yes No", "What does this image show? Answer in a few words."]
+EXTRA = [
+    "user assistant Generate an image: ",
+    "Does this image show ? Answer Yes or No. Yes No",
+    "What does this image show? Answer in a few words.",
+]
 
 
 def make_tokenizer(records: list[Record], vocab_size: int = 1500) -> PreTrainedTokenizerFast:
@@ -30,13 +43,16 @@ def make_tokenizer(records: list[Record], vocab_size: int = 1500) -> PreTrainedT
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex("[A-Z](?=[A-Z\"])|(?<=[A-Z])[A-Z]"), "isolated"),
+            pre_tokenizers.Split(Regex('[A-Z](?=[A-Z"])|(?<=[A-Z])[A-Z]'), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([t for r in records for t in (r.prompt, r.answer)] + EXTRA * 50, trainer)
     return PreTrainedTokenizerFast(

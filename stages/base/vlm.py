@@ -15,12 +15,18 @@ Only training records are used; half of the wrong descriptions differ from the r
 import argparse
 import random
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
+from transformers import (
+    AutoTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
 
 from deepgen.data.records import Record, decode_image
 from rewards.judge import JUDGE_QUESTION
@@ -42,7 +48,12 @@ def config(vocab: dict[str, int]) -> Qwen2_5_VLConfig:
         "num_key_value_heads": 3,
         "max_position_embeddings": 1024,
         "vocab_size": len(vocab),
-        "rope_parameters": {"rope_type": "default", "type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0},
+        "rope_parameters": {
+            "rope_type": "default",
+            "type": "default",
+            "mrope_section": [8, 12, 12],
+            "rope_theta": 10000.0,
+        },
         "bos_token_id": vocab["<|endoftext|>"],
         "eos_token_id": vocab["<|im_end|>"],
         "pad_token_id": vocab["<|endoftext|>"],
@@ -90,7 +101,9 @@ def degrade(x: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         x = torch.roll(x, rng.integers(-3, 4, size=2).tolist(), dims=(-2, -1))
     if rng.random() < 0.5:
         factor = float(rng.uniform(1.2, 2.2))
-        x = F.interpolate(F.interpolate(x, scale_factor=1 / factor, mode="bilinear"), size=x.shape[-2:], mode="bilinear")
+        x = F.interpolate(
+            F.interpolate(x, scale_factor=1 / factor, mode="bilinear"), size=x.shape[-2:], mode="bilinear"
+        )
     sigma = float(rng.uniform(0, 0.25)) if rng.random() < 0.6 else 0.0
     grain = torch.from_numpy(rng.normal(size=x.shape)).float() * sigma
     gain = torch.from_numpy(rng.uniform(0.85, 1.1, size=(x.shape[0], 3, 1, 1))).float()
@@ -185,7 +198,7 @@ def misspell(answer: str, rng: random.Random) -> str:
 class Batcher:
     """Dialogues -> model inputs: right-padded ids, labels on the assistant's words, patches."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Any):
         self.tokenizer, self.image_id = tokenizer, tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
 
@@ -195,7 +208,10 @@ class Batcher:
         block = f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>\n" if count else ""
         asked = [f"<|im_start|>user\n{block}{d.question}<|im_end|>\n<|im_start|>assistant\n" for d in dialogues]
         q = self.tokenizer(asked, add_special_tokens=False)["input_ids"]
-        a = [ids + [self.end] for ids in self.tokenizer([d.answer for d in dialogues], add_special_tokens=False)["input_ids"]]
+        a = [
+            [*ids, self.end]
+            for ids in self.tokenizer([d.answer for d in dialogues], add_special_tokens=False)["input_ids"]
+        ]
         length = max(len(x) + len(y) for x, y in zip(q, a, strict=True))
         ids = torch.full((len(q), length), self.tokenizer.pad_token_id)
         labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
@@ -210,15 +226,19 @@ class Batcher:
         return batch
 
 
-def answer_logits(model: Qwen2_5_VLForConditionalGeneration, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits at the assistant's words only [M, V], and those words [M] (the vocabulary projection is skipped elsewhere)."""
+def answer_logits(
+    model: Qwen2_5_VLForConditionalGeneration, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits at the assistant's words only [M, V], and those words [M]; elsewhere nothing is projected."""
     labels = batch["labels"]
     hidden = model.model(**{k: v for k, v in batch.items() if k != "labels"}).last_hidden_state
     where = labels[:, 1:] != -100
     return model.lm_head(hidden[:, :-1][where]).float(), labels[:, 1:][where]
 
 
-def draw_batch(kind: str, lessons: Lessons, batcher: Batcher, rng: np.random.Generator, size: int = 32) -> dict[str, torch.Tensor]:
+def draw_batch(
+    kind: str, lessons: Lessons, batcher: Batcher, rng: np.random.Generator, size: int = 32
+) -> dict[str, torch.Tensor]:
     dialogues = [getattr(lessons, kind)() for _ in range(size)]
     if kind == "prompt":
         return batcher(dialogues, None)
@@ -229,7 +249,7 @@ def draw_batch(kind: str, lessons: Lessons, batcher: Batcher, rng: np.random.Gen
 
 
 @torch.no_grad()
-def judge_accuracy(model, batcher: Batcher, images: torch.Tensor, answers: list[str], truth: list[bool]) -> float:
+def judge_accuracy(model: Any, batcher: Batcher, images: torch.Tensor, answers: list[str], truth: list[bool]) -> float:
     """Share of (picture, description) pairs judged right; images [N, 3, 64, 64]."""
     yes, no = (batcher.tokenizer.convert_tokens_to_ids(w) for w in ("Yes", "No"))
     right = 0
@@ -259,7 +279,9 @@ def main() -> None:
     parser.add_argument("--judge", action="store_true", help="make the judge from the trained backbone")
     parser.add_argument("--steps", type=int, help="default: 5000, judge 1500")
     args = parser.parse_args()
-    steps, rate, out = (args.steps or 1500, 4e-4, REWARDS / "judge") if args.judge else (args.steps or 5000, 1e-3, MODEL / "vlm")
+    steps, rate, out = (
+        (args.steps or 1500, 4e-4, REWARDS / "judge") if args.judge else (args.steps or 5000, 1e-3, MODEL / "vlm")
+    )
     torch.manual_seed(0)
     rng = np.random.default_rng(int(args.judge))
     tokenizer = AutoTokenizer.from_pretrained(MODEL / "tokenizer")
@@ -285,13 +307,16 @@ def main() -> None:
         update_ema(ema, model, 0.998, step)
         seen[kind] = 0.98 * seen.get(kind, loss.item()) + 0.02 * loss.item()
         if step % 250 == 249:
-            bar.set_postfix({k: f"{v:.3f}" for k, v in seen.items()} | {"held-out": f"{judge_accuracy(model, batcher, *held):.3f}"})
+            bar.set_postfix(
+                {k: f"{v:.3f}" for k, v in seen.items()} | {"held-out": f"{judge_accuracy(model, batcher, *held):.3f}"}
+            )
     model.load_state_dict(ema, strict=False)
     print(f"judge accuracy on {len(held[1])} held-out pairs: {judge_accuracy(model, batcher, *held):.3f}")
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    processor = Qwen2VLImageProcessor(min_pixels=JUDGE_SIZE**2, max_pixels=JUDGE_SIZE**2, patch_size=PATCH, merge_size=MERGE)
-    processor.save_pretrained(out)
+    size = {"shortest_edge": JUDGE_SIZE**2, "longest_edge": JUDGE_SIZE**2}  # areas: every square becomes 112 px
+    Qwen2VLImageProcessor(size=size).save_pretrained(out)
+    Qwen2VLVideoProcessor(size=size).save_pretrained(out)  # never used, but vLLM wants one
 
 
 if __name__ == "__main__":

@@ -28,17 +28,29 @@ from stages.base import concepts as C
 SIZE = 64
 WHITE = (255, 255, 255)
 SPLITS = ("train", "rl", "heldout")
-PLURAL = {"glasses", "sunglasses", "jeans", "gloves", "socks", "french fries", "pancakes", "cherries", "scissors", "eyes", "grapes"}
+PLURAL = {
+    "glasses",
+    "sunglasses",
+    "jeans",
+    "gloves",
+    "socks",
+    "french fries",
+    "pancakes",
+    "cherries",
+    "scissors",
+    "eyes",
+    "grapes",
+}
 MASS = {"fire", "popcorn", "sushi", "broccoli", "garlic", "bread", "soap", "yarn", "tennis", "bowling", "high voltage"}
 OWN_COLOUR = {"red apple": "apple", "red heart": "heart", "locked": "padlock"}
 
 # Wordings seen in training and RL, and wordings kept for the held-out prompts.
 T2I_WORDINGS = ("{x}", "an icon of {x}", "a picture of {x}", "draw {x}")
-T2I_HELDOUT_WORDINGS = ("please draw {x}", "a small drawing of {x}")
+T2I_HELDOUT_WORDINGS = ("draw a picture of {x}", "draw an icon of {x}")
 RIDDLE_WORDINGS = ("the thing that goes with {w}", "what is meant by {w}?")
-RIDDLE_HELDOUT_WORDINGS = ("draw what goes with {w}",)
+RIDDLE_HELDOUT_WORDINGS = ("draw the thing that goes with {w}",)
 TEXT_WORDINGS = ('the word "{w}"{ink}', 'write "{w}"{ink}', 'a sign that says "{w}"{ink}')
-TEXT_HELDOUT_WORDINGS = ('please write "{w}"{ink}', 'a drawing of the word "{w}"{ink}')
+TEXT_HELDOUT_WORDINGS = ('draw the word "{w}"{ink}', 'a picture of the word "{w}"{ink}')
 
 
 @dataclass(frozen=True)
@@ -161,21 +173,33 @@ class World:
                     continue
                 text = article(f"{colour} {name}")
                 target = self._add(f"{label}/{colour}", text, place(paint(rgba, rgb)), split_of(self.rng), "paint")
-                self._edit(base, target, (f"make it {colour}", f"paint it {colour}"), (f"please make it {colour}",))
+                self._edit(base, target, (f"make it {colour}", f"paint it {colour}"), (f"change it to {colour}",))
         for colour in self.rng.sample(sorted(C.BACKGROUNDS), 2):
             text = article(f"{shown} on a {colour} background")
             image = place(rgba, C.BACKGROUNDS[colour])
             target = self._add(f"{label}/on {colour}", text, image, split_of(self.rng), "background")
             wordings = (f"put it on a {colour} background", f"make the background {colour}")
-            self._edit(base, target, wordings, (f"please put it on a {colour} background",))
+            self._edit(base, target, wordings, (f"change the background to {colour}",))
         self._geometry(base, rgba)
 
     def _geometry(self, base: Picture, rgba: Image.Image) -> None:
         """Mirrored and upside-down targets, where one can see the difference."""
         plain = np.asarray(place(rgba), dtype=np.float32)
         turns = (
-            ("mirror", np.asarray(rgba)[:, ::-1], "mirrored", ("mirror it", "flip it left to right"), ("please mirror it",)),
-            ("flip", np.asarray(rgba)[::-1], "upside down", ("turn it upside down", "flip it upside down"), ("please turn it upside down",)),
+            (
+                "mirror",
+                np.asarray(rgba)[:, ::-1],
+                "mirrored",
+                ("mirror it", "flip it left to right"),
+                ("mirror it left to right",),
+            ),
+            (
+                "flip",
+                np.asarray(rgba)[::-1],
+                "upside down",
+                ("turn it upside down", "flip it upside down"),
+                ("make it upside down",),
+            ),
         )
         for kind, pixels, word, wordings, heldout in turns:
             image = place(Image.fromarray(np.ascontiguousarray(pixels), "RGBA"))
@@ -184,7 +208,9 @@ class World:
             target = self._add(f"{base.key}/{kind}", f"{base.answer}, {word}", image, split_of(self.rng), kind)
             self._edit(base, target, wordings, heldout)
 
-    def _toned(self, key: str, name: str, drawings: dict[str, Image.Image], split: dict[str, str]) -> dict[str, Picture]:
+    def _toned(
+        self, key: str, name: str, drawings: dict[str, Image.Image], split: dict[str, str]
+    ) -> dict[str, Picture]:
         """A person or hand in yellow and five skin tones; edits lead from each trained tone to two others."""
         done = {}
         for tone, rgba in drawings.items():
@@ -195,7 +221,7 @@ class World:
         for source in done.values():
             for tone in self.rng.sample([t for t in C.TONES if done[t] is not source], 2):
                 wordings = (f"give it a {tone} skin tone", f"change the skin tone to {tone}")
-                self._edit(source, done[tone], wordings, (f"please give it a {tone} skin tone",))
+                self._edit(source, done[tone], wordings, (f"make it a {tone} skin tone",))
         return done
 
     def _haired(self, who: str) -> None:
@@ -208,7 +234,7 @@ class World:
         for style, text in C.HAIR.items():
             it = "make the person bald" if style == "bald" else f"give the person {text}"
             for tone in people[""]:
-                self._edit(people[""][tone], people[style][tone], (it, it + ", keep the rest"), (f"please {it}",))
+                self._edit(people[""][tone], people[style][tone], (it, it + ", keep the rest"), (f"change it: {it}",))
 
 
 def riddles(icons: Icons, rng: random.Random) -> Iterator[tuple[str, str, str]]:
@@ -217,7 +243,9 @@ def riddles(icons: Icons, rng: random.Random) -> Iterator[tuple[str, str, str]]:
     tags = {}
     for label in labels:
         own = set(label.lower().split())
-        tags[label] = [t for t in icons.entry[label].get("tags", []) if t.isalpha() and t.islower() and t not in own and len(t) > 2]
+        tags[label] = [
+            t for t in icons.entry[label].get("tags", []) if t.isalpha() and t.islower() and t not in own and len(t) > 2
+        ]
     for label in labels:
         unique = [
             words
@@ -262,19 +290,27 @@ def picture_records(world: World, rng: random.Random) -> Iterator[tuple[Record, 
     for p in world.pictures:
         if p.kind in ("mirror", "flip"):
             continue  # only ever reached by editing
-        wordings = T2I_HELDOUT_WORDINGS if p.split == "heldout" else T2I_WORDINGS
+        wordings: tuple[str, ...] = T2I_HELDOUT_WORDINGS if p.split == "heldout" else T2I_WORDINGS
         some = rng.sample(wordings, 2 if p.split == "train" and p.kind == "base" else 1)
         for wording in some:
             prompt = wording.format(x=p.answer)
-            yield Record(f"t2i/{p.key}/{wordings.index(wording)}", "t2i", prompt, p.answer, p.image, (), "fluent-emoji-flat"), p.split
+            yield (
+                Record(
+                    f"t2i/{p.key}/{wordings.index(wording)}", "t2i", prompt, p.answer, p.image, (), "fluent-emoji-flat"
+                ),
+                p.split,
+            )
         if p.kind == "base":  # known concepts in other words, for RL and the held-out set
             prompt = rng.choice(T2I_HELDOUT_WORDINGS).format(x=p.answer)
             yield Record(f"t2i/{p.key}/heldout", "t2i", prompt, p.answer, p.image, (), "fluent-emoji-flat"), "heldout"
     for e in world.edits:
-        wordings = e.heldout_wordings if e.target.split == "heldout" else e.wordings
-        prompt = rng.choice(wordings)
+        words = e.heldout_wordings if e.target.split == "heldout" else e.wordings
+        prompt = rng.choice(words)
         name = f"edit/{e.source.key}>{e.target.key}"
-        yield Record(name, "edit", prompt, e.target.answer, e.target.image, (e.source.image,), "fluent-emoji-flat"), e.target.split
+        yield (
+            Record(name, "edit", prompt, e.target.answer, e.target.image, (e.source.image,), "fluent-emoji-flat"),
+            e.target.split,
+        )
 
 
 def riddle_records(world: World, rng: random.Random) -> Iterator[tuple[Record, str]]:
@@ -282,7 +318,12 @@ def riddle_records(world: World, rng: random.Random) -> Iterator[tuple[Record, s
     for i, (label, text, split) in enumerate(riddles(world.icons, rng)):
         wording = rng.choice(RIDDLE_HELDOUT_WORDINGS if split == "heldout" else RIDDLE_WORDINGS)
         p = base[label]
-        yield Record(f"reasoning/{label}/{i}", "reasoning", wording.format(w=text), p.answer, p.image, (), "emojibase tags"), split
+        yield (
+            Record(
+                f"reasoning/{label}/{i}", "reasoning", wording.format(w=text), p.answer, p.image, (), "emojibase tags"
+            ),
+            split,
+        )
 
 
 def build(packages: Path, font_path: Path, seed: int = 7) -> dict[str, list[Record]]:
@@ -291,7 +332,9 @@ def build(packages: Path, font_path: Path, seed: int = 7) -> dict[str, list[Reco
     world = World(Icons(packages), seed)
     font = ImageFont.truetype(str(font_path), 24)
     out: dict[str, list[Record]] = {s: [] for s in SPLITS}
-    for record, split in itertools.chain(picture_records(world, rng), riddle_records(world, rng), text_records(rng, font)):
+    for record, split in itertools.chain(
+        picture_records(world, rng), riddle_records(world, rng), text_records(rng, font)
+    ):
         out[split].append(record)
     seen = {r.prompt for r in out["train"] if r.task != "edit"} | {r.prompt for r in out["rl"] if r.task != "edit"}
     clash = [r.prompt for r in out["heldout"] if r.task != "edit" and r.prompt in seen]

@@ -27,6 +27,10 @@ QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about CUDA_VISIBLE_DEVICES
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Every actor loads models: their progress bars and their libraries' announcements would bury our lines.
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
 }
 
 

@@ -22,7 +22,7 @@ MAX_ASPECT = 8.0
 
 
 def fixed_area_size(height: int, width: int, image_size: int) -> tuple[int, int]:
-    """(height, width) with about image_size^2 pixels, each side rounded UP to a multiple of 32 (M1.9 ``fix_pixels``)."""
+    """(height, width) with about image_size^2 pixels, each side rounded up to a multiple of 32 (M1.9 fix_pixels)."""
     ratio = image_size / math.sqrt(height * width)
 
     def fit(side: int) -> int:

@@ -57,7 +57,8 @@ class Mixture:
             if count and not self.sizes.get(source):
                 others = "editing (task edit)" if source == "edit" else "generation (tasks t2i, reasoning, text)"
                 raise UserError(
-                    f"data.{source}_per_cycle: got {count}, but data.train holds no {others} records; allowed: 0 with this data"
+                    f"data.{source}_per_cycle: got {count}, but data.train holds no {others} records; "
+                    "allowed with this data: 0"
                 )
 
     @property
@@ -67,7 +68,7 @@ class Mixture:
 
     def plan(self, step: int, rank: int, world: int) -> list[PlannedMicroBatch]:
         """The micro-batches of ``rank`` at optimizer step ``step``, in the order they are worked on."""
-        batches = []
+        batches: list[PlannedMicroBatch] = []
         for source in SOURCES:
             start = self._position(source, step, world)
             for turn in range(self.per_cycle.get(source, 0)):

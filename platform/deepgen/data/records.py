@@ -56,7 +56,7 @@ def quoted_words(prompt: str) -> list[str]:
 def decode_image(data: bytes) -> np.ndarray:
     """Encoded image -> uint8 [H, W, 3] RGB; transparent parts become white. Raises ValueError if it can't be read."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a readable image ({error})") from error
@@ -68,13 +68,13 @@ def decode_image(data: bytes) -> np.ndarray:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Records of a parquet file, of all ``*.parquet`` in a folder (by name), or of a ``.txt`` with one t2i prompt a line.
+    """Records of a parquet file, of all ``*.parquet`` in a folder (by name), or of a ``.txt`` with a prompt a line.
 
     Raises UserError naming file and row (counted from 1) at the first thing that does not fit the schema.
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder; allowed: a parquet file, a folder of them, or a .txt of prompts")
+        raise UserError(f"{path}: no such file or folder; allowed: parquet, a folder of it, or a .txt of prompts")
     if path.is_dir():
         files = sorted(path.glob("*.parquet"))
         if not files:
@@ -88,7 +88,7 @@ def read_records(path: Path) -> list[Record]:
         for number, record in enumerate(rows, start=1):
             place = f"{file}, row {number}"
             if record.id in first_seen:
-                raise UserError(f"{place}: id {record.id!r} was already used in {first_seen[record.id]}; ids are unique")
+                raise UserError(f"{place}: id {record.id!r} was already used in {first_seen[record.id]}")
             first_seen[record.id] = place
             records.append(record)
     if not records:
@@ -146,11 +146,8 @@ def _check_row(row: dict[str, Any], place: str) -> Record:
         raise UserError(f"{place}: {'id' if not row['id'] else 'prompt'} is empty")
     references = tuple(row["references"] or ())
     if (row["task"] == "edit") != bool(references):
-        raise UserError(f"{place}: task {row['task']} with {len(references)} reference images; allowed: {_allowed(row)}")
+        allowed = "at least 1" if row["task"] == "edit" else "none (only edit has them)"
+        raise UserError(f"{place}: task {row['task']} with {len(references)} reference images; allowed: {allowed}")
     if any(not reference for reference in references) or row["image"] == b"":
-        raise UserError(f"{place}: an image of no bytes; allowed: an encoded image, or null for a prompt without target")
+        raise UserError(f"{place}: an image of no bytes; allowed: an encoded image, or null for no target")
     return Record(**(row | {"references": references}))
-
-
-def _allowed(row: dict[str, Any]) -> str:
-    return "at least 1" if row["task"] == "edit" else "none (only edit has them)"

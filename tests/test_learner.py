@@ -1,0 +1,366 @@
+"""The learner loop: one step a batch, equal on all ranks and ZeRO stages, exact after a kill, clear refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from actors.checkpoints import CheckpointStore
+from actors.engine import learning_rate, parameter_groups
+from actors.launch import prepare_run, resolve_weights
+from actors.learner import StepContext, reduce_metrics
+from actors.objectives import FlowMatching, MixtureSource
+from deepgen.algorithms.losses import flow_matching_loss
+from deepgen.config import UserError, load_settings
+from deepgen.data.dataset import TrainingSet
+from deepgen.data.records import Record, write_records
+from tests.factories import make_tiny_folder
+from tests.learner_workers import ROOT, run_workers
+from tests.toy import ToyModel, ToyObjective, toy_batch
+
+STEPS = 6
+TOY = [
+    f"train.steps={STEPS}",
+    "train.warmup_steps=2",
+    "train.learning_rate=0.01",
+    "train.schedule=cosine",
+    "train.weight_decay=0.1",
+    "train.grad_clip=0.5",
+    "train.checkpoint_every=2",
+    "train.workers=1",
+    "model.precision=fp32",
+]
+
+
+def toy_run(folder: Path, name: str, *overrides: str, **more: Any) -> dict[str, Any]:
+    weights = folder / "weights"
+    weights.mkdir(parents=True, exist_ok=True)
+    (weights / "frozen").write_text("the same for all runs")
+    return {"overrides": [*TOY, f"run.dir={folder}", f"run.name={name}", f"model.weights={weights}", *overrides]} | more
+
+
+def toy_result(folder: Path, name: str, part: str = "model") -> dict[str, Tensor]:
+    return load_file(folder / name / part / "transformer" / "toy.safetensors")
+
+
+def plain_torch() -> tuple[dict[str, Tensor], list[float], dict[str, Tensor]]:
+    """The same training written out: weights, gradient norms and averaged weights after STEPS steps."""
+    settings = load_settings(None, TOY)
+    model: Any = ToyModel()
+    parameters = model.trainable_parameters("rl")
+    optimizer = torch.optim.AdamW(parameter_groups(parameters, 0.1), betas=(0.9, 0.999))
+    average = {name: p.detach().clone() for name, p in parameters}
+    norms = []
+    for step in range(STEPS):
+        for micro in toy_batch(step, 0, 1):
+            ToyObjective().loss(model, micro, None)[0].backward()
+        for parameter in model.unused.parameters():
+            parameter.grad = torch.zeros_like(parameter)  # DeepSpeed's view of a parameter without gradient
+        norms.append(float(torch.nn.utils.clip_grad_norm_([p for _, p in parameters], 0.5)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(0.9, (1 + step) / (10 + step))
+        for name, p in parameters:
+            average[name] = decay * average[name] + (1 - decay) * p.detach()
+    return model.state_dict(), norms, average
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_zero_stage_is_plain_training_with_one_step_a_batch(tmp_path: Path, world: int) -> None:
+    runs = [
+        toy_run(tmp_path, f"zero{stage}", f"train.zero_stage={stage}", f"train.workers={world}", "train.ema_decay=0.9")
+        for stage in range(4)
+    ]
+    run_workers(tmp_path, runs, world=world)
+    weights, norms, average = plain_torch()
+    for stage in range(4):
+        result, averaged = toy_result(tmp_path, f"zero{stage}"), toy_result(tmp_path, f"zero{stage}", "model-ema")
+        for name, expected in weights.items():
+            torch.testing.assert_close(result[name], expected, rtol=1e-5, atol=1e-6, msg=f"ZeRO-{stage} {name}")
+        for name, expected in average.items():
+            torch.testing.assert_close(averaged[name], expected, rtol=1e-5, atol=1e-6, msg=f"EMA, ZeRO-{stage} {name}")
+        log = [json.loads(line) for line in (tmp_path / f"zero{stage}.jsonl").read_text().splitlines()]
+        assert [entry["step"] for entry in log] == list(range(1, STEPS + 1))
+        np.testing.assert_allclose([entry["train/grad_norm"] for entry in log], norms, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
+    """Bit for bit, with noise from torch's generator, at a step between two checkpoints."""
+    for stage in (0, 2):
+        options = (f"train.zero_stage={stage}", "train.ema_decay=0.9")
+        whole = toy_run(tmp_path / "whole", f"zero{stage}", *options, noise=0.3)
+        cut = toy_run(tmp_path / "cut", f"zero{stage}", *options, noise=0.3)
+        run_workers(tmp_path, [whole, cut | {"die_after": 5}], exit_code=9)
+        assert not (tmp_path / "cut" / f"zero{stage}" / "model").exists()
+        (tmp_path / "cut" / f"zero{stage}" / "checkpoints" / ".writing-step-000006").mkdir()
+        run_workers(tmp_path, [cut | {"overrides": [*cut["overrides"], "run.resume=true"]}])
+        log = [json.loads(line)["step"] for line in (tmp_path / "cut" / f"zero{stage}.jsonl").read_text().splitlines()]
+        assert log == [1, 2, 3, 4, 5, 5, 6]  # step 5 was done twice: the last checkpoint had 4
+        for part in ("model", "model-ema"):
+            expected, result = (toy_result(tmp_path / which, f"zero{stage}", part) for which in ("whole", "cut"))
+            assert all(torch.equal(result[name], expected[name]) for name in expected)
+        steps = sorted(path.name for path in (tmp_path / "cut" / f"zero{stage}" / "checkpoints").iterdir())
+        assert steps == ["step-000002", "step-000004", "step-000006"]
+
+
+def test_old_checkpoints_go_and_damaged_ones_are_passed_over(tmp_path: Path) -> None:
+    run = toy_run(tmp_path, "a", "train.keep_checkpoints=2")
+    run_workers(tmp_path, [run])
+    settings = load_settings(None, run["overrides"])
+    store = CheckpointStore(settings, "rl")
+    newest = store.newest()
+    assert newest is not None and newest.step == 6
+    assert sorted(path.name for path in store.folder.iterdir()) == ["step-000004", "step-000006"]
+    largest = max((tmp_path / "a/checkpoints/step-000006/engine").iterdir(), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-100])
+    newest = store.newest()
+    assert newest is not None and newest.step == 4
+
+    for changed, stage, says in [
+        ([], "sft", "stage: got sft"),
+        (["model.preset=tiny"], "rl", "model.preset: got tiny"),
+        (["train.workers=2"], "rl", "train.workers: got 2"),
+        (["train.zero_stage=1"], "rl", "train.zero_stage: got 1"),
+        (["run.seed=1"], "rl", "run.seed: got 1"),
+        (["train.ema_decay=0.5"], "rl", "train.ema_decay: got above 0"),
+        (["train.steps=3"], "rl", "train.steps: got 3"),
+        ([f"model.weights={ROOT / 'tests' / 'golden'}"], "rl", "is not what the checkpoint"),
+    ]:
+        with pytest.raises(UserError, match=says) as caught:
+            CheckpointStore(load_settings(None, [*run["overrides"], *changed]), stage).check_fits(newest)
+        assert "step-000004" in str(caught.value) and "\n" not in str(caught.value)
+
+
+# -- before anything starts ------------------------------------------------------------------------------------------
+
+
+def start(tmp_path: Path, *overrides: str) -> Any:
+    (tmp_path / "weights" / "transformer").mkdir(parents=True, exist_ok=True)
+    own = [f"run.dir={tmp_path / 'runs'}", "run.name=a", f"model.weights={tmp_path / 'weights'}"]
+    return load_settings(None, [*own, *overrides])
+
+
+def test_a_new_run_keeps_the_old_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs" / "a" / "checkpoints" / "step-000002").mkdir(parents=True)
+    prepare_run(start(tmp_path), "sft")
+    assert (tmp_path / "runs" / "a.1" / "checkpoints" / "step-000002").is_dir()
+    assert not (tmp_path / "runs" / "a" / "checkpoints").exists()
+    assert "kept as" in capsys.readouterr().out
+
+
+def test_what_cannot_start_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--resume: there is no run 'a'"):
+        prepare_run(start(tmp_path, "run.resume=true"), "sft")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run\.dir: cannot write the run folder .*Not a directory"):
+        prepare_run(start(tmp_path, f"run.dir={tmp_path / 'file' / 'runs'}"), "sft")
+    (tmp_path / "weights" / "transformer" / "w").write_bytes(bytes(1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2000))
+    with pytest.raises(UserError, match=r"run\.dir: .* MB free, this run needs about"):
+        prepare_run(start(tmp_path), "sft")
+
+
+def test_weights_of_an_earlier_run(tmp_path: Path) -> None:
+    (tmp_path / "done" / "model" / "transformer").mkdir(parents=True)
+    (tmp_path / "stopped" / "checkpoints").mkdir(parents=True)
+    assert resolve_weights(tmp_path / "done") == resolve_weights(tmp_path / "done" / "model") == tmp_path / "done/model"
+    with pytest.raises(UserError, match="has not finished"):
+        resolve_weights(tmp_path / "stopped")
+    with pytest.raises(UserError, match="not a component folder"):
+        resolve_weights(tmp_path)
+
+
+# -- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate() -> None:
+    settings = load_settings(None, [*TOY, "train.min_learning_rate=0.001", "train.steps=12"])
+    rates = [learning_rate(settings, step) for step in range(12)]
+    assert rates[:3] == pytest.approx([0.005, 0.01, 0.01])
+    assert all(a >= b for a, b in pairwise(rates[2:])) and 0.001 < rates[-1] < 0.0015
+    constant = load_settings(None, [*TOY, "train.schedule=constant"])
+    assert learning_rate(constant, 5) == 0.01
+
+
+def test_weight_decay_only_for_matrices() -> None:
+    groups = parameter_groups(ToyModel().trainable_parameters("rl"), 0.1)
+    assert [(group["weight_decay"], {p.dim() for p in group["params"]}) for group in groups] == [(0.1, {2}), (0.0, {1})]
+
+
+def test_metrics_are_reduced_by_their_names() -> None:
+    reported: list[Any] = [
+        {"a": 1.0, "r_max": 3.0, "n_sum": 2},
+        {"a": torch.tensor(2.0), "b": 5.0, "r_max": 1.0, "n_sum": 2},
+    ]
+    assert reduce_metrics(reported, 1) == {"a": 1.5, "b": 5.0, "r_max": 3.0, "n_sum": 4}
+
+
+# -- flow matching ---------------------------------------------------------------------------------------------------
+
+
+def make_records(count: int = 12) -> list[Record]:
+    rng = np.random.default_rng(0)
+
+    def picture() -> bytes:
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(stream, "PNG")
+        return stream.getvalue()
+
+    tasks = ("t2i", "edit", "text", "reasoning")
+    return [
+        Record(str(i), task, f"prompt {i}", "", picture(), (picture(),) if task == "edit" else (), "test")
+        for i, task in ((i, tasks[i % 4]) for i in range(count))
+    ]
+
+
+def test_flow_matching_targets_and_dropped_captions() -> None:
+    settings = load_settings(None, ["data.micro_batch=8", "data.image_size=64", "data.caption_drop=0.5"])
+    data = TrainingSet(make_records(), 64)
+    source, context = MixtureSource.from_settings(settings, data), StepContext(1, 0, 0, 1, torch.device("cpu"))
+    objective = FlowMatching(data, settings, encode=lambda image: image[:, ::4, ::4])
+    asked: list[tuple[list[str], Any]] = []
+
+    class Perfect:
+        """Knows the velocity of the micro-batch it is asked about."""
+
+        def encode_prompts(self, prompts: list[str], references: Any) -> None:
+            asked.append((prompts, references))
+
+        def velocity(self, latents: list[Tensor], times: Tensor, conditioning: Any, references: Any) -> list[Tensor]:
+            sigma = (times / 1000).view(-1, 1, 1, 1)
+            noisy = torch.stack(micro.latents) * (1 - sigma) + torch.stack(micro.noise) * sigma
+            torch.testing.assert_close(torch.stack(latents), noisy)
+            return [n - x for n, x in zip(micro.noise, micro.latents, strict=True)]
+
+    model: Any = Perfect()
+    micros = objective.prepare(model, source.next(0, 0, 1), context)
+    assert [micro.task for micro in micros] == ["edit", "t2i", "t2i"]
+    for micro in micros:
+        loss, metrics = objective.loss(model, micro, context)
+        assert float(loss) == pytest.approx(0, abs=1e-10)
+        assert metrics["images_sum"] == 8 and f"loss/flow_matching_{micro.task}" in metrics
+        assert micro.share == pytest.approx(1 / 3)
+    assert "" not in asked[0][0] and asked[0][1] is not None
+    dropped = [prompt == "" for prompts, _ in asked[1:] for prompt in prompts]
+    assert 2 <= sum(dropped) <= 14 and asked[1][1] is None
+    again = objective.prepare(model, source.next(0, 0, 1), context)
+    assert torch.equal(torch.stack(again[1].noise), torch.stack(micros[1].noise))
+    assert again[1].prompts == micros[1].prompts
+    assert flow_matching_loss(micros[0].latents, micros[0].latents, micros[0].noise).loss > 0.5
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random model and a few records."""
+    folder = tmp_path_factory.mktemp("world")
+    make_tiny_folder(folder / "weights")
+    write_records(folder / "train.parquet", make_records())
+    return folder
+
+
+def stage_overrides(world: Path, folder: Path, name: str, *more: str) -> list[str]:
+    return [
+        f"run.dir={folder}", f"run.name={name}", "model.preset=tiny", f"model.weights={world / 'weights'}",
+        "model.precision=fp32", "model.gradient_checkpointing=false", "model.lora_rank=2", "model.lora_alpha=4",
+        f"data.train={world / 'train.parquet'}", f"data.heldout={world / 'train.parquet'}", "data.image_size=64",
+        "data.micro_batch=2", "evaluation.prompts=0", "train.steps=4", "train.warmup_steps=0",
+        "train.learning_rate=0.001", "train.checkpoint_every=1", "train.keep_checkpoints=2", "train.workers=1",
+        "train.zero_stage=2", *more,
+    ]  # fmt: skip
+
+
+def component(folder: Path, name: str, part: str) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in sorted((folder / name / "model" / part).glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+@pytest.mark.slow
+def test_two_ranks_train_like_one_with_the_same_global_batch(world: Path, tmp_path: Path) -> None:
+    for ranks, micro in ((1, 4), (2, 2)):
+        overrides = stage_overrides(
+            world, tmp_path, f"ranks{ranks}", f"train.workers={ranks}", f"data.micro_batch={micro}", "train.steps=2",
+            "model.lora_dropout=0",
+        )  # fmt: skip
+        run_workers(tmp_path, [{"stage": "sft", "overrides": overrides}], world=ranks)
+    before = {part: load_first(world / "weights" / part) for part in ("bridge", "transformer", "vae")}
+    for part in ("bridge", "transformer", "vlm_lora"):
+        one, two = component(tmp_path, "ranks1", part), component(tmp_path, "ranks2", part)
+        assert one and one.keys() == two.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-5, msg=f"{part} {name}")
+    assert changed(before["bridge"], component(tmp_path, "ranks1", "bridge"))
+    assert changed(before["transformer"], component(tmp_path, "ranks1", "transformer"))
+    assert not changed(before["vae"], component(tmp_path, "ranks1", "vae"))
+
+
+def load_first(folder: Path) -> dict[str, Tensor]:
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
+    return any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Children started inside do not ignore Ctrl-C, even if these tests run in a shell's background and do."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sft_under_ray_train_interrupted_and_resumed(world: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the middle: exit code 130 and how to go on; then the same weights as a run that was left alone."""
+    overrides = stage_overrides(world, tmp_path / "ray", "a", "train.steps=40")
+    command = [sys.executable, str(ROOT / "stages" / "sft.py"), *overrides]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with interruptible():
+        first = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    checkpoints = tmp_path / "ray" / "a" / "checkpoints"
+    while first.poll() is None and not (checkpoints / "step-000003").exists():
+        time.sleep(0.02)
+    assert first.poll() is None, first.communicate()[0]
+    first.send_signal(signal.SIGINT)
+    output = first.communicate(timeout=120)[0]
+    assert first.returncode == 130, output
+    assert "to continue:" in output and "--resume" in output
+
+    second = subprocess.run(
+        [*command, "--resume"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "resuming after step" in second.stdout and "step 40/40" in second.stdout
+    alone = stage_overrides(world, tmp_path / "alone", "a", "train.steps=40")
+    run_workers(tmp_path, [{"stage": "sft", "recipe": "tiny-sft", "overrides": alone}])
+    for part in ("bridge", "transformer", "vlm_lora"):
+        expected, result = component(tmp_path / "alone", "a", part), component(tmp_path / "ray", "a", part)
+        assert all(torch.equal(result[name], expected[name]) for name in expected), part
