@@ -12,8 +12,8 @@ import sys
 import threading
 import uuid
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +102,8 @@ def run_learner(job: LearnerJob) -> Path:
 
     Lines of rank 0 appear on this process's stdout. Raises UserError of a worker as it is, KeyboardInterrupt on Ctrl-C.
     """
+    from ray.train import TrainingFailedError
+
     for key, value in _RAY_TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     settings, folder = job.settings, run_folder(job.settings)
@@ -110,7 +112,11 @@ def run_learner(job: LearnerJob) -> Path:
     console.touch()
     engine = f"Ray Train, DeepSpeed ZeRO-{settings.train.zero_stage}"
     print(f"starting {settings.train.workers} learner worker(s): {engine}", flush=True)
-    _fit_and_show(trainer, console)
+    with _shown(console):
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise _user_error(error) or error from None
     return folder / "model"
 
 
@@ -127,6 +133,9 @@ def _make_trainer(job: LearnerJob) -> Any:
         def _create_default_callbacks(self) -> list[Any]:
             unused = (DatasetsCallback, PlacementGroupCleanerCallback)
             return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ctrl-C stays a KeyboardInterrupt; Ray's own handler would end the program with exit code 0."""
 
     settings = job.settings
     return LeanTrainer(
@@ -147,29 +156,25 @@ def _make_trainer(job: LearnerJob) -> Any:
     )
 
 
-def _fit_and_show(trainer: Any, console: Path) -> None:
-    """Run ``fit`` in a thread, so that Ctrl-C is ours, and print what rank 0 writes meanwhile."""
-    outcome: list[Exception | None] = []
+@contextmanager
+def _shown(console: Path) -> Iterator[None]:
+    """Print what rank 0 adds to its console file meanwhile."""
+    done = threading.Event()
 
-    def fit() -> None:
-        try:
-            trainer.fit()
-            outcome.append(None)
-        except Exception as error:  # noqa: BLE001  carried over to the main thread and raised there
-            outcome.append(error)
+    def follow() -> None:
+        while not done.wait(_POLL_S):
+            _copy_lines(lines)
 
-    thread = threading.Thread(target=fit, daemon=True)
     with console.open() as lines:
         lines.seek(0, os.SEEK_END)
-        thread.start()
-        while thread.is_alive():
-            thread.join(_POLL_S)
+        follower = threading.Thread(target=follow, daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            done.set()
+            follower.join()
             _copy_lines(lines)
-        _copy_lines(lines)
-    if not outcome:
-        raise RuntimeError("Ray Train ended without a result")
-    if (error := outcome[0]) is not None:
-        raise _cause(error)
 
 
 def _copy_lines(lines: Any) -> None:
@@ -179,15 +184,15 @@ def _copy_lines(lines: Any) -> None:
         sys.stdout.flush()
 
 
-def _cause(error: Exception) -> Exception:
-    """The worker's UserError inside Ray's exception, if there is one."""
+def _user_error(error: Exception) -> UserError | None:
+    """The worker's UserError inside Ray's exception, if that is what it was."""
     for failure in getattr(error, "worker_failures", {}).values():
         inner: BaseException | None = failure
         while inner is not None:
             if isinstance(inner, UserError):
                 return inner
             inner = getattr(inner, "_base_exc", None) or getattr(inner, "cause", None) or inner.__cause__
-    return error
+    return None
 
 
 def _check_writable(folder: Path) -> None:

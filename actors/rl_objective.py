@@ -33,9 +33,9 @@ from deepgen.diffusion.schedule import timesteps
 if TYPE_CHECKING:
     from deepgen.models.unified import Conditioning, UnifiedModel
 
-# An unchanged policy must give ratio 1 and KL 0. What is left in practice: rollout and learner run the same shapes, so
-# fp32 is exact up to the choice of attention kernel; bf16 rounds a velocity at about 1e-2 of its size.
-RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
+# An unchanged policy must give ratio 1 and KL 0. Measured on a CPU: exactly that in fp32 and in bf16 autocast, whatever
+# the micro-batch; 5e-5 off 1 in bf16 under ZeRO-3. The rest is room for other devices' kernels.
+RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
 KL_TOLERANCE = {"fp32": 1e-8, "bf16": 1e-3}
 _ANSWER_MARGIN_S = 60.0  # the stream's own error, which says more, comes first
 

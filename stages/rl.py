@@ -28,7 +28,7 @@ from deepgen.data.records import Record, read_records  # noqa: E402
 
 BEFORE, AFTER = "evaluation-before.npz", "evaluation-after.npz"
 MARGIN_S = 30.0  # an actor's own error, which says more, comes first
-END_S = 10.0
+END_S = 3.0
 
 
 def main() -> int:

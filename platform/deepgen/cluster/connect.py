@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from deepgen.config import Settings, UserError
 AUTO_LOCAL = "auto-local"
 # Ray puts sockets under its temporary folder; Linux allows 107 characters for a socket's whole path.
 MAX_TEMP_DIR = 40
+REACH_DEADLINE_S = 10.0
 
 QUIET_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # token authentication stays on, for our clusters and for those we join
@@ -62,6 +64,7 @@ def _join_or_start(settings: Settings, code_root: Path | None) -> None:
     import ray
 
     address = _address(settings)
+    _check_reachable(address)
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     if address == "local":
         options |= _local_options(settings, code_root)
@@ -77,6 +80,22 @@ def _address(settings: Settings) -> str:
     if settings.cluster.address != AUTO_LOCAL:
         return settings.cluster.address
     return os.environ.get("RAY_ADDRESS") or "local"
+
+
+def _check_reachable(address: str) -> None:
+    """Raise UserError unless a cluster listens at host:port: Ray itself ends the process, without an exception."""
+    if address in ("local", "auto"):
+        return
+    host, _, port = address.rpartition(":")
+    if "//" in address or not host or not port.isdigit():
+        raise UserError(
+            f"cluster.address: got {address!r}; allowed: auto-local, local, auto, or HOST:PORT of a head node"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_DEADLINE_S).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cluster.address: no Ray cluster answers at {address} ({reason})") from error
 
 
 def _submitted() -> bool:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from deepgen.config import Settings, UserError
 
-# CPU shares of one process of each role. Two learners, two rollout actors and four pools need 1.5 of 2 cores.
-CPU_SHARE = {"learner": 0.4, "rollout": 0.2, "experience": 0.05}
+# CPU shares of one process of each role: learner, two rollout actors, stream and four pools fit a single core.
+CPU_SHARE = {"learner": 0.35, "rollout": 0.2, "experience": 0.05}
 CPU_SHARE_OF_A_REWARD = 0.05
 GPU_SHARE = {"learner": 1.0, "rollout": 1.0, "judge": 1.0}
 

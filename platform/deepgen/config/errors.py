@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
@@ -22,6 +23,7 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     `UserError` ends with 2 and one line on stderr; Ctrl-C with 130 and the command that continues the run.
     Every other exception passes through with its traceback: it is a bug, and hiding it helps nobody.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background programs with Ctrl-C ignored
     try:
         code = main()
     except UserError as error:
