@@ -135,7 +135,9 @@ def wait_for_evaluation(settings: Settings, drawn: Any) -> Evaluation:
 
 def report(settings: Settings, before: Evaluation, after: Evaluation) -> None:
     """Table, before/after grid and MLflow entries of the whole run."""
+    from deepgen.tracking.curves import CURVES, draw_curves
     from deepgen.tracking.grids import before_after_grid
+    from deepgen.tracking.journal import FILE_NAME
     from deepgen.tracking.report import paired_table
     from deepgen.tracking.tracker import Tracker
 
@@ -146,17 +148,19 @@ def report(settings: Settings, before: Evaluation, after: Evaluation) -> None:
     table.save_json(folder / "report.json")
     subtitle = f"{settings.run.name}: {after.version} steps; same prompts, seeds and sampler"
     before_after_grid(folder / "before-after.png", grid_rows(before, after), subtitle=subtitle)
-    continued = settings.model_copy(update={"run": settings.run.model_copy(update={"resume": True})})
-    with Tracker(continued, "rl") as tracker:  # the learner's run, which has ended
+    with Tracker(settings, "rl", attach=True) as tracker:  # the learner's run, which has ended
         for evaluation in (before, after):
             tracker.log(evaluation.version, {f"eval/{name}": mean for name, mean in evaluation.means().items()})
         tracker.log_file(folder / "before-after.png")
         tracker.log_file(folder / "report.json")
+        draw_curves(folder / FILE_NAME, folder / CURVES, title=settings.run.name)
+        tracker.log_file(folder / CURVES)
         page = tracker.where()
     count, samples = len(before.records), before.scores.shape[1]
     print(f"\n{count} held-out prompts, {samples} images each, seed {seed}, {settings.evaluation.num_steps} steps")
     print(f"\n{table.to_text()}\n")
     say(f"grid:   {folder / 'before-after.png'}")
+    say(f"curves: {folder / CURVES}")
     say(f"MLflow: {page}")
 
 

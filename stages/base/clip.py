@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
+from deepgen.data.records import read_records
 from rewards.clip import CLIP_MEAN, CLIP_STD
-from stages.base.common import MODEL, REWARDS, load_split, training_steps, unique_pictures, update_ema
+from stages.base.common import LESSONS, MODEL, REWARDS, load_split, training_steps, unique_pictures, update_ema
 from stages.base.vlm import Lessons, degrade
 
 WIDTH = 160
@@ -67,7 +68,7 @@ def rows_of_batch(lessons: Lessons, size: int) -> list[int]:
     while len(rows) < size:
         i = lessons.picture()
         rows[i] = None
-        near = lessons._close[i]
+        near = [] if lessons.is_text[i] else lessons.same_thing[lessons.parts[i][0]]
         for j in lessons.rng.sample(near, min(len(near), 2)):
             rows[j] = None
     return list(rows)[:size]
@@ -106,7 +107,7 @@ def main() -> None:
     tokenizer = make_tokenizer()
     model = CLIPModel(config(tokenizer.get_vocab()))
     model.set_attn_implementation("eager")
-    lessons = Lessons(load_split("train"), 3)
+    lessons = Lessons(read_records(LESSONS), 3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
     ema = {n: q.detach().clone() for n, q in model.named_parameters()}
     for step, bar in training_steps(args.steps, "clip", optimizer, 1e-3):

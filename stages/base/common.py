@@ -15,6 +15,10 @@ from deepgen.data.records import Record, decode_image, read_records
 DATA = Path("assets/tiny/data")
 MODEL = Path("assets/tiny/model")
 REWARDS = Path("assets/tiny/rewards")
+LESSONS = Path("runs/base/lessons.parquet")
+BACKBONE = Path("runs/base/vlm")  # the VLM before the bridge; judge and tower start from it
+PROMPT_ENCODER = Path("runs/base/prompt_encoder.pt")
+TOWER = Path("runs/base/tower.safetensors")
 
 
 @dataclass

@@ -41,6 +41,7 @@ CONFIG = {
     "dual_attention_layers": (0,),
     "qk_norm": "rms_norm",
 }
+WORDS_LEARNED = 4500  # steps; words are drawn correctly long before rare objects are
 SHIFT = 1.5  # of the training times: at 16 x 16 latents less noise destroys less than at 64 x 64
 
 
@@ -78,14 +79,15 @@ class Lesson:
         groups = {
             t: np.array([i for i, r in enumerate(records) if r.task == t]) for t in ("t2i", "reasoning", "text", "edit")
         }
-        self.groups, self.mix = groups, {"t2i": 0.74, "reasoning": 0.14, "text": 0.12}
+        self.groups = groups
 
-    def batch(self, edit: bool, size: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    def batch(self, edit: bool, size: int, step: int = 0) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Targets [B, 8, 16, 16], references or None, ids [B, L], mask [B, L]."""
         if edit:
             rows = self.rng.choice(self.groups["edit"], size)
         else:
-            tasks = self.rng.choice(list(self.mix), size, p=list(self.mix.values()))
+            text = 0.3 if step < WORDS_LEARNED else 0.12
+            tasks = self.rng.choice(["t2i", "reasoning", "text"], size, p=[0.85 * (1 - text), 0.15 * (1 - text), text])
             rows = np.array([self.rng.choice(self.groups[t]) for t in tasks])
         drop = self.rng.random(size) < (0.0 if edit else 0.1)
         ids = [[self.pad] if d else self.ids[r] for r, d in zip(rows, drop, strict=True)]
@@ -156,8 +158,8 @@ def save_sheet(path: Path, images: Tensor, columns: int = 16) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--start", type=int, default=0, help="continue from the weights saved at this step")
+    parser.add_argument("--steps", type=int, default=11500)
+    parser.add_argument("--start", type=int, default=0, help="continue from the weights saved at this step (every 500)")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1.2e-3)
     parser.add_argument("--out", type=Path, default=MODEL)
@@ -178,7 +180,7 @@ def main() -> None:
     mean = {False: 1.0, True: 1.0}
     for step, bar in training_steps(args.steps, "dit", optimizer, args.rate, args.start):
         edit = step % 6 == 5
-        target, reference, ids, mask = lesson.batch(edit, args.batch)
+        target, reference, ids, mask = lesson.batch(edit, args.batch, step)
         noise, sigma = torch.randn_like(target), training_sigma(rng, len(target))
         x = torch.lerp(target, noise, sigma.view(-1, 1, 1, 1))
         with torch.autocast("cpu", torch.bfloat16):
@@ -197,7 +199,7 @@ def main() -> None:
             keep = {n: p.detach().clone() for n, p in both.named_parameters()}
             both.load_state_dict(ema, strict=False)
             for name, is_edit in (("t2i", False), ("edit", True)):
-                look = Lesson.batch(lesson, is_edit, 32)
+                look = lesson.batch(is_edit, 32, step)
                 images = draw(dit, encoder, vae, look[2], look[3], look[1])
                 before = decode(vae, look[0] if look[1] is None else look[1])
                 save_sheet(args.sheets / f"dit_{name}_{step + 1}.png", torch.cat([before, images]))

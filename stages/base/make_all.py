@@ -2,9 +2,12 @@
 
     python -m stages.base.make_all [--from STEP] [--list]
 
-Each step is a program of its own and leaves its result in runs/base or assets/tiny, so an interrupted run continues
-with --from. Needs npm (the emoji packages are fetched once into runs/base/packages).
+Two steps run side by side, one thread each. Each is a program of its own that writes into runs/base or assets/tiny,
+its output into runs/base/logs. Finished steps are remembered in runs/base/done, so an interrupted run goes on where it
+was. Needs npm (the emoji packages are fetched once into runs/base/packages).
 """
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -13,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deepgen.config import UserError, run_program
@@ -20,9 +24,65 @@ from stages.base.common import DATA, MODEL
 
 WORK = Path("runs/base")
 PACKAGES = {"fluent-emoji-flat": "@iconify-json/fluent-emoji-flat@1.2.6", "emojibase-data": "emojibase-data@17.0.0"}
+LANES = 2  # cores; the trainings' small matrices gain little from a second thread
+SAY_EVERY_S = 30.0
 
 
-def packages() -> None:
+@dataclass(frozen=True)
+class Step:
+    """One program and the steps whose results it reads."""
+
+    command: list[str]
+    needs: tuple[str, ...] = ()
+
+
+@dataclass
+class Running:
+    process: subprocess.Popen[bytes]
+    log: Path
+    begin: float = field(default_factory=time.monotonic)
+
+    def minutes(self) -> float:
+        return (time.monotonic() - self.begin) / 60
+
+    def last_line(self) -> str:
+        """What its progress bar shows now."""
+        text = self.log.read_bytes()[-2000:].decode(errors="replace").replace("\r", "\n").strip()
+        return text.splitlines()[-1][:150] if text else ""
+
+
+def module(name: str, *args: str) -> list[str]:
+    return [sys.executable, "-m", f"stages.base.{name}", *args]
+
+
+def stage(name: str, *args: str) -> list[str]:
+    return [sys.executable, f"stages/{name}.py", "--recipe", f"tiny-{name}", *args]
+
+
+def steps() -> dict[str, Step]:
+    """In the order in which they start when their needs are met: the longest chain first."""
+    drawn = ("--packages", str(WORK / "packages"))
+    return {
+        "world": Step(module("world", *drawn)),
+        "tokenizer": Step(module("tokenizer"), ("world",)),
+        "vae": Step(module("vae"), ("world",)),
+        "lessons": Step(module("lessons", *drawn), ("world",)),
+        "dit": Step(module("dit"), ("vae", "tokenizer")),
+        "tower": Step(module("tower"), ("tokenizer", "lessons")),
+        "vlm": Step(module("vlm"), ("tower",)),
+        "bridge": Step(module("bridge"), ("dit", "vlm")),
+        "pretrain": Step(stage("pretrain", "model.fresh_bridge=false"), ("bridge",)),
+        "judge": Step(module("vlm", "--judge"), ("vlm",)),
+        "clip": Step(module("clip"), ("tokenizer", "lessons")),
+        "decoder": Step(module("vae", "--decoder"), ("dit",)),
+        "aesthetic": Step(module("aesthetic"), ("clip", "decoder")),
+        "sft": Step(stage("sft", "model.weights=runs/tiny-pretrain/model"), ("pretrain",)),
+        "collect": Step(module("collect", "runs/tiny-sft/model"), ("sft", "decoder")),
+        "report": Step(module("report"), ("collect", "judge", "clip")),
+    }
+
+
+def fetch_packages() -> None:
     """Fetch and unpack the npm packages, unless they are there."""
     if shutil.which("npm") is None:
         raise UserError("make base: npm is not installed; it is needed to fetch the emoji packages (Node.js brings it)")
@@ -40,54 +100,80 @@ def packages() -> None:
         (folder / name / "package").rename(target)
 
 
-def module(name: str, *args: str) -> list[str]:
-    return [sys.executable, "-m", f"stages.base.{name}", *args]
+def after(name: str, plan: dict[str, Step]) -> set[str]:
+    """`name` and every step that reads its result, directly or not."""
+    found = {name}
+    for other, step in plan.items():  # needs stand before their users
+        if found & set(step.needs):
+            found.add(other)
+    return found
 
 
-def stage(name: str, *args: str) -> list[str]:
-    return [sys.executable, f"stages/{name}.py", "--recipe", f"tiny-{name}", *args]
+def start(name: str, step: Step) -> Running:
+    log = WORK / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": "."}
+    with log.open("wb") as output:
+        process = subprocess.Popen(step.command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    print(f"== {name}: started, output in {log}", flush=True)
+    return Running(process, log)
 
 
-STEPS: dict[str, list[str] | None] = {
-    "packages": None,
-    "world": module("world", "--packages", str(WORK / "packages")),
-    "tokenizer": module("tokenizer"),
-    "vae": module("vae"),
-    "vlm": module("vlm"),
-    "dit": module("dit"),
-    "decoder": module("vae", "--decoder"),
-    "judge": module("vlm", "--judge"),
-    "clip": module("clip"),
-    "aesthetic": module("aesthetic"),
-    "pretrain": stage("pretrain"),
-    "sft": stage("sft", "model.weights=runs/tiny-pretrain/model"),
-    "collect": module("collect", "runs/tiny-sft/model"),
-    "report": module("report"),
-}
+def collect_finished(running: dict[str, Running], done: set[str]) -> None:
+    """Move the steps that have ended to `done`. Raises UserError when one failed."""
+    for name, run in list(running.items()):
+        code = run.process.poll()
+        if code is None:
+            continue
+        if code:
+            raise UserError(f"make base: step {name} failed ({run.last_line()}); see {run.log}, then run it again")
+        print(f"== {name}: done in {run.minutes():.1f} min; {run.last_line()}", flush=True)
+        (WORK / "done").mkdir(parents=True, exist_ok=True)
+        (WORK / "done" / name).touch()
+        done.add(name)
+        del running[name]
+
+
+def run_all(plan: dict[str, Step], done: set[str]) -> None:
+    """Run what is not done, two at a time; every half minute a line shows how far they are."""
+    running: dict[str, Running] = {}
+    said = time.monotonic()
+    try:
+        while len(done) < len(plan):
+            for name, step in plan.items():
+                if len(running) < LANES and name not in done | set(running) and set(step.needs) <= done:
+                    running[name] = start(name, step)
+            time.sleep(0.5)
+            collect_finished(running, done)
+            if time.monotonic() - said > SAY_EVERY_S:
+                said = time.monotonic()
+                for name, run in running.items():
+                    print(f"   {name}, {run.minutes():.1f} min: {run.last_line()}", flush=True)
+    finally:
+        for run in running.values():
+            run.process.terminate()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="first", choices=STEPS, default="packages", help="continue with this step")
+    plan = steps()
+    parser.add_argument("--from", dest="first", choices=plan, help="do this step and all that follow from it again")
     parser.add_argument("--list", action="store_true", help="name the steps and end")
     args = parser.parse_args()
-    names = list(STEPS)
+    done = {name for name in plan if (WORK / "done" / name).exists()}
     if args.list:
-        print("\n".join(names))
+        print("\n".join(f"{name}{' (done)' if name in done else ''}" for name in plan))
         return 0
+    if args.first:
+        for name in after(args.first, plan) & done:
+            (WORK / "done" / name).unlink()
+            done.discard(name)
     DATA.mkdir(parents=True, exist_ok=True)
     MODEL.mkdir(parents=True, exist_ok=True)
-    for name in names[names.index(args.first) :]:
-        begin = time.monotonic()
-        print(f"== {name}", flush=True)
-        command = STEPS[name]
-        if command is None:
-            packages()
-        elif subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, check=False).returncode:
-            raise UserError(
-                f"make base: step {name!r} failed; mend it and continue with: make base ARGS='--from {name}'"
-            )
-        print(f"== {name} took {(time.monotonic() - begin) / 60:.1f} min", flush=True)
+    if not done:
+        fetch_packages()
+    run_all(plan, done)
+    print("assets/tiny is complete; look at docs/images/base_*.png and docs/base_figures.json")
     return 0
 
 

@@ -142,10 +142,13 @@ def split_of(rng: random.Random, rl: float = 0.08, heldout: float = 0.10) -> str
 
 
 class World:
-    """All pictures and edits of the tiny world, drawn once from a seed."""
+    """All pictures and edits of the tiny world, drawn once from a seed.
 
-    def __init__(self, icons: Icons, seed: int = 7):
-        self.icons, self.rng = icons, random.Random(seed)
+    `everything`: every object in every colour and on every background, where the world itself has a selection.
+    """
+
+    def __init__(self, icons: Icons, seed: int = 7, *, everything: bool = False):
+        self.icons, self.rng, self.everything = icons, random.Random(seed), everything
         self.pictures: list[Picture] = []
         self.edits: list[Edit] = []
         for label in C.names(C.OBJECTS):
@@ -167,14 +170,14 @@ class World:
         rgba, name = self.icons.label(label), OWN_COLOUR.get(label, label)
         shown = "padlock" if label == "locked" else label
         base = self._add(label, article(shown), place(rgba), "train", "base")
-        if label in C.names(C.PAINTABLE):
+        if self.everything or label in C.names(C.PAINTABLE):
             for colour, rgb in C.COLOURS.items():
                 if label.startswith(colour):
                     continue
                 text = article(f"{colour} {name}")
                 target = self._add(f"{label}/{colour}", text, place(paint(rgba, rgb)), split_of(self.rng), "paint")
                 self._edit(base, target, (f"make it {colour}", f"paint it {colour}"), (f"change it to {colour}",))
-        for colour in self.rng.sample(sorted(C.BACKGROUNDS), 2):
+        for colour in self.rng.sample(sorted(C.BACKGROUNDS), len(C.BACKGROUNDS) if self.everything else 2):
             text = article(f"{shown} on a {colour} background")
             image = place(rgba, C.BACKGROUNDS[colour])
             target = self._add(f"{label}/on {colour}", text, image, split_of(self.rng), "background")

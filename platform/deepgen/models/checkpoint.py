@@ -117,7 +117,7 @@ def _load_pretrained(cls: Any, folder: Path, stem: str, **kwargs: Any) -> Any:
         key: f"{tuple(found)} in the file, {tuple(wanted)} in the model"
         for key, found, wanted in info["mismatched_keys"]
     }
-    _report_keys(folder, info["missing_keys"], info["unexpected_keys"], mismatched)
+    report_keys(folder, info["missing_keys"], info["unexpected_keys"], mismatched)
     return model
 
 
@@ -177,12 +177,12 @@ def load_exactly(target: Mapping[str, Tensor], source: Mapping[str, Tensor], whe
         for name in target.keys() & source.keys()
         if source[name].shape != target[name].shape
     }
-    _report_keys(where, target.keys() - source.keys(), source.keys() - target.keys(), mismatched)
+    report_keys(where, target.keys() - source.keys(), source.keys() - target.keys(), mismatched)
     for name, tensor in target.items():
         tensor.copy_(source[name])
 
 
-def _report_keys(
+def report_keys(
     where: object, missing: Iterable[str], unexpected: Iterable[str], mismatched: Mapping[str, str]
 ) -> None:
     """Raise one `UserError` that counts and names what does not fit."""

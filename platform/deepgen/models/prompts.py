@@ -19,6 +19,9 @@ TURN_END = "<|im_end|>"
 VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
 IMAGE_PAD = "<|image_pad|>"
+TEXT_END = "<|endoftext|>"
+# All of Qwen2.5-VL's that a tokenizer here needs; in this order they are its first ids.
+SPECIAL_TOKENS = (TEXT_END, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD, "<|video_pad|>")
 GENERATION_PREFIX = "Generate an image: "
 
 

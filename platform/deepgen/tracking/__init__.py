@@ -6,14 +6,17 @@ before the slash, the curves pick them by these names):
 
 | name | meaning |
 |---|---|
-| reward/<name>                                | mean raw score of the step's samples |
+| reward/<name>, reward/total                  | mean raw score of the step's samples; weighted over the rewards |
 | reward_normalised/<name>                     | mean absolute advantage part of this reward after normalisation |
 | reward_missing/<name>                        | scores that could not be had in this step |
 | advantage/std, advantage/zero_spread/<name>  | spread of advantages, share of groups without spread |
-| policy/ratio_mean, policy/ratio_max          | probability ratio of the update |
+| policy/ratio_{mean,max,deviation_max}        | probability ratio of the update, largest distance from 1 |
 | policy/clip_share, policy/kl                 | share of clipped samples, KL to the reference |
+| policy/staleness_max                         | steps between the policy that drew and the one that learns |
 | loss/total, loss/policy, loss/kl, loss/sft, loss/flow_matching | losses |
 | train/grad_norm, train/learning_rate         | optimizer |
-| time/<phase>_s, throughput/images_per_s      | seconds per phase, images per second |
-| eval/<reward>                                | mean on the fixed held-out prompts |
+| time/<phase>_s                               | seconds per phase; reward: waited for after the last image |
+| throughput/images_per_s, throughput/rollout_images_per_s | images per second, trained on and drawn |
+| pool/<reward>/<counter>, rollout/restarts    | what the reward pools and the rollout fleet counted |
+| eval/<reward>, eval/total                    | mean on the fixed held-out prompts |
 """

@@ -15,6 +15,7 @@ from deepgen.tracking.journal import read_series
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+CURVES = "curves.png"
 Series = dict[str, tuple[list[int], list[float]]]
 
 

@@ -1,0 +1,318 @@
+"""Writing a checkpoint in another layout, tensor by tensor: nothing but the shard being written is held in memory.
+
+`complete` adds what a checkpoint lacks from base folders, `check_weights` compares names and shapes with the model's,
+`write` makes the folder. Left out: pickled files (everything is safetensors) and the code of third-party pipelines.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from huggingface_hub import split_torch_state_dict_into_shards
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Qwen2_5_VLConfig
+
+from deepgen.config.errors import UserError
+from deepgen.models.checkpoint import (
+    BRIDGE_WEIGHTS,
+    LORA_FOLDER,
+    LORA_WEIGHTS,
+    PEFT_PREFIX,
+    report_keys,
+    save_scheduler,
+)
+from deepgen.models.layouts import LazyTensor, State, Weights, read_json, read_safetensors, vlm_name
+from deepgen.models.presets import PRESETS, Architecture
+from deepgen.models.unified import UnifiedModel
+from deepgen.models.vlm import lora_modules
+
+TARGETS = ("components", "diffusers", "native")
+MAX_SHARD, WHOLE = "5GB", "1000GB"
+ALPHA_PER_RANK = 2.0  # of the published adapters, whose native files do not say it (M1.10)
+DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_HEAD, _EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Bases:
+    """Folders that supply what the checkpoint itself lacks; each may be None.
+
+    base: a component folder. vlm: Qwen2.5-VL as published. dit: transformer/ and vae/ as published (UniPic2).
+    """
+
+    base: Path | None = None
+    vlm: Path | None = None
+    dit: Path | None = None
+
+    def folders(self, part: str) -> list[Path]:
+        """Where `part` (vlm, transformer, vae, bridge, tokenizer) may lie, the nearest first."""
+        special = {"vlm": self.vlm, "tokenizer": self.vlm}.get(part) or (
+            self.dit / part if self.dit and part in ("transformer", "vae") else None
+        )
+        return [*([special] if special else []), *([self.base / part] if self.base else [])]
+
+
+# ---------------------------------------------------------------- what is to be written
+
+
+def find_architecture(weights: Weights, bases: Bases, preset: str) -> Architecture:
+    """Sizes from the nearest config.json of each part; without one of the bridge, those of `preset`."""
+    configs = {part: _config(part, weights, bases) for part in ("vlm", "transformer", "vae", "bridge")}
+    for part in ("vlm", "transformer", "vae"):
+        if configs[part] is None:
+            option = "--vlm" if part == "vlm" else "--dit"
+            raise UserError(f"{weights.where} has no {part}/config.json; give {option} FOLDER or --base FOLDER")
+    bridge = configs["bridge"] or PRESETS[preset].bridge_config()
+    vlm = Qwen2_5_VLConfig(**(configs["vlm"] or {})).to_dict()
+    return Architecture(vlm=vlm, transformer=configs["transformer"] or {}, vae=configs["vae"] or {}, **bridge)
+
+
+def _config(part: str, weights: Weights, bases: Bases) -> dict[str, Any] | None:
+    own = [weights.where / ("connector" if part == "bridge" and weights.layout == "diffusers" else part)]
+    for folder in (own if weights.where.is_dir() else []) + bases.folders(part):
+        if (folder / "config.json").exists():
+            return {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
+    return None
+
+
+def complete(weights: Weights, bases: Bases, *, without_lora: bool) -> Weights:
+    """Fill the parts the checkpoint lacks from the bases.
+
+    Raises UserError when a part is nowhere, or when the VLM is a base one and no LoRA is found: a model of stage 2 or 3
+    without its LoRA draws badly and no error tells (M6.3). `without_lora` says that there never was one (stage 1).
+    """
+    for part in ("transformer", "vae", "vlm", "bridge"):
+        if getattr(weights, part):
+            continue
+        folder = next((f for f in bases.folders(part) if f.is_dir()), None)
+        if folder is None:
+            raise UserError(f"{weights.where}: no {part} in it; give a folder that has one ({_options(part)})")
+        state = read_safetensors(folder)
+        setattr(weights, part, {vlm_name(k): v for k, v in state.items()} if part == "vlm" else state)
+    if without_lora and weights.lora:
+        raise UserError(f"{weights.where}: has a LoRA of {len(weights.lora)} tensors; leave out --without-lora")
+    if not weights.lora and not weights.merged and not without_lora:
+        raise UserError(
+            f"{weights.where}: no LoRA in it and no merged VLM. A model of stage 2 or 3 needs one: take model.pt or "
+            "the SFT checkpoint (M6.3). If it is of stage 1 and never had one, say --without-lora"
+        )
+    return weights
+
+
+def _options(part: str) -> str:
+    return {"vlm": "--vlm or --base", "bridge": "--base"}.get(part, "--dit or --base")
+
+
+def check_weights(weights: Weights, architecture: Architecture) -> None:
+    """Compare every name and shape with the model's. Raises one UserError that names what does not fit."""
+    with torch.device("meta"):
+        model = UnifiedModel.from_architecture(architecture, "meta")
+    tied = architecture.vlm.get("tie_word_embeddings", False)
+    vlm = {name: tuple(t.shape) for name, t in model.vlm.state_dict().items()}
+    if tied and _HEAD not in weights.vlm:
+        del vlm[_HEAD]
+    wanted = {
+        "bridge": {name: tuple(t.shape) for name, t in model.bridge_state().items()},
+        "transformer": {name: tuple(t.shape) for name, t in model.transformer.state_dict().items()},
+        "vae": {name: tuple(t.shape) for name, t in model.vae.state_dict().items()},
+        "vlm": vlm,
+        "lora": _lora_shapes(model, weights, architecture) if weights.lora else {},
+    }
+    for part, names in wanted.items():
+        found = {name: tensor.shape for name, tensor in getattr(weights, part).items()}
+        mismatched = {
+            name: f"{found[name]} in the file, {names[name]} in the model"
+            for name in found.keys() & names.keys()
+            if found[name] != names[name]
+        }
+        report_keys(f"{weights.where}, {part}", names.keys() - found.keys(), found.keys() - names.keys(), mismatched)
+
+
+def _lora_shapes(model: UnifiedModel, weights: Weights, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Adapter parameters of the modules the checkpoint should adapt: all, or those that can receive a gradient."""
+    rank = weights.lora_rank
+    shapes: dict[str, tuple[int, ...]] = {}
+    scope = "all" if any("lm_head" in name or ".visual." in name for name in weights.lora) else "live"
+    modules = dict(model.vlm.named_modules())
+    for name in lora_modules(model.vlm, scope, architecture.fusion_layers[0]):
+        out, into = modules[name].weight.shape
+        if isinstance(modules[name], torch.nn.Embedding):
+            shapes[f"{name}.lora_embedding_A.default"] = (rank, int(out))
+            shapes[f"{name}.lora_embedding_B.default"] = (int(into), rank)
+        else:
+            shapes[f"{name}.lora_A.default.weight"] = (rank, int(into))
+            shapes[f"{name}.lora_B.default.weight"] = (int(out), rank)
+    return shapes
+
+
+def merged_vlm(weights: Weights) -> State:
+    """The VLM with W + alpha/rank · B·A in place of W (for the embedding, A and B transposed as peft has them)."""
+    if not weights.lora:
+        return weights.vlm
+    state, scale = dict(weights.vlm), _alpha(weights) / weights.lora_rank
+    if f"{_HEAD.removesuffix('.weight')}.lora_A.default.weight" in weights.lora:
+        state.setdefault(_HEAD, weights.vlm[_EMBEDDING])  # tied until now; its own delta unties it
+    for name, a in weights.lora.items():
+        if ".lora_A." in name:
+            b, target = weights.lora[name.replace(".lora_A.", ".lora_B.")], name.split(".lora_A.")[0]
+        elif ".lora_embedding_A." in name:
+            b = weights.lora[name.replace("_embedding_A.", "_embedding_B.")]
+            target = name.split(".lora_embedding_A.")[0]
+        else:
+            continue
+        base = state[f"{target}.weight"]
+        embedding = ".lora_embedding_A." in name
+        state[f"{target}.weight"] = LazyTensor(base.shape, base.dtype, _merge(base, a, b, scale, embedding))
+    return state
+
+
+def _merge(base: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float, embedding: bool) -> Any:
+    def read() -> Tensor:
+        delta = b.read().float() @ a.read().float() * scale
+        return (base.read().float() + (delta.T if embedding else delta)).to(base.dtype)
+
+    return read
+
+
+def _alpha(weights: Weights) -> float:
+    return weights.lora_alpha if weights.lora_alpha is not None else ALPHA_PER_RANK * weights.lora_rank
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(weights: Weights, architecture: Architecture, bases: Bases, target: str, out: Path, dtype: str) -> None:
+    """Write `out` (which must not exist) as one of TARGETS; it appears when it is complete."""
+    if out.exists():
+        raise UserError(f"{out} exists already; give another folder or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        {"components": _write_components, "diffusers": _write_diffusers, "native": _write_native}[target](
+            _cast(weights, DTYPES[dtype]), architecture, bases, partial
+        )
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+    partial.rename(out)
+
+
+def _write_components(weights: Weights, architecture: Architecture, bases: Bases, out: Path) -> None:
+    _write_common(weights, weights.vlm, architecture, bases, out)
+    _write_json(out / "bridge" / "config.json", architecture.bridge_config())
+    _write_state(weights.bridge, out / "bridge", BRIDGE_WEIGHTS, whole=True)
+    if weights.lora:
+        config = LoraConfig(
+            r=weights.lora_rank,
+            lora_alpha=int(_alpha(weights)),
+            target_modules=sorted({name.split(".lora_")[0] for name in weights.lora}),
+        )
+        (out / LORA_FOLDER).mkdir()
+        config.save_pretrained(str(out / LORA_FOLDER))
+        adapter = {PEFT_PREFIX + name.replace(".default", ""): tensor for name, tensor in weights.lora.items()}
+        _write_state(adapter, out / LORA_FOLDER, LORA_WEIGHTS, whole=True)
+
+
+def _write_diffusers(weights: Weights, architecture: Architecture, bases: Bases, out: Path) -> None:
+    """As DeepGen-1.0-diffusers (M6.1): connector/ holds the bridge, the LoRA is merged into vlm/."""
+    _write_common(weights, merged_vlm(weights), architecture, bases, out)
+    _write_json(out / "connector" / "config.json", architecture.bridge_config())
+    _write_state(weights.bridge, out / "connector", "model.safetensors", whole=True)
+    index = {
+        "_class_name": "DeepGenPipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "vlm": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+    }
+    _write_json(out / "model_index.json", index)
+
+
+def _write_native(weights: Weights, architecture: Architecture, bases: Bases, out: Path) -> None:
+    """Names of the training code (M6.2): bridge, `transformer.`, the LoRA under `lmm.`; frozen parts are left out."""
+    state = dict(weights.bridge) | {f"transformer.{name}": t for name, t in weights.transformer.items()}
+    state |= {f"lmm.{name}": t for name, t in weights.lora.items()}
+    if weights.merged and not weights.lora:
+        state |= {f"lmm.{name}": t for name, t in weights.vlm.items()}  # else nobody could tell what was merged
+    _write_state(state, out, "model.safetensors")
+
+
+def _write_common(weights: Weights, vlm: State, architecture: Architecture, bases: Bases, out: Path) -> None:
+    config = Qwen2_5_VLConfig(**architecture.vlm)
+    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    config.tie_word_embeddings = _HEAD not in vlm
+    config.save_pretrained(out / "vlm")
+    _write_state(vlm, out / "vlm", "model.safetensors")
+    _write_json(out / "transformer" / "config.json", dict(architecture.transformer), "SD3Transformer2DModel")
+    _write_state(weights.transformer, out / "transformer", "diffusion_pytorch_model.safetensors")
+    with torch.device("meta"):
+        AutoencoderKL(**architecture.vae).save_config(out / "vae")
+    _write_state(weights.vae, out / "vae", "diffusion_pytorch_model.safetensors")
+    save_scheduler(out / "scheduler")
+    _copy_tokenizer(weights, bases, out)
+
+
+def _copy_tokenizer(weights: Weights, bases: Bases, out: Path) -> None:
+    own = [weights.where / name for name in ("tokenizer", "vlm")] if weights.where.is_dir() else []
+    for folder in [*own, *bases.folders("tokenizer"), *bases.folders("vlm")]:
+        if (folder / "tokenizer_config.json").exists():
+            for target in ("tokenizer", "vlm"):
+                (out / target).mkdir(exist_ok=True)
+                for file in folder.iterdir():
+                    if file.suffix != ".safetensors" and file.name != "config.json" and "index" not in file.name:
+                        shutil.copy(file, out / target / file.name)
+            return
+    raise UserError(f"{weights.where}: no tokenizer in it; give --vlm FOLDER or --base FOLDER")
+
+
+def _write_state(state: State, folder: Path, name: str, *, whole: bool = False) -> None:
+    """One .safetensors file, or shards with an index above MAX_SHARD; one shard is in memory at a time.
+
+    `whole`: one file whatever its size, for parts that are small and read as one (bridge, adapter).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = name.removesuffix(".safetensors")
+    shapes = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in sorted(state.items())}
+    plan = split_torch_state_dict_into_shards(
+        shapes, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=WHOLE if whole else MAX_SHARD
+    )
+    for file, keys in plan.filename_to_tensors.items():
+        save_file({key: state[key].read().contiguous() for key in keys}, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        _write_json(
+            folder / f"{stem}.safetensors.index.json",
+            {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename},
+        )
+
+
+def _cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
+    """All floating-point tensors in `dtype`; None keeps them."""
+    if dtype is None:
+        return weights
+
+    def cast(tensor: LazyTensor) -> LazyTensor:
+        if not tensor.dtype.is_floating_point:
+            return tensor
+        return LazyTensor(tensor.shape, dtype, lambda: tensor.read().to(dtype))
+
+    parts = ("bridge", "transformer", "vae", "vlm", "lora")
+    changed = {part: {name: cast(t) for name, t in getattr(weights, part).items()} for part in parts}
+    return Weights(weights.where, weights.layout, **changed, lora_alpha=weights.lora_alpha, merged=weights.merged)
+
+
+def _write_json(path: Path, content: Mapping[str, Any], class_name: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    named = {"_class_name": class_name, **content} if class_name else content
+    path.write_text(json.dumps(named, indent=2) + "\n")

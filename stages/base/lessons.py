@@ -1,0 +1,60 @@
+"""Draw what the judge and CLIP learn from: many more combinations and words than the world's training split has.
+
+    python -m stages.base.lessons --packages DIR
+
+Every object in every colour, on every background, turned both ways; every person in every tone; and thousands of
+words. Nothing of the held-out split is among them, so the rewards are measured on combinations they never saw. The
+file is only needed to train them and stays in runs/base.
+"""
+
+import argparse
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import ImageFont
+
+from deepgen.data.records import Record, write_records
+from stages.base import concepts as C
+from stages.base.common import LESSONS, load_split
+from stages.base.world import Icons, World, dejavu, draw_word, encode
+
+WORDS = 5000
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def pictures(icons: Icons, forbidden: set[str]) -> Iterator[Record]:
+    """Every combination of the world whose description is not forbidden."""
+    for p in World(icons, everything=True).pictures:
+        if p.answer not in forbidden:
+            yield Record(f"lesson/{p.key}", "t2i", p.answer, p.answer, p.image, (), "fluent-emoji-flat")
+
+
+def words(forbidden: set[str], font: ImageFont.FreeTypeFont, rng: random.Random) -> Iterator[Record]:
+    """Words of 2-4 letters, half of them English, in all inks; the forbidden ones in none."""
+    english = [w for w in C.words() if w not in forbidden]
+    for i in range(WORDS):
+        word = rng.choice(english) if i % 2 else "".join(rng.choices(LETTERS, k=rng.choice((2, 3, 4, 4))))
+        if word in forbidden:
+            continue
+        ink = rng.choice(sorted(C.INKS))
+        answer = f'the word "{word}"' + ("" if ink == "black" else f" in {ink}")
+        yield Record(f"lesson/{i}", "text", answer, answer, encode(draw_word(word, C.INKS[ink], font)), (), "words")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--packages", type=Path, required=True, help="folder with the unpacked npm packages")
+    args = parser.parse_args()
+    held = [r for r in load_split("heldout") if not r.id.endswith("/heldout")]  # those are known things in other words
+    forbidden = {r.answer for r in held if r.task != "reasoning"}
+    forbidden |= {r.answer.split('"')[1] for r in held if r.task == "text"}
+    font = ImageFont.truetype(str(dejavu()), 24)
+    records = [*pictures(Icons(args.packages), forbidden), *words(forbidden, font, random.Random(11))]
+    LESSONS.parent.mkdir(parents=True, exist_ok=True)
+    write_records(LESSONS, records)
+    print(f"{LESSONS}: {len(records)} pictures")
+
+
+if __name__ == "__main__":
+    main()

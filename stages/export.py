@@ -1,0 +1,65 @@
+"""Write a checkpoint in another layout: our component folder, the diffusers folder, or native names.
+
+    python stages/export.py SOURCE OUT [--layout components|diffusers|native]
+
+SOURCE: a run's model/ folder, a diffusers folder, a DeepSpeed folder (also one named *.pth), a .pt, .pth or
+.safetensors file, or a folder of .safetensors. What it lacks comes from --base (a component folder), --vlm
+(Qwen2.5-VL) and --dit (transformer/ and vae/). Every tensor's name and shape is checked before anything is written;
+OUT appears when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
+
+from deepgen.config import run_program  # noqa: E402
+
+TARGETS = ("components", "diffusers", "native")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path, help="a folder that does not exist yet")
+    parser.add_argument("--layout", choices=TARGETS, default="components")
+    parser.add_argument("--base", type=Path, help="component folder that supplies what SOURCE lacks")
+    parser.add_argument("--vlm", type=Path, help="Qwen2.5-VL as published")
+    parser.add_argument("--dit", type=Path, help="folder with transformer/ and vae/, as UniPic2 is published")
+    parser.add_argument(
+        "--preset", choices=("tiny", "deepgen-5b"), default="deepgen-5b", help="bridge sizes, if no file has them"
+    )
+    parser.add_argument("--dtype", choices=("keep", "fp32", "bf16", "fp16"), default="keep")
+    parser.add_argument("--without-lora", action="store_true", help="SOURCE is of stage 1 and never had a LoRA")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    from deepgen.models import export  # torch, transformers, diffusers: not for --help
+    from deepgen.models.layouts import read_weights
+
+    bases = export.Bases(args.base, args.vlm, args.dit)
+    weights = export.complete(read_weights(args.source), bases, without_lora=args.without_lora)
+    architecture = export.find_architecture(weights, bases, args.preset)
+    export.check_weights(weights, architecture)
+    print(f"{args.source}: {weights.layout} layout, {architecture.describe()}, {lora_line(weights)}", flush=True)
+    export.write(weights, architecture, bases, args.layout, args.out, args.dtype)
+    size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
+    print(f"{args.out}: {args.layout} layout, {size / 1e6:,.1f} MB")
+    return 0
+
+
+def lora_line(weights: object) -> str:
+    lora = getattr(weights, "lora", {})
+    if lora:
+        return f"LoRA of rank {weights.lora_rank} on {len(lora) // 2} modules"  # type: ignore[attr-defined]
+    return "LoRA merged" if getattr(weights, "merged", False) else "no LoRA"
+
+
+if __name__ == "__main__":
+    run_program(main)
