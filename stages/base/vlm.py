@@ -335,7 +335,12 @@ def main() -> None:
     model.set_attn_implementation("eager")  # bf16 SDPA has a slow backward on CPUs
     lessons = Lessons(read_records(LESSONS) if args.judge else load_split("train"), 0)
     batcher, held = Batcher(tokenizer), heldout_pairs()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
+    tower = set(model.model.visual.parameters())  # can see already
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p not in tower]},
+        {"params": [p for p in model.parameters() if p in tower], "lr_scale": 0.3},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
     ema = {n: q.detach().clone() for n, q in model.named_parameters()}
     kinds = ["judge", "prompt", "caption", "judge", "prompt", "judge", "edit", "judge", "prompt", "caption"]
     seen: dict[str, float] = {}

@@ -96,13 +96,14 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def write_records(path: Path, records: list[Record]) -> None:
-    """Write records as one parquet file, replacing it as a whole."""
+def write_records(path: Path, records: list[Record], *, row_group_size: int | None = None) -> None:
+    """Write records as one parquet file, replacing it as a whole. `row_group_size`: rows that are read together."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [asdict(record) | {"references": list(record.references)} for record in records]
     temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary, compression="zstd")
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    pq.write_table(table, temporary, compression="zstd", row_group_size=row_group_size)
     temporary.replace(path)
 
 

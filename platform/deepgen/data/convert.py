@@ -1,0 +1,271 @@
+"""Turning raw samples into parquet shards of our schema, each checked; what cannot be used goes to a quarantine file.
+
+A unit of the source becomes one shard. Beside it stand its quarantine (JSON lines: place, id, reason) and, written
+last, its tally; a unit with a tally is done and never read again, so a conversion that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from deepgen.config.errors import UserError
+from deepgen.config.settings import TASKS
+from deepgen.data.raw import RawSample, Source, Unit, read_unit
+from deepgen.data.records import Record, read_records, write_records
+
+ROW_GROUP = 64  # rows that are read together in training
+_ASPECT_EDGES = [0.1, 0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0, 10.0]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a usable image is. min_side: pixels, both sides (M2.6: more than 80); max_aspect: longer by shorter side."""
+
+    min_side: int = 81
+    max_aspect: float = 8.0
+    max_pixels: int = 100_000_000
+
+
+@dataclass
+class Tally:
+    """Counts of one unit or of many: kept, dropped by reason, and the shapes of kept targets."""
+
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    sides: Counter[int] = field(default_factory=Counter)  # edge of the square of equal area, rounded to 64
+    aspects: Counter[int] = field(default_factory=Counter)  # bin of width / height among _ASPECT_EDGES
+    tasks: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Tally) -> None:
+        self.kept += other.kept
+        for name in ("dropped", "sides", "aspects", "tasks"):
+            getattr(self, name).update(getattr(other, name))
+
+    @property
+    def total(self) -> int:
+        return self.kept + sum(self.dropped.values())
+
+    @property
+    def bad_share(self) -> float:
+        return sum(self.dropped.values()) / self.total if self.total else 0.0
+
+    def save(self, path: Path) -> None:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        partial.replace(path)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kept": self.kept} | {
+            name: {str(k): v for k, v in sorted(getattr(self, name).items())}
+            for name in ("dropped", "sides", "aspects", "tasks")
+        }
+
+    @classmethod
+    def load(cls, path: Path) -> Tally:
+        content = json.loads(path.read_text())
+        numbers = {name: Counter({int(k): v for k, v in content[name].items()}) for name in ("sides", "aspects")}
+        words = {name: Counter(content[name]) for name in ("dropped", "tasks")}
+        return cls(content["kept"], words["dropped"], numbers["sides"], numbers["aspects"], words["tasks"])
+
+
+# ---------------------------------------------------------------- one sample
+
+
+def check_sample(sample: RawSample, limits: Limits) -> tuple[Record | None, str]:
+    """The record a sample becomes, or None and the reason it cannot be used."""
+    if sample.task not in TASKS:
+        return None, f"task is not one of {', '.join(TASKS)}"
+    if not isinstance(sample.prompt, str) or not sample.prompt.strip():
+        return None, "empty caption" if sample.prompt is None or isinstance(sample.prompt, str) else "caption: no text"
+    if sample.task == "edit" and not sample.references:
+        return None, "edit without source image"
+    if sample.task != "edit" and sample.references:
+        return None, "source images in a task that has none"
+    for what, data in (("target", sample.image), *(("source", data) for data in sample.references)):
+        reason = image_fault(data, limits)
+        if reason:
+            return None, f"{what}: {reason}"
+    answer = sample.answer if isinstance(sample.answer, str) and sample.answer.strip() else sample.prompt
+    references = tuple(data for data in sample.references if data is not None)
+    return Record(sample.id, sample.task, sample.prompt, answer, sample.image, references, sample.place), ""
+
+
+def image_fault(data: bytes | None, limits: Limits) -> str:
+    """Why encoded image bytes cannot be used, "" when they can. The header is judged before anything is decoded."""
+    if data is None:
+        return "file missing"
+    if not data:
+        return "no bytes"
+    try:
+        image = Image.open(io.BytesIO(data))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return "too many pixels" if isinstance(error, Image.DecompressionBombError) else "not an image"
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        return "too many pixels"
+    if min(width, height) < limits.min_side:
+        return f"a side below {limits.min_side} px"
+    if max(width, height) > limits.max_aspect * min(width, height):
+        return f"sides in a ratio above {limits.max_aspect:g}"
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        return "truncated" if "truncated" in str(error) else "damaged"
+    return ""
+
+
+# ---------------------------------------------------------------- one unit
+
+
+def shard_path(out: Path, number: int) -> Path:
+    return out / f"shard-{number:06d}.parquet"
+
+
+def tally_path(out: Path, number: int) -> Path:
+    return out / "tally" / f"{number:06d}.json"
+
+
+def convert_unit(source: Source, unit: Unit, out: Path, limits: Limits, seed: int) -> Tally:
+    """Convert one unit, its samples in a random order that follows from (seed, unit)."""
+    tally, kept = Tally(), list[Record]()
+    quarantine = out / "quarantine" / f"{unit.number:06d}.jsonl"
+    quarantine.parent.mkdir(parents=True, exist_ok=True)
+    (out / "tally").mkdir(exist_ok=True)
+    seen: set[str] = set()
+    with quarantine.open("w", encoding="utf-8") as bad:
+        for sample in read_unit(source, unit):
+            record, reason = check_sample(sample, limits)
+            if record is not None and record.id in seen:
+                record, reason = None, "id used twice"
+            if record is None:
+                tally.dropped[reason] += 1
+                bad.write(json.dumps({"place": sample.place, "id": str(sample.id), "reason": reason}) + "\n")
+                continue
+            seen.add(record.id)
+            kept.append(record)
+            _count(tally, record)
+    if not tally.dropped:
+        quarantine.unlink()
+    if kept:
+        random.Random(f"{seed}/{unit.number}").shuffle(kept)
+        write_records(shard_path(out, unit.number), kept, row_group_size=ROW_GROUP)
+    tally.save(tally_path(out, unit.number))
+    return tally
+
+
+def _count(tally: Tally, record: Record) -> None:
+    assert record.image is not None  # checked
+    width, height = Image.open(io.BytesIO(record.image)).size
+    tally.kept += 1
+    tally.tasks[record.task] += 1
+    tally.sides[max(64, 64 * round(math.sqrt(width * height) / 64))] += 1
+    tally.aspects[int(np.searchsorted(_ASPECT_EDGES, width / height))] += 1
+
+
+# ---------------------------------------------------------------- all units
+
+
+def write_plan(out: Path, source: Source, limits: Limits, rows: int, seed: int, units: int) -> None:
+    """Note what is converted and how; raises UserError when `out` holds a conversion of something else."""
+    plan = {
+        "source": str(source.path.resolve()),
+        "form": source.form,
+        "task": source.task,
+        "limits": vars(limits),
+        "rows": rows,
+        "seed": seed,
+        "units": units,
+    }
+    path = out / "plan.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before != plan:
+            changed = [key for key in plan if before.get(key) != plan[key]]
+            raise UserError(
+                f"{out} holds another conversion ({changed[0]}: {before.get(changed[0])!r}, now {plan[changed[0]]!r}); "
+                "give another folder"
+            )
+        return
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and not a conversion; give another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(plan, indent=1) + "\n")
+
+
+def unfinished(out: Path, units: Iterable[Unit]) -> list[Unit]:
+    return [unit for unit in units if not tally_path(out, unit.number).exists()]
+
+
+def total_tally(out: Path) -> Tally:
+    total = Tally()
+    for path in sorted((out / "tally").glob("*.json")):
+        total.add(Tally.load(path))
+    return total
+
+
+# ---------------------------------------------------------------- report
+
+
+def write_report(out: Path) -> Tally:
+    """report.json, histograms.png and samples.png (random kept records) in `out`."""
+    total = total_tally(out)
+    (out / "report.json").write_text(json.dumps(total.to_dict(), indent=1) + "\n")
+    if total.kept:
+        draw_histograms(total, out / "histograms.png")
+        draw_samples(out, out / "samples.png")
+    return total
+
+
+def draw_histograms(tally: Tally, path: Path) -> None:
+    """Sizes, aspect ratios and reasons of dropping, as bars."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display, no global state
+    from matplotlib.figure import Figure
+
+    edges = ["<0.1", *(f"{a:g}-{b:g}" for a, b in itertools.pairwise(_ASPECT_EDGES)), ">10"]
+    panels = [
+        ("edge of the square of equal area (px)", {str(k): v for k, v in sorted(tally.sides.items())}),
+        ("width / height", {edges[k]: v for k, v in sorted(tally.aspects.items())}),
+        (f"dropped: {tally.bad_share:.1%} of {tally.total:,}", dict(tally.dropped.most_common())),
+    ]
+    panels = [(title, bars) for title, bars in panels if bars]
+    figure = Figure(figsize=(5.2 * len(panels), 3.8), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (title, bars) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        axes.barh(list(bars), list(bars.values()), color=f"C{i}")
+        axes.invert_yaxis()
+        axes.set_title(title, fontsize=11)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def draw_samples(out: Path, path: Path, count: int = 24) -> None:
+    """A sheet of random kept records with their prompts; sources of edits beside them."""
+    from deepgen.data.records import decode_image
+    from deepgen.tracking.grids import image_grid
+
+    records = list(_some_records(out, count))
+    sources = [decode_image(r.references[0]) if r.references else None for r in records]
+    images = [decode_image(r.image) for r in records if r.image is not None]
+    image_grid(images, [r.prompt for r in records], columns=6, sources=sources).save(path)
+
+
+def _some_records(out: Path, count: int) -> Iterator[Record]:
+    shards = sorted(out.glob("shard-*.parquet"))
+    chosen = random.Random(0).sample(shards, min(4, len(shards)))
+    for shard in chosen:
+        records = read_records(shard)
+        yield from random.Random(0).sample(records, min(math.ceil(count / len(chosen)), len(records)))

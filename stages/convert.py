@@ -1,0 +1,139 @@
+"""Convert a data set to parquet shards that the stages read.
+
+    python stages/convert.py SOURCE OUT [--form FORM] [--task TASK]
+
+SOURCE: a file or folder of our parquet, Hugging Face parquet, WebDataset tars, or the JSON lists of captions, blip3o
+and edits; the form is guessed unless --form says it. Every image is decoded once: what cannot be used (truncated, too
+small, absurd shape, empty caption, ...) goes to OUT/quarantine with its reason, and above --max-bad-share the
+conversion stops. Stopped, it goes on where it was with the same command. OUT/report.json counts, histograms.png and
+samples.png show what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
+
+from deepgen.config import UserError, load_settings, run_program  # noqa: E402
+
+if TYPE_CHECKING:
+    from deepgen.data.convert import Limits, Tally
+    from deepgen.data.raw import Source, Unit
+
+FORMS = ("records", "hf", "webdataset", "captions", "blip3o", "edits")
+LOOK_AFTER = 200  # samples before the share of bad ones says anything
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--form", choices=FORMS)
+    parser.add_argument("--task", choices=("t2i", "edit", "text", "reasoning"), default="t2i", help="of these samples")
+    parser.add_argument("--images", type=Path, help="folder that relative image paths start from")
+    parser.add_argument("--caption-key", default="caption", help="key of the caption in annotations and tar JSON")
+    parser.add_argument(
+        "--column", action="append", default=[], metavar="ROLE=NAME", help="hf: image, prompt or references"
+    )
+    parser.add_argument("--min-side", type=int, default=81, help="pixels, both sides")
+    parser.add_argument("--max-aspect", type=float, default=8.0, help="longer by shorter side")
+    parser.add_argument("--max-pixels", type=int, default=100_000_000, help="of one image")
+    parser.add_argument("--rows", type=int, default=1000, help="samples of a shard")
+    parser.add_argument("--max-bad-share", type=float, default=0.1, help="stop above this share of unusable samples")
+    parser.add_argument("--seed", type=int, default=0, help="of the order within shards")
+    parser.add_argument("--address", default="auto-local", help="Ray cluster, as cluster.address")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    from deepgen.data import convert
+    from deepgen.data.raw import Source, guess_form, plan_units
+
+    source = Source(
+        args.source,
+        args.form or guess_form(args.source),
+        args.task,
+        args.images,
+        args.caption_key,
+        columns(args.column),
+    )
+    limits = convert.Limits(args.min_side, args.max_aspect, args.max_pixels)
+    units = plan_units(source, args.rows)
+    convert.write_plan(args.out, source, limits, args.rows, args.seed, len(units))
+    todo = convert.unfinished(args.out, units)
+    print(f"{args.source}: form {source.form}, {len(units)} units, {len(units) - len(todo)} already done", flush=True)
+    run(source, todo, args.out.resolve(), limits, args)
+    total = convert.write_report(args.out)
+    print(f"kept {total.kept:,} of {total.total:,} samples: {dict(total.tasks)}")
+    for reason, count in total.dropped.most_common():
+        print(f"  dropped {count:,}: {reason}")
+    print(f"the stages take data.train={args.out}; look at {args.out / 'samples.png'} and histograms.png")
+    return 0
+
+
+def columns(given: Sequence[str]) -> dict[str, str]:
+    pairs = dict(pair.partition("=")[::2] for pair in given)
+    if wrong := set(pairs) - {"image", "prompt", "references"}:
+        raise UserError(f"--column {sorted(wrong)[0]}=...: allowed are image, prompt and references")
+    return pairs
+
+
+def run(source: Source, units: Sequence[Unit], out: Path, limits: Limits, args: argparse.Namespace) -> None:
+    """Convert the units on the cluster, with a progress bar; stops above the share of bad samples."""
+    if not units:
+        return
+    from deepgen.cluster.connect import connect
+    from deepgen.data.convert import total_tally
+
+    connect(load_settings(None, [f"cluster.address={args.address}"]), no_needs, code_root=ROOT)
+    total = total_tally(out)
+    for tally in progress(converted(source, units, out, limits, args.seed), len(units)):
+        total.add(tally)
+        if total.total >= LOOK_AFTER and total.bad_share > args.max_bad_share:
+            raise UserError(
+                f"{source.path}: {total.bad_share:.1%} of {total.total} samples cannot be used "
+                f"(mostly: {total.dropped.most_common(1)[0][0]}; see {out / 'quarantine'}); allowed: "
+                f"{args.max_bad_share:.1%} (--max-bad-share)"
+            )
+
+
+def no_needs(settings: Any, *, gpus: bool) -> list[Any]:
+    return []
+
+
+def converted(source: Source, units: Sequence[Unit], out: Path, limits: Limits, seed: int) -> Iterator[Tally]:
+    """Tallies of units in the order in which they get done, through Ray Data."""
+    import ray.data
+
+    from deepgen.data.convert import convert_unit
+
+    ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts what people count: units
+
+    def one(row: dict[str, Any]) -> dict[str, Any]:
+        return {"tally": convert_unit(source, row["item"], out, limits, seed)}
+
+    rows = ray.data.from_items(list(units), override_num_blocks=len(units)).map(one, num_cpus=1)
+    for row in rows.iter_rows():
+        yield row["tally"]
+
+
+def progress(tallies: Iterator[Tally], count: int) -> Iterator[Tally]:
+    from tqdm import tqdm
+
+    bar = tqdm(tallies, total=count, unit="unit", mininterval=1)
+    samples = 0
+    for tally in bar:
+        samples += tally.total
+        bar.set_postfix_str(f"{samples:,} samples")
+        yield tally
+
+
+if __name__ == "__main__":
+    run_program(main)
