@@ -45,8 +45,7 @@ class MixtureSource:
     ) -> MixtureSource:
         """The source that data.* describes; raises UserError when a task of the cycle has no records."""
         per_cycle = {"edit": settings.data.edit_per_cycle, "t2i": settings.data.t2i_per_cycle}
-        sizes = {"edit": len(data.edit), "t2i": len(data.t2i)}
-        return cls(data, Mixture(settings.run.seed, sizes, per_cycle, settings.data.micro_batch), draw)
+        return cls(data, Mixture(settings.run.seed, data.blocks(), per_cycle, settings.data.micro_batch), draw)
 
     def next(self, step: int, rank: int, world: int) -> list[MicroBatch]:
         self._world = world

@@ -162,7 +162,7 @@ class AuxiliaryRecords:
         per_cycle = {"edit": settings.data.edit_per_cycle, "t2i": settings.data.t2i_per_cycle}
         size = max(1, settings.algorithm.sft_batch // sum(per_cycle.values()))
         self.data = data
-        self.mixture = Mixture(settings.run.seed, {"edit": len(data.edit), "t2i": len(data.t2i)}, per_cycle, size)
+        self.mixture = Mixture(settings.run.seed, data.blocks(), per_cycle, size)
 
     def plan(self, step: int, rank: int, world: int) -> list[MicroBatch]:
         planned = self.mixture.plan(step, rank, world)

@@ -33,6 +33,7 @@ from deepgen.algorithms.losses import flow_matching_loss
 from deepgen.config import UserError, load_settings
 from deepgen.data.dataset import TrainingSet
 from deepgen.data.records import Record, write_records
+from deepgen.data.store import ListStore
 from tests.factories import make_tiny_folder
 from tests.learner_workers import ROOT, run_workers
 from tests.toy import ToyModel, ToyObjective, toy_batch
@@ -238,7 +239,7 @@ def make_records(count: int = 12) -> list[Record]:
 
 def test_flow_matching_targets_and_dropped_captions() -> None:
     settings = load_settings(None, ["data.micro_batch=8", "data.image_size=64", "data.caption_drop=0.5"])
-    data = TrainingSet(make_records(), 64)
+    data = TrainingSet(ListStore(make_records()), 64)
     source, context = MixtureSource.from_settings(settings, data), StepContext(1, 0, 0, 1, torch.device("cpu"))
     objective = FlowMatching(data, settings, encode=lambda image: image[:, ::4, ::4])
     asked: list[tuple[list[str], Any]] = []

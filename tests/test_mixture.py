@@ -10,8 +10,9 @@ from deepgen.data.collate import LatentCache, collate
 from deepgen.data.dataset import TrainingSet
 from deepgen.data.mixture import Mixture
 from deepgen.data.records import Record
+from deepgen.data.store import ListStore
 
-SIZES, CYCLE = {"edit": 7, "t2i": 31}, {"edit": 1, "t2i": 3}
+SIZES, CYCLE = {"edit": [7], "t2i": [10, 3, 18]}, {"edit": 1, "t2i": 3}
 
 
 def make(micro_batch: int = 2, seed: int = 1) -> Mixture:
@@ -71,12 +72,12 @@ def test_state_continues_on_another_number_of_ranks() -> None:
 
 def test_a_task_without_records_is_refused() -> None:
     with pytest.raises(UserError, match=r"data\.edit_per_cycle: got 1, but data\.train holds no editing"):
-        Mixture(1, {"edit": 0, "t2i": 3}, CYCLE, 2)
-    Mixture(1, {"edit": 0, "t2i": 3}, {"edit": 0, "t2i": 3}, 2)
+        Mixture(1, {"edit": [], "t2i": [3]}, CYCLE, 2)
+    Mixture(1, {"edit": [], "t2i": [3]}, {"edit": 0, "t2i": 3}, 2)
 
 
 def test_random_numbers_belong_to_the_place_in_the_batch() -> None:
-    data = TrainingSet([Record(str(i), "t2i", str(i), "", b"x", (), "") for i in range(31)], 64)
+    data = TrainingSet(ListStore([Record(str(i), "t2i", str(i), "", b"x", (), "") for i in range(31)]), 64)
     (whole,) = (collate(data, make(4).plan(2, 0, 1)[1], seed=1, step=2),)
     halves = [collate(data, make(2).plan(2, rank, 2)[1], seed=1, step=2) for rank in range(2)]
     assert whole.prompts == halves[0].prompts + halves[1].prompts

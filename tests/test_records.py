@@ -15,6 +15,7 @@ from PIL import Image
 from deepgen.config import UserError
 from deepgen.data.dataset import TrainingSet, fixed_area_size, image_to_tensor
 from deepgen.data.records import Record, decode_image, quoted_words, read_records, write_records
+from deepgen.data.store import ListStore
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
@@ -113,10 +114,10 @@ def test_tensors_span_minus_one_to_one() -> None:
 
 
 def test_training_set_names_the_record_it_cannot_use() -> None:
-    data = TrainingSet([GOOD, EDIT, replace(GOOD, id="d", image=PICTURE[:40])], 64)
-    assert (data.edit, data.t2i) == ([1], [0, 2])
+    data = TrainingSet(ListStore([GOOD, EDIT, replace(GOOD, id="d", image=PICTURE[:40]), PROMPT]), 64)
+    assert (data.edit.tolist(), data.t2i.tolist()) == ([1], [0, 2, 3])
     assert len(data.references(1)) == 2 and data.references(0) == []
-    with pytest.raises(UserError, match=r"row 3 \('d'\): image is not a readable image"):
+    with pytest.raises(UserError, match=r"row 3: image is not a readable image"):
         data.target(2)
-    with pytest.raises(UserError, match="record 'c' has no image"):
-        TrainingSet([PROMPT], 64)
+    with pytest.raises(UserError, match="row 4: no target image"):
+        data.target(3)

@@ -35,12 +35,12 @@ class MicroBatch:
 def collate(data: TrainingSet, planned: PlannedMicroBatch, *, seed: int, step: int) -> MicroBatch:
     """Prompts and reference images of a planned micro-batch; targets are fetched through the ``LatentCache``."""
     numbers = data.edit if planned.source == "edit" else data.t2i
-    indices = tuple(numbers[member] for member in planned.members)
+    indices = tuple(int(numbers[member]) for member in planned.members)
     places = range(planned.first, planned.first + len(indices))
     return MicroBatch(
         task=planned.source,
         indices=indices,
-        prompts=[data.records[i].prompt for i in indices],
+        prompts=[data.prompt(i) for i in indices],
         references=[data.references(i) for i in indices],
         seeds=tuple(stable_seed(seed, step, planned.number, place) for place in places),
     )

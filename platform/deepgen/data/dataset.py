@@ -6,7 +6,6 @@ Left out on purpose: which records make a batch (``deepgen.data.mixture``).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from deepgen.config.errors import UserError
-from deepgen.data.records import Record, decode_image, read_records
+from deepgen.config.settings import TASKS
+from deepgen.data.records import decode_image
+from deepgen.data.store import ParquetStore, RecordStore
 
 SIDE_MULTIPLE = 32  # latents, DiT patches and the 28/32 resize for the VLM all divide it
 MAX_ASPECT = 8.0
@@ -42,50 +43,56 @@ def image_to_tensor(image: np.ndarray, image_size: int) -> Tensor:
 
 
 class TrainingSet:
-    """Records with target images, kept encoded in memory, in two sources: editing and generation (M2.4).
+    """Records with target images in two sources, editing and generation (M2.4), read when they are needed.
 
     ``edit`` and ``t2i`` are the record numbers of each source; tasks text and reasoning count as generation.
     """
 
-    def __init__(self, records: Sequence[Record], image_size: int, name: str = "data.train") -> None:
-        for record in records:
-            if record.image is None:
-                raise UserError(f"{name}: record {record.id!r} has no image; allowed: records with a target image")
-        self.records = list(records)
-        self.image_size = image_size
-        self.name = name
-        self.edit = [i for i, record in enumerate(self.records) if record.task == "edit"]
-        self.t2i = [i for i, record in enumerate(self.records) if record.task != "edit"]
+    def __init__(self, store: RecordStore, image_size: int) -> None:
+        self.store, self.image_size = store, image_size
+        is_edit = store.tasks == TASKS.index("edit")
+        self.edit, self.t2i = np.flatnonzero(is_edit), np.flatnonzero(~is_edit)
 
     @classmethod
     def read(cls, path: Path, image_size: int) -> TrainingSet:
-        """Read a parquet file or folder; raises UserError naming file and row."""
-        return cls(read_records(path), image_size, name=f"data.train {path}")
+        """Open a parquet file or folder; raises UserError naming file and row."""
+        return cls(ParquetStore(path), image_size)
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.store.tasks)
+
+    def blocks(self) -> dict[str, np.ndarray]:
+        """Records of each source in every block of the store."""
+        rows = {"edit": self.edit, "t2i": self.t2i}
+        counts = {source: np.diff(np.searchsorted(own, self.store.starts)) for source, own in rows.items()}
+        return {source: found[found > 0] for source, found in counts.items()}
+
+    def prompt(self, index: int) -> str:
+        """Caption or instruction of a record."""
+        return self.store.read(index).prompt
 
     def target(self, index: int) -> Tensor:
         """Target image of a record, float32 [3, h, w] in [-1, 1]."""
-        data = self.records[index].image
-        assert data is not None
+        data = self.store.read(index).image
+        if data is None:
+            raise UserError(f"{self.store.place(index)}: no target image; allowed: records with one")
         return self._tensor(index, data, "image")
 
     def references(self, index: int) -> list[Tensor]:
         """Source images of a record, float32 [3, h, w] in [-1, 1] each; [] unless it is an edit."""
-        encoded = self.records[index].references
+        encoded = self.store.read(index).references
         return [self._tensor(index, data, f"reference {slot + 1}") for slot, data in enumerate(encoded)]
 
     def _tensor(self, index: int, data: bytes, what: str) -> Tensor:
-        record = self.records[index]
+        place = self.store.place(index)
         try:
             image = decode_image(data)
         except ValueError as error:
-            raise UserError(f"{self.name}, row {index + 1} ({record.id!r}): {what} is {error}") from error
+            raise UserError(f"{place}: {what} is {error}") from error
         sides = sorted(image.shape[:2])
         if sides[1] > MAX_ASPECT * sides[0]:
             raise UserError(
-                f"{self.name}, row {index + 1} ({record.id!r}): {what} is {image.shape[1]}x{image.shape[0]} px; "
+                f"{place}: {what} is {image.shape[1]}x{image.shape[0]} px; "
                 f"allowed: sides in a ratio of at most {MAX_ASPECT:g}"
             )
         return image_to_tensor(image, self.image_size)

@@ -2,28 +2,23 @@
 
 One optimizer step is one whole cycle (M2.4, M8.7): first ``edit_per_cycle`` micro-batches of editing, then
 ``t2i_per_cycle`` of generation, the same task on every rank at the same time. Each source is an endless row of
-shuffled epochs. Where a batch lies in that row follows from the step number and an origin (step, positions), so nothing
-has to be replayed on resume, and a resume on another number of ranks goes on where the old run stopped.
+shuffled epochs (``deepgen.data.order``). Where a batch lies in that row follows from the step number and an origin
+(step, positions), so nothing has to be replayed on resume, and a resume on another number of ranks goes on where the
+old run stopped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from deepgen.config.errors import UserError
+from deepgen.data.order import BlockOrder
 
 SOURCES = ("edit", "t2i")
-
-
-@lru_cache(maxsize=8)
-def epoch_order(seed: int, source: str, epoch: int, size: int) -> np.ndarray:
-    """Permutation of range(size) for one epoch of one source, uint32 [size]; the sources have independent ones."""
-    generator = np.random.default_rng([seed, SOURCES.index(source), epoch, 0x6D6978])
-    return generator.permutation(np.arange(size, dtype=np.uint32))
 
 
 @dataclass(frozen=True)
@@ -42,10 +37,10 @@ class PlannedMicroBatch:
 
 @dataclass
 class Mixture:
-    """Plan of batches. ``sizes`` gives the number of records of each source; every rank builds the same object."""
+    """Plan of batches. ``blocks``: of each source, the records in every block; every rank builds the same object."""
 
     seed: int
-    sizes: dict[str, int]
+    blocks: Mapping[str, Sequence[int] | np.ndarray]
     per_cycle: dict[str, int]
     micro_batch: int
     origin_step: int = 0
@@ -54,12 +49,17 @@ class Mixture:
     def __post_init__(self) -> None:
         for source in SOURCES:
             count = self.per_cycle.get(source, 0)
-            if count and not self.sizes.get(source):
+            if count and not np.sum(self.blocks.get(source, ())):
                 others = "editing (task edit)" if source == "edit" else "generation (tasks t2i, reasoning, text)"
                 raise UserError(
                     f"data.{source}_per_cycle: got {count}, but data.train holds no {others} records; "
                     "allowed with this data: 0"
                 )
+        self._orders = {
+            source: BlockOrder(self.blocks[source], self.seed, SOURCES.index(source))
+            for source in SOURCES
+            if self.per_cycle.get(source, 0)
+        }
 
     @property
     def cycle(self) -> int:
@@ -91,5 +91,4 @@ class Mixture:
         return self.origin[source] + (step - self.origin_step) * per_step
 
     def _member(self, source: str, position: int) -> int:
-        epoch, place = divmod(position, self.sizes[source])
-        return int(epoch_order(self.seed, source, epoch, self.sizes[source])[place])
+        return self._orders[source].member(position)

@@ -134,10 +134,11 @@ def _read_parquet(file: Path) -> list[Record]:
         table = table.select(SCHEMA.names).cast(SCHEMA)
     except pa.ArrowException as error:
         raise UserError(f"{file}: a column has the wrong type ({' '.join(str(error).split())[:200]})") from error
-    return [_check_row(row, f"{file}, row {number}") for number, row in enumerate(table.to_pylist(), start=1)]
+    return [check_row(row, f"{file}, row {number}") for number, row in enumerate(table.to_pylist(), start=1)]
 
 
-def _check_row(row: dict[str, Any], place: str) -> Record:
+def check_row(row: dict[str, Any], place: str) -> Record:
+    """The record of a row of the schema. Raises UserError that begins with `place`."""
     for name in _TEXT_COLUMNS:
         if row[name] is None:
             raise UserError(f"{place}: {name} is null; allowed: text")

@@ -1,0 +1,150 @@
+"""Records read from parquet block by block, and the order that spares the storage."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from deepgen.config.errors import UserError
+from deepgen.data.dataset import TrainingSet
+from deepgen.data.order import BlockOrder
+from deepgen.data.records import SCHEMA, Record, write_records
+from deepgen.data.store import ParquetStore
+
+COUNTS = [5, 1, 7, 3, 3, 8, 2, 4]
+
+
+def record(i: int, task: str = "t2i") -> Record:
+    return Record(f"r{i}", task, f"prompt {i}", "", b"x" * 100, (b"y",) if task == "edit" else (), "test")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two files, row groups of 4: 10 records, then 5; every third one is an edit."""
+    records = [record(i, "edit" if i % 3 == 0 else "t2i") for i in range(15)]
+    write_records(tmp_path / "a.parquet", records[:10], row_group_size=4)
+    write_records(tmp_path / "b.parquet", records[10:], row_group_size=4)
+    return tmp_path
+
+
+# ---------------------------------------------------------------- order
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 8, 100])
+def test_every_record_once_an_epoch(lanes: int) -> None:
+    order, size = BlockOrder(COUNTS, 1, 0, lanes), sum(COUNTS)
+    epochs = [[order.member(epoch * size + place) for place in range(size)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_order_is_a_function_of_seed_stream_and_position() -> None:
+    positions = range(70)
+    order = [BlockOrder(COUNTS, 1, 0).member(p) for p in positions]
+    again = BlockOrder(COUNTS, 1, 0)
+    assert [again.member(p) for p in reversed(positions)] == order[::-1]
+    assert [BlockOrder(COUNTS, 2, 0).member(p) for p in positions] != order
+    assert [BlockOrder(COUNTS, 1, 1).member(p) for p in positions] != order
+
+
+def test_one_block_is_shuffled_whole() -> None:
+    order = BlockOrder([1000], 1, 0)
+    drawn = np.array([order.member(p) for p in range(1000)])
+    assert abs(np.corrcoef(drawn, np.arange(1000))[0, 1]) < 0.1
+    assert (np.diff(drawn) == 1).sum() < 10
+
+
+def test_a_block_is_read_by_one_rank_and_used_up() -> None:
+    """64 blocks of 16 records on 16 lanes, 4 ranks with micro-batch 4: no block is opened twice."""
+    order = BlockOrder([16] * 64, 1, 0, lanes=16)
+    readers: dict[int, set[int]] = {}
+    opened: Counter[int] = Counter()
+    for rank in range(4):
+        held: list[int] = []
+        for step in range(64):
+            blocks = {order.member(step * 16 + rank * 4 + j) // 16 for j in range(4)}
+            assert len(blocks) == 4  # a batch mixes as many blocks as it has samples
+            for block in blocks:
+                readers.setdefault(block, set()).add(rank)
+                if block not in held:
+                    opened[block] += 1
+                    held = [*held[-7:], block]
+    assert all(len(ranks) == 1 for ranks in readers.values())
+    assert set(opened.values()) == {1}
+
+
+# ---------------------------------------------------------------- store
+
+
+def test_records_come_back_from_every_row_group(folder: Path) -> None:
+    store = ParquetStore(folder)
+    assert store.starts.tolist() == [0, 4, 8, 10, 14, 15]
+    assert [store.read(i).id for i in range(15)] == [f"r{i}" for i in range(15)]
+    assert store.read(3).references == (b"y",)
+    assert store.place(11) == f"{folder / 'b.parquet'}, row 2"
+
+
+def test_blocks_of_each_source(folder: Path) -> None:
+    data = TrainingSet(ParquetStore(folder), 64)
+    assert data.edit.tolist() == [0, 3, 6, 9, 12]
+    blocks = {source: counts.tolist() for source, counts in data.blocks().items()}
+    assert blocks == {"edit": [2, 1, 1, 1], "t2i": [2, 3, 1, 3, 1]}
+
+
+def test_memory_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    real = pq.ParquetFile.read_row_group
+
+    def counted(self: pq.ParquetFile, group: int, columns: list[str]) -> pa.Table:
+        reads.append(group)
+        return real(self, group, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    small, large = ParquetStore(folder, cache_bytes=1), ParquetStore(folder)
+    for store, expected in ((small, 8), (large, 2)):
+        reads.clear()
+        for _ in range(4):
+            assert (store.read(0).id, store.read(14).id) == ("r0", "r14")
+        assert len(reads) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "paint"}, r"a\.parquet, row 2: task 'paint'; allowed: t2i"),
+        ({"task": None}, r"a\.parquet, row 2: task None; allowed: t2i"),
+    ],
+)
+def test_an_unknown_task_is_named_before_anything_is_read(tmp_path: Path, change: dict, message: str) -> None:
+    rows = [vars(record(0)), vars(record(1)) | change]
+    pq.write_table(
+        pa.Table.from_pylist([row | {"references": []} for row in rows], schema=SCHEMA), tmp_path / "a.parquet"
+    )
+    with pytest.raises(UserError, match=message):
+        ParquetStore(tmp_path)
+
+
+def test_a_row_that_does_not_fit_is_named_when_it_is_read(tmp_path: Path) -> None:
+    write_records(tmp_path / "a.parquet", [record(0), replace(record(1), prompt="  ")])
+    store = ParquetStore(tmp_path / "a.parquet")
+    assert store.read(0).id == "r0"
+    with pytest.raises(UserError, match=r"a\.parquet, row 2: prompt is empty"):
+        store.read(1)
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"no parquet", "can't be read as parquet"), (None, "no such file")])
+def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        ParquetStore(tmp_path / "a.parquet")
+
+
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": ["a"], "task": ["t2i"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="missing column prompt, answer, image, references, source"):
+        ParquetStore(tmp_path / "a.parquet")
