@@ -8,7 +8,11 @@ import tempfile
 from pathlib import Path
 
 # Each module has run(weights, repeats, threads) -> list[Result].
-BENCHMARKS = {"rollout": "benchmarks.rollout_floor", "update": "benchmarks.update_floor"}
+BENCHMARKS = {
+    "rollout": "benchmarks.rollout_floor",
+    "update": "benchmarks.update_floor",
+    "loader": "benchmarks.loader_floor",
+}
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ from deepgen.models.unified import UnifiedModel
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = (
-    "| benchmark | shapes | threads | ours, ms/sample | bare DiT, ms/sample | ratio (quartiles) |\n"
+    "| benchmark | shapes | threads | ours, ms/sample | floor, ms/sample | ratio (quartiles) |\n"
     "|---|---|---:|---:|---:|---:|"
 )
 

@@ -55,6 +55,11 @@ def quoted_words(prompt: str) -> list[str]:
 
 def decode_image(data: bytes) -> np.ndarray:
     """Encoded image -> uint8 [H, W, 3] RGB; transparent parts become white. Raises ValueError if it can't be read."""
+    return np.array(open_image(data), dtype=np.uint8)
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Encoded image -> decoded RGB image; as `decode_image`."""
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
@@ -64,7 +69,7 @@ def decode_image(data: bytes) -> np.ndarray:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, rgba)
-    return np.array(image.convert("RGB"), dtype=np.uint8)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_records(path: Path) -> list[Record]:

@@ -1,0 +1,77 @@
+"""What reading training records costs above decoding their images: the batch source against bare PIL.
+
+Ours: parquet in row groups, the plan of the mixture, checks, decoding, resizing, tensors. Floor: PIL decoding and
+resizing of the same encoded bytes in memory. Left out: the VAE and its cache of latents, which saves all of it.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from actors.objectives import MixtureSource
+from benchmarks.common import Result, compare, recipe
+from deepgen.data.convert import ROW_GROUP
+from deepgen.data.dataset import TrainingSet, fixed_area_size
+from deepgen.data.records import Record, write_records
+
+RECORDS, IMAGE_SIZE, STEPS = 256, 512, 8
+SIDES = ((640, 480), (480, 640), (768, 512), (600, 600))
+
+
+def run(weights: Path, repeats: int, threads: int) -> list[Result]:
+    """Generation and editing records in the mixture of pretraining, 512 px, one process."""
+    settings = recipe("tiny-pretrain", weights, f"data.image_size={IMAGE_SIZE}", "data.micro_batch=4")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "records.parquet"
+        write_records(path, make_records(), row_group_size=ROW_GROUP)
+        data = TrainingSet.read(path, IMAGE_SIZE)
+        source = MixtureSource.from_settings(settings, data)
+        plans = [micro for step in range(STEPS) for micro in source.next(step, 0, 1)]
+        blobs = [b for micro in plans for i in micro.indices for b in images_of(data.store.read(i))]
+
+        def ours() -> None:
+            for step in range(STEPS):
+                for micro in source.next(step, 0, 1):
+                    for index in micro.indices:
+                        data.target(index)
+
+        def floor() -> None:
+            for blob in blobs:
+                bare_decode(blob)
+
+        return [compare("loader", f"JPEG of about {IMAGE_SIZE} px", len(blobs), ours, floor, repeats)]
+
+
+def bare_decode(blob: bytes) -> np.ndarray:
+    image = Image.open(io.BytesIO(blob)).convert("RGB")
+    height, width = fixed_area_size(image.height, image.width, IMAGE_SIZE)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def images_of(record: Record) -> Sequence[bytes]:
+    return [*([record.image] if record.image else []), *record.references]
+
+
+def make_records() -> list[Record]:
+    """Smooth random pictures, a quarter of them edits with one source image."""
+    rng = np.random.default_rng(0)
+
+    def picture(i: int) -> bytes:
+        width, height = SIDES[i % len(SIDES)]
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+        return buffer.getvalue()
+
+    records = []
+    for i in range(RECORDS):
+        edit = i % 4 == 0
+        references = (picture(i),) if edit else ()
+        records.append(Record(str(i), "edit" if edit else "t2i", f"picture {i}", "", picture(i), references, "made"))
+    return records
