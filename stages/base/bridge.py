@@ -164,7 +164,7 @@ def losses(model: UnifiedModel, teacher: Teacher, records: list[Record]) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1300)
     args = parser.parse_args()
     torch.manual_seed(0)
     model = UnifiedModel.from_folder(MODEL, preset="tiny", fresh_bridge=True)

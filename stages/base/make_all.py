@@ -72,7 +72,7 @@ def steps() -> dict[str, Step]:
         "vlm": Step(module("vlm"), ("tower",)),
         "bridge": Step(module("bridge"), ("dit", "vlm")),
         "pretrain": Step(stage("pretrain", "model.fresh_bridge=false"), ("bridge",)),
-        "judge": Step(module("vlm", "--judge"), ("vlm",)),
+        "judge": Step(module("judge"), ("vlm",)),
         "clip": Step(module("clip"), ("tokenizer", "lessons")),
         "decoder": Step(module("vae", "--decoder"), ("dit",)),
         "aesthetic": Step(module("aesthetic"), ("clip", "decoder")),

@@ -1,22 +1,20 @@
 """Teach a small Qwen2.5-VL the tiny world: to describe pictures, to judge them, to solve riddles, to foresee edits.
 
-    python -m stages.base.vlm                 # the backbone, assets/tiny/model/vlm
-    python -m stages.base.vlm --judge         # the judge: continues on judging alone, assets/tiny/rewards/judge
+    python -m stages.base.vlm                 # assets/tiny/model/vlm, and runs/base/vlm for what starts from it
 
 One model, four kinds of dialogue, the loss on the assistant's words only:
   judge    picture + "Does this image show …?"        -> Yes | No     (JUDGE_QUESTION, at 112 px)
   caption  picture + "What does this image show? …"   -> description  (56 or 112 px)
   prompt   "Generate an image: …" (captions, riddles) -> description
   edit     source picture + instruction               -> description of the target (56 px)
-The last two make the hidden states the bridge reads say what is to be drawn.
-The backbone sees training records only, the judge what `stages/base/lessons.py` has drawn; most wrong descriptions
-differ from the right one in a single word.
+The last two make the hidden states the bridge reads say what is to be drawn. Only training records are used; most wrong
+descriptions differ from the right one in a single word.
 """
 
 import argparse
 import random
-import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,13 +29,11 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from deepgen.data.records import Record, decode_image, read_records
+from deepgen.data.records import Record, decode_image
 from rewards.judge import JUDGE_QUESTION
 from stages.base.common import (
     BACKBONE,
-    LESSONS,
     MODEL,
-    REWARDS,
     TOWER,
     load_split,
     to_float,
@@ -318,37 +314,27 @@ def heldout_pairs(seed: int = 1) -> tuple[torch.Tensor, list[str], list[bool]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--judge", action="store_true", help="make the judge from the trained backbone")
-    parser.add_argument("--steps", type=int, help="default: 4000, judge 2000")
+    parser.add_argument("--steps", type=int, default=4000)
     args = parser.parse_args()
-    steps, rate, out = (
-        (args.steps or 2000, 6e-4, REWARDS / "judge") if args.judge else (args.steps or 4000, 1e-3, MODEL / "vlm")
-    )
-    torch.manual_seed(0)
-    rng = np.random.default_rng(int(args.judge))
+    rng = np.random.default_rng(0)
     tokenizer = AutoTokenizer.from_pretrained(MODEL / "tokenizer")
-    if args.judge:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(BACKBONE, dtype=torch.float32).train()
-    else:
-        model = make_vlm(tokenizer)
-        model.model.visual.load_state_dict(load_file(TOWER))
+    model = make_vlm(tokenizer)
+    model.model.visual.load_state_dict(load_file(TOWER))
     model.set_attn_implementation("eager")  # bf16 SDPA has a slow backward on CPUs
-    lessons = Lessons(read_records(LESSONS) if args.judge else load_split("train"), 0)
-    batcher, held = Batcher(tokenizer), heldout_pairs()
+    lessons, batcher, held = Lessons(load_split("train"), 0), Batcher(tokenizer), heldout_pairs()
     tower = set(model.model.visual.parameters())  # can see already
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p not in tower]},
         {"params": [p for p in model.parameters() if p in tower], "lr_scale": 0.3},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02)
     ema = {n: q.detach().clone() for n, q in model.named_parameters()}
     kinds = ["judge", "prompt", "caption", "judge", "prompt", "judge", "edit", "judge", "prompt", "caption"]
     seen: dict[str, float] = {}
-    for step, bar in training_steps(steps, "judge" if args.judge else "vlm", optimizer, rate):
-        kind = "judge" if args.judge else kinds[step % len(kinds)]
+    for step, bar in training_steps(args.steps, "vlm", optimizer, 1e-3):
+        kind = kinds[step % len(kinds)]
         with torch.autocast("cpu", torch.bfloat16):
-            batch = draw_batch(kind, lessons, batcher, rng, 0.0 if args.judge else 0.5)
-            logits, labels = answer_logits(model, batch)
+            logits, labels = answer_logits(model, draw_batch(kind, lessons, batcher, rng, small_share=0.5))
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
@@ -362,13 +348,18 @@ def main() -> None:
             )
     model.load_state_dict(ema, strict=False)
     print(f"judge accuracy on {len(held[1])} held-out pairs: {judge_accuracy(model, batcher, *held):.3f}")
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.to(torch.bfloat16)
+    for out in (BACKBONE, MODEL / "vlm"):
+        save_with_processors(model, tokenizer, out)
+
+
+def save_with_processors(model: Any, tokenizer: Any, out: Path) -> None:
+    """A folder that transformers and vLLM open: every square picture becomes 112 px."""
+    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    size = {"shortest_edge": JUDGE_SIZE**2, "longest_edge": JUDGE_SIZE**2}  # areas: every square becomes 112 px
+    size = {"shortest_edge": JUDGE_SIZE**2, "longest_edge": JUDGE_SIZE**2}  # areas
     Qwen2VLImageProcessor(size=size).save_pretrained(out)
     Qwen2VLVideoProcessor(size=size).save_pretrained(out)  # never used, but vLLM wants one
-    if not args.judge:
-        shutil.copytree(out, BACKBONE, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":
