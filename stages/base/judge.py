@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from deepgen.data.records import read_records
 from rewards.judge import JUDGE_QUESTION
-from stages.base.common import BACKBONE, LESSONS, MODEL, REWARDS, training_steps, update_ema
+from stages.base.common import BACKBONE, LESSONS, MODEL, REWARDS, TOWER, training_steps, update_ema
 from stages.base.vlm import (
     JUDGE_SIZE,
     Batcher,
@@ -33,6 +34,7 @@ from stages.base.vlm import (
 )
 
 PICTURES = 12
+READING = 300  # first steps: compare two texts, one of them in the place of the picture
 
 
 def relatives(lessons: Lessons, count: int) -> list[int]:
@@ -50,18 +52,27 @@ def relatives(lessons: Lessons, count: int) -> list[int]:
     return list(rows)[:count]
 
 
-def preference(model: Any, batcher: Batcher, images: Tensor, questions: list[list[str]]) -> Tensor:
-    """log p(Yes) - log p(No) of every picture [N, 3, S, S] for each of its K descriptions, [N, K].
+def look(model: Any, images: Tensor) -> Tensor:
+    """Visual tokens of pictures [N, 3, S, S], [N, T, W]."""
+    patches, grid = patchify(images)
+    tokens: Tensor = model.model.visual(patches, grid_thw=grid).pooler_output
+    return tokens.view(len(images), -1, tokens.shape[-1])
 
-    The visual tower sees each picture once.
-    """
+
+def read(model: Any, tokenizer: Any, answers: list[str], count: int) -> Tensor:
+    """Stand-ins for visual tokens: the embeddings of each description's words, noise behind them, [N, count, W]."""
+    embeddings = model.get_input_embeddings()
+    out = torch.randn(len(answers), count, embeddings.weight.shape[1])
+    for own, ids in zip(out, tokenizer(answers, add_special_tokens=False)["input_ids"], strict=True):
+        own[: len(ids)] = embeddings(torch.tensor(ids[:count])).detach() + 0.3 * own[: len(ids)]
+    return out
+
+
+def preference(model: Any, batcher: Batcher, images: Tensor, features: Tensor, questions: list[list[str]]) -> Tensor:
+    """log p(Yes) - log p(No) of pictures [N, 3, S, S], seen as features [N, T, W], for K descriptions each, [N, K]."""
     count = len(questions[0])
     flat = [Dialogue(JUDGE_QUESTION.format(answer=a), "Yes", 0) for own in questions for a in own]
     batch = batcher(flat, images.repeat_interleave(count, 0))
-    patches, grid = patchify(images)
-    features = model.model.visual(patches, grid_thw=grid).pooler_output.view(
-        len(images), -1, model.config.text_config.hidden_size
-    )
     ids, mask = batch["input_ids"], batch["attention_mask"]
     embeds = model.get_input_embeddings()(ids)
     places = (ids == batcher.image_id)[..., None]
@@ -102,9 +113,15 @@ def main() -> None:
     rng = np.random.default_rng(1)
     tokenizer = AutoTokenizer.from_pretrained(MODEL / "tokenizer")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(BACKBONE, dtype=torch.float32).train()
+    model.model.visual.load_state_dict(load_file(TOWER))  # which still says what it sees in words' embeddings
     model.set_attn_implementation("eager")  # bf16 SDPA has a slow backward on CPUs
     lessons, batcher, held = Lessons(read_records(LESSONS), 0), Batcher(tokenizer), heldout_pairs()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.98), weight_decay=0.02)
+    tower = set(model.model.visual.parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p not in tower]},
+        {"params": [p for p in model.parameters() if p in tower], "lr_scale": 0.2},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.98), weight_decay=0.02)
     ema = {n: q.detach().clone() for n, q in model.named_parameters()}
     seen = {"loss": 3.0, "first": 0.0, "near": 0.0}
     accuracy = 0.0
@@ -114,7 +131,8 @@ def main() -> None:
         images = F.interpolate(images, size=(JUDGE_SIZE,) * 2, mode="bilinear", antialias=True)
         right = [lessons.answers[i] for i in rows]
         with torch.autocast("cpu", torch.bfloat16):
-            scores = preference(model, batcher, images, [[*right, lessons.wrong_answer(i)] for i in rows])
+            features = read(model, tokenizer, right, 16) if step < READING else look(model, images)
+            scores = preference(model, batcher, images, features, [[*right, lessons.wrong_answer(i)] for i in rows])
         loss = judging_loss(scores)
         optimizer.zero_grad()
         loss.backward()
