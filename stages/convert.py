@@ -15,18 +15,17 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
 from deepgen.config import UserError, load_settings, run_program  # noqa: E402
+from deepgen.config.settings import TASKS  # noqa: E402
+from deepgen.data import convert  # noqa: E402
+from deepgen.data.convert import Limits, Tally  # noqa: E402
+from deepgen.data.raw import FORMS, Source, Unit, guess_form, plan_units  # noqa: E402
 
-if TYPE_CHECKING:
-    from deepgen.data.convert import Limits, Tally
-    from deepgen.data.raw import Source, Unit
-
-FORMS = ("records", "hf", "webdataset", "captions", "blip3o", "edits")
 LOOK_AFTER = 200  # samples before the share of bad ones says anything
 
 
@@ -35,15 +34,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--form", choices=FORMS)
-    parser.add_argument("--task", choices=("t2i", "edit", "text", "reasoning"), default="t2i", help="of these samples")
+    parser.add_argument("--task", choices=TASKS, default="t2i", help="of these samples")
     parser.add_argument("--images", type=Path, help="folder that relative image paths start from")
     parser.add_argument("--caption-key", default="caption", help="key of the caption in annotations and tar JSON")
     parser.add_argument(
         "--column", action="append", default=[], metavar="ROLE=NAME", help="hf: image, prompt or references"
     )
-    parser.add_argument("--min-side", type=int, default=81, help="pixels, both sides")
-    parser.add_argument("--max-aspect", type=float, default=8.0, help="longer by shorter side")
-    parser.add_argument("--max-pixels", type=int, default=100_000_000, help="of one image")
+    parser.add_argument("--min-side", type=int, default=Limits.min_side, help="pixels, both sides")
+    parser.add_argument("--max-aspect", type=float, default=Limits.max_aspect, help="longer by shorter side")
+    parser.add_argument("--max-pixels", type=int, default=Limits.max_pixels, help="of one image")
     parser.add_argument("--rows", type=int, default=1000, help="samples of a shard")
     parser.add_argument("--max-bad-share", type=float, default=0.1, help="stop above this share of unusable samples")
     parser.add_argument("--seed", type=int, default=0, help="of the order within shards")
@@ -53,9 +52,6 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    from deepgen.data import convert
-    from deepgen.data.raw import Source, guess_form, plan_units
-
     source = Source(
         args.source,
         args.form or guess_form(args.source),
@@ -90,10 +86,9 @@ def run(source: Source, units: Sequence[Unit], out: Path, limits: Limits, args: 
     if not units:
         return
     from deepgen.cluster.connect import connect
-    from deepgen.data.convert import total_tally
 
     connect(load_settings(None, [f"cluster.address={args.address}"]), no_needs, code_root=ROOT)
-    total = total_tally(out)
+    total = convert.total_tally(out)
     for tally in progress(converted(source, units, out, limits, args.seed), len(units)):
         total.add(tally)
         if total.total >= LOOK_AFTER and total.bad_share > args.max_bad_share:
@@ -112,12 +107,10 @@ def converted(source: Source, units: Sequence[Unit], out: Path, limits: Limits, 
     """Tallies of units in the order in which they get done, through Ray Data."""
     import ray.data
 
-    from deepgen.data.convert import convert_unit
-
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts what people count: units
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
-        return {"tally": convert_unit(source, row["item"], out, limits, seed)}
+        return {"tally": convert.convert_unit(source, row["item"], out, limits, seed)}
 
     rows = ray.data.from_items(list(units), override_num_blocks=len(units)).map(one, num_cpus=1)
     for row in rows.iter_rows():

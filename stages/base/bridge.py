@@ -22,9 +22,8 @@ from deepgen.data.dataset import image_to_tensor
 from deepgen.data.records import Record, decode_image
 from deepgen.models.bridge import BRIDGE_PREFIXES
 from deepgen.models.checkpoint import load_vlm, save_bridge, save_vlm
-from deepgen.models.prompts import TURN_END, TURN_START, tokenize
+from deepgen.models.prompts import TURN_END, TURN_START
 from deepgen.models.unified import UnifiedModel
-from deepgen.models.vlm import conditioning_states, image_token_count
 from stages.base.common import BACKBONE, MODEL, PROMPT_ENCODER, load_split, training_steps
 from stages.base.dit import PromptEncoder
 from stages.base.vlm import Batcher, Lessons, answer_logits, draw_batch
@@ -81,11 +80,8 @@ class Draw:
 def states(model: UnifiedModel, teacher: Teacher, records: list[Record]) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Stacked hidden states [B, L, layers·W] that the bridge reads, their mask, and those of each prompt's tokens."""
     images = [[image_to_tensor(decode_image(d), 64) for d in r.references] for r in records]
-    counts = [[image_token_count(x) for x in own] for own in images]
-    tokens = tokenize(model.tokenizer, [r.prompt for r in records], counts)
-    layers, flat = model.architecture.fusion_layers, [x for own in images for x in own]
     with torch.autocast("cpu", torch.bfloat16):
-        parts, mask = conditioning_states(model.vlm, tokens, flat, model.meta_queries, layers, 200)
+        parts, mask = model.prompt_states([r.prompt for r in records], images)
     x = torch.cat(parts, dim=-1).float()
     prompt = teacher(records, x.shape[1])[2]
     return x, mask, [own[where] for own, where in zip(x, prompt, strict=True)]

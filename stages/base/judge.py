@@ -23,6 +23,7 @@ from rewards.judge import JUDGE_QUESTION
 from stages.base.common import BACKBONE, LESSONS, MODEL, REWARDS, TOWER, training_steps, update_ema
 from stages.base.vlm import (
     JUDGE_SIZE,
+    PATCH,
     Batcher,
     Dialogue,
     Lessons,
@@ -68,11 +69,11 @@ def read(model: Any, tokenizer: Any, answers: list[str], count: int) -> Tensor:
     return out
 
 
-def preference(model: Any, batcher: Batcher, images: Tensor, features: Tensor, questions: list[list[str]]) -> Tensor:
-    """log p(Yes) - log p(No) of pictures [N, 3, S, S], seen as features [N, T, W], for K descriptions each, [N, K]."""
-    count = len(questions[0])
+def preference(model: Any, batcher: Batcher, features: Tensor, questions: list[list[str]]) -> Tensor:
+    """log p(Yes) - log p(No) of pictures, given as visual tokens [N, T, W], for K descriptions each, [N, K]."""
+    count, side = len(questions[0]), JUDGE_SIZE // PATCH
     flat = [Dialogue(JUDGE_QUESTION.format(answer=a), "Yes", 0) for own in questions for a in own]
-    batch = batcher(flat, images.repeat_interleave(count, 0))
+    batch = batcher.tokens(flat, features.shape[1])
     ids, mask = batch["input_ids"], batch["attention_mask"]
     embeds = model.get_input_embeddings()(ids)
     places = (ids == batcher.image_id)[..., None]
@@ -80,7 +81,7 @@ def preference(model: Any, batcher: Batcher, images: Tensor, features: Tensor, q
     positions, _ = model.model.get_rope_index(
         ids,
         mm_token_type_ids=batch["mm_token_type_ids"],
-        image_grid_thw=batch["image_grid_thw"],
+        image_grid_thw=torch.tensor([[1, side, side]] * len(flat)),
         attention_mask=mask,
     )
     hidden = model.model.language_model(
@@ -89,7 +90,7 @@ def preference(model: Any, batcher: Batcher, images: Tensor, features: Tensor, q
     asked = (batch["labels"] != -100).float().argmax(1) - 1  # where the first answered token is predicted
     yes, no = (batcher.tokenizer.convert_tokens_to_ids(w) for w in ("Yes", "No"))
     direction = model.lm_head.weight[yes] - model.lm_head.weight[no]
-    return (hidden[torch.arange(len(ids)), asked].float() @ direction.float()).view(len(images), count)
+    return (hidden[torch.arange(len(ids)), asked].float() @ direction.float()).view(len(features), count)
 
 
 def judging_loss(scores: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ def main() -> None:
         right = [lessons.answers[i] for i in rows]
         with torch.autocast("cpu", torch.bfloat16):
             features = read(model, tokenizer, right, 16) if step < READING else look(model, images)
-            scores = preference(model, batcher, images, features, [[*right, lessons.wrong_answer(i)] for i in rows])
+            scores = preference(model, batcher, features, [[*right, lessons.wrong_answer(i)] for i in rows])
         loss = judging_loss(scores)
         optimizer.zero_grad()
         loss.backward()

@@ -232,7 +232,7 @@ def misspell(answer: str, rng: random.Random) -> str:
 
 
 class Batcher:
-    """Dialogues -> model inputs: right-padded ids, labels on the assistant's words, patches."""
+    """Dialogues -> model inputs: right-padded ids, labels on the assistant's words; with pictures their patches."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer, self.image_id = tokenizer, tokenizer.convert_tokens_to_ids("<|image_pad|>")
@@ -240,7 +240,14 @@ class Batcher:
 
     def __call__(self, dialogues: list[Dialogue], images: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """images [N, 3, S, S] in [-1, 1], one a dialogue, or None."""
-        count = 0 if images is None else (images.shape[-1] // (PATCH * MERGE)) ** 2
+        if images is None:
+            return self.tokens(dialogues, 0)
+        batch = self.tokens(dialogues, (images.shape[-1] // (PATCH * MERGE)) ** 2)
+        batch["pixel_values"], batch["image_grid_thw"] = patchify(images)
+        return batch
+
+    def tokens(self, dialogues: list[Dialogue], count: int) -> dict[str, torch.Tensor]:
+        """Ids, labels and masks alone, with places for `count` visual tokens a dialogue."""
         block = f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>\n" if count else ""
         asked = [f"<|im_start|>user\n{block}{d.question}<|im_end|>\n<|im_start|>assistant\n" for d in dialogues]
         q = self.tokenizer(asked, add_special_tokens=False)["input_ids"]
@@ -256,8 +263,7 @@ class Batcher:
             labels[i, len(x) : len(x) + len(y)] = torch.tensor(y)
             mask[i, : len(x) + len(y)] = 1
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        if images is not None:
-            batch["pixel_values"], batch["image_grid_thw"] = patchify(images)
+        if count:
             batch["mm_token_type_ids"] = (ids == self.image_id).int()
         return batch
 

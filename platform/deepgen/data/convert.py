@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
 from deepgen.data.raw import RawSample, Source, Unit, read_unit
-from deepgen.data.records import Record, read_records, write_records
+from deepgen.data.records import MAX_ASPECT, Record, read_records, write_records
 
 ROW_GROUP = 64  # rows that are read together in training
 _ASPECT_EDGES = [0.1, 0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0, 10.0]
@@ -34,7 +34,7 @@ class Limits:
     """What a usable image is. min_side: pixels, both sides (M2.6: more than 80); max_aspect: longer by shorter side."""
 
     min_side: int = 81
-    max_aspect: float = 8.0
+    max_aspect: float = MAX_ASPECT
     max_pixels: int = 100_000_000
 
 

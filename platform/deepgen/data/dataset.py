@@ -15,11 +15,10 @@ from torch import Tensor
 
 from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
-from deepgen.data.records import open_image
+from deepgen.data.records import MAX_ASPECT, open_image
 from deepgen.data.store import ParquetStore, RecordStore
 
 SIDE_MULTIPLE = 32  # latents, DiT patches and the 28/32 resize for the VLM all divide it
-MAX_ASPECT = 8.0
 
 
 def fixed_area_size(height: int, width: int, image_size: int) -> tuple[int, int]:

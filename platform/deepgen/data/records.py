@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
     ]
 )
 _TEXT_COLUMNS = ("id", "task", "prompt", "answer", "source")
+MAX_ASPECT = 8.0  # longer by shorter side of an image that can be trained on
 _QUOTED = re.compile(r'"([^"]+)"')
 
 

@@ -19,8 +19,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
@@ -28,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from deepgen.config.errors import UserError
 from deepgen.models.bridge import Bridge
 from deepgen.models.dit import DeepGenTransformer
+from deepgen.models.layouts import open_safetensors
 from deepgen.models.presets import PRESETS, Architecture
 from deepgen.models.vlm import LoraSettings, lora_parameters
 
@@ -129,18 +129,7 @@ def _check_files(folder: Path, stem: str) -> None:
     else:
         names = [f"{stem}.safetensors"]
     for name in names:
-        _open_weights(folder / name)
-
-
-def _open_weights(path: Path) -> None:
-    """Raise `UserError` unless `path` is a whole safetensors file."""
-    if not path.exists():
-        raise UserError(f"model.weights: {path} does not exist")
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged weights file ({error})") from None
+        open_safetensors(folder / name)
 
 
 def load_bridge(bridge: Bridge, folder: Path) -> None:
@@ -200,8 +189,7 @@ def report_keys(
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    _open_weights(path)
-    return load_file(path)
+    return {name: tensor.read() for name, tensor in open_safetensors(path).items()}
 
 
 # ---------------------------------------------------------------- saving

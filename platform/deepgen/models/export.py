@@ -35,7 +35,6 @@ from deepgen.models.presets import PRESETS, Architecture
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import lora_modules
 
-TARGETS = ("components", "diffusers", "native")
 MAX_SHARD, WHOLE = "5GB", "1000GB"
 ALPHA_PER_RANK = 2.0  # of the published adapters, whose native files do not say it (M1.10)
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -191,7 +190,7 @@ def _alpha(weights: Weights) -> float:
 
 
 def write(weights: Weights, architecture: Architecture, bases: Bases, target: str, out: Path, dtype: str) -> None:
-    """Write `out` (which must not exist) as one of TARGETS; it appears when it is complete."""
+    """Write `out` (which must not exist) as components, diffusers or native; it appears when it is complete."""
     if out.exists():
         raise UserError(f"{out} exists already; give another folder or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)

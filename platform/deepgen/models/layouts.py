@@ -32,7 +32,6 @@ from torch import Tensor
 from deepgen.config.errors import UserError
 from deepgen.models.bridge import BRIDGE_PREFIXES
 
-LAYOUTS = ("components", "diffusers", "native", "deepspeed", "safetensors")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -82,7 +81,7 @@ class Weights:
 
 
 def detect_layout(path: Path) -> str:
-    """One of LAYOUTS. Raises UserError when `path` is none of them."""
+    """Name of its layout (see the module). Raises UserError when `path` is none of them."""
     if path.is_file():
         if path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
             return "native"
@@ -201,7 +200,7 @@ def read_json(path: Path) -> Any:
 def read_safetensors(path: Path) -> State:
     """Tensors of one .safetensors file, or of all in a folder; with an index, of exactly the files it names."""
     if path.is_file():
-        return _open_safetensors(path)
+        return open_safetensors(path)
     indices = sorted(path.glob("*.safetensors.index.json"))
     if indices:
         files = sorted({path / name for index in indices for name in read_json(index)["weight_map"].values()})
@@ -211,14 +210,15 @@ def read_safetensors(path: Path) -> State:
         raise UserError(f"{path}: no .safetensors file in it")
     state: State = {}
     for file in files:
-        tensors = _open_safetensors(file)
+        tensors = open_safetensors(file)
         if twice := state.keys() & tensors.keys():
             raise UserError(f"{file}: {sorted(twice)[0]} stands in another file of the folder too")
         state |= tensors
     return state
 
 
-def _open_safetensors(path: Path) -> State:
+def open_safetensors(path: Path) -> State:
+    """Tensors of one file, none read yet. Raises UserError when it is absent or damaged."""
     try:
         handle = safe_open(path, framework="pt")
     except FileNotFoundError:

@@ -191,6 +191,15 @@ class UnifiedModel(Bridge):
             prompts: captions or instructions; "" is the unconditional prompt of its task.
             references: per prompt its images [3, H, W] in [-1, 1], sides multiples of 32; [] means text-to-image.
         """
+        states, mask = self.prompt_states(prompts, references)
+        visible = mask if self.padding == "masked" else None
+        context, pooled = self.fuse(states, visible)
+        return Conditioning(context, pooled, visible)
+
+    def prompt_states(
+        self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """What the bridge reads of prompts: hidden states [B, L, vlm_hidden] each, and their validity, bool [B, L]."""
         references = [()] * len(prompts) if references is None else references
         if len(references) != len(prompts):
             raise ValueError(f"{len(references)} lists of references for {len(prompts)} prompts")
@@ -200,12 +209,8 @@ class UnifiedModel(Bridge):
         most_images = max(len(counts) for counts in image_tokens)
         largest = max((count for counts in image_tokens for count in counts), default=0)
         budget = self.architecture.max_prompt_tokens + most_images * largest + self.architecture.num_queries
-        states, mask = conditioning_states(
-            self.vlm, tokens, flat, self.meta_queries, self.architecture.fusion_layers, budget
-        )
-        visible = mask if self.padding == "masked" else None
-        context, pooled = self.fuse(states, visible)
-        return Conditioning(context, pooled, visible)
+        layers = self.architecture.fusion_layers
+        return conditioning_states(self.vlm, tokens, flat, self.meta_queries, layers, budget)
 
     # ------------------------------------------------------------ latents
 
