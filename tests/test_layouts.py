@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from deepgen.config.errors import UserError
 from deepgen.models.export import Bases, check_weights, complete, find_architecture, write
 from deepgen.models.layouts import read_weights
-from deepgen.models.presets import DEEPGEN_5B
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings, add_lora, lora_parameters
 from tests.factories import make_tiny_model
@@ -228,25 +227,3 @@ def test_deepspeed_folders(tmp_path, stage, world):
         assert found.keys() == truth.keys()
         for name, tensor in found.items():
             assert torch.equal(tensor.read().float(), truth[name]), name
-
-
-def test_names_of_the_5b_preset():
-    """Key set and shapes of M6.2 on the meta device, spelled out here from the method page."""
-    with torch.device("meta"):
-        model = UnifiedModel.from_architecture(DEEPGEN_5B, "meta")
-    shapes = {name: tuple(t.shape) for name, t in model.bridge_state().items()}
-    assert shapes["meta_queries"] == (128, 2048)
-    assert shapes["projector_1.weight"] == (2048, 12288)
-    assert shapes["connector.layers.5.mlp.fc1.weight"] == (11946, 2048)
-    dit = {name: tuple(t.shape) for name, t in model.transformer.state_dict().items()}
-    assert len(dit) == 909
-    assert dit["pos_embed.pos_embed"] == (1, 147456, 1536)
-    assert dit["transformer_blocks.12.norm1.linear.weight"] == (13824, 1536)
-    assert dit["transformer_blocks.13.norm1.linear.weight"] == (9216, 1536)
-    assert dit["transformer_blocks.23.norm1_context.linear.weight"] == (3072, 1536)
-    assert "transformer_blocks.23.attn.to_add_out.weight" not in dit
-    assert "transformer_blocks.13.attn2.to_q.weight" not in dit
-    add_lora(model.vlm, LoraSettings(modules="all"), model.architecture.fusion_layers[0])
-    lora = lora_parameters(model.vlm)
-    assert len(lora) == 2 * 416
-    assert sum(p.numel() for p in lora.values()) == 185_163_776

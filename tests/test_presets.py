@@ -53,6 +53,7 @@ def test_5b_transformer_shapes(big):
     assert state["transformer_blocks.13.norm1.linear.weight"] == (9216, 1536)
     assert state["transformer_blocks.23.norm1_context.linear.weight"] == (3072, 1536)
     assert "transformer_blocks.23.attn.to_add_out.weight" not in state
+    assert "transformer_blocks.13.attn2.to_q.weight" not in state
     assert state["transformer_blocks.0.attn2.norm_q.weight"] == (64,)
     assert state["proj_out.weight"] == (64, 1536)
 
@@ -65,6 +66,7 @@ def test_5b_full_lora():
     parameters = lora_parameters(vlm)
     modules = {re.sub(r"\.lora_.*", "", name) for name in parameters}
     assert len(modules) == 416
+    assert len(parameters) == 2 * 416
     assert sum(p.numel() for p in parameters.values()) == 185_163_776
     assert sum(p.numel() for n, p in parameters.items() if n.startswith("model.visual.")) == 45_719_552
     assert "model.language_model.layers.35.mlp.down_proj.lora_B.default.weight" in parameters

@@ -77,6 +77,26 @@ def test_a_block_is_read_by_one_rank_and_used_up() -> None:
     assert set(opened.values()) == {1}
 
 
+def test_a_single_rank_reads_each_block_once_if_it_can_hold_the_lanes(tmp_path: Path, monkeypatch) -> None:
+    """32 row groups of 4 on 8 lanes: with room for 8 of them an epoch reads 32, with room for one far more."""
+    write_records(tmp_path / "a.parquet", [record(i) for i in range(128)], row_group_size=4)
+    reads = 0
+    real = pq.ParquetFile.read_row_group
+
+    def counted(self: pq.ParquetFile, group: int, columns: list[str]) -> pa.Table:
+        nonlocal reads
+        reads += 1
+        return real(self, group, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    order, seen = BlockOrder([4] * 32, 1, 0, lanes=8), []
+    for budget, few in ((10 * 1000, True), (1, False)):  # a block has about 700 bytes
+        store, reads = ParquetStore(tmp_path, cache_bytes=budget), 0
+        seen = [store.read(order.member(place)).id for place in range(128)]
+        assert (reads == 32) == few
+    assert len(set(seen)) == 128
+
+
 # ---------------------------------------------------------------- store
 
 

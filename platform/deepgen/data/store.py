@@ -17,7 +17,7 @@ from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
 from deepgen.data.records import SCHEMA, Record, check_row
 
-CACHE_BYTES = 512 << 20  # of encoded images, per process
+CACHE_BYTES = 1 << 30  # of encoded images, per process; what is evicted too soon is read again (data.order)
 
 
 class RecordStore(Protocol):
