@@ -6,14 +6,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import load_file, save_file
 
 from deepgen.config.errors import UserError
 from deepgen.models.export import Bases, check_weights, complete, find_architecture, write
-from deepgen.models.layouts import read_weights
+from deepgen.models.layouts import _only_tensors, read_weights
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings, add_lora, lora_parameters
 from tests.factories import make_tiny_model
@@ -227,3 +229,23 @@ def test_deepspeed_folders(tmp_path, stage, world):
         assert found.keys() == truth.keys()
         for name, tensor in found.items():
             assert torch.equal(tensor.read().float(), truth[name]), name
+
+
+class Looked:
+    """Pickles as getattr(ZeroStageEnum, name), which is how Python 3.11.2 pickles a member of an enum."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __reduce__(self):
+        return getattr, (ZeroStageEnum, self.name)
+
+
+def test_only_zero_stages_can_be_looked_up(tmp_path):
+    """Whatever Python wrote a DeepSpeed folder: its enum is read, and getattr serves nothing else."""
+    torch.save({"zero_stage": Looked("weights")}, tmp_path / "good.pt")
+    torch.save({"zero_stage": Looked("__class__")}, tmp_path / "bad.pt")
+    with _only_tensors():
+        assert torch.load(tmp_path / "good.pt") == {"zero_stage": ZeroStageEnum.weights}
+        with pytest.raises(UnpicklingError, match="getattr of '__class__' is not allowed"):
+            torch.load(tmp_path / "bad.pt")

@@ -240,8 +240,7 @@ def read_torch(path: Path) -> State:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, UnpicklingError, EOFError, ValueError) as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{path}: not a file of weights ({line[:160]})") from None
+        raise UserError(f"{path}: not a file of weights ({_reason(error)})") from None
     for key in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -266,8 +265,7 @@ def read_deepspeed(path: Path) -> State:
         with _only_tensors():
             gathered = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=True)
     except (ValueError, FileNotFoundError, RuntimeError, UnpicklingError, KeyError) as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{path}: DeepSpeed cannot put this checkpoint together ({line[:200]})") from None
+        raise UserError(f"{path}: DeepSpeed cannot put this checkpoint together ({_reason(error)})") from None
     state = {name: LazyTensor(tuple(t.shape), t.dtype, t.contiguous) for name, t in gathered.items()}
     return _frozen_of_stage_1(folder / (tag or (folder / "latest").read_text().strip())) | state
 
@@ -280,6 +278,21 @@ def _frozen_of_stage_1(folder: Path) -> State:
     with _only_tensors():
         module = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["module"]
     return {name: _known(t) for name, t in module.items()}
+
+
+def _zero_stage(enum: Any, name: str) -> Any:
+    """Stands in for `getattr` in DeepSpeed's files."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    if enum is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise UnpicklingError(f"getattr of {name!r} is not allowed")
+    return ZeroStageEnum[name]
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that says what was wrong; torch puts advice before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "WeightsUnpickler error" in line), lines[0])[:200]
 
 
 def _known(tensor: Tensor) -> LazyTensor:
@@ -296,7 +309,9 @@ def _only_tensors() -> Iterator[None]:
     name, before = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ[name] = "1"
     try:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        known = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+        # Python 3.11.0 to 3.11.3 pickle a member of an enum as getattr(enum, name); nothing else may be looked up so.
+        with torch.serialization.safe_globals([*known, (_zero_stage, "builtins.getattr")]):
             yield
     finally:
         if before is None:
