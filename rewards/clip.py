@@ -67,7 +67,7 @@ class ClipEncoder:
             )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.batch_size = batch_size
-        self.model = CLIPModel.from_pretrained(folder).eval().requires_grad_(False).to(self.device)
+        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False).to(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         text_config = config.text_config
         self.max_length = min(self.tokenizer.model_max_length, text_config.max_position_embeddings)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPModel
 
 from deepgen.config.errors import UserError
 from rewards.aesthetic import AestheticHead, AestheticReward, load_head
@@ -73,3 +75,14 @@ def test_unusable_heads_are_refused(folder: Path, tmp_path: Path) -> None:
     AestheticHead(8).save(broken, clip=str(folder.parent / "clip"))
     with pytest.raises(UserError, match=r"width 8, the CLIP .* gives 16"):
         AestheticReward(broken)
+
+
+def test_a_clip_saved_in_bf16_serves_a_head_in_fp32(folder: Path, tmp_path: Path) -> None:
+    """As the shipped one is; features are float32 whatever the folder holds."""
+    half = tmp_path / "clip"
+    shutil.copytree(folder.parent / "clip", half)
+    CLIPModel.from_pretrained(half).to(torch.bfloat16).save_pretrained(half)
+    load_head(folder)[0].save(tmp_path / "aesthetic", clip="../clip")
+    reward = AestheticReward(tmp_path / "aesthetic")
+    assert reward.encoder.embed_images([requests(1)[0].image]).dtype == torch.float32
+    np.testing.assert_allclose(reward.score(requests(3)), AestheticReward(folder).score(requests(3)), atol=0.05)

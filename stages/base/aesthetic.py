@@ -53,7 +53,6 @@ def main() -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     encoder = ClipEncoder(REWARDS / "clip")
-    encoder.model.float()
     vae = AutoencoderKL.from_pretrained(MODEL / "vae").eval()
     train, held = (to_float(unique_pictures(load_split(s)).images) for s in ("train", "heldout"))
     head = AestheticHead(128, (64,), "gelu")
