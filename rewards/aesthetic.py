@@ -74,8 +74,9 @@ def load_head(path: str | Path) -> tuple[AestheticHead, Path]:
 
 
 class AestheticReward:
-    """How good the image looks, 1..10, whatever the prompt asks for.
+    """How good the image looks, 0..1, whatever the prompt asks for: the head's 1..10, stretched to the others' scale.
 
+    Weights then mean the same for every reward, also where rewards are summed before they are normalised (`grpo`).
     Scores beyond the scale are cut: a head is only known to mean something where it was trained, and a policy that
     finds a way to 14 has found a hole in it.
     """
@@ -104,9 +105,9 @@ class AestheticReward:
 
     @torch.inference_mode()
     def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
-        """One score in 1..10 a request."""
+        """One score in 0..1 a request."""
         if not requests:
             return []
         features = self.encoder.embed_images([request.image for request in requests])  # [B, D]
-        scores: list[float] = self.head(features).clamp(LOWEST, HIGHEST).tolist()
-        return list(scores)
+        scores: list[float] = ((self.head(features).clamp(LOWEST, HIGHEST) - LOWEST) / (HIGHEST - LOWEST)).tolist()
+        return scores

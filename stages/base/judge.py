@@ -35,7 +35,7 @@ from stages.base.vlm import (
 )
 
 PICTURES = 12
-READING = 300  # first steps: compare two texts, one of them in the place of the picture
+READING = 400  # first steps: compare two texts, one of them in the place of the picture
 
 
 def relatives(lessons: Lessons, count: int) -> list[int]:
@@ -61,12 +61,12 @@ def look(model: Any, images: Tensor) -> Tensor:
 
 
 def read(model: Any, tokenizer: Any, answers: list[str], count: int) -> Tensor:
-    """Stand-ins for visual tokens: the embeddings of each description's words, noise behind them, [N, count, W]."""
-    embeddings = model.get_input_embeddings()
-    out = torch.randn(len(answers), count, embeddings.weight.shape[1])
-    for own, ids in zip(out, tokenizer(answers, add_special_tokens=False)["input_ids"], strict=True):
-        own[: len(ids)] = embeddings(torch.tensor(ids[:count])).detach() + 0.3 * own[: len(ids)]
-    return out
+    """Stand-ins for visual tokens: what a perfect tower would say of each description, and noise, [N, count, W]."""
+    weight = model.get_input_embeddings().weight.detach()
+    encoded = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    said = torch.stack([F.normalize(weight[sorted(set(ids))].sum(0), dim=-1) for ids in encoded])
+    noise = torch.randn(len(answers), count, weight.shape[1])
+    return said[:, None] * weight.norm(dim=-1).mean() + 0.5 * noise
 
 
 def preference(model: Any, batcher: Batcher, features: Tensor, questions: list[list[str]]) -> Tensor:
