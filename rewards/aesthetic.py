@@ -109,5 +109,6 @@ class AestheticReward:
         if not requests:
             return []
         features = self.encoder.embed_images([request.image for request in requests])  # [B, D]
-        scores: list[float] = ((self.head(features).clamp(LOWEST, HIGHEST) - LOWEST) / (HIGHEST - LOWEST)).tolist()
-        return scores
+        raw: Tensor = self.head(features).clamp(LOWEST, HIGHEST)
+        scores: list[float] = ((raw - LOWEST) / (HIGHEST - LOWEST)).tolist()
+        return list(scores)

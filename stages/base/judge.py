@@ -61,12 +61,12 @@ def look(model: Any, images: Tensor) -> Tensor:
 
 
 def read(model: Any, tokenizer: Any, answers: list[str], count: int) -> Tensor:
-    """Stand-ins for visual tokens: what a perfect tower would say of each description, and noise, [N, count, W]."""
-    weight = model.get_input_embeddings().weight.detach()
+    """Stand-ins for visual tokens [N, count, W]: the embeddings of each description's words in any order, and noise."""
+    embeddings = model.get_input_embeddings()
     encoded = tokenizer(answers, add_special_tokens=False)["input_ids"]
-    said = torch.stack([F.normalize(weight[sorted(set(ids))].sum(0), dim=-1) for ids in encoded])
-    noise = torch.randn(len(answers), count, weight.shape[1])
-    return said[:, None] * weight.norm(dim=-1).mean() + 0.5 * noise
+    said = torch.stack([torch.tensor(ids * count)[:count][torch.randperm(count)] for ids in encoded])
+    words: Tensor = embeddings(said).detach()
+    return words + 0.5 * torch.randn_like(words)
 
 
 def preference(model: Any, batcher: Batcher, features: Tensor, questions: list[list[str]]) -> Tensor:

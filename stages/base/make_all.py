@@ -173,7 +173,7 @@ def main() -> int:
     if not done:
         fetch_packages()
     run_all(plan, done)
-    print("assets/tiny is complete; look at docs/images/base_*.png and docs/base_figures.json")
+    print("assets/tiny is complete; look at docs/images/base_*.webp and docs/base_figures.json")
     return 0
 
 

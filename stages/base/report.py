@@ -1,6 +1,6 @@
 """Look at the base: grids of what it draws, per task, and the figures that go with them.
 
-    python -m stages.base.report            # writes docs/images/base_<task>.png and docs/base_figures.json
+    python -m stages.base.report            # writes docs/images/base_<task>.webp and docs/base_figures.json
 
 Every grid shows held-out prompts beside training prompts, drawn with the ODE sampler and fixed seeds.
 """
@@ -38,7 +38,8 @@ def draw(model: UnifiedModel, records: list[Record], steps: int = 20, batch: int
         part = records[s : s + batch]
         sources = [[image_to_tensor(decode_image(d), 64) for d in r.references] for r in part]
         refs = [model.encode_images(x, None) if x else [] for x in sources]
-        noise = torch.cat([start_group((8, 16, 16), run_seed=0, prompt_id=r.id, epoch=0, indices=[0])[0] for r in part])
+        starts = [start_group((8, 16, 16), run_seed=0, prompt_id=r.id, epoch=0, indices=[0]) for r in part]
+        noise, generators = torch.cat([n for n, _ in starts]), [g for _, own in starts for g in own]
         with torch.autocast("cpu", torch.bfloat16):
             cond = model.encode_prompts([r.prompt for r in part], sources)
 
@@ -51,7 +52,7 @@ def draw(model: UnifiedModel, records: list[Record], steps: int = 20, batch: int
             return v.float()
 
         final = sample(
-            velocity, noise, rollout_sigmas(steps), sampler="ode", eta=0.0, sde_steps=[], generators=[]
+            velocity, noise, rollout_sigmas(steps), sampler="ode", eta=0.0, sde_steps=[], generators=generators
         ).final
         for image in model.decode_latents(final):
             images.append((image * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
@@ -71,7 +72,7 @@ def grids(model: UnifiedModel, out: Path, count: int) -> None:
         rows = [r for k in range(0, count, 6) for r in held[k : k + 6] + train[k : k + 6]]
         sources = [decode_image(r.references[0]) if r.references else None for r in rows]
         captions = [f"{'held-out' if r in held else 'train'}: {r.prompt}" for r in rows]
-        image_grid(draw(model, rows), captions, columns=12, sources=sources).save(out / f"base_{task}.png")
+        image_grid(draw(model, rows), captions, columns=12, sources=sources).save(out / f"base_{task}.webp", quality=88)
 
 
 def ocr_rate(model: UnifiedModel) -> dict[str, float]:
@@ -88,6 +89,27 @@ def ocr_rate(model: UnifiedModel) -> dict[str, float]:
     return out
 
 
+def judge_figures() -> dict[str, float]:
+    """Share judged right of held-out pictures with their own description, with another picture's, with a near miss."""
+    judge = Qwen2_5_VLForConditionalGeneration.from_pretrained(REWARDS / "judge", dtype=torch.float32).eval()
+    batcher = Batcher(AutoTokenizer.from_pretrained(REWARDS / "judge"))
+    images, answers, _ = heldout_pairs()
+    n = len(answers) // 2
+    own, near = answers[:n], answers[n:]
+    rng = random.Random(2)
+    other = [rng.choice([a for a in own if a != mine]) for mine in own]
+    matched, mismatched, missed = (
+        judge_accuracy(judge, batcher, images[:n], said, [said is own] * n) for said in (own, other, near)
+    )
+    return {
+        "pictures": n,
+        "matched": matched,
+        "mismatched": mismatched,
+        "matched_and_mismatched": (matched + mismatched) / 2,
+        "near_misses": missed,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
@@ -96,14 +118,11 @@ def main() -> None:
     args = parser.parse_args()
     model = UnifiedModel.from_folder(args.model, preset="tiny")
     grids(model, args.docs / "images", args.count)
-    judge = Qwen2_5_VLForConditionalGeneration.from_pretrained(REWARDS / "judge", dtype=torch.float32).eval()
-    pairs = heldout_pairs()
     clip = CLIPModel.from_pretrained(REWARDS / "clip", dtype=torch.float32).eval()
     held = to_float(unique_pictures(load_split("heldout")).images)
     figures = {
         "vae_psnr_db": psnr(AutoencoderKL.from_pretrained(args.model / "vae").eval(), held),
-        "judge_accuracy": judge_accuracy(judge, Batcher(AutoTokenizer.from_pretrained(REWARDS / "judge")), *pairs),
-        "judge_pairs": len(pairs[1]),
+        "judge": judge_figures(),
         "clip": retrieval(clip, AutoTokenizer.from_pretrained(REWARDS / "clip"), "heldout"),
         "ocr": ocr_rate(model),
     }

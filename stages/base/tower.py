@@ -4,8 +4,8 @@
 
 Learning to see from a language model's loss, or from yes/no questions, taught colours and backgrounds but no shapes
 (docs/log.md). The classifiers are thrown away afterwards. The tower also learns to say what it sees in the language
-model's own terms: every visual token becomes a mixture of the embeddings of the description's words. (One word a token,
-in their order, is too hard: Qwen's tower knows where its patches lie to each other, not which one is the first.)
+model's own terms: each word of the description, rare ones first of all, is the nearest embedding to some visual token.
+(Which token says it is free: Qwen's tower knows how its patches lie to each other, not which one is the first.)
 """
 
 import argparse
@@ -42,25 +42,27 @@ class Labels:
 
 
 class Words:
-    """The words of every picture's description as shares [N, V], and how near visual tokens are to their embeddings."""
+    """Words of every picture's description as shares [N, V], the rarer the larger; nearness of visual tokens."""
 
     def __init__(self, vlm: Qwen2_5_VLForConditionalGeneration, answers: list[str]):
         tokenizer = AutoTokenizer.from_pretrained(MODEL / "tokenizer")
         embeddings = vlm.get_input_embeddings().weight.detach().clone()
         self.directions, self.norm = F.normalize(embeddings, dim=-1), embeddings.norm(dim=-1).mean()
-        self.shares = torch.zeros(len(answers), len(embeddings))
-        for own, ids in zip(self.shares, tokenizer(answers, add_special_tokens=False)["input_ids"], strict=True):
-            own[sorted(set(ids))] = 1 / len(set(ids))
+        said = torch.zeros(len(answers), len(embeddings))
+        for own, ids in zip(said, tokenizer(answers, add_special_tokens=False)["input_ids"], strict=True):
+            own[ids] = 1
+        rarity = (len(answers) / said.sum(0).clamp(min=1)).log() * said
+        self.shares = rarity / rarity.sum(-1, keepdim=True)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Cosine of visual tokens [B, T, W] with every word's embedding, sharpened, [B, T, V]."""
-        return 30 * F.normalize(x, dim=-1) @ self.directions.T
+        """How near the nearest of the visual tokens [B, T, W] is to every word, [B, V]: cosines, sharpened."""
+        return (20 * F.normalize(x, dim=-1) @ self.directions.T).logsumexp(1)
 
     def found(self, logits: Tensor, rows: list[int]) -> float:
-        """Of the descriptions' K words, how many are among the K the tokens are nearest to."""
-        order = logits.mean(1).argsort(-1, descending=True)
-        hits = [(s[o[: int((s > 0).sum())]] > 0).float().mean() for s, o in zip(self.shares[rows], order, strict=True)]
-        return torch.stack(hits).mean().item()
+        """Of the descriptions' K words, how many (by share) are among the K nearest to the visual tokens."""
+        shares = self.shares[rows]
+        ranks = (-logits).argsort(-1).argsort(-1)
+        return (shares * (ranks < (shares > 0).sum(-1, keepdim=True))).sum(-1).mean().item()
 
 
 class Classifiers(nn.Module):
@@ -103,7 +105,7 @@ def main() -> None:
         is_word = torch.from_numpy(lessons.is_text[rows])
         said = words.logits(features.float())
         loss = F.cross_entropy(thing, labels.thing[rows]) + F.cross_entropy(attribute, labels.attribute[rows])
-        loss = loss - 2 * (said.log_softmax(-1).mean(1) * words.shares[rows]).sum(-1).mean()
+        loss = loss - 2 * (said.log_softmax(-1) * words.shares[rows]).sum(-1).mean()
         right["word"] += 0.02 * (words.found(said, rows) - right["word"])
         if is_word.any():
             loss = loss + F.cross_entropy(letters[is_word].flatten(0, 1), labels.letters[rows][is_word].flatten())

@@ -13,8 +13,9 @@ import io
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -44,13 +45,18 @@ PLURAL = {
 MASS = {"fire", "popcorn", "sushi", "broccoli", "garlic", "bread", "soap", "yarn", "tennis", "bowling", "high voltage"}
 OWN_COLOUR = {"red apple": "apple", "red heart": "heart", "locked": "padlock"}
 
-# Wordings seen in training and RL, and wordings kept for the held-out prompts.
+# Wordings of the training prompts, of the held-out ones, and of the RL prompts: all different, all of known words.
 T2I_WORDINGS = ("{x}", "an icon of {x}", "a picture of {x}", "draw {x}")
 T2I_HELDOUT_WORDINGS = ("draw a picture of {x}", "draw an icon of {x}")
 RIDDLE_WORDINGS = ("the thing that goes with {w}", "what is meant by {w}?")
 RIDDLE_HELDOUT_WORDINGS = ("draw the thing that goes with {w}",)
 TEXT_WORDINGS = ('the word "{w}"{ink}', 'write "{w}"{ink}', 'a sign that says "{w}"{ink}')
 TEXT_HELDOUT_WORDINGS = ('draw the word "{w}"{ink}', 'a picture of the word "{w}"{ink}')
+RL_WORDINGS = {
+    "t2i": ("make an icon of {x}", "make a picture of {x}", "paint a picture of {x}"),
+    "reasoning": ("make the thing that goes with {x}", "a picture of the thing that goes with {x}"),
+    "text": ("make {x}", "paint {x}", "an icon of {x}", "make a sign with {x}"),
+}
 
 
 @dataclass(frozen=True)
@@ -271,14 +277,17 @@ def draw_word(word: str, ink: tuple[int, int, int], font: ImageFont.FreeTypeFont
 
 
 def text_records(rng: random.Random, font: ImageFont.FreeTypeFont) -> Iterator[tuple[Record, str]]:
-    """Words of 2-4 letters: English ones in all three splits, random strings in training only."""
+    """Words of 2-4 letters, English ones and, but for the held-out split, random strings; each in one split only."""
     words = C.words()
     rng.shuffle(words)
-    heldout, rl = words[:60], words[60:150]
+    heldout = words[:60]
     letters = "ABCDEFGHIJKLMNOPRSTUVWXYZQ"
-    strings = {"".join(rng.choice(letters) for _ in range(rng.choice((2, 3, 3, 4, 4, 4)))) for _ in range(900)}
-    train = sorted(set(words[100:]) | (strings - set(words)))  # RL: 50 words never trained on, 50 trained
-    for split, group in zip(SPLITS, (train, rl, heldout), strict=True):
+
+    def strings(count: int) -> set[str]:
+        lengths = (rng.choice((2, 3, 3, 4, 4, 4)) for _ in range(count))
+        return {"".join(rng.choice(letters) for _ in range(length)) for length in lengths} - set(words)
+
+    def records(split: str, group: list[str]) -> Iterator[tuple[Record, str]]:
         for word in group:
             ink = rng.choice(sorted(C.INKS)) if rng.random() < 0.5 else "black"
             wording = rng.choice(TEXT_HELDOUT_WORDINGS if split == "heldout" else TEXT_WORDINGS)
@@ -286,6 +295,11 @@ def text_records(rng: random.Random, font: ImageFont.FreeTypeFont) -> Iterator[t
             answer = f'the word "{word}"' + ("" if ink == "black" else f" in {ink}")
             image = encode(draw_word(word, C.INKS[ink], font))
             yield Record(f"text/{split}/{word}", "text", prompt, answer, image, (), "drawn words"), split
+
+    train = sorted(set(words[100:]) | strings(900))
+    yield from records("train", train)
+    yield from records("heldout", heldout)
+    yield from records("rl", words[60:100] + sorted(strings(200) - set(train)))
 
 
 def picture_records(world: World, rng: random.Random) -> Iterator[tuple[Record, str]]:
@@ -329,6 +343,16 @@ def riddle_records(world: World, rng: random.Random) -> Iterator[tuple[Record, s
         )
 
 
+def reworded(record: Record, rng: random.Random) -> Record:
+    """The record as an RL prompt: in words that no other split uses; edits stay as they are."""
+    if record.task == "edit":
+        return record
+    x = record.answer
+    if record.task == "reasoning":
+        x = next(w for f in RIDDLE_WORDINGS for w in re.findall(re.escape(f).replace(r"\{w\}", "(.+)"), record.prompt))
+    return replace(record, prompt=rng.choice(RL_WORDINGS[record.task]).format(x=x))
+
+
 def build(packages: Path, font_path: Path, seed: int = 7) -> dict[str, list[Record]]:
     """All records by split. Raises ValueError when a held-out prompt or target slipped into training."""
     rng = random.Random(seed + 1)
@@ -345,9 +369,9 @@ def build(packages: Path, font_path: Path, seed: int = 7) -> dict[str, list[Reco
     clash += [r.id for r in out["heldout"] if r.task == "edit" and (r.references, r.image) in pairs]
     if clash:
         raise ValueError(f"{len(clash)} held-out prompts are also in training, first: {clash[:3]}")
-    # RL prompts: combinations nobody trained on, plus a sample of the trained ones in the same proportions.
-    known = [r for r in out["train"] if r.task != "text" or len(r.answer) < 40]
-    out["rl"] += rng.sample(known, min(len(known), 2 * len(out["rl"])))
+    # RL prompts: combinations nobody trained on, and as many trained ones. No trained words: they are all drawn right.
+    known = [r for r in out["train"] if r.task != "text"]
+    out["rl"] = [reworded(r, rng) for r in out["rl"] + rng.sample(known, len(out["rl"]))]
     for s in SPLITS:
         rng.shuffle(out[s])
     return out
