@@ -30,7 +30,7 @@ def stopped(folder: Path, workers: int, stage: int, *more: str) -> dict[str, Any
 
 def resumed(folder: Path, before: tuple[int, int], workers: int, stage: int, *more: str) -> dict[str, Any]:
     """The rest of the stopped run of (workers, stage), on its own copy of that checkpoint."""
-    name = "{}-{}-to-{}-{}{}".format(*before, workers, stage, "".join(more))
+    name = "{}-{}-to-{}-{}".format(*before, workers, stage)
     source = folder / "cut-{}-{}".format(*before) / "checkpoints" / f"step-{CUT:06d}"
     shutil.copytree(source, folder / name / "checkpoints" / source.name)
     return run(folder, name, workers, stage, "run.resume=true", *more)
@@ -78,7 +78,7 @@ def test_offloaded_optimizer_states(tmp_path: Path) -> None:
     )
     run_workers(tmp_path, [resumed(tmp_path, (2, 2), 1, 3), resumed(tmp_path, (2, 3), 1, 2, offload)])
     expected = plain_torch(CONSTANT)
-    for name in ("whole-1", "whole-2", "whole-3", "2-2-to-1-3", f"2-3-to-1-2{offload}"):
+    for name in ("whole-1", "whole-2", "whole-3", "2-2-to-1-3", "2-3-to-1-2"):
         check_toy(tmp_path, name, expected)
     with pytest.raises(UserError, match=r"train\.offload_optimizer: got true with train\.zero_stage 0; allowed: false"):
         load_settings(None, [offload, "train.zero_stage=0"])
@@ -112,6 +112,7 @@ def test_pieces_are_found_wherever_they_are(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.ray
 def test_only_what_may_go_well_is_tried_again(tmp_path: Path) -> None:
     """A dead worker is; not what a worker has said is wrong, nor a loss that is no number."""
+    from ray import cloudpickle
     from ray.train import FailureConfig
     from ray.train.v2._internal.execution.failure_handling import FailureDecision
     from ray.train.v2.api.exceptions import WorkerGroupError
@@ -124,6 +125,7 @@ def test_only_what_may_go_well_is_tried_again(tmp_path: Path) -> None:
         failed = WorkerGroupError("", {0: RuntimeError("connection closed by peer"), 1: recurring})
         assert policy.make_decision(failed) is FailureDecision.RAISE
     died = WorkerGroupError("", {1: RuntimeError("the actor died\nlong story")})
+    policy = cloudpickle.loads(cloudpickle.dumps(policy))  # as it comes to Ray Train's controller
     assert [policy.make_decision(died) for _ in range(2)] == [FailureDecision.RETRY, FailureDecision.RAISE]
     said = (tmp_path / "a" / CONSOLE).read_text()
     assert said == "starting the workers again (1, train.max_failures 1): worker 1: the actor died\n"
