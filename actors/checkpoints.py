@@ -1,10 +1,12 @@
 """Checkpoints of a run: written aside, made durable, then renamed; what has a manifest is complete.
 
-    <run folder>/checkpoints/step-000050/engine/…        DeepSpeed: trained parameters, optimizer state
-                                         ema-0.safetensors, rng-0.pt      one per rank
-                                         manifest.json        written last: step, settings, source state, files
-    <run folder>/checkpoints/.writing-…                  cut short; never read, removed by the next checkpoint
+    <run folder>/checkpoints/step-000050/engine-0.safetensors     weights and AdamW's moments that rank 0 updates; ...
+                                         ema-0.safetensors        averages it holds
+                                         manifest.json            written last: step, settings, source state, files
+    <run folder>/checkpoints/.writing-…                           cut short; never read, removed by the next checkpoint
 
+Any number of workers and any ZeRO stage can go on from it (``actors.shards``). Random generators are not in it: the
+learner seeds them for every micro-batch.
 Frozen weights are not in it: the manifest has a fingerprint of the folder they come from, checked on resume.
 """
 
@@ -27,11 +29,10 @@ if TYPE_CHECKING:
     from deepgen.config.settings import Settings
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 _PACKAGES = ("torch", "deepspeed", "ray", "transformers", "diffusers", "peft")
 _SAMPLE = 1 << 16
 SPARE_BYTES = 16 << 20  # left free beside a checkpoint: journal, images
-_WRITE_ERRORS = ("PytorchStreamWriter failed", "No space left", "Disk quota", "file write failed")
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,6 @@ class CheckpointStore:
             ("stage", self._stage, manifest.stage),
             ("model.preset", settings.model.preset, manifest.preset),
             ("model.lora_rank", settings.model.lora_rank if self._stage == "sft" else 0, _lora_rank(manifest)),
-            ("train.zero_stage", settings.train.zero_stage, manifest.zero_stage),
-            ("train.workers", settings.train.workers, manifest.workers),
             ("train.ema_decay", "0" if not settings.train.ema_decay else "above 0", "above 0" if manifest.ema else "0"),
             ("run.seed", settings.run.seed, then["run"]["seed"]),
         ]
@@ -104,6 +103,7 @@ class CheckpointStore:
     def save(self, step: int, engine: TrainingEngine, ema: Ema | None, source: dict[str, Any]) -> None:
         """Write the checkpoint of ``step`` finished steps, remove the oldest. UserError when it cannot be written."""
         import torch.distributed as dist
+        from safetensors import SafetensorError
 
         unfinished = self.folder / f".writing-{self.path(step).name}"
         try:
@@ -111,31 +111,24 @@ class CheckpointStore:
                 self._make_room(unfinished, engine, ema)
             dist.barrier()
             engine.save(unfinished)
-            _save_rank_files(unfinished, engine.rank, ema)
+            if ema:
+                ema.save(unfinished, engine)
             dist.barrier()
             if engine.rank == 0:
                 self._finish(unfinished, step, ema is not None, source)
             dist.barrier()
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not any(text in str(error) for text in _WRITE_ERRORS):
-                raise
+        except (OSError, SafetensorError) as error:
             raise UserError(
                 f"run.dir: cannot write the checkpoint of step {step} to {self.folder}: {_short(error)}; "
                 "make room, then continue with --resume"
             ) from error
 
     def load(self, manifest: Manifest, engine: TrainingEngine, ema: Ema | None) -> None:
-        """Put the checkpoint into engine, averages and random generators. Raises UserError when it does not fit."""
-        import torch
-        from safetensors.torch import load_file
-
+        """Put the checkpoint into engine and averages. Raises UserError when it does not fit."""
         self.check_fits(manifest)
-        folder = self.path(manifest.step)
-        engine.load(folder)
+        engine.load(self.path(manifest.step), manifest.step)
         if ema:
-            saved = load_file(folder / f"ema-{engine.rank}.safetensors")
-            ema.parts = {name: saved[name].to(part.device) for name, part in ema.parts.items()}
-        torch.set_rng_state(torch.load(folder / f"rng-{engine.rank}.pt", weights_only=True))
+            ema.load(self.path(manifest.step), engine)
 
     def _make_room(self, unfinished: Path, engine: TrainingEngine, ema: Ema | None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -198,15 +191,6 @@ def fingerprint(folder: Path) -> str:
 
 def megabytes(size: float) -> str:
     return f"{size / 1e6:,.0f} MB"
-
-
-def _save_rank_files(folder: Path, rank: int, ema: Ema | None) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    torch.save(torch.get_rng_state(), folder / f"rng-{rank}.pt")
-    if ema:
-        save_file(ema.parts, folder / f"ema-{rank}.safetensors")
 
 
 def _read_manifest(folder: Path) -> Manifest | None:

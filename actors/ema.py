@@ -5,14 +5,20 @@ Each worker averages what it holds: under ZeRO-3 its shard of a parameter, else 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from actors.shards import ShardReader, write_shard
+
 if TYPE_CHECKING:
     from actors.engine import NamedParameters, TrainingEngine, Weights
+
+_SHARDS = "ema"
 
 
 def local_part(parameter: nn.Parameter) -> Tensor:
@@ -46,3 +52,22 @@ class Ema:
                 shape = parameter.ds_shape  # type: ignore[attr-defined]  # set by ZeRO-3
                 whole[name] = torch.cat(shards)[: shape.numel()].view(shape)
         return whole
+
+    def save(self, folder: Path, engine: TrainingEngine) -> None:
+        """Write this worker's averages into ``folder``; below ZeRO-3 all hold the same and rank 0 writes them."""
+        if engine.zero_stage == 3 or engine.rank == 0:
+            write_shard(folder, _SHARDS, engine.rank, self._stretches(engine))
+
+    def load(self, folder: Path, engine: TrainingEngine) -> None:
+        """Read what ``save`` wrote, on whatever workers and ZeRO stage. UserError when something is missing."""
+        reader = ShardReader(folder, _SHARDS, engine.rank)
+        for name, start, part in self._stretches(engine):
+            part.copy_(reader.read(name, start, part.numel()))
+
+    def _stretches(self, engine: TrainingEngine) -> Iterator[tuple[str, int, Tensor]]:
+        """Name, first element and view [n] of all that this worker averages, without ZeRO-3's padding."""
+        for name, parameter in engine.parameters:
+            part = self.parts[name].view(-1)
+            start = engine.rank * part.numel() if engine.zero_stage == 3 else 0
+            whole: int = getattr(parameter, "ds_numel", parameter.numel())
+            yield name, start, part[: max(0, whole - start)]

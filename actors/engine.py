@@ -4,7 +4,10 @@ The model is wrapped whole, so ZeRO-3 shards the frozen parts as well, and every
 engine's forward (``run``), which is where ZeRO gathers parameters. DeepSpeed's own accumulation counter is off
 (``managed_gradient_accumulation: false``): ``step`` is the boundary, however many backward passes came before.
 
-Left out on purpose: fp16, offload, pipeline and tensor parallelism.
+State is saved in pieces of our own (``actors.shards``): DeepSpeed's checkpoints only load on the workers and the ZeRO
+stage that wrote them, and its universal format has no stage 0 and needs a conversion of every file in between.
+
+Left out on purpose: fp16, offload of parameters, pipeline and tensor parallelism.
 """
 
 from __future__ import annotations
@@ -20,10 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from actors.shards import ShardReader, write_shard
+from actors.zero_state import Stretch, pieces, restore, stretch_of
+
 if TYPE_CHECKING:
     from deepgen.config.settings import Settings
     from deepgen.models.unified import UnifiedModel
 
+_SHARDS = "engine"
 Weights = dict[str, Tensor]
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -77,8 +84,12 @@ class TrainingEngine:
         self.zero_stage: int = train.zero_stage
         self.model = model
         self.parameters = trainable
-        optimizer = torch.optim.AdamW(
-            parameter_groups(trainable, train.weight_decay), lr=train.learning_rate, betas=(train.beta1, train.beta2)
+        # DeepSpeed's own AdamW for offloading compiles an extension; torch's fused one is vectorised on a CPU as well.
+        self._adam = optimizer = torch.optim.AdamW(
+            parameter_groups(trainable, train.weight_decay),
+            lr=train.learning_rate,
+            betas=(train.beta1, train.beta2),
+            fused=train.offload_optimizer or None,
         )
         self._plain_norm = 0.0
         if self.zero_stage == 0:
@@ -88,7 +99,7 @@ class TrainingEngine:
             _keep_whole(model, "vae")
         module = _Computed(model, device, settings.model.precision == "bf16")
         self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=_configuration(settings), dist_init_required=False
+            model=module, optimizer=optimizer, config=_configuration(settings, device), dist_init_required=False
         )
 
     @property
@@ -121,14 +132,43 @@ class TrainingEngine:
         return weights
 
     def save(self, folder: Path) -> None:
-        """Write parameters and optimizer state of this worker below ``folder``; frozen weights are not repeated."""
-        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=True)
+        """Write what this worker updates, weights and moments, into ``folder``; frozen weights are not repeated."""
+        write_shard(folder, _SHARDS, self.rank, self._pieces())
 
-    def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote, on the same number of workers and the same ZeRO stage."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
-        if path is None:
-            raise FileNotFoundError(f"no engine state in {folder}")
+    def load(self, folder: Path, step: int) -> None:
+        """Read what ``save`` wrote after ``step`` steps, on whatever workers and ZeRO stage.
+
+        A worker reads the elements it updates: on an unchanged layout those of its own file, bit for bit. Raises
+        UserError when some are missing.
+        """
+        reader, zero = ShardReader(folder, _SHARDS, self.rank), self._engine.optimizer
+        if self.zero_stage == 3:
+            zero.checkpoint_event_prologue()  # lets go of the small parameters that ZeRO-3 keeps gathered
+        for name, parameter in self.parameters:
+            stretch = stretch_of(parameter, zero, self.zero_stage)
+            if stretch:
+                restore(reader, name, stretch, self._adam.state[stretch.owner], step)
+            self._show(parameter, stretch)
+        if self.zero_stage == 3:
+            zero.checkpoint_event_epilogue()
+
+    def _pieces(self) -> Iterator[tuple[str, int, Tensor]]:
+        if self.zero_stage == 0 and self.rank > 0:
+            return  # all ranks hold the same
+        for name, parameter in self.parameters:
+            stretch = stretch_of(parameter, self._engine.optimizer, self.zero_stage)
+            if stretch:
+                yield from pieces(name, stretch, self._adam.state[stretch.owner])
+
+    def _show(self, parameter: nn.Parameter, stretch: Stretch | None) -> None:
+        """Put the restored weight where forward reads it: ZeRO updates a copy. Collective for stages 1 and 2."""
+        if self.zero_stage == 3 and stretch:
+            shard: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]  # set by ZeRO-3
+            shard.data[: stretch.count].copy_(stretch.of(stretch.owner))
+        elif self.zero_stage in (1, 2):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            parameter.data.copy_(safe_get_full_fp32_param(parameter))
 
     def export(self, folder: Path, replaced: Weights | None = None) -> None:
         """Write a component folder, in place of an older one. ``replaced`` (rank 0): weights to write for its own."""
@@ -180,14 +220,18 @@ def _swapped(parameters: NamedParameters, replaced: Weights) -> Iterator[None]:
         by_name[name].data.copy_(value)
 
 
-def _configuration(settings: Settings) -> dict[str, Any]:
+def _configuration(settings: Settings, device: torch.device) -> dict[str, Any]:
     train = settings.train
+    zero: dict[str, Any] = {"stage": train.zero_stage, "overlap_comm": False}
+    if train.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only reports with it; batches are the objective's
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": train.grad_clip if train.zero_stage else 0.0,
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own compiles an extension
-        "zero_optimization": {"stage": train.zero_stage, "overlap_comm": False},
+        "zero_force_ds_cpu_optimizer": False,  # nor for offloading
+        "zero_optimization": zero,
         "steps_per_print": None,
     }

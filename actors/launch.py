@@ -38,16 +38,12 @@ _RAY_TRAIN_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class LearnerJob:
-    """One run of the learner. ``build`` makes source and objective inside each worker; it is pickled by reference.
-
-    ``max_failures``: how often Ray Train starts the workers again after one died; they go on from the last checkpoint.
-    """
+    """One run of the learner. ``build`` makes source and objective inside each worker; it is pickled by reference."""
 
     stage: str
     settings: Settings
     build: Callable[[WorkerContext], Parts]
     gpus: bool
-    max_failures: int = 0
 
 
 def run_folder(settings: Settings) -> Path:
@@ -100,13 +96,15 @@ def resolve_weights(path: Path) -> Path:
 def run_learner(job: LearnerJob) -> Path:
     """Train under Ray Train until the last step; the component folder with the result. Ray must be connected.
 
+    When a worker dies, all are started again and go on from the last checkpoint, at most train.max_failures times.
     Lines of rank 0 appear on this process's stdout. Raises UserError of a worker as it is, KeyboardInterrupt on Ctrl-C.
     """
     from ray.train import TrainingFailedError
 
-    for key, value in _RAY_TRAIN_ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
     settings, folder = job.settings, run_folder(job.settings)
+    start_deadline = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(settings.cluster.start_deadline_s)}
+    for key, value in (_RAY_TRAIN_ENVIRONMENT | start_deadline).items():
+        os.environ.setdefault(key, value)
     trainer = _make_trainer(job)
     console = folder / CONSOLE
     console.touch()
@@ -126,9 +124,16 @@ def _make_trainer(job: LearnerJob) -> Any:
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
+    settings, limit = job.settings, job.settings.train.max_failures
+
     class LeanTrainer(TorchTrainer):
         """Two helper processes less: we pass no Ray datasets, and Ray removes placement groups with their creator
-        (the cleaner would warn every second on a cluster without dashboard)."""
+        (the cleaner would warn every second on a cluster without dashboard). And a failure policy that looks at what
+        failed."""
+
+        def _initialize_and_run_controller(self, **options: Any) -> Any:
+            options["failure_policy"] = _failure_policy(settings, self.run_config.failure_config)
+            return super()._initialize_and_run_controller(**options)
 
         def _create_default_callbacks(self) -> list[Any]:
             unused = (DatasetsCallback, PlacementGroupCleanerCallback)
@@ -137,7 +142,6 @@ def _make_trainer(job: LearnerJob) -> Any:
         def _register_sigint_handler(self, controller: Any) -> None:
             """Ctrl-C stays a KeyboardInterrupt; Ray's own handler would end the program with exit code 0."""
 
-    settings = job.settings
     return LeanTrainer(
         _work,
         train_loop_config={"job": job, "attempt": uuid.uuid4().hex},
@@ -150,10 +154,33 @@ def _make_trainer(job: LearnerJob) -> Any:
         run_config=RunConfig(
             name=settings.run.name,
             storage_path=str(run_folder(settings) / "ray_train"),
-            failure_config=FailureConfig(max_failures=job.max_failures),
+            failure_config=FailureConfig(max_failures=limit, controller_failure_limit=limit),
             logging_config=LoggingConfig(log_level="CRITICAL"),  # errors come back to run_learner with their traceback
         ),
     )
+
+
+def _failure_policy(settings: Settings, config: Any) -> Any:
+    """Ray Train's own, but what would only happen again ends the run at once; restarts are told on the console."""
+    from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+
+    say, limit = _console(run_folder(settings)), settings.train.max_failures
+
+    class Policy(DefaultFailurePolicy):
+        restarts = 0
+
+        def make_decision(self, training_failed_error: Any) -> FailureDecision:
+            if _cause(training_failed_error, (UserError, ArithmeticError)):
+                return FailureDecision.RAISE
+            decision = super().make_decision(training_failed_error)
+            if decision is FailureDecision.RETRY:
+                self.restarts += 1
+                failures = getattr(training_failed_error, "worker_failures", {}) or {"": training_failed_error}
+                what = "; ".join(f"worker {rank}: {_first_line(error)}" for rank, error in failures.items())
+                say(f"starting the workers again ({self.restarts}, train.max_failures {limit}): {what}")
+            return decision
+
+    return Policy(config)
 
 
 @contextmanager
@@ -186,13 +213,23 @@ def _copy_lines(lines: Any) -> None:
 
 def _user_error(error: Exception) -> UserError | None:
     """The worker's UserError inside Ray's exception, if that is what it was."""
+    found = _cause(error, (UserError,))
+    return found if isinstance(found, UserError) else None
+
+
+def _cause(error: Exception, kinds: tuple[type[Exception], ...]) -> BaseException | None:
+    """What a worker raised, as Ray Train's exception carries it, if it is one of ``kinds``."""
     for failure in getattr(error, "worker_failures", {}).values():
         inner: BaseException | None = failure
         while inner is not None:
-            if isinstance(inner, UserError):
+            if isinstance(inner, kinds):
                 return inner
             inner = getattr(inner, "_base_exc", None) or getattr(inner, "cause", None) or inner.__cause__
     return None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def _check_writable(folder: Path) -> None:

@@ -295,7 +295,10 @@ def _restore(
         return 0
     checkpoints.load(manifest, engine, ema)
     source.load_state_dict(manifest.source)
-    context.say(f"resuming after step {manifest.step} of {context.settings.train.steps}")
+    context.say(
+        f"resuming after step {manifest.step} of {context.settings.train.steps}, "
+        f"written by {manifest.workers} worker(s) at ZeRO-{manifest.zero_stage}"
+    )
     return manifest.step
 
 

@@ -40,7 +40,7 @@ KL_TOLERANCE = {"fp32": 1e-8, "bf16": 1e-3}
 _ANSWER_MARGIN_S = 60.0  # the stream's own error, which says more, comes first
 
 
-class PolicyInvariantError(RuntimeError):
+class PolicyInvariantError(ArithmeticError):
     """The learner's policy is not the one that drew the samples, although it should be."""
 
 

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -36,75 +37,25 @@ from deepgen.data.records import Record, write_records
 from deepgen.data.store import ListStore
 from tests.factories import make_tiny_folder
 from tests.learner_workers import ROOT, run_workers
-from tests.toy import ToyModel, ToyObjective, toy_batch
-
-STEPS = 6
-TOY = [
-    f"train.steps={STEPS}",
-    "train.warmup_steps=2",
-    "train.learning_rate=0.01",
-    "train.schedule=cosine",
-    "train.weight_decay=0.1",
-    "train.grad_clip=0.5",
-    "train.checkpoint_every=2",
-    "train.workers=1",
-    "model.precision=fp32",
-]
-
-
-def toy_run(folder: Path, name: str, *overrides: str, **more: Any) -> dict[str, Any]:
-    weights = folder / "weights"
-    weights.mkdir(parents=True, exist_ok=True)
-    (weights / "frozen").write_text("the same for all runs")
-    return {"overrides": [*TOY, f"run.dir={folder}", f"run.name={name}", f"model.weights={weights}", *overrides]} | more
-
-
-def toy_result(folder: Path, name: str, part: str = "model") -> dict[str, Tensor]:
-    return load_file(folder / name / part / "transformer" / "toy.safetensors")
-
-
-def plain_torch() -> tuple[dict[str, Tensor], list[float], dict[str, Tensor]]:
-    """The same training written out: weights, gradient norms and averaged weights after STEPS steps."""
-    settings = load_settings(None, TOY)
-    model: Any = ToyModel()
-    parameters = model.trainable_parameters("rl")
-    optimizer = torch.optim.AdamW(parameter_groups(parameters, 0.1), betas=(0.9, 0.999))
-    average = {name: p.detach().clone() for name, p in parameters}
-    norms = []
-    for step in range(STEPS):
-        for micro in toy_batch(step, 0, 1):
-            ToyObjective().loss(model, micro, None)[0].backward()
-        for parameter in model.unused.parameters():
-            parameter.grad = torch.zeros_like(parameter)  # DeepSpeed's view of a parameter without gradient
-        norms.append(float(torch.nn.utils.clip_grad_norm_([p for _, p in parameters], 0.5)))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
-        optimizer.step()
-        optimizer.zero_grad()
-        decay = min(0.9, (1 + step) / (10 + step))
-        for name, p in parameters:
-            average[name] = decay * average[name] + (1 - decay) * p.detach()
-    return model.state_dict(), norms, average
+from tests.toy import STEPS, TOY, ToyModel, check_toy, plain_torch, toy_result, toy_run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_zero_stage_is_plain_training_with_one_step_a_batch(tmp_path: Path, world: int) -> None:
+    """The same global batch on 1, 2 and 4 workers, all stages: losses, norms, weights, averages of plain torch."""
     runs = [
         toy_run(tmp_path, f"zero{stage}", f"train.zero_stage={stage}", f"train.workers={world}", "train.ema_decay=0.9")
         for stage in range(4)
     ]
     run_workers(tmp_path, runs, world=world)
-    weights, norms, average = plain_torch()
+    expected = plain_torch()
     for stage in range(4):
-        result, averaged = toy_result(tmp_path, f"zero{stage}"), toy_result(tmp_path, f"zero{stage}", "model-ema")
-        for name, expected in weights.items():
-            torch.testing.assert_close(result[name], expected, rtol=1e-5, atol=1e-6, msg=f"ZeRO-{stage} {name}")
-        for name, expected in average.items():
-            torch.testing.assert_close(averaged[name], expected, rtol=1e-5, atol=1e-6, msg=f"EMA, ZeRO-{stage} {name}")
+        check_toy(tmp_path, f"zero{stage}", expected)
         log = [json.loads(line) for line in (tmp_path / f"zero{stage}.jsonl").read_text().splitlines()]
         assert [entry["step"] for entry in log] == list(range(1, STEPS + 1))
-        np.testing.assert_allclose([entry["train/grad_norm"] for entry in log], norms, rtol=1e-4)
+        np.testing.assert_allclose([entry["train/grad_norm"] for entry in log], expected.norms, rtol=1e-4)
+        np.testing.assert_allclose([entry["loss/total"] for entry in log], expected.losses, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -135,7 +86,7 @@ def test_old_checkpoints_go_and_damaged_ones_are_passed_over(tmp_path: Path) -> 
     newest = store.newest()
     assert newest is not None and newest.step == 6
     assert sorted(path.name for path in store.folder.iterdir()) == ["step-000004", "step-000006"]
-    largest = max((tmp_path / "a/checkpoints/step-000006/engine").iterdir(), key=lambda file: file.stat().st_size)
+    largest = max((tmp_path / "a/checkpoints/step-000006").glob("*.safetensors"), key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-100])
     newest = store.newest()
     assert newest is not None and newest.step == 4
@@ -143,8 +94,6 @@ def test_old_checkpoints_go_and_damaged_ones_are_passed_over(tmp_path: Path) -> 
     for changed, stage, says in [
         ([], "sft", "stage: got sft"),
         (["model.preset=tiny"], "rl", "model.preset: got tiny"),
-        (["train.workers=2"], "rl", "train.workers: got 2"),
-        (["train.zero_stage=1"], "rl", "train.zero_stage: got 1"),
         (["run.seed=1"], "rl", "run.seed: got 1"),
         (["train.ema_decay=0.5"], "rl", "train.ema_decay: got above 0"),
         (["train.steps=3"], "rl", "train.steps: got 3"),
@@ -365,3 +314,39 @@ def test_sft_under_ray_train_interrupted_and_resumed(world: Path, tmp_path: Path
     for part in ("bridge", "transformer", "vlm_lora"):
         expected, result = component(tmp_path / "alone", "a", part), component(tmp_path / "ray", "a", part)
         assert all(torch.equal(result[name], expected[name]) for name in expected), part
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_worker_is_started_again(world: Path, tmp_path: Path) -> None:
+    """SIGKILL of one of two workers: Ray Train starts both again from the last checkpoint, and nothing is different."""
+    options = ("train.workers=2", "train.steps=20", "train.max_failures=1")
+    overrides = stage_overrides(world, tmp_path / "ray", "a", *options, "cluster.num_cpus=4")
+    command = [sys.executable, str(ROOT / "stages" / "sft.py"), *overrides]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    checkpoints = tmp_path / "ray" / "a" / "checkpoints"
+    while process.poll() is None and not (checkpoints / "step-000003").exists():
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[0]
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if child.cmdline()[:1] and child.cmdline()[0].startswith("ray::RayTrainWorker")
+    ]
+    assert len(workers) == 2
+    workers[1].kill()
+    output = process.communicate(timeout=900)[0]
+    assert process.returncode == 0, output
+    assert output.count("starting the workers again (1, train.max_failures 1): worker ") == 1
+    assert "resuming after step" in output and "step 20/20" in output
+    run_workers(
+        tmp_path,
+        [{"stage": "sft", "overrides": stage_overrides(world, tmp_path / "alone", "a", *options)}],
+        world=2,
+    )
+    for part in ("bridge", "transformer", "vlm_lora"):
+        expected, result = component(tmp_path / "alone", "a", part), component(tmp_path / "ray", "a", part)
+        assert expected and all(torch.equal(result[name], expected[name]) for name in expected), part

@@ -28,7 +28,7 @@ KEYS = {
     "model": "preset weights padding precision gradient_checkpointing lora_rank lora_alpha lora_dropout fresh_bridge",
     "data": "train prompts heldout image_size edit_per_cycle t2i_per_cycle micro_batch caption_drop",
     "train": "steps learning_rate min_learning_rate beta1 beta2 weight_decay warmup_steps schedule grad_clip workers "
-    "threads zero_stage ema_decay checkpoint_every keep_checkpoints",
+    "threads zero_stage offload_optimizer ema_decay checkpoint_every keep_checkpoints max_failures",
     "rollout": "sampler eta num_steps shift guidance_scale sde_steps sde_window group_size prompts_per_step actors "
     "same_noise threads",
     "algorithm": "advantage whiten advantage_clip clip_range kl kl_beta sft_coef sft_batch update_micro_batch",

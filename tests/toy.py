@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from deepgen.config import load_settings
 
 WIDTH = 6
 MICRO_BATCHES = 3
+STEPS = 6
+TOY = [
+    f"train.steps={STEPS}",
+    "train.warmup_steps=2",
+    "train.learning_rate=0.01",
+    "train.schedule=cosine",
+    "train.weight_decay=0.1",
+    "train.grad_clip=0.5",
+    "train.checkpoint_every=2",
+    "train.workers=1",
+    "model.precision=fp32",
+]
 
 
 class ToyModel(nn.Module):
@@ -82,3 +98,64 @@ class ToyObjective:
         x, y = micro
         error = ((model(x + self.noise * torch.randn_like(x)) - y) ** 2).mean()
         return error / MICRO_BATCHES, {"loss/toy": error.detach(), "images_sum": len(x), "row_max": x.max()}
+
+
+# -- runs of it, and what they must come to --------------------------------------------------------------------------
+
+
+def toy_run(folder: Path, name: str, *overrides: str, **more: Any) -> dict[str, Any]:
+    """A run for `run_workers`."""
+    weights = folder / "weights"
+    weights.mkdir(parents=True, exist_ok=True)
+    (weights / "frozen").write_text("the same for all runs")
+    return {"overrides": [*TOY, f"run.dir={folder}", f"run.name={name}", f"model.weights={weights}", *overrides]} | more
+
+
+def toy_result(folder: Path, name: str, part: str = "model") -> dict[str, Tensor]:
+    return load_file(folder / name / part / "transformer" / "toy.safetensors")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The training written out in plain PyTorch: what is there after STEPS steps, and figures of each step."""
+
+    weights: dict[str, Tensor]
+    average: dict[str, Tensor]
+    norms: list[float]
+    losses: list[float]
+
+
+def plain_torch(overrides: Sequence[str] = ()) -> Expected:
+    from actors.engine import learning_rate, parameter_groups
+
+    settings = load_settings(None, [*TOY, *overrides])
+    model: Any = ToyModel()
+    parameters = model.trainable_parameters("rl")
+    optimizer = torch.optim.AdamW(parameter_groups(parameters, 0.1), betas=(0.9, 0.999))
+    average = {name: p.detach().clone() for name, p in parameters}
+    norms, losses = [], []
+    for step in range(STEPS):
+        losses.append(0.0)
+        for micro in toy_batch(step, 0, 1):
+            loss = ToyObjective().loss(model, micro, None)[0]
+            loss.backward()
+            losses[-1] += float(loss.detach())
+        for parameter in model.unused.parameters():
+            parameter.grad = torch.zeros_like(parameter)  # DeepSpeed's view of a parameter without gradient
+        norms.append(float(torch.nn.utils.clip_grad_norm_([p for _, p in parameters], 0.5)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(0.9, (1 + step) / (10 + step))
+        for name, p in parameters:
+            average[name] = decay * average[name] + (1 - decay) * p.detach()
+    return Expected(model.state_dict(), average, norms, losses)
+
+
+def check_toy(folder: Path, name: str, expected: Expected) -> None:
+    """Weights and averages of a finished run (train.ema_decay 0.9) are those of plain PyTorch, within rounding."""
+    for part, tensors in (("model", expected.weights), ("model-ema", expected.average)):
+        result = toy_result(folder, name, part)
+        for key, value in tensors.items():
+            torch.testing.assert_close(result[key], value, rtol=1e-5, atol=1e-6, msg=f"{name}, {part}: {key}")

@@ -107,9 +107,15 @@ class TrainSettings(Section):
     zero_stage: Literal[0, 1, 2, 3] = setting(
         2, "DeepSpeed ZeRO: 0 plain data parallel, 1 optimizer states split, 2 + gradients, 3 + weights."
     )
+    offload_optimizer: bool = setting(
+        False, "Keep optimizer states in the host's memory and step there; needs zero_stage 1 or more."
+    )
     ema_decay: float = setting(0.0, "Decay of an averaged copy of the trained weights; 0 keeps none.", ge=0, lt=1)
     checkpoint_every: int = setting(50, "Steps between checkpoints; the last step always writes one.", ge=1)
     keep_checkpoints: int = setting(5, "Newest checkpoints kept.", ge=1)
+    max_failures: int = setting(
+        3, "How often workers start again from the last checkpoint after one failed; -1 is no limit, 0 never.", ge=-1
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -121,6 +127,10 @@ class TrainSettings(Section):
             raise ValueError(
                 f"train.min_learning_rate: got {self.min_learning_rate:g}; "
                 f"allowed: at most train.learning_rate, {self.learning_rate:g}"
+            )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError(
+                "train.offload_optimizer: got true with train.zero_stage 0; allowed: false, or train.zero_stage 1, 2, 3"
             )
         return self
 

@@ -1,0 +1,84 @@
+"""Flat tensors in pieces: every worker writes the pieces it holds, any number of workers reads the ranges it wants.
+
+    <folder>/<name>-<rank>.safetensors      pieces of that rank, each called <key>@<its first element>
+
+Each element is written by one rank. That is what lets a run go on with other workers than it was written by: who wrote
+an element does not matter, and nobody ever holds a whole model to find it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deepgen.config.errors import UserError
+
+
+def write_shard(folder: Path, name: str, rank: int, pieces: Iterable[tuple[str, int, Tensor]]) -> None:
+    """Write this rank's pieces: key, first element, values [n]. Without any there is no file.
+
+    Raises OSError or SafetensorError when the disk does not take them.
+    """
+    tensors = {f"{key}@{start}": values.detach() for key, start, values in pieces if values.numel()}
+    if tensors:
+        save_file(tensors, folder / f"{name}-{rank}.safetensors")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    start: int
+    end: int
+    values: Any  # safetensors' slice: reads from the file what it is indexed with
+
+
+class ShardReader:
+    """Reads what ``write_shard`` wrote. ``rank``'s own file comes first and others are opened when something is not in
+    it, so a worker of an unchanged layout opens one file."""
+
+    def __init__(self, folder: Path, name: str, rank: int) -> None:
+        self._folder = folder
+        own = folder / f"{name}-{rank}.safetensors"
+        self._unopened = sorted(folder.glob(f"{name}-*.safetensors"), key=lambda file: file != own)
+        self._pieces: dict[str, list[_Piece]] = {}
+
+    def read(self, key: str, start: int, count: int) -> Tensor:
+        """Elements ``start`` to ``start + count`` of ``key``, [count] on the CPU. UserError when some are missing."""
+        result = torch.empty(count, dtype=torch.float32)
+        missing, looked = count, 0
+        while missing:
+            pieces = self._pieces.get(key, [])
+            if looked < len(pieces):
+                missing -= _copy(pieces[looked], start, result)
+                looked += 1
+            elif self._unopened:
+                self._open(self._unopened.pop(0))
+            else:
+                raise UserError(
+                    f"{self._folder}: {missing} of {count} elements of {key} from {start} on are not there; "
+                    "allowed: a checkpoint of the model that model.weights and model.preset name"
+                )
+        return result
+
+    def _open(self, file: Path) -> None:
+        opened = safe_open(file, framework="pt")
+        for name in opened.keys():  # noqa: SIM118  # not a dict: it has no iterator
+            key, _, start = name.rpartition("@")
+            values = opened.get_slice(name)
+            first = int(start)
+            self._pieces.setdefault(key, []).append(_Piece(first, first + values.get_shape()[0], values))
+
+
+def _copy(piece: _Piece, start: int, result: Tensor) -> int:
+    """Copy the part of ``result`` (elements from ``start`` on) that the piece has; how many elements that were."""
+    begin, end = max(start, piece.start), min(start + result.numel(), piece.end)
+    if begin >= end:
+        return 0
+    result[begin - start : end - start] = piece.values[begin - piece.start : end - piece.start]
+    return end - begin
