@@ -85,6 +85,9 @@ class CheckpointStore:
             ("train.workers", settings.train.workers, manifest.workers),
             ("train.ema_decay", "0" if not settings.train.ema_decay else "above 0", "above 0" if manifest.ema else "0"),
             ("run.seed", settings.run.seed, then["run"]["seed"]),
+            # Positions of the sources follow from the common one and these.
+            ("data.temperature", settings.data.temperature, then["data"]["temperature"]),
+            ("data.weights", settings.data.weights, then["data"]["weights"]),
         ]
         for key, given, allowed in pairs:
             if given != allowed:
