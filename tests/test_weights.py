@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from deepgen.config import UserError, load_settings
-from deepgen.data.mixture import Mixture, Part, make_parts
 from deepgen.data import order as order_module
+from deepgen.data.mixture import Mixture, Part, make_parts
 from deepgen.data.order import WeightedOrder
 from deepgen.data.records import Record, write_records
 from deepgen.data.store import ListStore, ParquetStore

@@ -44,7 +44,9 @@ def read_uri(uri: str) -> bytes:
         else:
             raise ValueError(f"unknown scheme {scheme}://; allowed: a path, {', '.join(f'{s}://' for s in SCHEMES)}")
     except (OSError, pa.ArrowException, http.client.HTTPException) as error:
-        raise ValueError(f"{shown}: {' '.join(str(getattr(error, 'strerror', None) or error).split())[:160]}") from error
+        raise ValueError(
+            f"{shown}: {' '.join(str(getattr(error, 'strerror', None) or error).split())[:160]}"
+        ) from error
     if len(data) > MAX_BYTES:
         raise ValueError(f"{shown}: more than {MAX_BYTES >> 20} MiB")
     return data
