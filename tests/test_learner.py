@@ -148,6 +148,8 @@ def test_old_checkpoints_go_and_damaged_ones_are_passed_over(tmp_path: Path) -> 
         (["train.workers=2"], "rl", "train.workers: got 2"),
         (["train.zero_stage=1"], "rl", "train.zero_stage: got 1"),
         (["run.seed=1"], "rl", "run.seed: got 1"),
+        (["data.temperature=2"], "rl", "data.temperature: got 2.0; allowed: 1.0"),
+        (["data.weights={a: 1}"], "rl", "data.weights: got {'a': 1.0}; allowed: {}"),
         (["train.ema_decay=0.5"], "rl", "train.ema_decay: got above 0"),
         (["train.steps=3"], "rl", "train.steps: got 3"),
         ([f"model.weights={ROOT / 'tests' / 'golden'}"], "rl", "is not what the checkpoint"),

@@ -128,11 +128,11 @@ def damaged(*numbers: int) -> list[Record]:
     return [replace(r, image=r.image[:50]) if i in numbers else r for i, r in enumerate(make_records())]  # type: ignore[index]
 
 
-def make_objective(records: list[Record], folder: Path) -> tuple[FlowMatching, MixtureSource]:
+def make_objective(records: list[Record], folder: Path, micro_batch: int = 3) -> tuple[FlowMatching, MixtureSource]:
     settings = load_settings(None, ["data.micro_batch=3", "data.image_size=64", "data.t2i_per_cycle=3"])
     objective = FlowMatching(settings, lambda image: image[:1, ::4, ::4].repeat(8, 1, 1), Quarantine(1.0, folder))
     data = TrainingSet(ListStore(records), 64)
-    return objective, MixtureSource(data, Mixture.from_settings(settings, data.store, 3), objective)
+    return objective, MixtureSource(data, Mixture.from_settings(settings, data.store, micro_batch), objective)
 
 
 def test_a_bad_record_is_in_no_mean(tmp_path: Path) -> None:
@@ -162,6 +162,31 @@ def test_a_bad_record_is_in_no_mean(tmp_path: Path) -> None:
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
     lines = [json.loads(line) for line in (tmp_path / "bad" / FILE).read_text().splitlines()]
     assert sorted(line["row"] for line in lines) == [2, 3, 6, 10]
+
+
+def test_the_mean_is_over_what_remains_on_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks of 3 with bad records have the loss of one rank of 6; one of them has an edit batch without any."""
+    model: Any = make_tiny_model()
+
+    def total(micro_batch: int, rank: int, world: int, everyone: list[Any] | None = None) -> float:
+        objective, source = make_objective(damaged(1, 5, 9, 2, 3), tmp_path, micro_batch)
+        batch = source.next(1, rank, world)
+        mine = [(len(micro.indices), micro.bad) for micro in batch]
+        ranks = [mine] if everyone is None else [*everyone, mine]
+        if everyone is not None:
+            everyone.append(mine)
+        monkeypatch.setattr("actors.objectives.gather", lambda given, _: ranks if isinstance(given, list) else [given])
+        context = StepContext(42, 1, rank, world, torch.device("cpu"))
+        if everyone is not None and len(ranks) < world:
+            return 0.0  # the other rank's counts are not known yet
+        return sum(
+            float(objective.loss(model, micro, context)[0]) for micro in objective.prepare(model, batch, context)
+        )
+
+    first, second = list[Any](), list[Any]()
+    total(3, 0, 2, first), total(3, 1, 2, second)
+    both = (total(3, 0, 2, [*second]) + total(3, 1, 2, [*first])) / 2
+    assert both == pytest.approx(total(6, 0, 1), rel=1e-4)
 
 
 def test_a_step_without_any_usable_record_ends_the_run(tmp_path: Path) -> None:
