@@ -24,6 +24,7 @@ from actors.launch import LearnerJob, prepare_run, run_folder, run_learner  # no
 from deepgen.cluster.connect import connect  # noqa: E402
 from deepgen.cluster.resources import rl_needs  # noqa: E402
 from deepgen.config import Settings, UserError, parse_command_line, run_program  # noqa: E402
+from deepgen.data.mixture import Mixture  # noqa: E402
 from deepgen.data.records import Record, read_records  # noqa: E402
 from deepgen.data.store import ParquetStore  # noqa: E402
 
@@ -36,7 +37,8 @@ def main() -> int:
     settings = prepare_run(parse_command_line("rl", sys.argv[1:]), "rl")
     prompts, heldout = read_prompts(settings), heldout_records(settings)
     if settings.algorithm.sft_coef:
-        ParquetStore(settings.data.train)  # what does not fit is named now, not when the workers have started
+        # What does not fit is named now, not when the workers have started.
+        Mixture.from_settings(settings, ParquetStore(settings.data.train), settings.data.micro_batch)
     gpus = connect(settings, rl_needs, code_root=ROOT)
     from actors.start import start_rollouts, start_stream
 

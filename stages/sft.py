@@ -14,12 +14,14 @@ sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is c
 from actors.launch import LearnerJob, prepare_run, run_learner  # noqa: E402
 from deepgen.cluster.connect import connect  # noqa: E402
 from deepgen.config import parse_command_line, run_program  # noqa: E402
+from deepgen.data.mixture import Mixture  # noqa: E402
 from deepgen.data.store import ParquetStore  # noqa: E402
 
 
 def main() -> int:
     settings = prepare_run(parse_command_line("sft", sys.argv[1:]), "sft")
-    ParquetStore(settings.data.train)  # what does not fit is named now, not when the workers have started
+    # What does not fit is named now, not when the workers have started.
+    Mixture.from_settings(settings, ParquetStore(settings.data.train), settings.data.micro_batch)
     gpus = connect(settings, code_root=ROOT)
     from actors.objectives import build_flow_matching  # torch and DeepSpeed: not for --help
 

@@ -33,6 +33,8 @@ from actors.objectives import FlowMatching, MixtureSource
 from deepgen.algorithms.losses import flow_matching_loss
 from deepgen.config import UserError, load_settings
 from deepgen.data.dataset import TrainingSet
+from deepgen.data.mixture import Mixture
+from deepgen.data.quarantine import Quarantine
 from deepgen.data.records import Record, write_records
 from deepgen.data.store import ListStore
 from tests.factories import make_tiny_folder
@@ -95,6 +97,8 @@ def test_old_checkpoints_go_and_damaged_ones_are_passed_over(tmp_path: Path) -> 
         ([], "sft", "stage: got sft"),
         (["model.preset=tiny"], "rl", "model.preset: got tiny"),
         (["run.seed=1"], "rl", "run.seed: got 1"),
+        (["data.temperature=2"], "rl", "data.temperature: got 2.0; allowed: 1.0"),
+        (["data.weights={a: 1}"], "rl", "data.weights: got {'a': 1.0}; allowed: {}"),
         (["train.ema_decay=0.5"], "rl", "train.ema_decay: got above 0"),
         (["train.steps=3"], "rl", "train.steps: got 3"),
         ([f"model.weights={ROOT / 'tests' / 'golden'}"], "rl", "is not what the checkpoint"),
@@ -186,11 +190,12 @@ def make_records(count: int = 12) -> list[Record]:
     ]
 
 
-def test_flow_matching_targets_and_dropped_captions() -> None:
+def test_flow_matching_targets_and_dropped_captions(tmp_path: Path) -> None:
     settings = load_settings(None, ["data.micro_batch=8", "data.image_size=64", "data.caption_drop=0.5"])
     data = TrainingSet(ListStore(make_records()), 64)
-    source, context = MixtureSource.from_settings(settings, data), StepContext(1, 0, 0, 1, torch.device("cpu"))
-    objective = FlowMatching(data, settings, encode=lambda image: image[:, ::4, ::4])
+    objective = FlowMatching(settings, lambda image: image[:, ::4, ::4], Quarantine(0.0, tmp_path))
+    source = MixtureSource(data, Mixture.from_settings(settings, data.store, 8), objective)
+    context = StepContext(1, 0, 0, 1, torch.device("cpu"))
     asked: list[tuple[list[str], Any]] = []
 
     class Perfect:
