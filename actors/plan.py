@@ -191,7 +191,7 @@ def _table(job: Job) -> Iterator[str]:
         yield _row(name, size)
     yield "at other times"
     yield _row("optimizer step: second gradients or all-gather", states.step)
-    yield _row("last export: the whole model on every rank", states.export)
+    yield _row("ZeRO-3 start and export: the whole model in fp32", states.export)
     yield f"{'largest in all':<{_WIDTH}}{job.total() / GIB:8.1f}"
     if states.host:
         yield _row("main memory a rank, for the offloaded optimizer", states.host)
@@ -215,7 +215,11 @@ def _clusters(job: Job) -> Iterator[str]:
             yield f"{head}{found.workers:>8}{found.zero_stage:>8}{found.total() / GIB:>12.1f}  with {key}=1"
         else:
             last = replace(one, workers=_counts(job)[-1], zero_stage=3)
-            cause = " in the last export" if last.states().export > sum(last.batch().values()) else ""
+            cause = (
+                ", as ZeRO-3 starts and exports with the whole model"
+                if last.states().export > sum(last.batch().values())
+                else ""
+            )
             yield f"{head}{last.workers:>8}{3:>8}{last.total() / GIB:>12.1f}  does not fit{cause}, even with {key}=1"
 
 

@@ -64,8 +64,9 @@ class States:
     """Bytes on each GPU between two batches, and what comes and goes with the optimizer step and the export.
 
     ``gradients`` are kept from the first micro-batch to the step. ``buffers``: communication, there during a batch.
-    ``step``: second copy of the gradients, AdamW's temporary, the all-gather. ``export``: ZeRO-3 puts the whole model
-    together on every rank. ``host``: bytes of main memory a rank needs for an offloaded optimizer.
+    ``step``: second copy of the gradients, AdamW's temporary, the all-gather. ``export``: the whole model, which every
+    rank loads before ZeRO-3 splits it and gathers again to write the result. ``host``: bytes of main memory a rank
+    needs for an offloaded optimizer.
     """
 
     frozen: int
