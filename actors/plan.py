@@ -216,11 +216,11 @@ def _clusters(job: Job) -> Iterator[str]:
         else:
             last = replace(one, workers=_counts(job)[-1], zero_stage=3)
             cause = (
-                ", as ZeRO-3 starts and exports with the whole model"
+                " at start and export"
                 if last.states().export > sum(last.batch().values())
                 else ""
             )
-            yield f"{head}{last.workers:>8}{3:>8}{last.total() / GIB:>12.1f}  does not fit{cause}, even with {key}=1"
+            yield f"{head}{last.workers:>8}{3:>8}{last.total() / GIB:>12.1f}  too much{cause}, even with {key}=1"
 
 
 def smallest_cluster(job: Job, gpu_gib: int) -> Job | None:

@@ -19,7 +19,7 @@ from deepgen.models import memory
 from deepgen.models.memory import CPU_BF16, CPU_FP32, Numbers, states
 from deepgen.models.presets import TINY, Architecture
 from deepgen.models.unified import UnifiedModel
-from deepgen.models.vlm import LoraSettings, _decode, add_lora
+from deepgen.models.vlm import LoraSettings, _decode, add_lora, lora_parameters
 from tests.factories import make_tiny_model
 from tests.learner_workers import run_workers
 from tests.memory_states import parameters_of
@@ -185,6 +185,7 @@ def test_vlm_activations(n: Numbers, lora_rank: int, batch: int, context_tokens:
 
     tokens = {"batch": batch, "context_tokens": context_tokens, "lora_rank": lora_rank}
     expected = memory.vlm_activations(ARCHITECTURE, n, checkpointing=False, **tokens)
+    expected += n.cast * sum(adapter.numel() for adapter in lora_parameters(vlm).values())
     assert kept_for_backward(vlm, forward, n) == pytest.approx(expected, rel=ACTIVATIONS_OFF)
 
 
@@ -223,7 +224,7 @@ def test_plan_of_the_5b_recipes(capsys: pytest.CaptureFixture[str]) -> None:
         found = plan.smallest_cluster(job, size)
         assert found is None or found.total() <= memory.usable(size)
     assert job.total() < replace(job, zero_stage=1).total() < replace(job, zero_stage=0).total()
-    assert max(map(len, text.splitlines())) <= 110
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_checkpointing_and_precision_count() -> None:
