@@ -215,11 +215,7 @@ def _clusters(job: Job) -> Iterator[str]:
             yield f"{head}{found.workers:>8}{found.zero_stage:>8}{found.total() / GIB:>12.1f}  with {key}=1"
         else:
             last = replace(one, workers=_counts(job)[-1], zero_stage=3)
-            cause = (
-                " at start and export"
-                if last.states().export > sum(last.batch().values())
-                else ""
-            )
+            cause = " at start and export" if last.states().export > sum(last.batch().values()) else ""
             yield f"{head}{last.workers:>8}{3:>8}{last.total() / GIB:>12.1f}  too much{cause}, even with {key}=1"
 
 
