@@ -158,7 +158,7 @@ def test_a_bad_record_is_in_no_mean(tmp_path: Path) -> None:
         noise = [n for n, prompt in zip(before.noise, before.prompts, strict=True) if prompt in kept.prompts]
         assert kept.bad or all(torch.equal(*pair) for pair in zip(kept.noise, noise, strict=True))
     loss, _ = make_objective(damaged(), tmp_path)[0].loss(model, micros[0], context)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
     lines = [json.loads(line) for line in (tmp_path / "bad" / FILE).read_text().splitlines()]
     assert sorted(line["row"] for line in lines) == [2, 3, 6, 10]
