@@ -66,7 +66,7 @@ class PolicySampler:
             same_noise=rollout.same_noise,
         )
         trajectory = sample(
-            self._velocity(conditioning, references, rollout.group_size),
+            self._velocity(conditioning, references),
             noise.to(self._device),
             rollout_sigmas(rollout.num_steps, rollout.shift),
             sampler=rollout.sampler,
@@ -74,10 +74,9 @@ class PolicySampler:
             sde_steps=trained_steps(settings, request.step),
             generators=generators,
             window=rollout.sde_window,
+            same_noise=rollout.same_noise,
             guidance_scale=rollout.guidance_scale,
-            velocity_uncond_fn=None
-            if unconditional is None
-            else self._velocity(unconditional, references, rollout.group_size),
+            velocity_uncond_fn=None if unconditional is None else self._velocity(unconditional, references),
         )
         images = np.stack([to_pixels(image) for image in self.model.decode_latents(trajectory.final)])
         return images, pack_group(LearnerGroup(trajectory, conditioning, unconditional, references))
@@ -101,13 +100,15 @@ class PolicySampler:
         factor = 2 ** (len(config.block_out_channels) - 1)
         return config.latent_channels, height // factor, width // factor
 
-    def _velocity(self, conditioning: Conditioning, references: list[Tensor], batch: int) -> VelocityFn:
-        expanded = conditioning.select([0] * batch) if len(conditioning.context) == 1 else conditioning
-        per_sample = [references] * batch if references else None
+    def _velocity(self, conditioning: Conditioning, references: list[Tensor]) -> VelocityFn:
+        """Velocity of latents, one for each conditioning, or any number [B, c, h, w] for a single one."""
 
         def velocity(latents: Tensor, timesteps: Tensor) -> Tensor:
+            batch = len(latents)
+            own = conditioning if len(conditioning.context) == batch else conditioning.select([0] * batch)
+            per_sample = [references] * batch if references else None
             with self._autocast():
-                v = self.model.velocity(latents, timesteps, expanded, per_sample)
+                v = self.model.velocity(latents, timesteps, own, per_sample)
             assert isinstance(v, Tensor)  # a batch of one size stays a tensor
             return v.float()
 
@@ -152,7 +153,7 @@ class PolicySampler:
         unconditional = [encoded[i][1] for i, _ in batch]
         guide = [item for item in unconditional if item is not None]
         trajectory = sample(
-            self._velocity(conditioning, first[2], len(batch)),
+            self._velocity(conditioning, first[2]),
             torch.cat([start for start, _ in noise]).to(self._device),
             rollout_sigmas(request.num_steps, rollout.shift),
             sampler="ode",
@@ -160,7 +161,7 @@ class PolicySampler:
             sde_steps=[],
             generators=[generator for _, generators in noise for generator in generators],
             guidance_scale=rollout.guidance_scale,
-            velocity_uncond_fn=self._velocity(Conditioning.cat(guide), first[2], len(batch)) if guide else None,
+            velocity_uncond_fn=self._velocity(Conditioning.cat(guide), first[2]) if guide else None,
         )
         return [to_pixels(image) for image in self.model.decode_latents(trajectory.final)]
 

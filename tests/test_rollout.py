@@ -176,6 +176,23 @@ def test_window_mode_is_deterministic_outside_the_window() -> None:
     torch.testing.assert_close(kept.final, x)
 
 
+@pytest.mark.parametrize(("window", "alone"), [("window", 4), ("all", 0)])
+def test_equal_samples_are_computed_once_until_noise_parts_them(window: str, alone: int) -> None:
+    batches: list[int] = []
+
+    def counted(x: Tensor, timesteps: Tensor) -> Tensor:
+        batches.append(len(x))
+        return velocity(x, timesteps)
+
+    noise, generators = start_group(SHAPE, run_seed=7, prompt_id="p1", epoch=0, indices=range(4), same_noise=True)
+    request: dict[str, Any] = {"sampler": "cps", "eta": 1.0, "sde_steps": [4, 5], "window": window}
+    once = sample(counted, noise, SIGMAS, **request, generators=generators, same_noise=True)
+    assert batches == [1] * alone + [4] * (10 - alone)
+    _, generators = start_group(SHAPE, run_seed=7, prompt_id="p1", epoch=0, indices=range(4), same_noise=True)
+    each = sample(velocity, noise, SIGMAS, **request, generators=generators)
+    assert all(torch.equal(a, b) for a, b in zip(vars(once).values(), vars(each).values(), strict=True))
+
+
 def test_all_mode_is_stochastic_everywhere() -> None:
     kept = run(same_noise=True, sde_steps=[4], window="all")
     assert not torch.equal(kept.latents[0][0], kept.latents[0][1])

@@ -107,7 +107,7 @@ def judging_loss(scores: Tensor) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--out", type=Path, default=REWARDS / "judge")
     args = parser.parse_args()
     torch.manual_seed(1)
@@ -117,12 +117,7 @@ def main() -> None:
     model.model.visual.load_state_dict(load_file(TOWER))  # which still says what it sees in words' embeddings
     model.set_attn_implementation("eager")  # bf16 SDPA has a slow backward on CPUs
     lessons, batcher, held = Lessons(read_records(LESSONS), 0), Batcher(tokenizer), heldout_pairs()
-    tower = set(model.model.visual.parameters())
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p not in tower]},
-        {"params": [p for p in model.parameters() if p in tower], "lr_scale": 0.2},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.98), weight_decay=0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.98), weight_decay=0.02)
     ema = {n: q.detach().clone() for n, q in model.named_parameters()}
     seen = {"loss": 3.0, "first": 0.0, "near": 0.0}
     accuracy = 0.0

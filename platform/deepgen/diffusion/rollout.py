@@ -182,6 +182,7 @@ def sample(
     sde_steps: Sequence[int],
     generators: Sequence[torch.Generator],
     window: str = "all",
+    same_noise: bool = False,
     guidance_scale: float = 1.0,
     velocity_uncond_fn: VelocityFn | None = None,
 ) -> Trajectory:
@@ -190,6 +191,8 @@ def sample(
     sde_steps: indices to keep for training, from `choose_sde_steps`; empty for evaluation.
     generators: one per sample, as `start_group` returned them.
     window: "all" draws noise at every step, "window" only at sde_steps (ODE at the others).
+    same_noise: the rows of `noise` are equal and have one condition, so one stands for all until noise is drawn; then
+    `velocity_fn` is called with [1, c, h, w].
     guidance_scale: other than 1 costs a second forward of `velocity_uncond_fn`; whoever trains on the trajectory must
     then guide its velocities too.
     """
@@ -197,23 +200,25 @@ def sample(
     trained = set(sde_steps)
     _check_request(len(noise), num_steps, sampler, trained, generators, window, guidance_scale, velocity_uncond_fn)
 
-    x = noise.float()
+    x = noise[:1].float() if same_noise else noise.float()
     sigmas = sigmas.to(x.device, torch.float32)
     states: dict[int, Tensor] = {}
     log_probs: list[Tensor] = []
     for i in range(num_steps):
+        name = sampler if window == "all" or i in trained else "ode"
+        if SAMPLERS[name].stochastic and len(x) < len(noise):
+            x = x.expand(len(noise), *x.shape[1:])
         t = timesteps(sigmas[i]).expand(len(x))
         v = velocity_fn(x, t)
         if guidance_scale != 1 and velocity_uncond_fn is not None:
             v = guided(v, velocity_uncond_fn(x, t), guidance_scale)
-        name = sampler if window == "all" or i in trained else "ode"
         fresh = draw_noise(generators, x.shape[1:]).to(x.device) if SAMPLERS[name].stochastic else None
         step = sampler_step(name, x, v, sigmas[i], sigmas[i + 1], eta=eta, noise=fresh)
         if i in trained:
             states[i], states[i + 1] = x, step.next
             log_probs.append(step.log_prob)
         x = step.next
-    return _trajectory(states, sorted(trained), sigmas, log_probs, x)
+    return _trajectory(states, sorted(trained), sigmas, log_probs, x.expand(len(noise), *x.shape[1:]))
 
 
 def _check_request(
