@@ -48,7 +48,9 @@ def test_states_are_what_the_engine_holds(tmp_path: Path) -> None:
         # Stage 2 keeps whole the parameter that two ranks share.
         shared = 4 * parameters.largest if stage == 2 else 0
         assert found["gradients"] == pytest.approx(expected.gradients, rel=STATES_OFF, abs=64 + shared), f"ZeRO-{stage}"
-        between = expected.kept - (expected.gradients if stage < 3 else 0)
+        # Every parameter of so small a model is below DeepSpeed's threshold of 100,000 elements, and ZeRO-3 keeps such
+        # ones gathered: the arithmetic has them in its buffers, as live parameters.
+        between = expected.kept + expected.export if stage == 3 else expected.kept - expected.gradients
         assert found["rest"] == pytest.approx(between, rel=0.05), f"ZeRO-{stage}: something else lies in memory"
 
 

@@ -170,7 +170,8 @@ def help_text(stage: Stage, recipe: str) -> str:
     ]
     width = max(len(command) for command, _ in examples)
     lines = [
-        f"usage: {program} [--recipe NAME_OR_PATH] [--resume] [--plan] [--print-config] [KEY=VALUE]...",
+        f"usage: {program} [--recipe NAME_OR_PATH] [KEY=VALUE]... [--resume]",
+        f"       {program} [--recipe NAME_OR_PATH] [KEY=VALUE]... --plan | --print-config",
         "",
         purpose,
         "",
