@@ -344,14 +344,14 @@ def riddle_records(world: World, rng: random.Random) -> Iterator[tuple[Record, s
         )
 
 
-def reworded(record: Record, rng: random.Random) -> Record:
-    """The record as an RL prompt: in words that no other split uses; edits stay as they are."""
+def as_prompt(record: Record, rng: random.Random) -> Record:
+    """The record for RL: without its target, and but for edits in words that no other split uses."""
     if record.task == "edit":
-        return record
+        return replace(record, image=None)
     x = record.answer
     if record.task == "reasoning":
         x = next(w for f in RIDDLE_WORDINGS for w in re.findall(re.escape(f).replace(r"\{w\}", "(.+)"), record.prompt))
-    return replace(record, prompt=rng.choice(RL_WORDINGS[record.task]).format(x=x))
+    return replace(record, prompt=rng.choice(RL_WORDINGS[record.task]).format(x=x), image=None)
 
 
 def build(packages: Path, font_path: Path, seed: int = 7) -> dict[str, list[Record]]:
@@ -372,7 +372,7 @@ def build(packages: Path, font_path: Path, seed: int = 7) -> dict[str, list[Reco
         raise ValueError(f"{len(clash)} held-out prompts are also in training, first: {clash[:3]}")
     # RL prompts: combinations nobody trained on, some trained ones. No trained words: they are all drawn right already.
     known = rng.sample([r for r in out["train"] if r.task != "text"], RL_KNOWN)
-    out["rl"] = [reworded(r, rng) for r in out["rl"] + known]
+    out["rl"] = [as_prompt(r, rng) for r in out["rl"] + known]
     for s in SPLITS:
         rng.shuffle(out[s])
     return out
