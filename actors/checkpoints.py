@@ -84,6 +84,9 @@ class CheckpointStore:
             ("model.lora_rank", settings.model.lora_rank if self._stage == "sft" else 0, _lora_rank(manifest)),
             ("train.ema_decay", "0" if not settings.train.ema_decay else "above 0", "above 0" if manifest.ema else "0"),
             ("run.seed", settings.run.seed, then["run"]["seed"]),
+            # Positions of the sources follow from the common one and these.
+            ("data.temperature", settings.data.temperature, then["data"]["temperature"]),
+            ("data.weights", settings.data.weights, then["data"]["weights"]),
         ]
         for key, given, allowed in pairs:
             if given != allowed:

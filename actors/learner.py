@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from deepgen.tracking.tracker import Tracker
 
 Metrics = Mapping[str, float | Tensor]
+T = TypeVar("T")
 _SAY_EVERY_S = 1.0
 _RL_FIGURES = {"policy/kl": "kl", "policy/clip_share": "clipped"}
 _RL_PHASES = {"time/rollout_s": "rollout", "time/reward_s": "scoring", "time/update_s": "update", "time/sync_s": "sync"}
@@ -237,15 +238,19 @@ def reduce_metrics(reported: Iterable[Metrics], world: int) -> dict[str, float]:
     for metrics in reported:
         for key, value in metrics.items():
             mine.setdefault(key, []).append(float(value))
-    everyone: list[dict[str, list[float]]] = [mine]
-    if world > 1:
-        everyone = [{} for _ in range(world)]
-        dist.all_gather_object(everyone, mine)
     merged: dict[str, list[float]] = {}
-    for metrics_of_rank in everyone:
+    for metrics_of_rank in gather(mine, world):
         for key, values in metrics_of_rank.items():
             merged.setdefault(key, []).extend(values)
     return {key: _reduce(key, values) for key, values in merged.items()}
+
+
+def gather(mine: T, world: int) -> list[T]:
+    """What every rank has given, by rank; collective."""
+    everyone = [mine] * world
+    if world > 1:
+        dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def _reduce(key: str, values: list[float]) -> float:
@@ -273,10 +278,7 @@ def _seed(context: StepContext, part: int | str) -> None:
 
 
 def _check_same_count(count: int, context: StepContext) -> None:
-    counts = [count]
-    if context.world > 1:
-        counts = [0] * context.world
-        dist.all_gather_object(counts, count)
+    counts = gather(count, context.world)
     if count == 0 or len(set(counts)) > 1:
         raise RuntimeError(f"step {context.step}: micro-batches by rank are {counts}; all need the same, at least 1")
 

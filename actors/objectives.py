@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from actors.engine import Weights
-from actors.learner import Metrics, Parts, StepContext, WorkerContext
+from actors.learner import Metrics, Parts, StepContext, WorkerContext, gather
 from actors.pictures import picture_drawer
 from deepgen.algorithms.losses import flow_matching_loss, interpolate
+from deepgen.config.errors import UserError
+from deepgen.config.settings import TASKS
 from deepgen.data.collate import LatentCache, MicroBatch, collate
-from deepgen.data.dataset import TrainingSet
+from deepgen.data.dataset import SIDE_MULTIPLE, TrainingSet
 from deepgen.data.mixture import Mixture
+from deepgen.data.quarantine import Quarantine
+from deepgen.data.store import ParquetStore
 from deepgen.diffusion.schedule import timesteps, training_sigmas
 
 if TYPE_CHECKING:
@@ -30,27 +34,23 @@ LATENT_CACHE_BYTES = 512 << 20
 
 
 class MixtureSource:
-    """Micro-batches of the edit:T2I cycle (M2.4). Everything follows from the step number; its state is a position.
+    """Micro-batches of the edit:T2I cycle (M2.4). What is in them follows from the step number and positions.
 
+    ``records.quarantine`` belongs to the state: how many records were read, and how many of them were bad.
     ``draw`` is called with the step number whenever there are new weights, to take pictures.
     """
 
-    def __init__(self, data: TrainingSet, mixture: Mixture, draw: Callable[[int], None] | None = None) -> None:
-        self.data, self.mixture, self._draw = data, mixture, draw
+    def __init__(
+        self, data: TrainingSet, mixture: Mixture, records: FlowMatching, draw: Callable[[int], None] | None = None
+    ) -> None:
+        self.data, self.mixture, self._records, self._draw = data, mixture, records, draw
         self._world = 1
-
-    @classmethod
-    def from_settings(
-        cls, settings: Settings, data: TrainingSet, draw: Callable[[int], None] | None = None
-    ) -> MixtureSource:
-        """The source that data.* describes; raises UserError when a task of the cycle has no records."""
-        per_cycle = {"edit": settings.data.edit_per_cycle, "t2i": settings.data.t2i_per_cycle}
-        return cls(data, Mixture(settings.run.seed, data.blocks(), per_cycle, settings.data.micro_batch), draw)
 
     def next(self, step: int, rank: int, world: int) -> list[MicroBatch]:
         self._world = world
         plan = self.mixture.plan(step, rank, world)
-        return [collate(self.data, planned, seed=self.mixture.seed, step=step) for planned in plan]
+        cached = self._records.cache
+        return [collate(self.data, one, seed=self.mixture.seed, step=step, cached=cached) for one in plan]
 
     def publish(self, weights: Callable[[], Weights], version: int) -> None:
         if self._draw:
@@ -60,10 +60,12 @@ class MixtureSource:
         return {}
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        return self.mixture.state_dict(step, self._world)
+        quarantine = self._records.quarantine.state_dict()
+        return self.mixture.state_dict(step, self._world) | {"quarantine": quarantine}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.mixture.load_state_dict(state)
+        self._records.quarantine.load_state_dict(state["quarantine"])
 
     def close(self) -> None:
         """Nothing is open."""
@@ -71,7 +73,11 @@ class MixtureSource:
 
 @dataclass(frozen=True)
 class FlowMatchingMicro:
-    """A micro-batch ready for the loss. Lists run over B samples; latents [c, h, w] on the learner's device."""
+    """A micro-batch ready for the loss. Lists run over B samples; latents [c, h, w] on the learner's device.
+
+    Without any usable record B is 1: a blank stands in, of which the share is 0, so that the model runs on this rank as
+    on all others (ZeRO-3 would hang) and nothing is learnt from it.
+    """
 
     task: str
     prompts: list[str]
@@ -81,6 +87,7 @@ class FlowMatchingMicro:
     noise: list[Tensor]
     sigmas: Tensor  # [B] fp32
     share: float  # of the batch's loss
+    bad: int  # records that cannot be used
 
 
 class FlowMatching:
@@ -88,33 +95,62 @@ class FlowMatching:
 
     sigma comes uniformly from the 1000 levels of the shifted training grid. Captions of generation are dropped with
     probability ``caption_drop``; editing drops nothing (M1.8). Every sample has random numbers of its own, derived from
-    (seed, step, place in the batch), so they do not change with the number of workers.
+    (seed, step, place in the batch), so they do not change with the number of workers. Records that cannot be used take
+    no part in any mean and are noted in ``quarantine``.
     """
 
-    def __init__(self, data: TrainingSet, settings: Settings, encode: Callable[[Tensor], Tensor]) -> None:
-        self.data = data
+    def __init__(self, settings: Settings, encode: Callable[[Tensor], Tensor], quarantine: Quarantine) -> None:
+        self.quarantine = quarantine
         self.caption_drop = settings.data.caption_drop
         self.sigmas = training_sigmas()  # shift 3: the schedule the public weights were trained on
         self.cache = LatentCache(encode, LATENT_CACHE_BYTES)
 
     @classmethod
-    def for_worker(cls, data: TrainingSet, context: WorkerContext) -> FlowMatching:
-        """With the model's own VAE, whose latents are kept on the CPU."""
+    def for_worker(cls, context: WorkerContext) -> FlowMatching:
+        """With the model's own VAE, whose latents are kept on the CPU, and the quarantine of the run."""
 
         def encode(image: Tensor) -> Tensor:
             (latent,) = context.model.encode_images([image.to(context.device)], None)
             return latent.float().cpu()
 
-        return cls(data, context.settings, encode)
+        run, max_share = context.settings.run, context.settings.data.max_bad_share
+        folder = Path(run.dir) / run.name
+        quarantine = Quarantine(max_share, folder, rank=context.rank, resume=run.resume, say=context.say)
+        return cls(context.settings, encode, quarantine)
 
     def prepare(
         self, model: UnifiedModel, batch: Sequence[MicroBatch], context: StepContext
     ) -> list[FlowMatchingMicro]:
-        return [self.prepare_one(micro, context.device, 1 / len(batch)) for micro in batch]
+        micros = self.prepare_records(batch, context, 1.0)
+        if not any(gather(any(micro.share for micro in micros), context.world)):
+            raise UserError(f"data.train: no record of step {context.step} can be used; see {self.quarantine.path}")
+        return micros
 
-    def prepare_one(self, micro: MicroBatch, device: torch.device, share: float) -> FlowMatchingMicro:
+    def prepare_records(
+        self, batch: Sequence[MicroBatch], context: StepContext, share: float
+    ) -> list[FlowMatchingMicro]:
+        """Micro-batches whose losses add up to ``share`` times the mean over the micro-batches of the batch.
+
+        The mean of a micro-batch is over the usable records of all ranks; one that has none counts for nothing.
+        Collective. Raises UserError on all ranks when too many records are bad.
+        """
+        ranks = gather([(len(micro.indices), micro.bad) for micro in batch], context.world)
+        usable = [sum(count for count, _ in micros) for micros in zip(*ranks, strict=True)]
+        bad = [row for micros in ranks for _, rows in micros for row in rows]
+        self.quarantine.add(sum(usable) + len(bad), bad)
+        micro_share = share / max(1, sum(count > 0 for count in usable))
+        # Gradients are averaged over ranks, so a rank counts by its part of the usable records.
+        parts = [context.world * len(m.indices) / max(1, count) for m, count in zip(batch, usable, strict=True)]
+        return [
+            self._prepare_one(micro, context.device, micro_share * part)
+            for micro, part in zip(batch, parts, strict=True)
+        ]
+
+    def _prepare_one(self, micro: MicroBatch, device: torch.device, share: float) -> FlowMatchingMicro:
         """Draw captions to drop, noise and times; fetch latents. ``share`` scales the loss."""
-        latents = [self.cache.get(i, 0, partial(self.data.target, i)) for i in micro.indices]
+        if not micro.indices:
+            return self._blank(micro, device)
+        latents = [self.cache.get(i, 0, image) for i, image in zip(micro.indices, micro.targets, strict=True)]
         generators = micro.generators("flow matching")
         dropped = [bool(torch.rand((), generator=g) < self.caption_drop) for g in generators]
         levels = torch.stack([self.sigmas[torch.randint(len(self.sigmas), (), generator=g)] for g in generators])
@@ -130,6 +166,24 @@ class FlowMatching:
             noise=_to(noise, device),
             sigmas=levels.to(device),
             share=share,
+            bad=len(micro.bad),
+        )
+
+    def _blank(self, micro: MicroBatch, device: torch.device) -> FlowMatchingMicro:
+        """The smallest micro-batch of the same task that the model can work on."""
+        image = torch.zeros(3, SIDE_MULTIPLE, SIDE_MULTIPLE)
+        latent = self.cache.encode(image).to(device)
+        is_edit = micro.task == "edit"
+        return FlowMatchingMicro(
+            task=micro.task,
+            prompts=[""],
+            references=[[image.to(device)] if is_edit else []],
+            latents=[latent],
+            reference_latents=[[latent] if is_edit else []],
+            noise=[torch.zeros_like(latent)],
+            sigmas=self.sigmas[:1].to(device),
+            share=0.0,
+            bad=len(micro.bad),
         )
 
     def loss(self, model: UnifiedModel, micro: FlowMatchingMicro, context: StepContext) -> tuple[Tensor, Metrics]:
@@ -139,20 +193,31 @@ class FlowMatching:
         references = micro.reference_latents if is_edit else None
         velocity = model.velocity(noisy, timesteps(micro.sigmas), conditioning, references)
         loss = flow_matching_loss(velocity, micro.latents, micro.noise).loss
-        value = loss.detach()
-        own = f"loss/flow_matching_{micro.task}"
-        return loss * micro.share, {"loss/flow_matching": value, own: value, "images_sum": float(len(noisy))}
+        metrics: dict[str, float | Tensor] = {"data/quarantined_sum": float(micro.bad)}
+        if micro.share:
+            value = loss.detach()
+            metrics |= {"loss/flow_matching": value, f"loss/flow_matching_{micro.task}": value}
+            metrics["images_sum"] = float(len(noisy))
+        return loss * micro.share, metrics
 
     def _reference_latents(self, index: int, images: list[Tensor]) -> list[Tensor]:
-        return [self.cache.get(index, slot, image.clone) for slot, image in enumerate(images, start=1)]
+        return [self.cache.get(index, slot, image) for slot, image in enumerate(images, start=1)]
 
 
 def build_flow_matching(context: WorkerContext) -> Parts:
     """Source and objective of pretrain and sft."""
-    data = TrainingSet.read(context.settings.data.train, context.settings.data.image_size)
-    context.say(f"{len(data.t2i)} generation and {len(data.edit)} editing records")
-    source = MixtureSource.from_settings(context.settings, data, picture_drawer(context))
-    return source, FlowMatching.for_worker(data, context)
+    settings, data = context.settings, open_training_set(context)
+    mixture = Mixture.from_settings(settings, data.store, settings.data.micro_batch)
+    edits = int((data.store.tasks == TASKS.index("edit")).sum())
+    context.say(f"{len(data) - edits} generation and {edits} editing records")
+    objective = FlowMatching.for_worker(context)
+    return MixtureSource(data, mixture, objective, picture_drawer(context)), objective
+
+
+def open_training_set(context: WorkerContext) -> TrainingSet:
+    """data.train for this model. Raises UserError when a file cannot be read or lacks a column."""
+    data = context.settings.data
+    return TrainingSet(ParquetStore(data.train), data.image_size, context.model.tokenizer.all_special_tokens)
 
 
 def _to(tensors: list[Tensor], device: torch.device) -> list[Tensor]:

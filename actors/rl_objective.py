@@ -19,13 +19,12 @@ from torch import Tensor
 from actors.evaluation import GRID_PROMPTS, Evaluation, choose_records, grid, heldout_records
 from actors.experience import GroupBatch, RankBatch
 from actors.learner import Metrics, Parts, StepContext, WorkerContext
-from actors.objectives import FlowMatching, FlowMatchingMicro
+from actors.objectives import FlowMatching, FlowMatchingMicro, MixtureSource, open_training_set
 from actors.sampling import LearnerGroup, unpack_group
 from actors.weights import publish_weights
 from deepgen.algorithms.losses import PolicyStep, clipped_policy_loss, kl_divergence
 from deepgen.config import Settings
-from deepgen.data.collate import MicroBatch, collate
-from deepgen.data.dataset import TrainingSet
+from deepgen.data.collate import MicroBatch
 from deepgen.data.mixture import Mixture
 from deepgen.diffusion.samplers import guided, sampler_step
 from deepgen.diffusion.schedule import timesteps
@@ -59,7 +58,7 @@ class RLBatch:
 class ExperienceSource:
     """Batches from the experience stream, weights back to it, and pictures of the policy on the way (rank 0)."""
 
-    def __init__(self, context: WorkerContext, stream: Any, auxiliary: AuxiliaryRecords | None) -> None:
+    def __init__(self, context: WorkerContext, stream: Any, auxiliary: MixtureSource | None) -> None:
         self._context, self._stream, self._auxiliary = context, stream, auxiliary
         self._deadline_s = context.settings.experience.deadline_s + _ANSWER_MARGIN_S
         self._metrics: dict[str, float] = {}
@@ -71,7 +70,7 @@ class ExperienceSource:
         batch: RankBatch = self._ask(self._stream.next_batch.remote(step, rank, world))
         self._metrics = dict(batch.metrics)
         trajectories = ray.get([group.trajectory for group in batch.groups], timeout=self._deadline_s)
-        records = self._auxiliary.plan(step, rank, world) if self._auxiliary else ()
+        records = self._auxiliary.next(step, rank, world) if self._auxiliary else ()
         return RLBatch(batch.groups, tuple(trajectories), tuple(records))
 
     def publish(self, weights: Callable[[], dict[str, Tensor]], version: int) -> None:
@@ -87,14 +86,14 @@ class ExperienceSource:
     def state_dict(self, step: int) -> dict[str, Any]:
         state: dict[str, Any] = self._ask(self._stream.state.remote(step)) if self._context.rank == 0 else {}
         if self._auxiliary:
-            state["auxiliary"] = self._auxiliary.mixture.state_dict(step, self._context.world)
+            state["auxiliary"] = self._auxiliary.state_dict(step)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         state = dict(state)
         auxiliary = state.pop("auxiliary", None)
         if self._auxiliary and auxiliary:
-            self._auxiliary.mixture.load_state_dict(auxiliary)
+            self._auxiliary.load_state_dict(auxiliary)
         if self._context.rank == 0:
             self._ask(self._stream.restore.remote(state))
 
@@ -155,18 +154,12 @@ def _due(version: int, every: int) -> bool:
     return every > 0 and version % every == 0
 
 
-class AuxiliaryRecords:
+def auxiliary_records(context: WorkerContext, objective: FlowMatching) -> MixtureSource:
     """The training records of the auxiliary loss: the same edit:T2I cycle as in the other stages (M2.4)."""
-
-    def __init__(self, data: TrainingSet, settings: Settings) -> None:
-        per_cycle = {"edit": settings.data.edit_per_cycle, "t2i": settings.data.t2i_per_cycle}
-        size = max(1, settings.algorithm.sft_batch // sum(per_cycle.values()))
-        self.data = data
-        self.mixture = Mixture(settings.run.seed, data.blocks(), per_cycle, size)
-
-    def plan(self, step: int, rank: int, world: int) -> list[MicroBatch]:
-        planned = self.mixture.plan(step, rank, world)
-        return [collate(self.data, one, seed=self.mixture.seed, step=step) for one in planned]
+    settings, data = context.settings, open_training_set(context)
+    context.say(f"{len(data)} records for the auxiliary loss")
+    size = max(1, settings.algorithm.sft_batch // (settings.data.edit_per_cycle + settings.data.t2i_per_cycle))
+    return MixtureSource(data, Mixture.from_settings(settings, data.store, size), objective)
 
 
 # -- objective --------------------------------------------------------------------------------------------------------
@@ -214,8 +207,7 @@ class MRGRPO:
         for group, arrays in zip(batch.groups, batch.trajectories, strict=True):
             micros += self._policy_micros(group, unpack_group(arrays, context.device), 1 / len(batch.groups))
         if self._auxiliary:
-            share = self._algorithm.sft_coef / max(1, len(batch.records))
-            micros += [self._auxiliary.prepare_one(micro, context.device, share) for micro in batch.records]
+            micros += self._auxiliary.prepare_records(batch.records, context, self._algorithm.sft_coef)
         return micros
 
     def loss(
@@ -224,7 +216,8 @@ class MRGRPO:
         if isinstance(micro, FlowMatchingMicro):
             assert self._auxiliary is not None
             loss, metrics = self._auxiliary.loss(model, micro, context)
-            return loss, {"loss/sft": metrics["loss/flow_matching"]}
+            names = {"loss/flow_matching": "loss/sft", "data/quarantined_sum": "data/quarantined_sum"}
+            return loss, {names[key]: value for key, value in metrics.items() if key in names}
         return self._policy_loss(model, micro, context)
 
     def _policy_micros(self, group: GroupBatch, samples: LearnerGroup, share: float) -> Iterator[PolicyMicro]:
@@ -331,7 +324,6 @@ def build_rl(context: WorkerContext, stream: Any) -> Parts:
     settings = context.settings
     if not settings.algorithm.sft_coef:
         return ExperienceSource(context, stream, None), MRGRPO.for_worker(context, None)
-    data = TrainingSet.read(settings.data.train, settings.data.image_size)
-    context.say(f"{len(data)} records for the auxiliary loss")
-    source = ExperienceSource(context, stream, AuxiliaryRecords(data, settings))
-    return source, MRGRPO.for_worker(context, FlowMatching.for_worker(data, context))
+    auxiliary = FlowMatching.for_worker(context)
+    source = ExperienceSource(context, stream, auxiliary_records(context, auxiliary))
+    return source, MRGRPO.for_worker(context, auxiliary)

@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from actors.objectives import MixtureSource
 from benchmarks.common import Result, compare, recipe
+from deepgen.data.collate import collate
 from deepgen.data.convert import ROW_GROUP
 from deepgen.data.dataset import TrainingSet, fixed_area_size
+from deepgen.data.mixture import Mixture
 from deepgen.data.records import Record, write_records
+from deepgen.data.store import ParquetStore
 
 RECORDS, IMAGE_SIZE, STEPS = 256, 512, 8
 SIDES = ((640, 480), (480, 640), (768, 512), (600, 600))
@@ -30,16 +32,15 @@ def run(weights: Path, repeats: int, threads: int) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "records.parquet"
         write_records(path, make_records(), row_group_size=ROW_GROUP)
-        data = TrainingSet.read(path, IMAGE_SIZE)
-        source = MixtureSource.from_settings(settings, data)
-        plans = [micro for step in range(STEPS) for micro in source.next(step, 0, 1)]
-        blobs = [b for micro in plans for i in micro.indices for b in images_of(data.store.read(i))]
+        data = TrainingSet(ParquetStore(path), IMAGE_SIZE)
+        mixture = Mixture.from_settings(settings, data.store, settings.data.micro_batch)
+        plans = [micro for step in range(STEPS) for micro in mixture.plan(step, 0, 1)]
+        blobs = [b for micro in plans for i in micro.members for b in images_of(data.store.read(i))]
 
         def ours() -> None:
             for step in range(STEPS):
-                for micro in source.next(step, 0, 1):
-                    for index in micro.indices:
-                        data.target(index)
+                for planned in mixture.plan(step, 0, 1):
+                    collate(data, planned, seed=0, step=step)
 
         def floor() -> None:
             for blob in blobs:
@@ -55,7 +56,7 @@ def bare_decode(blob: bytes) -> np.ndarray:
 
 
 def images_of(record: Record) -> Sequence[bytes]:
-    return [*([record.image] if record.image else []), *record.references]
+    return [image for image in (record.image, *record.references) if isinstance(image, bytes)]
 
 
 def make_records() -> list[Record]:

@@ -19,11 +19,10 @@ from actors.experience import GroupBatch
 from actors.launch import load_model, prepare_process
 from actors.learner import Objective, StepContext, WorkerContext, update
 from actors.objectives import FlowMatching, FlowMatchingMicro, build_flow_matching
-from actors.rl_objective import MRGRPO, AuxiliaryRecords, PolicyMicro, RLBatch
+from actors.rl_objective import MRGRPO, PolicyMicro, RLBatch, auxiliary_records
 from actors.rollout import GroupRequest
 from actors.sampling import PolicySampler
 from benchmarks.common import Result, Shape, bare_dit, bare_inputs, compare, joined_size, recipe
-from deepgen.data.dataset import TrainingSet
 from deepgen.data.records import TASKS, read_records
 from deepgen.models.unified import UnifiedModel
 
@@ -74,10 +73,9 @@ def _experience(context: WorkerContext) -> tuple[Objective, RLBatch]:
         advantages = np.random.default_rng(number).standard_normal(settings.rollout.group_size).astype(np.float32)
         groups.append(GroupBatch(number, record.id, record.task, 0, advantages, None))
         trajectories.append(packed)
-    data = TrainingSet.read(settings.data.train, settings.data.image_size)
-    objective = MRGRPO.for_worker(context, FlowMatching.for_worker(data, context))
-    auxiliary = AuxiliaryRecords(data, settings).plan(0, 0, 1)
-    return objective, RLBatch(tuple(groups), tuple(trajectories), tuple(auxiliary))
+    matching = FlowMatching.for_worker(context)
+    auxiliary = auxiliary_records(context, matching).next(0, 0, 1)
+    return MRGRPO.for_worker(context, matching), RLBatch(tuple(groups), tuple(trajectories), tuple(auxiliary))
 
 
 class BareUpdate:

@@ -35,6 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--form", choices=FORMS)
     parser.add_argument("--task", choices=TASKS, default="t2i", help="of these samples")
+    parser.add_argument("--name", help="of the data set, for the column source; default: SOURCE's")
     parser.add_argument("--images", type=Path, help="folder that relative image paths start from")
     parser.add_argument("--caption-key", default="caption", help="key of the caption in annotations and tar JSON")
     parser.add_argument(
@@ -59,6 +60,7 @@ def main() -> int:
         args.images,
         args.caption_key,
         columns(args.column),
+        args.name or args.source.resolve().stem,
     )
     limits = convert.Limits(args.min_side, args.max_aspect, args.max_pixels)
     units = plan_units(source, args.rows)

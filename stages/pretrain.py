@@ -1,6 +1,6 @@
 """Stage 1, alignment: the think tokens and the bridge learn to steer the frozen DiT (method 2).
 
-python stages/pretrain.py [--recipe NAME_OR_PATH] [KEY=VALUE ...] [--resume]
+python stages/pretrain.py [--recipe NAME_OR_PATH] [KEY=VALUE ...] [--resume] [--plan]
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
 from actors.launch import LearnerJob, prepare_run, run_learner  # noqa: E402
+from actors.plan import plan_text  # noqa: E402
 from deepgen.cluster.connect import connect  # noqa: E402
 from deepgen.config import parse_command_line, run_program  # noqa: E402
+from deepgen.data.mixture import Mixture  # noqa: E402
 from deepgen.data.store import ParquetStore  # noqa: E402
 
 
 def main() -> int:
-    settings = prepare_run(parse_command_line("pretrain", sys.argv[1:]), "pretrain")
-    ParquetStore(settings.data.train)  # what does not fit is named now, not when the workers have started
+    settings = prepare_run(parse_command_line("pretrain", sys.argv[1:], plan_text), "pretrain")
+    # What does not fit is named now, not when the workers have started.
+    Mixture.from_settings(settings, ParquetStore(settings.data.train), settings.data.micro_batch)
     gpus = connect(settings, code_root=ROOT)
     from actors.objectives import build_flow_matching  # torch and DeepSpeed: not for --help
 

@@ -1,6 +1,6 @@
 """Stage 3, reinforcement learning: MR-GRPO on the DiT (method 3).
 
-    python stages/rl.py [--recipe NAME_OR_PATH] [KEY=VALUE ...] [--resume]
+    python stages/rl.py [--recipe NAME_OR_PATH] [KEY=VALUE ...] [--resume] [--plan]
 
 Held-out prompts are drawn and scored before the first step and after the last one, with the same seeds; the table at
 the end compares the two.
@@ -21,9 +21,11 @@ sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is c
 
 from actors.evaluation import Evaluation, grid_rows, heldout_records  # noqa: E402
 from actors.launch import LearnerJob, prepare_run, run_folder, run_learner  # noqa: E402
+from actors.plan import plan_text  # noqa: E402
 from deepgen.cluster.connect import connect  # noqa: E402
 from deepgen.cluster.resources import rl_needs  # noqa: E402
 from deepgen.config import Settings, UserError, parse_command_line, run_program  # noqa: E402
+from deepgen.data.mixture import Mixture  # noqa: E402
 from deepgen.data.records import Record, read_records  # noqa: E402
 from deepgen.data.store import ParquetStore  # noqa: E402
 
@@ -33,10 +35,11 @@ END_S = 3.0
 
 
 def main() -> int:
-    settings = prepare_run(parse_command_line("rl", sys.argv[1:]), "rl")
+    settings = prepare_run(parse_command_line("rl", sys.argv[1:], plan_text), "rl")
     prompts, heldout = read_prompts(settings), heldout_records(settings)
     if settings.algorithm.sft_coef:
-        ParquetStore(settings.data.train)  # what does not fit is named now, not when the workers have started
+        # What does not fit is named now, not when the workers have started.
+        Mixture.from_settings(settings, ParquetStore(settings.data.train), settings.data.micro_batch)
     gpus = connect(settings, rl_needs, code_root=ROOT)
     from actors.start import start_rollouts, start_stream
 

@@ -18,7 +18,8 @@ def run_workers(folder: Path, runs: Sequence[dict[str, Any]], *, world: int = 1,
     """Train each of ``runs`` in turn on ``world`` workers and wait; what the workers printed.
 
     A run is {"overrides": [...]} plus, as wanted, "recipe", "stage" (default: the toy model), "noise" (toy) and
-    "die_after": the worker then ends hard, as by a kill, in the step after that many.
+    "die_after": the worker then ends hard, as by a kill, in the step after that many. With "measure", a file name, it
+    trains nothing much: rank 0 writes there what lies in memory (``tests.memory_states``).
     """
     folder.mkdir(parents=True, exist_ok=True)
     rendezvous = folder / f"rendezvous-{len(list(folder.glob('rendezvous-*')))}"
@@ -54,9 +55,17 @@ def main() -> None:
             prepare_process(settings)
             method = f"file://{job['rendezvous']}"
             dist.init_process_group("gloo", init_method=method, rank=job["rank"], world_size=job["world"])
-        start = _train_toy if "stage" not in run else _train_stage
+        start = _measure if "measure" in run else _train_toy if "stage" not in run else _train_stage
         start(settings, run, job["rank"], job["world"])
     dist.destroy_process_group()
+
+
+def _measure(settings: Any, run: dict[str, Any], rank: int, world: int) -> None:
+    from tests.memory_states import measure
+
+    found = measure(settings)
+    if rank == 0:
+        Path(run["measure"]).write_text(json.dumps(found))
 
 
 def _train_stage(settings: Any, run: dict[str, Any], rank: int, world: int) -> None:

@@ -33,6 +33,8 @@ from actors.objectives import FlowMatching, MixtureSource
 from deepgen.algorithms.losses import flow_matching_loss
 from deepgen.config import UserError, load_settings
 from deepgen.data.dataset import TrainingSet
+from deepgen.data.mixture import Mixture
+from deepgen.data.quarantine import Quarantine
 from deepgen.data.records import Record, write_records
 from deepgen.data.store import ListStore
 from tests.factories import make_tiny_folder
@@ -95,6 +97,8 @@ def test_old_checkpoints_go_and_damaged_ones_are_passed_over(tmp_path: Path) -> 
         ([], "sft", "stage: got sft"),
         (["model.preset=tiny"], "rl", "model.preset: got tiny"),
         (["run.seed=1"], "rl", "run.seed: got 1"),
+        (["data.temperature=2"], "rl", "data.temperature: got 2.0; allowed: 1.0"),
+        (["data.weights={a: 1}"], "rl", "data.weights: got {'a': 1.0}; allowed: {}"),
         (["train.ema_decay=0.5"], "rl", "train.ema_decay: got above 0"),
         (["train.steps=3"], "rl", "train.steps: got 3"),
         ([f"model.weights={ROOT / 'tests' / 'golden'}"], "rl", "is not what the checkpoint"),
@@ -186,11 +190,12 @@ def make_records(count: int = 12) -> list[Record]:
     ]
 
 
-def test_flow_matching_targets_and_dropped_captions() -> None:
+def test_flow_matching_targets_and_dropped_captions(tmp_path: Path) -> None:
     settings = load_settings(None, ["data.micro_batch=8", "data.image_size=64", "data.caption_drop=0.5"])
     data = TrainingSet(ListStore(make_records()), 64)
-    source, context = MixtureSource.from_settings(settings, data), StepContext(1, 0, 0, 1, torch.device("cpu"))
-    objective = FlowMatching(data, settings, encode=lambda image: image[:, ::4, ::4])
+    objective = FlowMatching(settings, lambda image: image[:, ::4, ::4], Quarantine(0.0, tmp_path))
+    source = MixtureSource(data, Mixture.from_settings(settings, data.store, 8), objective)
+    context = StepContext(1, 0, 0, 1, torch.device("cpu"))
     asked: list[tuple[list[str], Any]] = []
 
     class Perfect:
@@ -321,8 +326,8 @@ def test_sft_under_ray_train_interrupted_and_resumed(world: Path, tmp_path: Path
 def test_a_killed_worker_is_started_again(world: Path, tmp_path: Path) -> None:
     """SIGKILL of one of two workers: Ray Train starts both again from the last checkpoint, and nothing is different."""
     options = ("train.workers=2", "train.steps=20", "train.max_failures=1")
-    overrides = stage_overrides(world, tmp_path / "ray", "a", *options, "cluster.num_cpus=4")
-    command = [sys.executable, str(ROOT / "stages" / "sft.py"), *overrides]
+    program, more = [sys.executable, str(ROOT / "stages" / "sft.py")], [*options, "cluster.num_cpus=4"]
+    command = [*program, *stage_overrides(world, tmp_path / "ray", "a", *more)]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -342,11 +347,8 @@ def test_a_killed_worker_is_started_again(world: Path, tmp_path: Path) -> None:
     assert process.returncode == 0, output
     assert output.count("starting the workers again (1, train.max_failures 1): worker ") == 1
     assert "resuming after step" in output and "step 20/20" in output
-    run_workers(
-        tmp_path,
-        [{"stage": "sft", "overrides": stage_overrides(world, tmp_path / "alone", "a", *options)}],
-        world=2,
-    )
+    undisturbed = [*program, *stage_overrides(world, tmp_path / "alone", "a", *more)]
+    subprocess.run(undisturbed, cwd=tmp_path, env=environment, check=True, timeout=900, capture_output=True)
     for part in ("bridge", "transformer", "vlm_lora"):
         expected, result = component(tmp_path / "alone", "a", part), component(tmp_path / "ray", "a", part)
         assert expected and all(torch.equal(result[name], expected[name]) for name in expected), part

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from deepgen.config import UserError
 from deepgen.data.collate import LatentCache, collate
 from deepgen.data.dataset import TrainingSet
-from deepgen.data.mixture import Mixture
+from deepgen.data.mixture import Mixture, Part
 from deepgen.data.records import Record
 from deepgen.data.store import ListStore
+from tests.test_records import PICTURE
 
-SIZES, CYCLE = {"edit": [7], "t2i": [10, 3, 18]}, {"edit": 1, "t2i": 3}
+CYCLE = {"edit": 1, "t2i": 3}
+T2I = Part(np.arange(31), np.array([0, 10, 13, 31]))  # blocks of 10, 3 and 18 records
+PARTS = {"edit": [Part(np.arange(31, 38), np.array([0, 38]))], "t2i": [T2I]}
 
 
 def make(micro_batch: int = 2, seed: int = 1) -> Mixture:
-    return Mixture(seed, SIZES, CYCLE, micro_batch)
+    return Mixture(seed, PARTS, CYCLE, micro_batch)
 
 
 def test_every_rank_has_the_same_tasks_in_the_same_order() -> None:
@@ -72,12 +76,12 @@ def test_state_continues_on_another_number_of_ranks() -> None:
 
 def test_a_task_without_records_is_refused() -> None:
     with pytest.raises(UserError, match=r"data\.edit_per_cycle: got 1, but data\.train holds no editing"):
-        Mixture(1, {"edit": [], "t2i": [3]}, CYCLE, 2)
-    Mixture(1, {"edit": [], "t2i": [3]}, {"edit": 0, "t2i": 3}, 2)
+        Mixture(1, {"edit": [], "t2i": [T2I]}, CYCLE, 2)
+    Mixture(1, {"t2i": [T2I]}, {"edit": 0, "t2i": 3}, 2)
 
 
 def test_random_numbers_belong_to_the_place_in_the_batch() -> None:
-    data = TrainingSet(ListStore([Record(str(i), "t2i", str(i), "", b"x", (), "") for i in range(31)]), 64)
+    data = TrainingSet(ListStore([Record(str(i), "t2i", str(i), "", PICTURE, (), "") for i in range(31)]), 64)
     (whole,) = (collate(data, make(4).plan(2, 0, 1)[1], seed=1, step=2),)
     halves = [collate(data, make(2).plan(2, rank, 2)[1], seed=1, step=2) for rank in range(2)]
     assert whole.prompts == halves[0].prompts + halves[1].prompts
@@ -97,5 +101,8 @@ def test_cache_is_bounded_and_changes_nothing() -> None:
     cache = LatentCache(encode, max_bytes=2 * 8 * 4)
     images = [torch.full((8,), float(i)) for i in range(3)]
     for _ in range(2):
-        assert [float(cache.get(i, 0, lambda i=i: images[i])[0]) for i in range(3)] == [0, 2, 4]  # type: ignore[misc]
+        assert [float(cache.get(i, 0, images[i])[0]) for i in range(3)] == [0, 2, 4]
     assert len(cache) == 2 and calls == [0, 1, 2, 2]
+    assert 1 in cache and 2 not in cache and float(cache.get(1, 0, None)[0]) == 2
+    with pytest.raises(ValueError, match="record 2: its latent 0 is not kept"):
+        cache.get(2, 0, None)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from deepgen.config import UserError
 from deepgen.data.dataset import TrainingSet, fixed_area_size, image_to_tensor
-from deepgen.data.records import Record, decode_image, quoted_words, read_records, write_records
+from deepgen.data.records import Record, RecordError, decode_image, quoted_words, read_records, write_records
 from deepgen.data.store import ListStore
 
 
@@ -115,9 +115,9 @@ def test_tensors_span_minus_one_to_one() -> None:
 
 def test_training_set_names_the_record_it_cannot_use() -> None:
     data = TrainingSet(ListStore([GOOD, EDIT, replace(GOOD, id="d", image=PICTURE[:40]), PROMPT]), 64)
-    assert (data.edit.tolist(), data.t2i.tolist()) == ([1], [0, 2, 3])
-    assert len(data.references(1)) == 2 and data.references(0) == []
-    with pytest.raises(UserError, match=r"row 3: image is not a readable image"):
-        data.target(2)
-    with pytest.raises(UserError, match="row 4: no target image"):
-        data.target(3)
+    assert len(data.sample(1).references) == 2 and data.sample(0).references == []
+    assert data.sample(0, target=False).target is None
+    with pytest.raises(RecordError, match=r"row 3: image is not a readable image"):
+        data.sample(2)
+    with pytest.raises(RecordError, match="row 4: no target image"):
+        data.sample(3)

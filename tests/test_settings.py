@@ -26,7 +26,8 @@ STAGES = get_args(Stage)
 KEYS = {
     "run": "name dir seed resume",
     "model": "preset weights padding precision gradient_checkpointing lora_rank lora_alpha lora_dropout fresh_bridge",
-    "data": "train prompts heldout image_size edit_per_cycle t2i_per_cycle micro_batch caption_drop",
+    "data": "train prompts heldout image_size edit_per_cycle t2i_per_cycle micro_batch caption_drop "
+    "temperature weights max_bad_share",
     "train": "steps learning_rate min_learning_rate beta1 beta2 weight_decay warmup_steps schedule grad_clip workers "
     "threads zero_stage offload_optimizer ema_decay checkpoint_every keep_checkpoints max_failures",
     "rollout": "sampler eta num_steps shift guidance_scale sde_steps sde_window group_size prompts_per_step actors "
@@ -94,6 +95,46 @@ def test_shipped_recipe_loads_and_says_what_it_was_verified_on(stage: Stage) -> 
     check_stage(settings, stage)
     assert settings.model.preset == "tiny"
     assert "# Verified on:" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("stage", "updates", "images"), [("pretrain", 200_000 // 4, 64 * 4 * 4), ("sft", 400_000 // 3, 64 * 4 * 3)]
+)
+def test_5b_recipes_are_the_papers(stage: Stage, updates: int, images: int) -> None:
+    """Method 2.2: iterations counted in optimizer steps, images in one of them."""
+    path = find_recipe(f"deepgen-5b-{stage}")
+    s = load_settings(path)
+    check_stage(s, stage)
+    assert "# Verified on: settings and memory arithmetic only; not run on GPUs" in path.read_text()
+    assert (s.model.preset, s.model.precision, s.data.image_size) == ("deepgen-5b", "bf16", 512)
+    assert s.train.steps == updates and s.train.warmup_steps == updates // 100
+    assert s.train.workers * s.data.micro_batch * (s.data.edit_per_cycle + s.data.t2i_per_cycle) == images
+    assert (s.train.beta1, s.train.beta2, s.train.weight_decay, s.train.grad_clip) == (0.9, 0.95, 0.05, 1.0)
+    assert s.train.learning_rate == {"pretrain": 1e-4, "sft": 5e-5}[stage]
+    assert (s.train.schedule, s.train.zero_stage, s.train.min_learning_rate) == ("cosine", 2, 0.0)
+    assert s.model.fresh_bridge == (stage == "pretrain")
+    assert s.model.lora_rank == {"pretrain": 0, "sft": 64}[stage]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_5b_recipes_say_which_weights_are_missing(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = ["--recipe", f"deepgen-5b-{stage}"]
+    with pytest.raises(UserError, match=r"model\.weights: no file or folder .*deepgen-5b") as caught:
+        parse_command_line(stage, argv)
+    assert "\n" not in str(caught.value)
+    for flag in ("--print-config", "--plan"):
+        with pytest.raises(SystemExit):
+            parse_command_line(stage, [*argv, flag], plan=lambda settings, stage: "a plan")
+
+
+def test_plan_is_printed_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--plan", "train.workers=3", "model.weights=nowhere"]
+    with pytest.raises(SystemExit) as caught:
+        parse_command_line("sft", argv, plan=lambda settings, stage: f"{stage} on {settings.train.workers}")
+    assert (caught.value.code, capsys.readouterr().out) == (0, "sft on 3\n")
 
 
 def test_recipe_holds_differences_and_the_command_line_wins(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from deepgen.config.errors import UserError
-from deepgen.data.dataset import TrainingSet
+from deepgen.config.settings import load_settings
+from deepgen.data.mixture import make_parts
 from deepgen.data.order import BlockOrder
 from deepgen.data.records import SCHEMA, Record, write_records
 from deepgen.data.store import ParquetStore
@@ -105,14 +106,13 @@ def test_records_come_back_from_every_row_group(folder: Path) -> None:
     assert store.starts.tolist() == [0, 4, 8, 10, 14, 15]
     assert [store.read(i).id for i in range(15)] == [f"r{i}" for i in range(15)]
     assert store.read(3).references == (b"y",)
-    assert store.place(11) == f"{folder / 'b.parquet'}, row 2"
+    assert store.locate(11) == (str(folder / "b.parquet"), 2)
 
 
-def test_blocks_of_each_source(folder: Path) -> None:
-    data = TrainingSet(ParquetStore(folder), 64)
-    assert data.edit.tolist() == [0, 3, 6, 9, 12]
-    blocks = {source: counts.tolist() for source, counts in data.blocks().items()}
-    assert blocks == {"edit": [2, 1, 1, 1], "t2i": [2, 3, 1, 3, 1]}
+def test_parts_of_the_mixture(folder: Path) -> None:
+    parts = make_parts(ParquetStore(folder), load_settings(), ["edit", "t2i"])
+    assert parts["edit"][0].rows.tolist() == [0, 3, 6, 9, 12]
+    assert [part.counts().tolist() for part in (*parts["edit"], *parts["t2i"])] == [[2, 1, 1, 1], [2, 3, 1, 3, 1]]
 
 
 def test_memory_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from deepgen.config.settings import Settings, allowed_values, leaf_keys, load_se
 
 Stage = Literal["pretrain", "sft", "rl"]
 WIDTH = 100
-_FLAGS = ("help", "print-config", "resume")
+_FLAGS = ("help", "plan", "print-config", "resume")
 
 _PURPOSE = {
     "pretrain": "Alignment: trains think tokens and bridge by flow matching; VLM and DiT stay as they are.",
@@ -33,6 +33,8 @@ options:
                           recipe; of two for one key the last wins. Values are written as in YAML.
   --resume                continue run.name from its last checkpoint (run.resume=true)
   --print-config          print all settings as YAML, which is itself a recipe, and start nothing
+  --plan                  print the memory this run needs on each GPU and the smallest clusters that
+                          have it, and start nothing; weights and data need not be there
   --help                  this text
 """
 
@@ -42,14 +44,18 @@ class _Arguments:
     recipe: str
     overrides: list[str] = field(default_factory=list)
     print_config: bool = False
+    plan: bool = False
     help: bool = False
 
 
-def parse_command_line(stage: Stage, argv: Sequence[str]) -> Settings:
+def parse_command_line(
+    stage: Stage, argv: Sequence[str], plan: Callable[[Settings, Stage], str] | None = None
+) -> Settings:
     """Settings of one stage program from its arguments (without the program's name).
 
-    --help and --print-config print and leave with SystemExit(0). Raises UserError, before anything is started, for an
-    unknown key, a bad value, a missing or broken recipe, a pair of settings that cannot work, a missing input file.
+    `plan` makes the text of --plan. --help, --plan and --print-config print and leave with SystemExit(0). Raises
+    UserError, before anything is started, for an unknown key, a bad value, a missing or broken recipe, a pair of
+    settings that cannot work, a missing input file.
     """
     arguments = _read_arguments(stage, argv)
     if arguments.help:
@@ -59,6 +65,11 @@ def parse_command_line(stage: Stage, argv: Sequence[str]) -> Settings:
     check_stage(settings, stage)
     if arguments.print_config:
         print(yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True), end="")
+        sys.exit(0)
+    if arguments.plan:
+        if plan is None:
+            raise UserError(f"--plan: {stage} has none; allowed: pretrain.py, sft.py and rl.py in stages/")
+        print(plan(settings, stage))
         sys.exit(0)
     check_inputs(settings, stage)
     return settings
@@ -73,6 +84,8 @@ def _read_arguments(stage: Stage, argv: Sequence[str]) -> _Arguments:
             arguments.help = True
         elif word == "--print-config":
             arguments.print_config = True
+        elif word == "--plan":
+            arguments.plan = True
         elif word == "--resume":
             arguments.overrides.append("run.resume=true")
         elif word.startswith("--") and name:
@@ -156,7 +169,13 @@ def help_text(stage: Stage, recipe: str) -> str:
         (f"{program} --recipe my.yaml --resume", "a recipe of your own, continued"),
     ]
     width = max(len(command) for command, _ in examples)
-    lines = [f"usage: {program} [--recipe NAME_OR_PATH] [--resume] [--print-config] [KEY=VALUE]...", "", purpose, ""]
+    lines = [
+        f"usage: {program} [--recipe NAME_OR_PATH] [KEY=VALUE]... [--resume]",
+        f"       {program} [--recipe NAME_OR_PATH] [KEY=VALUE]... --plan | --print-config",
+        "",
+        purpose,
+        "",
+    ]
     lines += ["examples:", *(f"  {command:<{width}}  {what}" for command, what in examples), ""]
     lines += [_OPTIONS.format(recipe=f"tiny-{stage}")]
     lines += [f"settings (default; in brackets what {recipe} sets):"]

@@ -81,11 +81,25 @@ class DataSettings(Section):
     caption_drop: float = setting(
         0.1, "Share of generation captions replaced by an empty one, for guidance.", ge=0, le=1
     )
+    temperature: float = setting(
+        1.0,
+        "Within editing and within generation a source (column source) of n records is drawn in proportion to "
+        "n^(1/temperature): 1 by size, more evens out.",
+        ge=1,
+    )
+    weights: dict[str, Weight] = setting(
+        {}, "How often each source is drawn instead, as {name: weight} with every source; empty is by temperature."
+    )
+    max_bad_share: float = setting(
+        0.01, "Training stops above this share of records read that cannot be used; 0 stops at the first.", ge=0, le=1
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.edit_per_cycle + self.t2i_per_cycle == 0:
             raise ValueError("data.edit_per_cycle and data.t2i_per_cycle: got 0 and 0; allowed: at least one above 0")
+        if self.weights and self.temperature != 1:
+            raise ValueError(f"data.temperature: got {self.temperature:g} beside data.weights; allowed: one of the two")
         return self
 
 

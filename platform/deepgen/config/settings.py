@@ -160,7 +160,7 @@ def _describe(error: ValidationError, origin: Mapping[str, str]) -> str:
         elif leaf is None:
             lines.setdefault(dotted, f"{dotted}: got {problem['input']!r}; allowed: a section of keys")
         else:
-            key = dotted if leaf == "rewards.weights" else leaf
+            key = dotted if leaf.endswith(".weights") else leaf
             given = problem["input"]
             place = next((f" {origin[k]}" for k in (key, leaf) if k in origin), "")
             options = [str(o) for o in _literals(leaves[leaf].annotation)]
@@ -223,6 +223,8 @@ def _allowed(kind: Any, limits: Sequence[Any]) -> str:
         return " or ".join(", ".join(str(a) for a in arguments).rsplit(", ", 1))
     if origin in (Union, UnionType):
         return " or ".join(_allowed(a, []) for a in arguments)
+    if origin is dict and get_origin(arguments[1]) is not dict:
+        return "a weight >= 0 for each source, as in {photos: 2, posters: 1}"
     if origin is dict:
         return f"a weight >= 0 for each reward ({', '.join(RewardSettings.names())}) of a task ({', '.join(TASKS)})"
     names = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path"}

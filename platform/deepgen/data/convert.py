@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
 from deepgen.data.raw import RawSample, Source, Unit, read_unit
-from deepgen.data.records import MAX_ASPECT, Record, read_records, write_records
+from deepgen.data.records import MAX_ASPECT, MAX_PIXELS, Record, read_records, write_records
 
 ROW_GROUP = 64  # rows that are read together in training
 _ASPECT_EDGES = [0.1, 0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0, 10.0]
@@ -35,7 +35,7 @@ class Limits:
 
     min_side: int = 81
     max_aspect: float = MAX_ASPECT
-    max_pixels: int = 100_000_000
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass
@@ -99,7 +99,7 @@ def check_sample(sample: RawSample, limits: Limits) -> tuple[Record | None, str]
             return None, f"{what}: {reason}"
     answer = sample.answer if isinstance(sample.answer, str) and sample.answer.strip() else sample.prompt
     references = tuple(data for data in sample.references if data is not None)
-    return Record(sample.id, sample.task, sample.prompt, answer, sample.image, references, sample.place), ""
+    return Record(sample.id, sample.task, sample.prompt, answer, sample.image, references, sample.source), ""
 
 
 def image_fault(data: bytes | None, limits: Limits) -> str:
@@ -166,7 +166,7 @@ def convert_unit(source: Source, unit: Unit, out: Path, limits: Limits, seed: in
 
 
 def _count(tally: Tally, record: Record) -> None:
-    assert record.image is not None  # checked
+    assert isinstance(record.image, bytes)  # checked
     width, height = Image.open(io.BytesIO(record.image)).size
     tally.kept += 1
     tally.tasks[record.task] += 1
@@ -181,6 +181,7 @@ def write_plan(out: Path, source: Source, limits: Limits, rows: int, seed: int, 
     """Note what is converted and how; raises UserError when `out` holds a conversion of something else."""
     plan = {
         "source": str(source.path.resolve()),
+        "name": source.name,
         "form": source.form,
         "task": source.task,
         "limits": vars(limits),

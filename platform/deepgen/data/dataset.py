@@ -6,17 +6,16 @@ Left out on purpose: which records make a batch (``deepgen.data.mixture``).
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from deepgen.config.errors import UserError
-from deepgen.config.settings import TASKS
-from deepgen.data.records import MAX_ASPECT, open_image
-from deepgen.data.store import ParquetStore, RecordStore
+from deepgen.data.records import MAX_ASPECT, RecordError, open_image
+from deepgen.data.store import RecordStore
 
 SIDE_MULTIPLE = 32  # latents, DiT patches and the 28/32 resize for the VLM all divide it
 
@@ -43,57 +42,51 @@ def image_to_tensor(image: np.ndarray | Image.Image, image_size: int) -> Tensor:
     return pixels.float().div_(127.5).sub_(1.0)
 
 
-class TrainingSet:
-    """Records with target images in two sources, editing and generation (M2.4), read when they are needed.
+@dataclass(frozen=True)
+class Sample:
+    """A usable training record; images float32 [3, h, w] in [-1, 1], on the CPU."""
 
-    ``edit`` and ``t2i`` are the record numbers of each source; tasks text and reasoning count as generation.
+    prompt: str
+    references: list[Tensor]  # [] unless it is an edit
+    target: Tensor | None  # None when it was not asked for
+
+
+class TrainingSet:
+    """Records with target images, read when they are needed.
+
+    ``reserved``: texts no prompt may contain, the tokenizer's special tokens, which would pass for structure.
     """
 
-    def __init__(self, store: RecordStore, image_size: int) -> None:
-        self.store, self.image_size = store, image_size
-        is_edit = store.tasks == TASKS.index("edit")
-        self.edit, self.t2i = np.flatnonzero(is_edit), np.flatnonzero(~is_edit)
-
-    @classmethod
-    def read(cls, path: Path, image_size: int) -> TrainingSet:
-        """Open a parquet file or folder; raises UserError naming file and row."""
-        return cls(ParquetStore(path), image_size)
+    def __init__(self, store: RecordStore, image_size: int, reserved: Sequence[str] = ()) -> None:
+        self.store, self.image_size, self._reserved = store, image_size, tuple(reserved)
 
     def __len__(self) -> int:
         return len(self.store.tasks)
 
-    def blocks(self) -> dict[str, np.ndarray]:
-        """Records of each source in every block of the store."""
-        rows = {"edit": self.edit, "t2i": self.t2i}
-        counts = {source: np.diff(np.searchsorted(own, self.store.starts)) for source, own in rows.items()}
-        return {source: found[found > 0] for source, found in counts.items()}
+    def sample(self, index: int, *, target: bool = True) -> Sample:
+        """Record number ``index``. Raises RecordError with file, row and reason when it cannot be used."""
+        record = self.store.read(index)
+        file, row = self.store.locate(index)
+        place = f"{file}, row {row}"
+        found = next((token for token in self._reserved if token in record.prompt), None)
+        if found is not None:
+            raise RecordError(place, f"prompt contains the reserved token {found}; remove it", record.id)
+        if record.image is None:
+            raise RecordError(place, "no target image; allowed: records with one", record.id)
+        try:
+            references = [self._tensor(data, f"reference {slot}") for slot, data in enumerate(record.references, 1)]
+            return Sample(record.prompt, references, self._tensor(record.image, "image") if target else None)
+        except ValueError as error:
+            raise RecordError(place, str(error), record.id) from error
 
-    def prompt(self, index: int) -> str:
-        """Caption or instruction of a record."""
-        return self.store.read(index).prompt
-
-    def target(self, index: int) -> Tensor:
-        """Target image of a record, float32 [3, h, w] in [-1, 1]."""
-        data = self.store.read(index).image
-        if data is None:
-            raise UserError(f"{self.store.place(index)}: no target image; allowed: records with one")
-        return self._tensor(index, data, "image")
-
-    def references(self, index: int) -> list[Tensor]:
-        """Source images of a record, float32 [3, h, w] in [-1, 1] each; [] unless it is an edit."""
-        encoded = self.store.read(index).references
-        return [self._tensor(index, data, f"reference {slot + 1}") for slot, data in enumerate(encoded)]
-
-    def _tensor(self, index: int, data: bytes, what: str) -> Tensor:
-        place = self.store.place(index)
+    def _tensor(self, data: bytes | str, what: str) -> Tensor:
+        """Raises ValueError when the image cannot be read or has an absurd shape."""
         try:
             image = open_image(data)
         except ValueError as error:
-            raise UserError(f"{place}: {what} is {error}") from error
+            raise ValueError(f"{what} is {error}") from error
         sides = sorted(image.size)
         if sides[1] > MAX_ASPECT * sides[0]:
-            raise UserError(
-                f"{place}: {what} is {image.width}x{image.height} px; "
-                f"allowed: sides in a ratio of at most {MAX_ASPECT:g}"
-            )
+            size = f"{image.width}x{image.height} px"
+            raise ValueError(f"{what} is {size}; allowed: sides in a ratio of at most {MAX_ASPECT:g}")
         return image_to_tensor(image, self.image_size)

@@ -1,29 +1,54 @@
 """Which records make the batch of a step: a fixed cycle of task-pure micro-batches, computed from the step number.
 
 One optimizer step is one whole cycle (M2.4, M8.7): first ``edit_per_cycle`` micro-batches of editing, then
-``t2i_per_cycle`` of generation, the same task on every rank at the same time. Each source is an endless row of
-shuffled epochs (``deepgen.data.order``). Where a batch lies in that row follows from the step number and an origin
-(step, positions), so nothing has to be replayed on resume, and a resume on another number of ranks goes on where the
-old run stopped.
+``t2i_per_cycle`` of generation, the same task on every rank at the same time. Each of the two is an endless row of
+shuffled epochs (``deepgen.data.order``); where data sets are told apart, an endless row in which each comes up by its
+weight, in epochs of its own. Where a batch lies in that row follows from the step number and an origin (step,
+positions), so nothing has to be replayed on resume, and a resume on another number of ranks goes on where the old run
+stopped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deepgen.config.errors import UserError
-from deepgen.data.order import BlockOrder
+from deepgen.config.errors import UserError, nearest
+from deepgen.config.settings import TASKS
+from deepgen.data.order import WeightedOrder
+
+if TYPE_CHECKING:
+    from deepgen.config.settings import Settings
+    from deepgen.data.store import RecordStore
 
 SOURCES = ("edit", "t2i")
+MOST_SETS = 1000  # different data sets that can be weighed
+_SHOWN = 20  # names in a message
+
+
+@dataclass(frozen=True)
+class Part:
+    """Records of one task that are drawn together: a data set, or all of them.
+
+    rows: their numbers in the store, ascending. starts: where the store's blocks begin. weight: above 0.
+    """
+
+    rows: np.ndarray
+    starts: np.ndarray
+    weight: float = 1.0
+
+    def counts(self) -> np.ndarray:
+        """Records in every block that has any."""
+        found = np.diff(np.searchsorted(self.rows, self.starts))
+        return found[found > 0]
 
 
 @dataclass(frozen=True)
 class PlannedMicroBatch:
-    """One micro-batch of one rank: ``members`` number the records within their source ("edit" or "t2i").
+    """One micro-batch of one rank: ``members`` number records of the store; ``source`` is "edit" or "t2i".
 
     ``first`` is the place of its first record in the micro-batch of all ranks together; random numbers are drawn per
     place, so they do not depend on how many ranks share the work.
@@ -37,26 +62,38 @@ class PlannedMicroBatch:
 
 @dataclass
 class Mixture:
-    """Plan of batches. ``blocks``: of each source, the records in every block; every rank builds the same object."""
+    """Plan of batches. ``parts``: what each source is drawn from; every rank builds the same object."""
 
     seed: int
-    blocks: Mapping[str, Sequence[int] | np.ndarray]
+    parts: Mapping[str, Sequence[Part]]
     per_cycle: dict[str, int]
     micro_batch: int
     origin_step: int = 0
     origin: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SOURCES, 0))
 
+    @classmethod
+    def from_settings(cls, settings: Settings, store: RecordStore, micro_batch: int) -> Mixture:
+        """What data.* says of these records. Raises UserError when it does not fit them, naming the key."""
+        per_cycle = {"edit": settings.data.edit_per_cycle, "t2i": settings.data.t2i_per_cycle}
+        used = [source for source in SOURCES if per_cycle[source]]
+        return cls(settings.run.seed, make_parts(store, settings, used), per_cycle, micro_batch)
+
     def __post_init__(self) -> None:
         for source in SOURCES:
             count = self.per_cycle.get(source, 0)
-            if count and not np.sum(self.blocks.get(source, ())):
+            if count and not self.parts.get(source):
                 others = "editing (task edit)" if source == "edit" else "generation (tasks t2i, reasoning, text)"
                 raise UserError(
                     f"data.{source}_per_cycle: got {count}, but data.train holds no {others} records; "
                     "allowed with this data: 0"
                 )
         self._orders = {
-            source: BlockOrder(self.blocks[source], self.seed, SOURCES.index(source))
+            source: WeightedOrder(
+                [part.counts() for part in self.parts[source]],
+                [part.weight for part in self.parts[source]],
+                self.seed,
+                SOURCES.index(source),
+            )
             for source in SOURCES
             if self.per_cycle.get(source, 0)
         }
@@ -91,4 +128,52 @@ class Mixture:
         return self.origin[source] + (step - self.origin_step) * per_step
 
     def _member(self, source: str, position: int) -> int:
-        return self._orders[source].member(position)
+        part, member = self._orders[source].member(position)
+        return int(self.parts[source][part].rows[member])
+
+
+def make_parts(store: RecordStore, settings: Settings, used: Sequence[str]) -> dict[str, list[Part]]:
+    """What each source of the cycle is drawn from: one part, or one a data set if data.weights or data.temperature
+    tell them apart. A source without records has no parts. Raises UserError naming the key that does not fit.
+    """
+    is_edit = store.tasks == TASKS.index("edit")
+    rows = {"edit": np.flatnonzero(is_edit), "t2i": np.flatnonzero(~is_edit)}
+    by_hand, temperature = settings.data.weights, settings.data.temperature
+    if not by_hand and temperature == 1:
+        return {source: [Part(rows[source], store.starts)] if len(rows[source]) else [] for source in used}
+    names, codes = store.sources()
+    if len(names) > MOST_SETS:
+        raise UserError(
+            f"data.train: {len(names):,} different texts in the column source ({names[0]!r}, {names[1]!r}, ...); "
+            f"allowed with data.weights or data.temperature: at most {MOST_SETS:,}, the names of data sets"
+        )
+    _check_names(by_hand, names)
+    parts: dict[str, list[Part]] = {}
+    for source in used:
+        own = [(name, rows[source][codes[rows[source]] == number]) for number, name in enumerate(names)]
+        own = [(name, found) for name, found in own if len(found)]
+        missing = [name for name, _ in own if by_hand and name not in by_hand]
+        if missing:
+            raise UserError(f"data.weights: no weight for {_listed(missing)}; allowed: one for each, 0 leaves it out")
+        largest = max((len(found) for _, found in own), default=1)
+        weights = [by_hand[name] if by_hand else (len(found) / largest) ** (1 / temperature) for name, found in own]
+        parts[source] = [
+            Part(found, store.starts, weight) for (_, found), weight in zip(own, weights, strict=True) if weight
+        ]
+        if own and not parts[source]:
+            raise UserError(f"data.weights: all 0 for the {source} records of {_listed([n for n, _ in own])}")
+    return parts
+
+
+def _check_names(given: Mapping[str, float], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"data.weights.{name}: data.train has no source {name!r}; allowed: {_listed(known)}"
+                f"{nearest(name, known)}"
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(repr(name) for name in names[:_SHOWN]) + more

@@ -7,6 +7,10 @@ as many blocks as there are lanes, while each block is used up before its lane's
 A rank goes over lanes / ranks of them, whose blocks it must hold (all of them when it is alone); with more samples in a
 batch of all ranks than lanes, so many times more ranks read the same block. LANES stands between the two: 128 row
 groups of 64 pictures of 100 kB are 0.8 GB for a single rank, and 32 ranks with a micro-batch of 4 read each block once.
+
+Several such orders are drawn by weight in cycles of SLOTS places: each order owns its share of the slots, and where
+they lie is shuffled for every cycle. So an order's own position follows from the common one, none of its records is
+skipped or drawn twice in its epoch, and after every whole cycle the shares are exact.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from functools import lru_cache
 import numpy as np
 
 LANES = 128
+SLOTS = 1 << 16
 
 
 class BlockOrder:
@@ -48,6 +53,53 @@ class BlockOrder:
     def _shuffle_block(self, epoch: int, block: int) -> np.ndarray:
         generator = np.random.default_rng([*self._key, epoch, block])
         return generator.permutation(int(self.counts[block]))
+
+
+class WeightedOrder:
+    """Endless row over several groups of blocks, each drawn by its weight and each in epochs of its own.
+
+    counts: for each group the records of its blocks; weights: one a group, above 0, in any unit; stream: 0 or 1. Of the
+    lanes a group has its share, so that together they hold about as many blocks as one order would.
+    """
+
+    def __init__(
+        self, counts: Sequence[Sequence[int] | np.ndarray], weights: Sequence[float], seed: int, stream: int
+    ) -> None:
+        shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+        self.slots = _apportion(shares)
+        self._key = [seed, stream, 0x736C6F74]
+        self._orders = [
+            BlockOrder(group, seed, stream + 2 * number, max(1, round(LANES * share)))
+            for number, (group, share) in enumerate(zip(counts, shares, strict=True))
+        ]
+        self._cycle = lru_cache(maxsize=2)(self._make_cycle)
+
+    def member(self, position: int) -> tuple[int, int]:
+        """Group and number of the record in it at a position of the endless row."""
+        if len(self._orders) == 1:
+            return 0, self._orders[0].member(position)
+        cycle, slot = divmod(position, SLOTS)
+        groups, earlier = self._cycle(cycle)
+        group = int(groups[slot])
+        return group, self._orders[group].member(cycle * int(self.slots[group]) + int(earlier[slot]))
+
+    def _make_cycle(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of every slot its group, and how many slots before it in the cycle the group has."""
+        dealt = np.repeat(np.arange(len(self.slots)), self.slots)
+        groups = np.random.default_rng([*self._key, cycle]).permutation(dealt)
+        by_group = np.argsort(groups, kind="stable")
+        earlier = np.empty(SLOTS, dtype=np.int64)
+        earlier[by_group] = np.arange(SLOTS) - np.repeat(np.cumsum(self.slots) - self.slots, self.slots)
+        return groups, earlier
+
+
+def _apportion(shares: np.ndarray) -> np.ndarray:
+    """SLOTS dealt out by shares, at least one to each, int64 [groups]; largest remainders first."""
+    left = SLOTS - len(shares)
+    exact = shares * left
+    slots = 1 + np.floor(exact).astype(np.int64)
+    slots[np.argsort(-(exact - np.floor(exact)), kind="stable")[: SLOTS - int(slots.sum())]] += 1
+    return slots
 
 
 class _Epoch:

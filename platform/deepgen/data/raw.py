@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deepgen.config.errors import UserError
+from deepgen.data.uris import absolute, read_uri
 
 FORMS = ("records", "hf", "webdataset", "captions", "blip3o", "edits")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -35,7 +36,10 @@ HF_IMAGE, HF_TEXT = ("image", "jpg", "png", "webp"), ("caption", "text", "prompt
 
 @dataclass(frozen=True)
 class Source:
-    """What to read. `columns` names the columns of `hf` (image, prompt, references); the rest fits one form each."""
+    """What to read. `columns` names the columns of `hf` (image, prompt, references); the rest fits one form each.
+
+    `name` is the data set's, which becomes the column source; `records` keep their own.
+    """
 
     path: Path
     form: str
@@ -43,6 +47,7 @@ class Source:
     images: Path | None = None  # folder that relative image paths start from; None: the source's own
     caption_key: str = "caption"
     columns: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class RawSample:
     image: bytes | None
     references: tuple[bytes | None, ...]
     place: str
+    source: str
 
 
 # ---------------------------------------------------------------- what form it is
@@ -185,9 +191,23 @@ def _read_parquet(source: Source, unit: Unit) -> Iterator[RawSample]:
 
 
 def _records_row(row: dict[str, Any], name: str, place: str, source: Source) -> RawSample:
-    references = tuple(row.get("references") or ())
-    prompt, answer, image = (row.get(column) for column in ("prompt", "answer", "image"))
-    return RawSample(row.get("id") or name, str(row.get("task")), prompt, answer, image, references, place)
+    folder = Path(place.rpartition(", row ")[0]).parent
+    references = tuple(_record_image(value, folder) for value in row.get("references") or ())
+    image = _record_image(row.get("image"), folder)
+    own = str(row.get("source") or source.name)
+    return RawSample(
+        row.get("id") or name, str(row.get("task")), row.get("prompt"), row.get("answer"), image, references, place, own
+    )
+
+
+def _record_image(value: bytes | str | None, folder: Path) -> bytes | None:
+    """Bytes as they are, or what lies at a path or URI; None when that cannot be read."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return read_uri(absolute(value, folder))
+    except ValueError:
+        return None
 
 
 def _hf_picker(source: Source, names: list[str], file: Path) -> Any:
@@ -201,7 +221,8 @@ def _hf_picker(source: Source, names: list[str], file: Path) -> Any:
     def pick(row: dict[str, Any], name: str, place: str, source: Source) -> RawSample:
         values = row[references] if references else []
         sources = tuple(_hf_image(v, file) for v in (values if isinstance(values, list) else [values]))
-        return RawSample(name, source.task, row[prompt], row[prompt], _hf_image(row[image], file), sources, place)
+        text, target = row[prompt], _hf_image(row[image], file)
+        return RawSample(name, source.task, text, text, target, sources, place, source.name)
 
     return pick
 
@@ -230,12 +251,12 @@ def _read_entry(source: Source, file: Path, row: int, entry: Any) -> RawSample:
         given = entry.get("input_image") or []
         sources = tuple(_file_bytes(root, v) for v in (given if isinstance(given, list) else [given]))
         text, image = entry.get("instruction"), entry.get("output_image")
-        return RawSample(name, "edit", text, text, _file_bytes(root, image), sources, place)
+        return RawSample(name, "edit", text, text, _file_bytes(root, image), sources, place, source.name)
     if source.form == "blip3o":
         text, image = entry.get("txt"), entry.get("image") or entry.get("image_path")
     else:
         text, image = _annotation(root, entry.get("annotation"), source.caption_key), entry.get("image")
-    return RawSample(name, source.task, text, text, _file_bytes(root, image), (), place)
+    return RawSample(name, source.task, text, text, _file_bytes(root, image), (), place, source.name)
 
 
 def _annotation(root: Path, name: Any, key: str) -> Any:
@@ -291,4 +312,4 @@ def _tar_sample(source: Source, file: Path, key: str, parts: Mapping[str, bytes]
     place = f"{file}, sample {key.lstrip('/')}"
     name = f"{file.stem}-{key.strip('/').replace('/', '-')}"
     task = "edit" if sources else source.task
-    return RawSample(name, task, text, text, targets[0] if targets else None, sources, place)
+    return RawSample(name, task, text, text, targets[0] if targets else None, sources, place, source.name)

@@ -1,13 +1,17 @@
 """The record schema of every stage, and its files: parquet in and out, and prompt lists as plain text.
 
-One record is one training pair or one prompt. Files are read whole and checked row by row before anything starts; an
-error names file and row. Left out on purpose: resizing and tensors (``deepgen.data.dataset``).
+One record is one training pair or one prompt. ``read_records`` reads files whole and checks them row by row; training
+reads its rows when they are needed (``deepgen.data.store``). Images are encoded bytes, or paths and URIs that are read
+when the image is. Left out on purpose: resizing and tensors (``deepgen.data.dataset``).
 """
 
 from __future__ import annotations
 
 import io
 import re
+import struct
+import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +19,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
+from deepgen.data.uris import absolute, read_uri
 
 SCHEMA = pa.schema(
     [
@@ -33,6 +38,21 @@ SCHEMA = pa.schema(
 )
 _TEXT_COLUMNS = ("id", "task", "prompt", "answer", "source")
 MAX_ASPECT = 8.0  # longer by shorter side of an image that can be trained on
+MAX_PIXELS = 100_000_000  # more are refused by the header; Pillow's own limit is 179 million
+# What Pillow's decoders raise on damaged data. DecompressionBombError is an Exception of its own.
+_DECODE_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    Image.DecompressionBombError,
+    LookupError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
 _QUOTED = re.compile(r'"([^"]+)"')
 
 
@@ -44,9 +64,20 @@ class Record:
     task: str  # one of TASKS
     prompt: str  # caption, riddle or edit instruction, as the user types it
     answer: str  # plain description of what the target shows; judges compare against it
-    image: bytes | None  # encoded target image (PNG, WebP, JPEG)
-    references: tuple[bytes, ...]  # encoded source images, () unless task == "edit"
-    source: str  # where it came from
+    image: bytes | str | None  # target image: encoded (PNG, WebP, JPEG), or an absolute path or URI of it
+    references: tuple[bytes | str, ...]  # source images in the same way, () unless task == "edit"
+    source: str  # the data set it came from; data.weights weighs them
+
+
+class RecordError(UserError):
+    """One row that cannot be used. ``reason`` is the message without the place; ``id`` is "" when the row has none."""
+
+    def __init__(self, place: str, reason: str, id: str = "") -> None:
+        super().__init__(f"{place}: {reason}")
+        self.place, self.reason, self.id = place, reason, id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.place, self.reason, self.id)  # not the one line: Ray sends it between processes
 
 
 def quoted_words(prompt: str) -> list[str]:
@@ -54,18 +85,23 @@ def quoted_words(prompt: str) -> list[str]:
     return _QUOTED.findall(prompt)
 
 
-def decode_image(data: bytes) -> np.ndarray:
-    """Encoded image -> uint8 [H, W, 3] RGB; transparent parts become white. Raises ValueError if it can't be read."""
+def decode_image(data: bytes | str) -> np.ndarray:
+    """Encoded image, or its path or URI -> uint8 [H, W, 3] RGB; transparent parts become white.
+
+    Raises ValueError if it can't be read.
+    """
     return np.array(open_image(data), dtype=np.uint8)
 
 
-def open_image(data: bytes) -> Image.Image:
-    """Encoded image -> decoded RGB image; as `decode_image`."""
+def open_image(data: bytes | str) -> Image.Image:
+    """Decoded RGB image, as `decode_image`. The header is judged before anything is decoded."""
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(read_uri(data) if isinstance(data, str) else data))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} px; allowed: at most {MAX_PIXELS:,} pixels")
         image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a readable image ({error})") from error
+    except _DECODE_ERRORS as error:
+        raise ValueError(f"not a readable image ({' '.join(str(error).split())[:200]})") from error
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -103,14 +139,61 @@ def read_records(path: Path) -> list[Record]:
 
 
 def write_records(path: Path, records: list[Record], *, row_group_size: int | None = None) -> None:
-    """Write records as one parquet file, replacing it as a whole. `row_group_size`: rows that are read together."""
+    """Write records as one parquet file, replacing it as a whole. `row_group_size`: rows that are read together.
+
+    Raises UserError when a file would hold images both as bytes and as paths.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [asdict(record) | {"references": list(record.references)} for record in records]
     temporary = path.with_name(path.name + ".tmp")
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    images = [r.image for r in records if r.image is not None]
+    references = [reference for r in records for reference in r.references]
+    schema = _schema(_kind(path, "image", images), _kind(path, "references", references))
+    table = pa.Table.from_pylist(rows, schema=schema)
     pq.write_table(table, temporary, compression="zstd", row_group_size=row_group_size)
     temporary.replace(path)
+
+
+def _kind(path: Path, column: str, images: Sequence[bytes | str]) -> pa.DataType:
+    paths = sum(isinstance(image, str) for image in images)
+    if paths not in (0, len(images)):
+        raise UserError(f"{path}: {column} holds {paths} paths among {len(images)} images; allowed: all bytes, or none")
+    return pa.string() if paths else pa.binary()
+
+
+def _schema(image: pa.DataType, reference: pa.DataType) -> pa.Schema:
+    """SCHEMA with image and references of these types, binary or string."""
+    types = {"image": image, "references": pa.list_(reference)}
+    return pa.schema([(field.name, types.get(field.name, field.type)) for field in SCHEMA])
+
+
+def conform(table: pa.Table, file: Path) -> pa.Table:
+    """The columns of SCHEMA in their types, images as bytes or as text. Raises UserError naming file and column.
+
+    An empty table says whether the files' columns can be read at all.
+    """
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise UserError(f"{file}: missing column {', '.join(missing)}; allowed: {', '.join(SCHEMA.names)}")
+    image, references = (table.schema.field(name).type for name in ("image", "references"))
+    wanted = _schema(_image_type(image), _image_type(getattr(references, "value_type", references)))
+    for field in wanted:
+        try:
+            column = table.column(field.name).cast(field.type)
+        except pa.ArrowException as error:
+            raise UserError(
+                f"{file}: column {field.name} is {table.schema.field(field.name).type}, which does not fit; allowed: "
+                f"{field.type}{' or strings in place of binary' if field.name in ('image', 'references') else ''} "
+                f"({' '.join(str(error).split())[:120]})"
+            ) from error
+        table = table.set_column(table.column_names.index(field.name), field, column)
+    return table.select(SCHEMA.names)
+
+
+def _image_type(given: pa.DataType) -> pa.DataType:
+    given = given.value_type if pa.types.is_dictionary(given) else given
+    return pa.string() if pa.types.is_string(given) or pa.types.is_large_string(given) else pa.binary()
 
 
 def _read_prompt_lines(file: Path) -> list[Record]:
@@ -133,29 +216,36 @@ def _read_parquet(file: Path) -> list[Record]:
         table = pq.read_table(file)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})") from error
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
-    if missing:
-        raise UserError(f"{file}: missing column {', '.join(missing)}; allowed: {', '.join(SCHEMA.names)}")
-    try:
-        table = table.select(SCHEMA.names).cast(SCHEMA)
-    except pa.ArrowException as error:
-        raise UserError(f"{file}: a column has the wrong type ({' '.join(str(error).split())[:200]})") from error
-    return [check_row(row, f"{file}, row {number}") for number, row in enumerate(table.to_pylist(), start=1)]
+    rows = conform(table, file).to_pylist()
+    return [check_row(row, f"{file}, row {number}", file.parent) for number, row in enumerate(rows, start=1)]
 
 
-def check_row(row: dict[str, Any], place: str) -> Record:
-    """The record of a row of the schema. Raises UserError that begins with `place`."""
-    for name in _TEXT_COLUMNS:
-        if row[name] is None:
-            raise UserError(f"{place}: {name} is null; allowed: text")
+def check_row(row: dict[str, Any], place: str, folder: Path) -> Record:
+    """The record of a row of the schema; relative paths of images start from `folder`. Raises RecordError."""
+    name = row["id"] if isinstance(row["id"], str) else ""
+
+    def wrong(reason: str) -> RecordError:
+        return RecordError(place, reason, name)
+
+    for column in _TEXT_COLUMNS:
+        if not isinstance(row[column], str):
+            raise wrong(f"{column} is {'null' if row[column] is None else type(row[column]).__name__}; allowed: text")
     if row["task"] not in TASKS:
-        raise UserError(f"{place}: task {row['task']!r}; allowed: {', '.join(TASKS)}")
+        raise wrong(f"task {row['task']!r}; allowed: {', '.join(TASKS)}")
     if not row["id"] or not row["prompt"].strip():
-        raise UserError(f"{place}: {'id' if not row['id'] else 'prompt'} is empty")
+        raise wrong(f"{'id' if not row['id'] else 'prompt'} is empty")
     references = tuple(row["references"] or ())
     if (row["task"] == "edit") != bool(references):
         allowed = "at least 1" if row["task"] == "edit" else "none (only edit has them)"
-        raise UserError(f"{place}: task {row['task']} with {len(references)} reference images; allowed: {allowed}")
-    if any(not reference for reference in references) or row["image"] == b"":
-        raise UserError(f"{place}: an image of no bytes; allowed: an encoded image, or null for no target")
-    return Record(**(row | {"references": references}))
+        raise wrong(f"task {row['task']} with {len(references)} reference images; allowed: {allowed}")
+    images = [*references, *([] if row["image"] is None else [row["image"]])]
+    for image in images:
+        if not isinstance(image, bytes | str):
+            raise wrong(f"an image is {type(image).__name__}; allowed: encoded bytes, or a path or URI")
+    if not all(images):
+        raise wrong("an image of no bytes; allowed: an encoded image, or null for no target")
+
+    def found(image: Any) -> Any:
+        return absolute(image, folder) if isinstance(image, str) else image
+
+    return Record(**(row | {"image": found(row["image"]), "references": tuple(found(image) for image in references)}))

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
-from deepgen.data.records import SCHEMA, Record, check_row
+from deepgen.data.records import SCHEMA, Record, check_row, conform
 
 CACHE_BYTES = 1 << 30  # of encoded images, per process; what is evicted too soon is read again (data.order)
 
@@ -28,10 +28,13 @@ class RecordStore(Protocol):
     starts: np.ndarray
 
     def read(self, index: int) -> Record:
-        """Record number `index`. Raises UserError naming file and row when it does not fit the schema."""
+        """Record number `index`. Raises RecordError naming file and row when it does not fit the schema."""
 
-    def place(self, index: int) -> str:
-        """File and row of a record, for messages."""
+    def locate(self, index: int) -> tuple[str, int]:
+        """File and row (from 1) of a record."""
+
+    def sources(self) -> tuple[list[str], np.ndarray]:
+        """Names in the source column and, for each record, which of them it has, int64 [N]."""
 
 
 class ListStore:
@@ -45,8 +48,12 @@ class ListStore:
     def read(self, index: int) -> Record:
         return self._records[index]
 
-    def place(self, index: int) -> str:
-        return f"{self.name}, row {index + 1}"
+    def locate(self, index: int) -> tuple[str, int]:
+        return self.name, index + 1
+
+    def sources(self) -> tuple[list[str], np.ndarray]:
+        names = sorted({record.source for record in self._records})
+        return names, np.array([names.index(record.source) for record in self._records])
 
 
 class ParquetStore:
@@ -60,7 +67,8 @@ class ParquetStore:
         self._files = _files(path)
         self._groups: list[tuple[Path, int, int]] = []  # file, row group, first row in the file
         sizes, tasks = [], []
-        for file, fragment in zip(self._files, _fragments(self._files), strict=True):
+        self._fragments = _fragments(self._files)
+        for file, fragment in zip(self._files, self._fragments, strict=True):
             row = 0
             for group in fragment.row_groups:
                 self._groups.append((file, group.id, row))
@@ -77,12 +85,20 @@ class ParquetStore:
 
     def read(self, index: int) -> Record:
         block = self._block_of(index)
-        return check_row(self._rows(block)[index - int(self.starts[block])], self.place(index))
+        file, row = self.locate(index)
+        return check_row(self._rows(block)[index - int(self.starts[block])], f"{file}, row {row}", Path(file).parent)
 
-    def place(self, index: int) -> str:
+    def locate(self, index: int) -> tuple[str, int]:
         block = self._block_of(index)
         file, _, first = self._groups[block]
-        return f"{file}, row {first + index - int(self.starts[block]) + 1}"
+        return str(file), first + index - int(self.starts[block]) + 1
+
+    def sources(self) -> tuple[list[str], np.ndarray]:
+        """Read when it is asked for: most runs do not tell sources apart. A null is the source ""."""
+        columns = [_codes(fragment, "source") for fragment in self._fragments]
+        names = sorted({name or "" for found, _ in columns for name in found})
+        number = {name: i for i, name in enumerate(names)}
+        return names, np.concatenate([np.array([number[n or ""] for n in found])[codes] for found, codes in columns])
 
     def _block_of(self, index: int) -> int:
         return int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -98,7 +114,7 @@ class ParquetStore:
                 table = pq.ParquetFile(file).read_row_group(group, columns=SCHEMA.names)
             except (pa.ArrowException, OSError) as error:
                 raise UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})") from error
-            rows = table.to_pylist()
+            rows = conform(table, file).to_pylist()
             self._blocks[block] = rows, table.nbytes
             self._held += table.nbytes
             while self._held > self._budget and len(self._blocks) > 1:
@@ -125,27 +141,28 @@ def _fragments(files: Sequence[Path]) -> list[ds.ParquetFileFragment]:
             fragment.ensure_complete_metadata()
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})") from error
-        missing = [name for name in SCHEMA.names if name not in fragment.physical_schema.names]
-        if missing:
-            raise UserError(f"{file}: missing column {', '.join(missing)}; allowed: {', '.join(SCHEMA.names)}")
+        conform(fragment.physical_schema.empty_table(), file)
         return fragment
 
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(one, files))
 
 
+def _codes(fragment: ds.ParquetFileFragment, column: str) -> tuple[list[str | None], np.ndarray]:
+    """Different values of a text column, the last one None, and their numbers by row, int64 [rows]."""
+    values = fragment.to_table(columns=[column]).column(column).cast(pa.string()).combine_chunks().dictionary_encode()
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
+    names = [*values.dictionary.to_pylist(), None]
+    return names, values.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
 def _read_tasks(file: Path, fragment: ds.ParquetFileFragment) -> np.ndarray:
     """The task column as uint8 [rows]. Raises UserError naming the first row with an unknown task."""
-    column = fragment.to_table(columns=["task"]).column("task").combine_chunks().dictionary_encode()
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
-    names = column.dictionary.to_pylist()
-    codes = np.array([TASKS.index(name) if name in TASKS else len(TASKS) for name in names] or [0])
-    indices = column.indices.fill_null(len(names)).to_numpy(zero_copy_only=False).astype(np.int64)
-    found = np.append(codes, len(TASKS))[indices]
+    names, codes = _codes(fragment, "task")
+    found = np.array([TASKS.index(name) if name in TASKS else len(TASKS) for name in names])[codes]
     wrong = np.flatnonzero(found == len(TASKS))
     if len(wrong):
         row = int(wrong[0])
-        given = None if indices[row] == len(names) else names[indices[row]]
-        raise UserError(f"{file}, row {row + 1}: task {given!r}; allowed: {', '.join(TASKS)}")
+        raise UserError(f"{file}, row {row + 1}: task {names[codes[row]]!r}; allowed: {', '.join(TASKS)}")
     return found.astype(np.uint8)

@@ -313,6 +313,10 @@ class UnifiedModel(Bridge):
         super().train(mode)
         self.vae.eval()
         self.vlm.train(mode and any(p.requires_grad for p in lora_parameters(self.vlm).values()))
+        for layer in self.vlm.model.language_model.layers:
+            # Its own flag, not its children's, decides whether a layer is checkpointed: think tokens send a gradient
+            # through the decoder also when nothing in it is trained.
+            layer.training = mode
         return self
 
 

@@ -1,0 +1,95 @@
+"""Training records that cannot be used: listed in a file of the run, counted, and too many of them end the run.
+
+Such a record's place in the batch stays empty (``deepgen.data.collate``); no other record takes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deepgen.config.errors import UserError
+
+FILE = "quarantine.jsonl"
+LOOK_AFTER = 200  # records read before the share of bad ones says anything
+FEW_ROWS = 5  # so many different bad rows never end a run: one of 50 is 2 %, and no reason to stop
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used: file, row (from 1), the record's id ("" if it has none) and why."""
+
+    file: str
+    row: int
+    id: str
+    reason: str
+
+
+class Quarantine:
+    """Every rank counts the bad rows of all ranks, so all stop together; rank 0 writes each row once.
+
+    max_share: above this share of bad ones among the records read so far the run stops, but only after LOOK_AFTER
+    records and for more than FEW_ROWS different rows; 0 stops at the first. What is read again in a later epoch is
+    counted again. folder: of the run; unless it is resumed, the file begins anew.
+    """
+
+    def __init__(
+        self, max_share: float, folder: Path, *, rank: int = 0, resume: bool = False, say: Callable[[str], None] = print
+    ) -> None:
+        self._max_share, self.path, self._writes, self._say = max_share, folder / FILE, rank == 0, say
+        self.read, self.bad = 0, 0
+        self._rows: set[tuple[str, int]] = set()  # the first different bad rows; more than FEW_ROWS say nothing new
+        if self._writes and not resume:
+            self.path.unlink(missing_ok=True)
+        self._written = _rows_in(self.path) if self._writes else set()
+
+    def add(self, read: int, rows: Sequence[BadRow]) -> None:
+        """Count `read` records of all ranks, `rows` of them bad. Raises UserError when there are too many by now."""
+        self.read += read
+        self.bad += len(rows)
+        for row in rows:
+            if len(self._rows) <= FEW_ROWS:
+                self._rows.add((row.file, row.row))
+        if self._writes:
+            self._write(rows)
+        few, look_after = (FEW_ROWS, LOOK_AFTER) if self._max_share else (0, 0)
+        if self.read >= look_after and len(self._rows) > few and self.bad > self._max_share * self.read:
+            raise UserError(
+                f"data.train: {self.bad / self.read:.1%} of {self.read:,} records read cannot be used; allowed: "
+                f"{self._max_share:.1%} (data.max_bad_share); {self.path} lists them with reasons"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts, equal on all ranks; JSON-able."""
+        return {"read": self.read, "bad": self.bad, "rows": sorted([*row] for row in self._rows)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.read, self.bad = int(state["read"]), int(state["bad"])
+        self._rows = {(str(file), int(row)) for file, row in state["rows"]}
+
+    def _write(self, rows: Sequence[BadRow]) -> None:
+        new = {(row.file, row.row): row for row in rows if (row.file, row.row) not in self._written}
+        if not new:
+            return
+        if not self._written:
+            first = next(iter(new.values()))
+            self._say(f"{first.file}, row {first.row} is left out ({first.reason}); all such rows: {self.path}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(asdict(row)) + "\n" for row in new.values())
+        self._written |= new.keys()
+
+
+def _rows_in(path: Path) -> set[tuple[str, int]]:
+    """File and row of every line. What a kill has left of a last line is cut off."""
+    if not path.exists():
+        return set()
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    rows = [json.loads(line) for line in whole.splitlines()]
+    return {(row["file"], row["row"]) for row in rows}

@@ -1,0 +1,57 @@
+"""Bytes of an image that a record names instead of holding: a path, file://, s3://, gs:// or http(s)://.
+
+s3 and gs are pyarrow's own file systems, with their usual credentials (environment, ~/.aws, instance role).
+"""
+
+from __future__ import annotations
+
+import http.client
+import re
+import urllib.request
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+from pyarrow import fs
+
+MAX_BYTES = 256 << 20  # of one encoded image
+HTTP_DEADLINE_S = 30.0
+_REMOTE = ("s3", "gs", "gcs")
+_CREDENTIALS = re.compile(r"//[^/@]*@")  # s3://key:secret@bucket: not for messages and files
+SCHEMES = ("file", *_REMOTE, "http", "https")
+
+
+def absolute(uri: str, folder: Path) -> str:
+    """`uri` as it is found from anywhere: a relative path starts from `folder`."""
+    return uri if _scheme(uri) else str((folder / uri).absolute())
+
+
+def read_uri(uri: str) -> bytes:
+    """All bytes behind a URI or an absolute path. Raises ValueError, in a few words, when it cannot be read."""
+    scheme = _scheme(uri)
+    shown = _CREDENTIALS.sub("//", uri)
+    try:
+        if scheme in ("http", "https"):
+            with urllib.request.urlopen(uri, timeout=HTTP_DEADLINE_S) as answer:
+                data: bytes = answer.read(MAX_BYTES + 1)
+        elif scheme in _REMOTE:
+            system, path = fs.FileSystem.from_uri(uri)
+            with system.open_input_file(path) as remote:
+                data = remote.read(MAX_BYTES + 1)
+        elif scheme in ("", "file"):
+            with Path(unquote(urlsplit(uri).path) if scheme else uri).open("rb") as local:
+                data = local.read(MAX_BYTES + 1)
+        else:
+            raise ValueError(f"unknown scheme {scheme}://; allowed: a path, {', '.join(f'{s}://' for s in SCHEMES)}")
+    except (OSError, pa.ArrowException, http.client.HTTPException) as error:
+        raise ValueError(
+            f"{shown}: {' '.join(str(getattr(error, 'strerror', None) or error).split())[:160]}"
+        ) from error
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{shown}: more than {MAX_BYTES >> 20} MiB")
+    return data
+
+
+def _scheme(uri: str) -> str:
+    scheme, separator, _ = uri.partition("://")
+    return scheme.lower() if separator else ""
