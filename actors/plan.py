@@ -85,18 +85,11 @@ def count_parameters(settings: Settings, stage: Stage, architecture: Architectur
     if stage == "sft" and settings.model.lora_rank:
         with torch.device("meta"):
             add_lora(model.vlm, LoraSettings(rank=settings.model.lora_rank), architecture.fusion_layers[0])
-    trained = [parameter for _, parameter in model.trainable_parameters(stage)]
-    in_vae = {id(parameter) for parameter in model.vae.parameters()}
-    frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in in_vae]
-    whole = sum(p.numel() for p in model.vae.parameters()) + sum(b.numel() for b in model.buffers())
+    parameters = Parameters.of(model, stage)
     if stage == "rl" and settings.algorithm.kl != "none" and settings.algorithm.kl_beta > 0:
-        whole += sum(t.numel() for t in (*model.transformer.parameters(), *model.transformer.buffers()))
-    return Parameters(
-        matrices=tuple(p.numel() for p in trained if p.dim() >= 2),
-        vectors=tuple(p.numel() for p in trained if p.dim() < 2),
-        frozen=tuple(p.numel() for p in frozen),
-        whole=whole,
-    )
+        tensors = (*model.transformer.parameters(), *model.transformer.buffers())
+        parameters = replace(parameters, reference=sum(t.numel() for t in tensors))
+    return parameters
 
 
 # ---- Activations of each stage ----
@@ -133,7 +126,7 @@ def _flow_activations(job: Job) -> dict[str, int]:
 def _policy_activations(job: Job) -> dict[str, int]:
     """Of the DiT, in the policy loss or in the auxiliary one, and the transitions of all groups of this rank.
 
-    Each transition lies on the GPU with both states and a copy of its group's conditioning, all in fp32.
+    Each transition lies on the GPU with both states, each group with its conditioning, all in fp32.
     """
     settings, architecture = job.settings, job.architecture
     image, context = _tokens(job, edit="edit" in settings.rewards.weights)
@@ -153,9 +146,8 @@ def _policy_activations(job: Job) -> dict[str, int]:
             trained=True,
             checkpointing=settings.model.gradient_checkpointing,
         ),
-        "transitions of the step, with their conditioning": transitions
-        * FP32
-        * (2 * latent + branches * context * architecture.context_dim),
+        "transitions of the step, conditioning of its groups": FP32
+        * (2 * latent * transitions + groups * branches * context * architecture.context_dim),
     }
 
 
@@ -175,8 +167,8 @@ def _head(job: Job) -> Iterator[str]:
 
 def _table(job: Job) -> Iterator[str]:
     states, parameters = job.states(), job.parameters
-    frozen = sum(parameters.frozen) + parameters.whole
-    reference = ", KL reference" if job.stage == "rl" else ""
+    frozen = sum(parameters.frozen) + parameters.whole + parameters.reference
+    reference = ", KL reference" if parameters.reference else ""
     yield "GiB on each learner GPU, kept from batch to batch"
     yield _row(f"frozen weights ({frozen / 1e6:,.0f} M{reference}, fp32)", states.frozen)
     yield _row(f"trained weights ({parameters.trained / 1e6:,.0f} M, fp32)", states.weights)
@@ -242,8 +234,6 @@ def _other_processes(job: Job) -> Iterator[str]:
 
     settings, parameters = job.settings, job.parameters
     model = sum(parameters.frozen) + parameters.trained + parameters.whole
-    if settings.algorithm.kl != "none" and settings.algorithm.kl_beta > 0:  # which only the learner has
-        model -= parameters.trained + job.architecture.transformer["pos_embed_max_size"] ** 2 * _width(job)
     yield f"to be added: {settings.rollout.actors} rollout actors, one GPU each (rollout.actors)"
     yield _row("the model in fp32, on each", FP32 * model)
     yield "  not estimated: their forward passes and decoding, which keep nothing"
@@ -254,11 +244,6 @@ def _other_processes(job: Job) -> Iterator[str]:
         )
         yield "  not estimated: how much of that the judge's weights leave for its cache"
     yield ""
-
-
-def _width(job: Job) -> int:
-    dit = job.architecture.transformer
-    return int(dit["num_attention_heads"] * dit["attention_head_dim"])
 
 
 def _notes(job: Job) -> Iterator[str]:

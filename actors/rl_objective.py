@@ -232,7 +232,6 @@ class MRGRPO:
         sigma_next = torch.stack([step.sigma_next for step in steps]).repeat_interleave(size)
         log_prob = torch.cat([step.log_prob for step in steps])
         for part in torch.arange(len(x), device=device).split(self._algorithm.update_micro_batch):
-            expand = [0] * len(part)
             yield PolicyMicro(
                 x=x[part],
                 next_x=next_x[part],
@@ -240,8 +239,8 @@ class MRGRPO:
                 sigma_next=sigma_next[part],
                 old_log_prob=log_prob[part],
                 advantage=advantages[part % size],
-                conditioning=samples.conditioning.select(expand),
-                unconditional=samples.unconditional.select(expand) if samples.unconditional else None,
+                conditioning=samples.conditioning.expand(len(part)),
+                unconditional=samples.unconditional.expand(len(part)) if samples.unconditional else None,
                 references=samples.references,
                 version=group.version,
                 share=share * len(part) / len(x),

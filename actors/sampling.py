@@ -105,10 +105,9 @@ class PolicySampler:
 
         def velocity(latents: Tensor, timesteps: Tensor) -> Tensor:
             batch = len(latents)
-            own = conditioning if len(conditioning.context) == batch else conditioning.select([0] * batch)
             per_sample = [references] * batch if references else None
             with self._autocast():
-                v = self.model.velocity(latents, timesteps, own, per_sample)
+                v = self.model.velocity(latents, timesteps, conditioning.expand(batch), per_sample)
             assert isinstance(v, Tensor)  # a batch of one size stays a tensor
             return v.float()
 

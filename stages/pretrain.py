@@ -15,14 +15,12 @@ from actors.launch import LearnerJob, prepare_run, run_learner  # noqa: E402
 from actors.plan import plan_text  # noqa: E402
 from deepgen.cluster.connect import connect  # noqa: E402
 from deepgen.config import parse_command_line, run_program  # noqa: E402
-from deepgen.data.mixture import Mixture  # noqa: E402
-from deepgen.data.store import ParquetStore  # noqa: E402
+from deepgen.data.mixture import check_training_data  # noqa: E402
 
 
 def main() -> int:
     settings = prepare_run(parse_command_line("pretrain", sys.argv[1:], plan_text), "pretrain")
-    # What does not fit is named now, not when the workers have started.
-    Mixture.from_settings(settings, ParquetStore(settings.data.train), settings.data.micro_batch)
+    check_training_data(settings)
     gpus = connect(settings, code_root=ROOT)
     from actors.objectives import build_flow_matching  # torch and DeepSpeed: not for --help
 

@@ -25,9 +25,8 @@ from actors.plan import plan_text  # noqa: E402
 from deepgen.cluster.connect import connect  # noqa: E402
 from deepgen.cluster.resources import rl_needs  # noqa: E402
 from deepgen.config import Settings, UserError, parse_command_line, run_program  # noqa: E402
-from deepgen.data.mixture import Mixture  # noqa: E402
+from deepgen.data.mixture import check_training_data  # noqa: E402
 from deepgen.data.records import Record, read_records  # noqa: E402
-from deepgen.data.store import ParquetStore  # noqa: E402
 
 BEFORE, AFTER = "evaluation-before.npz", "evaluation-after.npz"
 MARGIN_S = 30.0  # an actor's own error, which says more, comes first
@@ -38,8 +37,7 @@ def main() -> int:
     settings = prepare_run(parse_command_line("rl", sys.argv[1:], plan_text), "rl")
     prompts, heldout = read_prompts(settings), heldout_records(settings)
     if settings.algorithm.sft_coef:
-        # What does not fit is named now, not when the workers have started.
-        Mixture.from_settings(settings, ParquetStore(settings.data.train), settings.data.micro_batch)
+        check_training_data(settings)
     gpus = connect(settings, rl_needs, code_root=ROOT)
     from actors.start import start_rollouts, start_stream
 

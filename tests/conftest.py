@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 from cpu_stack_hook import build_of
 
@@ -64,13 +63,6 @@ def pytest_sessionfinish() -> None:
 def root() -> Path:
     """The checkout."""
     return ROOT
-
-
-@pytest.fixture(scope="session")
-def golden() -> dict[str, np.ndarray]:
-    """Arrays computed by the reference implementation; tests/golden/README.md says what each one is."""
-    with np.load(ROOT / "tests" / "golden" / "reference.npz", allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,28 +37,35 @@ def make_tokenizer() -> Any:
     )
 
 
-def narrow_architecture() -> Architecture:
-    """64 px images, latents [8, 16, 16] like `tiny`, everything else as small as it goes."""
-    text = dict(TINY.vlm["text_config"])
-    text |= {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
-    vision = dict(TINY.vlm["vision_config"])
-    vision |= {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
-    vision["fullatt_block_indexes"] = [1]
-    transformer = dict(TINY.transformer) | {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
-    transformer |= {"joint_attention_dim": 48, "caption_projection_dim": 32, "pooled_projection_dim": 40}
-    vae = dict(TINY.vae) | {"block_out_channels": (8, 8, 8), "norm_num_groups": 4}
+def narrow_architecture(
+    text: Mapping[str, Any] | None = None,
+    vision: Mapping[str, Any] | None = None,
+    transformer: Mapping[str, Any] | None = None,
+    **others: Any,
+) -> Architecture:
+    """64 px images, latents [8, 16, 16] like `tiny`, everything else as small as it goes, but for what is given."""
+    texts = dict(TINY.vlm["text_config"])
+    texts |= {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    texts |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    texts["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    visions = dict(TINY.vlm["vision_config"])
+    visions |= {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    visions["fullatt_block_indexes"] = [1]
+    transformers = dict(TINY.transformer) | {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    transformers |= {"joint_attention_dim": 48, "caption_projection_dim": 32, "pooled_projection_dim": 40}
+    sizes: dict[str, Any] = {
+        "vae": dict(TINY.vae) | {"block_out_channels": (8, 8, 8), "norm_num_groups": 4},
+        "num_queries": 4,
+        "connector_hidden": 32,
+        "connector_mlp": 48,
+        "connector_layers": 1,
+        "connector_heads": 2,
+    }
     return replace(
         TINY,
-        vlm={**TINY.vlm, "text_config": text, "vision_config": vision},
-        transformer=transformer,
-        vae=vae,
-        num_queries=4,
-        connector_hidden=32,
-        connector_mlp=48,
-        connector_layers=1,
-        connector_heads=2,
+        vlm={**TINY.vlm, "text_config": texts | dict(text or {}), "vision_config": visions | dict(vision or {})},
+        transformer=transformers | dict(transformer or {}),
+        **(sizes | others),
     )
 
 

@@ -11,19 +11,7 @@ from torch import Tensor, nn
 
 from actors.ema import Ema
 from actors.engine import TrainingEngine
-from deepgen.models.memory import Parameters
 from tests.factories import make_tiny_model
-
-
-def parameters_of(model: Any, stage: str) -> Parameters:
-    trained = [p for _, p in model.trainable_parameters(stage)]
-    vae = {id(p) for p in model.vae.parameters()}
-    return Parameters(
-        matrices=tuple(p.numel() for p in trained if p.dim() >= 2),
-        vectors=tuple(p.numel() for p in trained if p.dim() < 2),
-        frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in vae),
-        whole=sum(p.numel() for p in model.vae.parameters()) + sum(b.numel() for b in model.buffers()),
-    )
 
 
 def measure(settings: Any) -> dict[str, int]:

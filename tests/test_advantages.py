@@ -11,7 +11,7 @@ from torch import Tensor
 from deepgen.algorithms.advantages import ADVANTAGES, AdvantageResult, Scores, group_advantages, weighted_total
 from deepgen.config.errors import UserError
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "reference.npz", allow_pickle=False)
+GOLDEN = np.load(Path(__file__).parent / "golden" / "advantages.npz", allow_pickle=False)
 NAN = float("nan")
 
 

@@ -11,7 +11,7 @@ from deepgen.models.bridge import Bridge
 from deepgen.models.presets import TINY, Architecture
 from tests.factories import narrow_architecture
 
-GOLDEN = Path(__file__).parent / "golden" / "reference.npz"
+GOLDEN = Path(__file__).parent / "golden" / "bridge.npz"
 
 
 @pytest.fixture(scope="module")

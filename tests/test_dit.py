@@ -10,7 +10,7 @@ from diffusers import SD3Transformer2DModel
 
 from deepgen.models.dit import DeepGenTransformer
 
-GOLDEN = Path(__file__).parent / "golden" / "reference.npz"
+GOLDEN = Path(__file__).parent / "golden" / "dit.npz"
 
 
 @pytest.fixture(scope="module")

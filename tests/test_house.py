@@ -62,3 +62,10 @@ def test_files_can_be_read_in_one_sitting(root: Path) -> None:
 
 def test_assets_stay_small(root: Path) -> None:
     assert sum(file.stat().st_size for file in (root / "assets").rglob("*") if file.is_file()) <= ASSETS_BYTES
+
+
+def test_what_git_keeps_beside_assets_is_small(root: Path) -> None:
+    folders = ("docs", "tests", "stages", "actors", "rewards", "platform", "benchmarks", "clusters", "tools")
+    files = [file for folder in folders for file in (root / folder).rglob("*") if file.is_file()]
+    assert len(files) > 100
+    assert not [file.name for file in files if file.stat().st_size > 1_000_000]

@@ -41,6 +41,8 @@ from tests.factories import make_tiny_folder
 from tests.learner_workers import ROOT, run_workers
 from tests.toy import STEPS, TOY, ToyModel, check_toy, plain_torch, toy_result, toy_run
 
+SFT = ROOT / "stages" / "sft.py"
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -289,29 +291,37 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, previous)
 
 
+def start_sft(folder: Path, overrides: list[str]) -> subprocess.Popen[str]:
+    """stages/sft.py in run folder ``folder``/ray/a, once its third checkpoint is there."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(SFT), *overrides],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while process.poll() is None and not (folder / "ray" / "a" / "checkpoints" / "step-000003").exists():
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[0]
+    return process
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_sft_under_ray_train_interrupted_and_resumed(world: Path, tmp_path: Path) -> None:
     """Ctrl-C in the middle: exit code 130 and how to go on; then the same weights as a run that was left alone."""
     overrides = stage_overrides(world, tmp_path / "ray", "a", "train.steps=40")
-    command = [sys.executable, str(ROOT / "stages" / "sft.py"), *overrides]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with interruptible():
-        first = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-    checkpoints = tmp_path / "ray" / "a" / "checkpoints"
-    while first.poll() is None and not (checkpoints / "step-000003").exists():
-        time.sleep(0.02)
-    assert first.poll() is None, first.communicate()[0]
+        first = start_sft(tmp_path, overrides)
     first.send_signal(signal.SIGINT)
     output = first.communicate(timeout=120)[0]
     assert first.returncode == 130, output
     assert "to continue:" in output and "--resume" in output
 
-    second = subprocess.run(
-        [*command, "--resume"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, str(SFT), *overrides, "--resume"]
+    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "resuming after step" in second.stdout and "step 40/40" in second.stdout
     alone = stage_overrides(world, tmp_path / "alone", "a", "train.steps=40")
@@ -326,16 +336,7 @@ def test_sft_under_ray_train_interrupted_and_resumed(world: Path, tmp_path: Path
 def test_a_killed_worker_is_started_again(world: Path, tmp_path: Path) -> None:
     """SIGKILL of one of two workers: Ray Train starts both again from the last checkpoint, and nothing is different."""
     options = ("train.workers=2", "train.steps=20", "train.max_failures=1")
-    program, more = [sys.executable, str(ROOT / "stages" / "sft.py")], [*options, "cluster.num_cpus=4"]
-    command = [*program, *stage_overrides(world, tmp_path / "ray", "a", *more)]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    checkpoints = tmp_path / "ray" / "a" / "checkpoints"
-    while process.poll() is None and not (checkpoints / "step-000003").exists():
-        time.sleep(0.02)
-    assert process.poll() is None, process.communicate()[0]
+    process = start_sft(tmp_path, stage_overrides(world, tmp_path / "ray", "a", *options, "cluster.num_cpus=4"))
     workers = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
@@ -347,8 +348,8 @@ def test_a_killed_worker_is_started_again(world: Path, tmp_path: Path) -> None:
     assert process.returncode == 0, output
     assert output.count("starting the workers again (1, train.max_failures 1): worker ") == 1
     assert "resuming after step" in output and "step 20/20" in output
-    undisturbed = [*program, *stage_overrides(world, tmp_path / "alone", "a", *more)]
-    subprocess.run(undisturbed, cwd=tmp_path, env=environment, check=True, timeout=900, capture_output=True)
+    alone = stage_overrides(world, tmp_path / "alone", "a", *options)
+    run_workers(tmp_path, [{"stage": "sft", "recipe": "tiny-sft", "overrides": alone}], world=2)
     for part in ("bridge", "transformer", "vlm_lora"):
         expected, result = component(tmp_path / "alone", "a", part), component(tmp_path / "ray", "a", part)
         assert expected and all(torch.equal(result[name], expected[name]) for name in expected), part

@@ -20,9 +20,8 @@ from deepgen.models.memory import CPU_BF16, CPU_FP32, Numbers, states
 from deepgen.models.presets import TINY, Architecture
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings, _decode, add_lora, lora_parameters
-from tests.factories import make_tiny_model
+from tests.factories import make_tiny_model, narrow_architecture
 from tests.learner_workers import run_workers
-from tests.memory_states import parameters_of
 
 STATES_OFF = 0.01  # of a part: padding, and scalars such as step counters
 ACTIVATIONS_OFF = 0.06  # modulation vectors, and keys repeated to all heads where the kernel can do without
@@ -40,7 +39,7 @@ def test_states_are_what_the_engine_holds(tmp_path: Path) -> None:
         {"overrides": [*common, f"train.zero_stage={stage}"], "measure": str(file)} for stage, file in enumerate(files)
     ]
     run_workers(tmp_path, runs, world=2)
-    parameters = parameters_of(make_tiny_model(), "rl")
+    parameters = memory.Parameters.of(make_tiny_model(), "rl")
     for stage, file in enumerate(files):
         found, expected = json.loads(file.read_text()), states(parameters, stage, 2, ema=True)
         for part in ("frozen", "weights", "master", "moments", "ema"):
@@ -76,31 +75,23 @@ def test_more_workers_and_higher_stages_never_need_more() -> None:
 # ---- Activations ----
 
 
-def architecture() -> Architecture:
+def wide() -> Architecture:
     """Narrow, but wide enough that what grows with tokens outweighs what does not."""
-    text = dict(TINY.vlm["text_config"])
-    text |= {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4}
-    text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
-    vision = dict(TINY.vlm["vision_config"])
-    vision |= {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
-    vision["fullatt_block_indexes"] = [0]
-    transformer = dict(TINY.transformer) | {"num_layers": 4, "attention_head_dim": 32, "num_attention_heads": 3}
-    transformer |= {"joint_attention_dim": 128, "caption_projection_dim": 96, "pooled_projection_dim": 64}
-    transformer["dual_attention_layers"] = (0, 1)
-    return replace(
-        TINY,
-        vlm=dict(TINY.vlm) | {"text_config": text, "vision_config": vision},
-        transformer=transformer,
-        num_queries=8,
-        connector_hidden=64,
-        connector_mlp=352,
-        connector_heads=4,
-        fusion_stride=1,
-    )
+    text = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
+    vision = {"depth": 1, "out_hidden_size": 64, "fullatt_block_indexes": [0]}
+    transformer: dict[str, Any] = {
+        "num_layers": 4,
+        "attention_head_dim": 32,
+        "num_attention_heads": 3,
+        "joint_attention_dim": 128,
+    }
+    transformer |= {"caption_projection_dim": 96, "pooled_projection_dim": 64, "dual_attention_layers": (0, 1)}
+    sizes = {"num_queries": 8, "connector_hidden": 64, "connector_mlp": 352, "connector_heads": 4, "fusion_stride": 1}
+    connector = {"connector_layers": TINY.connector_layers, "vae": TINY.vae}
+    return narrow_architecture(text, vision, transformer, **sizes, **connector)
 
 
-ARCHITECTURE = architecture()
+ARCHITECTURE = wide()
 PRECISIONS = [pytest.param(CPU_BF16, id="bf16"), pytest.param(CPU_FP32, id="fp32")]
 SIZES = [(1, 24), (2, 40), (4, 100)]  # batch, context tokens
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from deepgen.config.errors import UserError
 from deepgen.diffusion.samplers import SAMPLERS, StepResult, guided, sampler_step
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "reference.npz", allow_pickle=False)
+GOLDEN = np.load(Path(__file__).parent / "golden" / "samplers.npz", allow_pickle=False)
 REFERENCE_NAMES = {"cps_sde": "cps", "flowgrpo_sde": "flow_sde", "dance_sde": "dance_sde"}
 GOLDEN_STEPS = sorted({key.rpartition("/")[0] for key in GOLDEN.files if key.startswith("step/")})
 STOCHASTIC = {"cps": 1.0, "flow_sde": 0.7, "dance_sde": 0.3}  # with a usual eta each

@@ -9,7 +9,7 @@ import torch
 from deepgen.config.errors import UserError
 from deepgen.diffusion.schedule import draw_training_sigmas, rollout_sigmas, timesteps, training_sigmas
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "reference.npz", allow_pickle=False)
+GOLDEN = np.load(Path(__file__).parent / "golden" / "samplers.npz", allow_pickle=False)
 
 
 @pytest.mark.parametrize("num_steps", [10, 50])

@@ -166,7 +166,7 @@ def test_bf16_autocast_stays_close_with_padding(image, padding):
 
 
 @torch.no_grad()
-def test_conditioning_select_and_cat(model):
+def test_conditioning_expand_and_cat(model):
     cond = model.encode_prompts(PROMPTS)
     parts = [model.encode_prompts([prompt]) for prompt in PROMPTS]
     joined = Conditioning.cat(parts)
@@ -174,9 +174,13 @@ def test_conditioning_select_and_cat(model):
     assert torch.equal(joined.mask, cond.mask)
     x, t = torch.randn(3, 8, 16, 16), torch.full((3,), 500.0)
     torch.testing.assert_close(model.velocity(x, t, joined), model.velocity(x, t, cond), rtol=1e-4, atol=1e-4)
-    twice = cond.select([0, 0, 2])
-    assert len(twice) == 3
-    assert torch.equal(twice.context[1], cond.context[0])
+    thrice = parts[0].expand(3)
+    assert len(thrice) == 3
+    assert all(torch.equal(thrice.context[i], parts[0].context[0]) for i in range(3))
+    assert thrice.context.data_ptr() == parts[0].context.data_ptr() and thrice.context.stride(0) == 0
+    assert thrice.mask is not None and thrice.mask.shape == (3, parts[0].context.shape[1])
+    same = cond.expand(3)  # a whole batch stays what it is
+    assert torch.equal(same.context, cond.context) and torch.equal(same.pooled, cond.pooled)
     half = cond.to(torch.bfloat16)
     assert half.context.dtype == half.pooled.dtype == torch.bfloat16
     assert half.mask is not None

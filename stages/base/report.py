@@ -15,12 +15,12 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import AutoTokenizer, CLIPModel, Qwen2_5_VLForConditionalGeneration
 
+from actors.rollout import EvaluationRequest
+from actors.sampling import PolicySampler
+from deepgen.config import load_settings
+from deepgen.config.recipes import find_recipe
 from deepgen.config.settings import TASKS
-from deepgen.data.dataset import image_to_tensor
 from deepgen.data.records import Record, decode_image
-from deepgen.diffusion.rollout import sample, start_group
-from deepgen.diffusion.schedule import rollout_sigmas
-from deepgen.models.unified import Conditioning, UnifiedModel
 from deepgen.tracking.grids import image_grid
 from rewards.base import RewardRequest
 from rewards.ocr import OcrReward
@@ -30,33 +30,10 @@ from stages.base.vae import psnr
 from stages.base.vlm import Batcher, heldout_pairs, judge_accuracy
 
 
-@torch.no_grad()
-def draw(model: UnifiedModel, records: list[Record], steps: int = 20, batch: int = 16) -> list[np.ndarray]:
+def draw(sampler: PolicySampler, records: list[Record]) -> list[np.ndarray]:
     """One image uint8 [64, 64, 3] a record; the noise follows from the record's id."""
-    images: list[np.ndarray] = []
-    for s in range(0, len(records), batch):
-        part = records[s : s + batch]
-        sources = [[image_to_tensor(decode_image(d), 64) for d in r.references] for r in part]
-        refs = [model.encode_images(x, None) if x else [] for x in sources]
-        starts = [start_group((8, 16, 16), run_seed=0, prompt_id=r.id, epoch=0, indices=[0]) for r in part]
-        noise, generators = torch.cat([n for n, _ in starts]), [g for _, own in starts for g in own]
-        with torch.autocast("cpu", torch.bfloat16):
-            cond = model.encode_prompts([r.prompt for r in part], sources)
-
-        def velocity(
-            x: torch.Tensor, t: torch.Tensor, cond: Conditioning = cond, refs: list[list[torch.Tensor]] = refs
-        ) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                v = model.velocity(x, t, cond, refs if any(refs) else None)
-            assert isinstance(v, torch.Tensor)  # a batch of one size stays a tensor
-            return v.float()
-
-        final = sample(
-            velocity, noise, rollout_sigmas(steps), sampler="ode", eta=0.0, sde_steps=[], generators=generators
-        ).final
-        for image in model.decode_latents(final):
-            images.append((image * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
-    return images
+    request = EvaluationRequest(tuple(records), samples=1, num_steps=20, seed=0)
+    return [images[0] for images in sampler.evaluate(request)]
 
 
 def choose(split: str, task: str, count: int) -> list[Record]:
@@ -64,7 +41,7 @@ def choose(split: str, task: str, count: int) -> list[Record]:
     return random.Random(f"{split}{task}").sample(records, min(count, len(records)))
 
 
-def grids(model: UnifiedModel, out: Path, count: int) -> None:
+def grids(sampler: PolicySampler, out: Path, count: int) -> None:
     """Held-out prompts on the left half of each sheet, training prompts on the right."""
     out.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
@@ -72,17 +49,19 @@ def grids(model: UnifiedModel, out: Path, count: int) -> None:
         rows = [r for k in range(0, count, 6) for r in held[k : k + 6] + train[k : k + 6]]
         sources = [decode_image(r.references[0]) if r.references else None for r in rows]
         captions = [f"{'held-out' if r in held else 'train'}: {r.prompt}" for r in rows]
-        image_grid(draw(model, rows), captions, columns=12, sources=sources).save(out / f"base_{task}.webp", quality=88)
+        image_grid(draw(sampler, rows), captions, columns=12, sources=sources).save(
+            out / f"base_{task}.webp", quality=88
+        )
 
 
-def ocr_rate(model: UnifiedModel) -> dict[str, float]:
+def ocr_rate(sampler: PolicySampler) -> dict[str, float]:
     """Share of drawn words that RapidOCR reads exactly, and the mean OCR score, held-out and trained words."""
     reward = OcrReward()
     out: dict[str, float] = {}
     for split in ("heldout", "train"):
         records = choose(split, "text", 60)
         scores = reward.score(
-            [RewardRequest(r.prompt, r.answer, r.task, i) for r, i in zip(records, draw(model, records), strict=True)]
+            [RewardRequest(r.prompt, r.answer, r.task, i) for r, i in zip(records, draw(sampler, records), strict=True)]
         )
         known = np.array([np.nan if s is None else s for s in scores], dtype=float)
         out |= {f"{split}_read_exactly": float(np.nanmean(known > 0.999)), f"{split}_score": float(np.nanmean(known))}
@@ -116,15 +95,15 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--count", type=int, default=24, help="prompts of each kind and task in a grid")
     args = parser.parse_args()
-    model = UnifiedModel.from_folder(args.model, preset="tiny")
-    grids(model, args.docs / "images", args.count)
+    sampler = PolicySampler(load_settings(find_recipe("tiny-rl"), [f"model.weights={args.model}"]))
+    grids(sampler, args.docs / "images", args.count)
     clip = CLIPModel.from_pretrained(REWARDS / "clip", dtype=torch.float32).eval()
     held = to_float(unique_pictures(load_split("heldout")).images)
     figures = {
         "vae_psnr_db": psnr(AutoencoderKL.from_pretrained(args.model / "vae").eval(), held),
         "judge": judge_figures(),
         "clip": retrieval(clip, AutoTokenizer.from_pretrained(REWARDS / "clip"), "heldout"),
-        "ocr": ocr_rate(model),
+        "ocr": ocr_rate(sampler),
     }
     (args.docs / "base_figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))

@@ -19,10 +19,10 @@ import numpy as np
 from deepgen.config.errors import UserError, nearest
 from deepgen.config.settings import TASKS
 from deepgen.data.order import WeightedOrder
+from deepgen.data.store import ParquetStore, RecordStore
 
 if TYPE_CHECKING:
     from deepgen.config.settings import Settings
-    from deepgen.data.store import RecordStore
 
 SOURCES = ("edit", "t2i")
 MOST_SETS = 1000  # different data sets that can be weighed
@@ -130,6 +130,11 @@ class Mixture:
     def _member(self, source: str, position: int) -> int:
         part, member = self._orders[source].member(position)
         return int(self.parts[source][part].rows[member])
+
+
+def check_training_data(settings: Settings) -> None:
+    """Raise UserError now, not when the workers have started, when data.train and the keys that mix it do not fit."""
+    Mixture.from_settings(settings, ParquetStore(settings.data.train), settings.data.micro_batch)
 
 
 def make_parts(store: RecordStore, settings: Settings, used: Sequence[str]) -> dict[str, list[Part]]:

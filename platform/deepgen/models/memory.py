@@ -14,8 +14,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from deepgen.models.presets import Architecture
+
+if TYPE_CHECKING:
+    from deepgen.models.unified import UnifiedModel
 
 GIB = 1 << 30
 FP32 = 4
@@ -41,14 +45,28 @@ class Parameters:
     """Sizes of a model's parameters in elements.
 
     matrices, vectors: trained ones of 2 and more, and of fewer dimensions: the two groups of the optimizer.
-    frozen: those ZeRO-3 splits as well. whole: elements of frozen parts it does not (the VAE, buffers, the KL
-    reference).
+    frozen: those ZeRO-3 splits as well. whole: elements of frozen parts it does not (the VAE, buffers). reference:
+    of the KL reference, which the learner alone has, whole.
     """
 
     matrices: tuple[int, ...]
     vectors: tuple[int, ...]
     frozen: tuple[int, ...]
     whole: int = 0
+    reference: int = 0
+
+    @classmethod
+    def of(cls, model: UnifiedModel, stage: str) -> Parameters:
+        """Of a model, on any device, whose `stage` begins: that is what it trains from now on."""
+        trained = [parameter for _, parameter in model.trainable_parameters(stage)]
+        in_vae = {id(parameter) for parameter in model.vae.parameters()}
+        frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in in_vae]
+        return cls(
+            matrices=tuple(p.numel() for p in trained if p.dim() >= 2),
+            vectors=tuple(p.numel() for p in trained if p.dim() < 2),
+            frozen=tuple(p.numel() for p in frozen),
+            whole=sum(t.numel() for t in (*model.vae.parameters(), *model.buffers())),
+        )
 
     @property
     def trained(self) -> int:
@@ -96,12 +114,12 @@ def states(
     in the rank's part. Stage 3 splits every parameter, rounded up, frozen ones too. An offloaded optimizer keeps copy,
     moments and gradients in main memory (24 bytes an element: two buffers more for accumulating and for the way back).
     """
-    trained, share = parameters.trained, 0
+    trained, share, whole = parameters.trained, 0, parameters.whole + parameters.reference
     if zero_stage == 0:
         if offload_optimizer:
             raise ValueError("an optimizer can be offloaded from ZeRO stage 1 on")
         ema_bytes = FP32 * trained * ema
-        frozen = FP32 * (sum(parameters.frozen) + parameters.whole)
+        frozen = FP32 * (sum(parameters.frozen) + whole)
         bucket = min(FP32 * trained, BUCKET + FP32 * parameters.largest)
         gradients, moments = FP32 * trained, 2 * FP32 * trained
         return States(
@@ -110,7 +128,7 @@ def states(
     if zero_stage == 3:
         share = sum(math.ceil(n / workers) for n in (*parameters.matrices, *parameters.vectors))
         weights = FP32 * share
-        frozen = FP32 * (sum(math.ceil(n / workers) for n in parameters.frozen) + parameters.whole)
+        frozen = FP32 * (sum(math.ceil(n / workers) for n in parameters.frozen) + whole)
         everything = trained + sum(parameters.frozen)
         # Persistent parameters are among the live ones as long as not everything fits.
         buffers = BUCKET + FP32 * min(LIVE + PREFETCH, everything)
@@ -119,7 +137,7 @@ def states(
     else:
         padded = sum(_padded(sum(group), 2 * workers) for group in (parameters.matrices, parameters.vectors) if group)
         share, weights = padded // workers, FP32 * padded
-        frozen = FP32 * (sum(parameters.frozen) + parameters.whole)
+        frozen = FP32 * (sum(parameters.frozen) + whole)
         buffers, export = BUCKET, 0
         # Stage 2 accumulates into one split copy while the next backward fills another.
         gradients = FP32 * trained if zero_stage == 1 else FP32 * share

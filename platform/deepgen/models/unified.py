@@ -42,10 +42,10 @@ class Conditioning:
     def __len__(self) -> int:
         return self.context.shape[0]
 
-    def select(self, index: Any) -> Conditioning:
-        """Samples by a slice, a list of indices or an index tensor; repeats are allowed."""
-        mask = None if self.mask is None else self.mask[index]
-        return Conditioning(self.context[index], self.pooled[index], mask)
+    def expand(self, batch: int) -> Conditioning:
+        """A single sample's conditioning for `batch` samples, or a batch of that size as it is: views, no copies."""
+        mask = None if self.mask is None else self.mask.expand(batch, -1)
+        return Conditioning(self.context.expand(batch, -1, -1), self.pooled.expand(batch, -1), mask)
 
     def to(self, *args: Any, **kwargs: Any) -> Conditioning:
         """`Tensor.to` for context and pooled; of it the mask follows only the device."""
