@@ -201,7 +201,11 @@ def test_killed_replica_is_replaced(ray_local: ModuleType, tmp_path: Path) -> No
 
     async def scenario(pool: RewardPool) -> tuple[RewardScores, RewardScores, dict[str, float]]:
         during = await pool.score([request(1, "die"), request(2)])  # dies while it scores
-        ray_local.kill(pool.replica_actors()[0])  # dies while it waits
+        replica = pool.replica_actors()[0]
+        ray_local.kill(replica)  # dies while it waits; the call returns before it is dead
+        with pytest.raises(ray_local.exceptions.RayActorError):
+            while True:
+                ray_local.get(replica.__ray_ready__.remote(), timeout=30)
         return during, await pool.score([request(3), request(4)]), pool.counters()
 
     during, after, totals = run(tmp_path, scenario)
