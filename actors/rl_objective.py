@@ -1,46 +1,36 @@
 """MR-GRPO for the learner loop: experience as its batch source, and the loss of one batch.
 
-(1 - lambda) * (clipped policy loss + beta * KL) + lambda * flow matching (paper Eq. 3-5). The gradients of all trained
+(1 - lambda) * (policy loss + beta * KL) + lambda * flow matching (paper Eq. 3-5). The gradients of all trained
 timesteps, of the KL and of the flow-matching loss add up to one optimizer step (the reference takes 61, M3.7).
 
-Left out: several updates on one batch, GRPO-Guard's ratio normalisation, DiffusionNFT.
+Left out: several updates on one batch.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from actors.evaluation import GRID_PROMPTS, Evaluation, choose_records, grid, heldout_records
 from actors.experience import GroupBatch, RankBatch
 from actors.learner import Metrics, Parts, StepContext, WorkerContext
 from actors.objectives import FlowMatching, FlowMatchingMicro, MixtureSource, open_training_set
-from actors.sampling import LearnerGroup, unpack_group
+from actors.policy_terms import POLICY_TERMS, PolicyMicro
+from actors.sampling import unpack_group
 from actors.weights import publish_weights
-from deepgen.algorithms.losses import PolicyStep, clipped_policy_loss, kl_divergence
+from deepgen.algorithms.registry import lookup
 from deepgen.config import Settings
 from deepgen.data.collate import MicroBatch
 from deepgen.data.mixture import Mixture
-from deepgen.diffusion.samplers import guided, sampler_step
-from deepgen.diffusion.schedule import timesteps
 
 if TYPE_CHECKING:
-    from deepgen.models.unified import Conditioning, UnifiedModel
+    from deepgen.models.unified import UnifiedModel
 
-# An unchanged policy must give ratio 1 and KL 0. Measured on a CPU: exactly that in fp32 and in bf16 autocast, whatever
-# the micro-batch; 5e-5 off 1 in bf16 under ZeRO-3. The rest is room for other devices' kernels.
-RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
-KL_TOLERANCE = {"fp32": 1e-8, "bf16": 1e-3}
 _ANSWER_MARGIN_S = 60.0  # the stream's own error, which says more, comes first
-
-
-class PolicyInvariantError(ArithmeticError):
-    """The learner's policy is not the one that drew the samples, although it should be."""
 
 
 @dataclass(frozen=True)
@@ -165,33 +155,14 @@ def auxiliary_records(context: WorkerContext, objective: FlowMatching) -> Mixtur
 # -- objective --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PolicyMicro:
-    """Transitions of one group: B (trained step, sample) pairs, which share prompt and conditioning."""
-
-    x: Tensor  # [B, c, h, w] state before
-    next_x: Tensor  # [B, c, h, w] state after
-    sigma: Tensor  # [B]
-    sigma_next: Tensor  # [B]
-    old_log_prob: Tensor  # [B] fp32, under the policy that drew them
-    advantage: Tensor  # [B] fp32
-    conditioning: Conditioning  # batch B
-    unconditional: Conditioning | None
-    references: list[Tensor]  # latents of an edit's source images
-    version: int  # of the policy that drew them
-    share: float  # of the rank's policy loss
-    images: float  # images this micro-batch stands for
-
-
 class MRGRPO:
     """The objective. `reference` is the initial DiT, frozen; None when no KL is asked for, and then it never runs."""
 
     def __init__(self, settings: Settings, reference: Any, auxiliary: FlowMatching | None) -> None:
-        self._rollout, self._algorithm = settings.rollout, settings.algorithm
-        self._precision = settings.model.precision
+        self._sft_coef = settings.algorithm.sft_coef
         self._reference = reference
         self._auxiliary = auxiliary
-        self._checked_step: int | None = None
+        self._term = lookup(POLICY_TERMS, settings.algorithm.policy_loss, "algorithm.policy_loss")(settings)
 
     @classmethod
     def for_worker(cls, context: WorkerContext, auxiliary: FlowMatching | None) -> MRGRPO:
@@ -205,9 +176,10 @@ class MRGRPO:
     ) -> list[PolicyMicro | FlowMatchingMicro]:
         micros: list[PolicyMicro | FlowMatchingMicro] = []
         for group, arrays in zip(batch.groups, batch.trajectories, strict=True):
-            micros += self._policy_micros(group, unpack_group(arrays, context.device), 1 / len(batch.groups))
+            samples = unpack_group(arrays, context.device)
+            micros += self._term.micros(group, samples, context.step, 1 / len(batch.groups))
         if self._auxiliary:
-            micros += self._auxiliary.prepare_records(batch.records, context, self._algorithm.sft_coef)
+            micros += self._auxiliary.prepare_records(batch.records, context, self._sft_coef)
         return micros
 
     def loss(
@@ -218,101 +190,8 @@ class MRGRPO:
             loss, metrics = self._auxiliary.loss(model, micro, context)
             names = {"loss/flow_matching": "loss/sft", "data/quarantined_sum": "data/quarantined_sum"}
             return loss, {names[key]: value for key, value in metrics.items() if key in names}
-        return self._policy_loss(model, micro, context)
-
-    def _policy_micros(self, group: GroupBatch, samples: LearnerGroup, share: float) -> Iterator[PolicyMicro]:
-        """All transitions of a group by timestep, so that a micro-batch of G samples has the rollout's very shapes."""
-        steps = [samples.trajectory.step(j) for j in range(len(samples.trajectory))]
-        size = len(group.advantages)
-        device = steps[0].latents.device
-        advantages = torch.tensor(group.advantages, device=device)
-        x = torch.cat([step.latents for step in steps])
-        next_x = torch.cat([step.next_latents for step in steps])
-        sigma = torch.stack([step.sigma for step in steps]).repeat_interleave(size)
-        sigma_next = torch.stack([step.sigma_next for step in steps]).repeat_interleave(size)
-        log_prob = torch.cat([step.log_prob for step in steps])
-        for part in torch.arange(len(x), device=device).split(self._algorithm.update_micro_batch):
-            yield PolicyMicro(
-                x=x[part],
-                next_x=next_x[part],
-                sigma=sigma[part],
-                sigma_next=sigma_next[part],
-                old_log_prob=log_prob[part],
-                advantage=advantages[part % size],
-                conditioning=samples.conditioning.expand(len(part)),
-                unconditional=samples.unconditional.expand(len(part)) if samples.unconditional else None,
-                references=samples.references,
-                version=group.version,
-                share=share * len(part) / len(x),
-                images=len(part) / len(steps),
-            )
-
-    def _policy_loss(self, model: UnifiedModel, micro: PolicyMicro, context: StepContext) -> tuple[Tensor, Metrics]:
-        new = self._score(model.transformer, micro)
-        policy = clipped_policy_loss(new.log_prob, micro.old_log_prob, micro.advantage, self._algorithm.clip_range)
-        loss = policy.loss
-        metrics: dict[str, float | Tensor] = {
-            "loss/policy": policy.loss.detach(),
-            "policy/ratio_mean": policy.stats["ratio_mean"],
-            "policy/ratio_max": policy.stats["ratio_max"],
-            "policy/ratio_deviation_max": policy.stats["ratio_deviation"],
-            "policy/clip_share": policy.stats["clip_share"],
-            "images_sum": micro.images,
-        }
-        if self._reference is not None:
-            with torch.no_grad():
-                old = self._score(self._reference, micro)
-            kl = kl_divergence(self._algorithm.kl, new.step, old.step).mean()
-            loss = loss + self._algorithm.kl_beta * kl
-            metrics |= {"policy/kl": kl.detach(), "loss/kl": self._algorithm.kl_beta * kl.detach()}
-        self._check(micro, metrics, context)
-        return (1 - self._algorithm.sft_coef) * micro.share * loss, metrics
-
-    def _score(self, transformer: Any, micro: PolicyMicro) -> _Scored:
-        """What a DiT says about the transitions."""
-        references = [micro.references] * len(micro.x) if micro.references else None
-
-        def velocity(conditioning: Conditioning) -> Tensor:
-            c = conditioning
-            return transformer(micro.x, timesteps(micro.sigma), c.context, c.pooled, references, c.mask).float()
-
-        v = velocity(micro.conditioning)
-        if micro.unconditional is not None:
-            v = guided(v, velocity(micro.unconditional), self._rollout.guidance_scale)
-        result = sampler_step(
-            self._rollout.sampler,
-            micro.x,
-            v,
-            micro.sigma,
-            micro.sigma_next,
-            eta=self._rollout.eta,
-            next_x=micro.next_x,
-        )
-        return _Scored(PolicyStep(v, result.mean, result.std), result.log_prob)
-
-    def _check(self, micro: PolicyMicro, metrics: Metrics, context: StepContext) -> None:
-        """In this process's first update: an on-policy ratio is 1, and the initial model has no KL to itself."""
-        if self._checked_step not in (None, context.step) or micro.version != context.step:
-            return
-        self._checked_step = context.step
-        deviation, allowed = float(metrics["policy/ratio_deviation_max"]), RATIO_TOLERANCE[self._precision]
-        if not deviation <= allowed:
-            raise PolicyInvariantError(
-                f"step {context.step}, on-policy: the probability ratio is off 1 by {deviation:.2e}, "
-                f"more than {allowed:.0e}; rollout and learner do not run the same policy"
-            )
-        if context.step == 0 and "policy/kl" in metrics:
-            kl, allowed = float(metrics["policy/kl"]), KL_TOLERANCE[self._precision]
-            if not kl <= allowed:
-                raise PolicyInvariantError(
-                    f"step 0: the KL of the initial policy to itself is {kl:.2e}, more than {allowed:.0e}"
-                )
-
-
-@dataclass(frozen=True)
-class _Scored:
-    step: PolicyStep
-    log_prob: Tensor  # [B] fp32
+        loss, metrics = self._term.loss(model.transformer, self._reference, micro, context)
+        return (1 - self._sft_coef) * micro.share * loss, metrics | {"images_sum": micro.images}
 
 
 # -- both, for the stage ---------------------------------------------------------------------------------------------

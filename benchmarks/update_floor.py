@@ -19,7 +19,8 @@ from actors.experience import GroupBatch
 from actors.launch import load_model, prepare_process
 from actors.learner import Objective, StepContext, WorkerContext, update
 from actors.objectives import FlowMatching, FlowMatchingMicro, build_flow_matching
-from actors.rl_objective import MRGRPO, PolicyMicro, RLBatch, auxiliary_records
+from actors.policy_terms import PolicyMicro
+from actors.rl_objective import MRGRPO, RLBatch, auxiliary_records
 from actors.rollout import GroupRequest
 from actors.sampling import PolicySampler
 from benchmarks.common import Result, Shape, bare_dit, bare_inputs, compare, joined_size, recipe

@@ -15,6 +15,7 @@ from deepgen.algorithms.losses import (
     kl_latent_mean,
     kl_velocity,
     kl_velocity_scaled,
+    negative_aware_loss,
 )
 from deepgen.config.errors import UserError
 from deepgen.diffusion.samplers import sampler_step
@@ -131,6 +132,59 @@ def test_policy_loss_refuses_half_precision_and_broadcasting() -> None:
         clipped_policy_loss(ones, ones.bfloat16(), ones, 1e-4)
     with pytest.raises(ValueError, match="one shape"):
         clipped_policy_loss(ones, ones, torch.ones(3, 1), 1e-4)
+
+
+# -- policy, by the forward process ----------------------------------------------------------------
+
+
+def _forward(v: Tensor, v_old: Tensor, advantages: list[float], beta: float = 0.1, clip: float = 5.0) -> Tensor:
+    x0, noise, sigma = _randn(len(v), 4, 6, 5, seed=1), _randn(len(v), 4, 6, 5, seed=2), torch.full((len(v),), 0.6)
+    return negative_aware_loss(v, v_old, x0, noise, sigma, torch.tensor(advantages), beta=beta, clip=clip).loss
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_forward_gradient_on_policy_is_flow_matching_times_advantage(beta: float) -> None:
+    """Of A err / 2, with err the image's squared error over its mean size, and clamped advantages."""
+    advantages, clip = [0.5, -2.0, 0.0, 9.0], 5.0
+    v = _randn(4, 4, 6, 5, seed=3).requires_grad_()
+    (gradient,) = torch.autograd.grad(_forward(v, v.detach(), advantages, beta, clip), v)
+    x0, noise = _randn(4, 4, 6, 5, seed=1), _randn(4, 4, 6, 5, seed=2)
+    error = 0.6 * ((noise - x0) - v)  # of the image that v implies
+    per_sample = (error**2).mean((1, 2, 3)) / error.detach().abs().mean((1, 2, 3))
+    (expected,) = torch.autograd.grad((torch.tensor([0.5, -2.0, 0.0, 5.0]) * per_sample).mean(), v)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_forward_loss_of_good_samples_pulls_and_of_bad_ones_pushes() -> None:
+    x0, noise = _randn(1, 4, 6, 5, seed=1), _randn(1, 4, 6, 5, seed=2)
+    target, v_old = noise - x0, _randn(1, 4, 6, 5, seed=3)
+
+    def distance_after(advantage: float) -> float:
+        v = v_old.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(_forward(v, v_old, [advantage]), v)
+        return float(((v.detach() - 0.1 * gradient - target) ** 2).mean())
+
+    before = float(((v_old - target) ** 2).mean())
+    assert distance_after(5.0) < before < distance_after(-5.0)
+    assert distance_after(0.0) == pytest.approx(before, rel=1e-5)
+
+
+def test_forward_loss_holds_back_a_policy_that_moves() -> None:
+    """Whatever the advantage, the loss is a parabola in v - v_old: without bound nothing is pushed away."""
+    v_old, direction = _randn(1, 4, 6, 5, seed=3), _randn(1, 4, 6, 5, seed=4)
+    for advantage in (-4.0, 0.0, 4.0):
+        near, far = (_forward(v_old + size * direction, v_old, [advantage], beta=1.0) for size in (10, 100))
+        assert far > near > _forward(v_old, v_old, [advantage], beta=1.0)
+
+
+def test_forward_loss_statistics() -> None:
+    v, v_old, zeros = torch.ones(2, 4, 6, 5), torch.zeros(2, 4, 6, 5), torch.zeros(2, 4, 6, 5)
+    result = negative_aware_loss(
+        v, v_old, zeros, zeros, torch.full((2,), 0.5), torch.tensor([5.0, 0.0]), beta=0.1, clip=5.0
+    )
+    assert result.stats["positive_share"] == 0.75
+    assert result.stats["moved"] == 1
+    assert not any(value.requires_grad for value in result.stats.values())
 
 
 # -- distance from the reference model -------------------------------------------------------------

@@ -196,6 +196,11 @@ def test_timeout_without_retries_is_missing_and_names_actor_call_and_age(ray_loc
     assert (scores.counters["timeouts"], scores.counters["missing"]) == (1, 1)
 
 
+def ask_until_dead(ray_local: ModuleType, actor: Any) -> None:
+    while True:
+        ray_local.get(actor.__ray_ready__.remote(), timeout=30)
+
+
 def test_killed_replica_is_replaced(ray_local: ModuleType, tmp_path: Path) -> None:
     mishaps(tmp_path, "die", 1)
 
@@ -204,8 +209,7 @@ def test_killed_replica_is_replaced(ray_local: ModuleType, tmp_path: Path) -> No
         replica = pool.replica_actors()[0]
         ray_local.kill(replica)  # dies while it waits; the call returns before it is dead
         with pytest.raises(ray_local.exceptions.RayActorError):
-            while True:
-                ray_local.get(replica.__ray_ready__.remote(), timeout=30)
+            ask_until_dead(ray_local, replica)
         return during, await pool.score([request(3), request(4)]), pool.counters()
 
     during, after, totals = run(tmp_path, scenario)

@@ -93,7 +93,16 @@ def test_it_learns_what_is_rewarded(world: Path) -> None:
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(world: Path) -> None:
-    settings = ("run.seed=5", "train.steps=4", "train.checkpoint_every=2", "train.learning_rate=1e-3")
+    """The other policy loss, with rollouts that draw no noise on the way."""
+    settings = (
+        "run.seed=5",
+        "train.steps=4",
+        "train.checkpoint_every=2",
+        "train.learning_rate=1e-3",
+        "algorithm.policy_loss=diffusion_nft",
+        "rollout.sampler=ode",
+        "rollout.same_noise=false",
+    )
     finish(start(world, "run.name=whole", *settings))
 
     killed = start(world, "run.name=killed", *settings)
@@ -110,6 +119,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(world: Path) -> None:
     assert "resuming after step 2 of 4" in output
 
     whole, resumed = metrics(world / "runs" / "whole"), metrics(folder)
+    assert whole[1]["policy/kl"] < 1e-8 < whole[4]["policy/kl"]
     for step in (3, 4):
         assert decided(whole[step]) == decided(resumed[step])
     scores = [json.loads((world / "runs" / name / "report.json").read_text())["rows"] for name in ("whole", "killed")]

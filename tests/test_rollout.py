@@ -106,6 +106,10 @@ def test_the_choice_depends_on_the_seed_alone(window: str) -> None:
     assert len({tuple(chosen) for chosen in choices}) > 10
 
 
+def test_the_first_steps_whatever_the_seed() -> None:
+    assert [choose_sde_steps(10, 3, "first", seed) for seed in range(5)] == [[0, 1, 2]] * 5
+
+
 def test_bad_choices() -> None:
     with pytest.raises(UserError, match=r"rollout\.sde_steps: got 10 with 10 steps; allowed: 0 to 9"):
         choose_sde_steps(10, 10, "all", 0)

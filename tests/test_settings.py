@@ -32,7 +32,8 @@ KEYS = {
     "threads zero_stage offload_optimizer ema_decay checkpoint_every keep_checkpoints max_failures",
     "rollout": "sampler eta num_steps shift guidance_scale sde_steps sde_window group_size prompts_per_step actors "
     "same_noise threads",
-    "algorithm": "advantage whiten advantage_clip clip_range kl kl_beta sft_coef sft_batch update_micro_batch",
+    "algorithm": "advantage whiten advantage_clip policy_loss nft_beta clip_range kl kl_beta sft_coef sft_batch "
+    "update_micro_batch",
     "rewards": "weights",
     "rewards.judge": "replicas batch_size deadline_s retries path",
     "rewards.ocr": "replicas batch_size deadline_s retries",
@@ -208,7 +209,7 @@ def test_recipe_that_is_no_text_or_missing(tmp_path: Path) -> None:
         (["train.steps={"], ["train.steps: cannot read '{'"]),
         (["train.learning_rate=.nan"], ["train.learning_rate: got '.nan'"]),
         (["rollout.sampler=cpss"], ["cps, flow_sde, dance_sde or ode", "did you mean 'cps'"]),
-        (["rollout.sde_window=al"], ["got 'al' on the command line", "all or window", "did you mean 'all'"]),
+        (["rollout.sde_window=al"], ["got 'al' on the command line", "all, window or first", "did you mean 'all'"]),
         (["model.lora_rank=-1"], ["model.lora_rank: got -1", "from 0 to 1024"]),
         (["data.image_size=65"], ["data.image_size: got 65", "multiple of 32"]),
         (["data.train="], ["data.train: got ''", "path"]),
@@ -243,6 +244,11 @@ def test_text_keys_take_the_text_as_it_is() -> None:
     ("overrides", "part"),
     [
         (["rollout.sampler=ode"], "rollout.sampler: got 'ode'"),
+        (["rollout.sampler=ode", "algorithm.policy_loss=diffusion_nft"], "rollout.same_noise: got true"),
+        (
+            ["algorithm.policy_loss=diffusion_nft", "algorithm.kl=latent_mean"],
+            "algorithm.kl: got 'latent_mean' with .*allowed: velocity or none",
+        ),
         (["rollout.eta=0"], "rollout.eta: got 0"),
         (["train.workers=5"], "rollout.prompts_per_step: got 32 for train.workers 5"),
         ([f"rewards.weights.{task}={{}}" for task in TASKS], "rewards.weights: got no weight above 0"),

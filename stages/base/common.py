@@ -19,6 +19,7 @@ LESSONS = Path("runs/base/lessons.parquet")
 BACKBONE = Path("runs/base/vlm")  # the VLM before the bridge; judge and tower start from it
 PROMPT_ENCODER = Path("runs/base/prompt_encoder.pt")
 TOWER = Path("runs/base/tower.safetensors")
+FADED = {"t2i": "faded copies", "edit": "faded edits"}  # names of the data sets that `fade` adds to train
 
 
 @dataclass
@@ -46,7 +47,8 @@ def unique_pictures(records: list[Record]) -> Pictures:
 
 
 def load_split(name: str, data: Path = DATA) -> list[Record]:
-    return read_records(data / f"{name}.parquet")
+    """The clean records of a split: without the copies that `fade` adds."""
+    return [r for r in read_records(data / f"{name}.parquet") if r.source not in FADED.values()]
 
 
 def to_float(images: np.ndarray) -> torch.Tensor:

@@ -24,6 +24,16 @@ from stages.base.common import DATA, MODEL
 
 WORK = Path("runs/base")
 PACKAGES = {"fluent-emoji-flat": "@iconify-json/fluent-emoji-flat@1.2.6", "emojibase-data": "emojibase-data@17.0.0"}
+# The end of fine-tuning, on clean and faded pictures; recipe tiny-rl mixes its auxiliary loss alike.
+MIXED = (
+    "data.weights={fluent-emoji-flat: 0.35, drawn words: 0.2, emojibase tags: 0.1, faded copies: 0.4, "
+    "faded edits: 0.25}",
+    "run.name=tiny-mixed",
+    "model.weights=runs/tiny-sft/model",
+    "train.steps=160",
+    "train.learning_rate=2e-4",
+    "train.warmup_steps=10",
+)
 LANES = 2  # cores; the trainings' small matrices gain little from a second thread
 SAY_EVERY_S = 30.0
 
@@ -77,7 +87,9 @@ def steps() -> dict[str, Step]:
         "decoder": Step(module("vae", "--decoder"), ("dit",)),
         "aesthetic": Step(module("aesthetic"), ("clip", "decoder")),
         "sft": Step(stage("sft", "model.weights=runs/tiny-pretrain/model"), ("pretrain",)),
-        "collect": Step(module("collect", "runs/tiny-sft/model"), ("sft", "decoder")),
+        "fade": Step(module("fade"), ("sft",)),
+        "mixed": Step(stage("sft", *MIXED), ("fade",)),
+        "collect": Step(module("collect", "runs/tiny-mixed/model"), ("mixed", "decoder")),
         "report": Step(module("report"), ("collect", "judge", "clip")),
     }
 

@@ -4,8 +4,7 @@ One RL batch minimises (1 - lambda) * (policy + beta * KL) + lambda * SFT (paper
 the velocity: the policy term moves it where advantages say, the KL term holds it near the starting model, the SFT term
 (plain flow matching on real images) keeps it a good generator.
 
-Left out: clamping of log-probabilities and GRPO-Guard's ratio normalisation (off in the published recipe), and
-DiffusionNFT.
+Left out: clamping of log-probabilities and GRPO-Guard's ratio normalisation (off in the published recipe).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 from deepgen.algorithms.registry import lookup
 
 _VARIANCE_EPS = 1e-7  # added to 2 std^2 in the reference's KL terms
+_SMALLEST_ERROR = 1e-5  # below it an image counts as hit, and its error is not blown up any further
 
 
 # -- flow matching (M2.1) --------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def flow_matching_loss(
 
 class PolicyLoss(NamedTuple):
     loss: Tensor  # []
-    stats: dict[str, Tensor]  # scalars without gradient, see clipped_policy_loss
+    stats: dict[str, Tensor]  # scalars without gradient, see the function
 
 
 def clipped_policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> PolicyLoss:
@@ -81,6 +81,40 @@ def clipped_policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tens
             "clip_share": (clipped > plain).float().mean(),
         }
     return PolicyLoss(torch.maximum(plain, clipped).mean(), stats)
+
+
+# -- policy, by the forward process (DiffusionNFT; M3.6) -------------------------------------------
+
+
+def negative_aware_loss(
+    v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, sigma: Tensor, advantages: Tensor, *, beta: float, clip: float
+) -> PolicyLoss:
+    """DiffusionNFT: flow matching towards samples with a high advantage and away from those with a low one.
+
+    v, v_old, x0, noise [B, c, h, w]; sigma, advantages [B]. v and v_old are the velocities of the trained policy and of
+    the one that drew x0, at x_sigma = (1 - sigma) x0 + sigma noise. With r = (clamp(A / clip, -1, 1) + 1) / 2:
+    clip / beta * mean(r err((1 - beta) v_old + beta v) + (1 - r) err((1 + beta) v_old - beta v)), where err is the
+    squared error of the image that a velocity implies, over its mean size (without gradient), so that every noise level
+    counts alike. No log-probability: samples may come from any sampler. While v equals v_old the gradient is that of
+    A times err / 2 in v; beta says how far v may go before the loss holds it back.
+
+    The reference takes the next latent of the trajectory for x0 (M3.6), which the derivation does not; here it is the
+    final one. stats: positive_share, the mean of r, and moved, the mean of (v - v_old)^2.
+    """
+    x0, noise, v, v_old = x0.float(), noise.float(), v.float(), v_old.detach().float()
+    level = sigma.float().reshape(-1, 1, 1, 1)
+    noisy = interpolate(x0, noise, sigma)
+
+    def error(velocity: Tensor) -> Tensor:  # [B]
+        difference = noisy - level * velocity - x0
+        size = difference.detach().abs().flatten(1).mean(dim=1).clamp_min(_SMALLEST_ERROR)
+        return (difference**2).flatten(1).mean(dim=1) / size
+
+    positive = (advantages / clip).clamp(-1, 1) / 2 + 0.5
+    losses = positive * error((1 - beta) * v_old + beta * v) + (1 - positive) * error((1 + beta) * v_old - beta * v)
+    with torch.no_grad():
+        stats = {"positive_share": positive.mean(), "moved": ((v - v_old) ** 2).mean()}
+    return PolicyLoss(losses.mean() * clip / beta, stats)
 
 
 # -- distance from the reference model: all [B, c, h, w] -> [B], exactly 0 for equal inputs --------

@@ -119,13 +119,23 @@ def check_stage(settings: Settings, stage: Stage) -> None:
     """Pairs of settings that only this stage cannot run with. UserError."""
     if stage != "rl":
         return
-    rollout, train = settings.rollout, settings.train
-    if rollout.sampler == "ode":
+    rollout, train, algorithm = settings.rollout, settings.train, settings.algorithm
+    if rollout.sampler == "ode" and algorithm.policy_loss == "clipped_ratio":
         raise UserError(
-            "rollout.sampler: got 'ode', which has no log-probabilities for the policy loss; "
-            "allowed in rl: cps, flow_sde or dance_sde"
+            "rollout.sampler: got 'ode', which has no log-probabilities for algorithm.policy_loss clipped_ratio; "
+            "allowed in rl: cps, flow_sde or dance_sde, or algorithm.policy_loss=diffusion_nft"
         )
-    if rollout.eta == 0:
+    if rollout.sampler == "ode" and rollout.same_noise:
+        raise UserError(
+            "rollout.same_noise: got true with rollout.sampler ode, so that all images of a group would be equal; "
+            "allowed in rl: false"
+        )
+    if algorithm.policy_loss == "diffusion_nft" and algorithm.kl not in ("velocity", "none"):
+        raise UserError(
+            f"algorithm.kl: got {algorithm.kl!r} with algorithm.policy_loss diffusion_nft, which trains no sampler "
+            "steps and so has no variance of one; allowed: velocity or none"
+        )
+    if rollout.eta == 0 and rollout.sampler != "ode":
         raise UserError("rollout.eta: got 0, which leaves no noise to explore with; allowed in rl: number > 0")
     if rollout.prompts_per_step % train.workers:
         raise UserError(

@@ -152,19 +152,22 @@ class TrainSettings(Section):
 class RolloutSettings(Section):
     about: ClassVar[str] = "sampling of images in rl"
     sampler: Literal["cps", "flow_sde", "dance_sde", "ode"] = setting(
-        "cps", "Sampler step. ode draws no noise, so it has no log-probabilities and rl refuses it."
+        "cps", "Sampler step. ode draws no noise and has no log-probabilities; rl takes it only with diffusion_nft."
     )
     eta: float = setting(1.0, "Noise level of the SDE samplers; for cps 1 is complete re-noising.", ge=0, le=2)
     num_steps: int = setting(50, "Denoising steps of a rollout.", unit="steps", ge=2, le=1000)
     shift: float = setting(3.0, "Shift of the noise schedule towards high noise; 1 is none.", gt=0)
     guidance_scale: float = setting(1.0, "Classifier-free guidance scale; 1 is off and halves the cost.", ge=1)
     sde_steps: int = setting(
-        30, "Steps of a trajectory that are trained; never the last one, which adds no noise.", unit="steps", ge=1
+        30,
+        "Steps that are trained (diffusion_nft: their noise levels); never the last one, which adds no noise.",
+        unit="steps",
+        ge=1,
     )
-    sde_window: Literal["all", "window"] = setting(
+    sde_window: Literal["all", "window", "first"] = setting(
         "all",
         "all: every step draws noise and random ones are trained; window: noise only in a random run of neighbouring "
-        "steps, all trained.",
+        "steps, all trained; first: that run at the beginning.",
     )
     group_size: int = setting(8, "Images sampled for one prompt, compared with each other.", unit="images", ge=1)
     prompts_per_step: int = setting(32, "Groups in one optimizer step.", unit="prompts", ge=1)
@@ -194,6 +197,12 @@ class AlgorithmSettings(Section):
         "global", "gdpo: advantages get mean 0 and deviation 1 over the whole batch, over a rank's share, or not."
     )
     advantage_clip: float = setting(5.0, "Advantages are clamped to plus and minus this.", gt=0)
+    policy_loss: Literal["clipped_ratio", "diffusion_nft"] = setting(
+        "clipped_ratio",
+        "clipped_ratio: probability ratios of the sampler steps (paper); diffusion_nft: flow matching towards good "
+        "samples and away from bad ones, with any sampler.",
+    )
+    nft_beta: float = setting(0.1, "diffusion_nft: how much of the change of policy its two targets hold.", gt=0, le=1)
     clip_range: float = setting(1e-4, "The probability ratio is clipped to 1 plus and minus this.", gt=0, lt=1)
     kl: Literal["velocity", "velocity_scaled", "latent_mean", "none"] = setting(
         "velocity",

@@ -1,0 +1,52 @@
+"""Add faded copies to the training records: pictures of mixed quality, as collected ones are.
+
+    python -m stages.base.fade
+
+Runs after the stand-ins for public weights were trained on clean pictures, and before fine-tuning: the fine-tuned model
+draws a prompt sometimes well and sometimes washed out, by chance, and reinforcement learning has something to choose
+from. Running it again replaces the copies.
+"""
+
+import argparse
+import io
+import random
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image
+
+from deepgen.data.records import Record, decode_image, write_records
+from stages.base.common import DATA, FADED, load_split
+
+COPIES = {"t2i": 750, "reasoning": 400, "text": 600, "edit": 300}
+LEAST, MOST = 0.25, 0.65  # share of white mixed in
+
+
+def fade(record: Record, share: float) -> Record:
+    """The same prompt with its target mixed with white; an edit's source stays as it is."""
+    assert record.image is not None
+    pixels = decode_image(record.image).astype(np.float32)
+    buffer = io.BytesIO()
+    Image.fromarray((pixels + share * (255 - pixels)).round().astype(np.uint8)).save(
+        buffer, "WEBP", lossless=True, quality=100, method=6
+    )
+    source = FADED["edit" if record.task == "edit" else "t2i"]
+    return replace(record, id=f"faded/{record.id}", image=buffer.getvalue(), source=source)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    rng = random.Random("fade")
+    clean = load_split("train")
+    copies = [
+        fade(record, rng.uniform(LEAST, MOST))
+        for task, count in COPIES.items()
+        for record in rng.sample([r for r in clean if r.task == task], count)
+    ]
+    path = DATA / "train.parquet"
+    write_records(path, clean + copies)
+    print(f"{path}: {len(clean)} clean records and {len(copies)} faded copies, {path.stat().st_size / 2**20:.2f} MiB")
+
+
+if __name__ == "__main__":
+    main()
