@@ -47,8 +47,9 @@ endif
 rl: setup  ## reinforcement learning on the tiny world: about ten minutes, ends with a table and a picture
 	$(RUN) stages/rl.py --recipe tiny-rl $(ARGS)
 
-test: setup  ## the tests; one of them: make test ARGS="tests/test_setup.py -k alias"
-	$(RUN) -m pytest $(ARGS)
+# Two files side by side: most of a test's time is waiting for processes to start.
+test: setup  ## the tests; one of them: make test ARGS="-n 0 tests/test_setup.py -k alias"
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: setup  ## ruff and mypy
 	$(RUN) -m ruff check .

@@ -57,7 +57,6 @@ class PolicySampler:
         """Images uint8 [G, H, W, 3] and the packed group (`unpack_group`)."""
         settings, rollout, record = self._settings, self._settings.rollout, request.record
         conditioning, unconditional, references, shape = self._encode(record)
-        keeps_steps = settings.algorithm.policy_loss == "clipped_ratio"  # the other loss needs the finished samples
         noise, generators = start_group(
             shape,
             run_seed=settings.run.seed,
@@ -72,7 +71,7 @@ class PolicySampler:
             rollout_sigmas(rollout.num_steps, rollout.shift),
             sampler=rollout.sampler,
             eta=rollout.eta,
-            sde_steps=trained_steps(settings, request.step) if keeps_steps else [],
+            sde_steps=trained_steps(settings, request.step) if rollout.sampler != "ode" else [],
             generators=generators,
             window=rollout.sde_window,
             same_noise=rollout.same_noise,
