@@ -54,7 +54,7 @@ def prepare_run(settings: Settings, stage: str) -> Settings:
     """Check what can be checked before anything starts and make the run folder; settings with weights resolved.
 
     A new run never writes into the folder of an older one that has checkpoints: the older one is renamed to
-    ``<name>.1`` (.2, ...). Raises UserError when the folder cannot be written, the disk is too small, there is nothing
+    ``<name>.1`` (.2, ...). Raises UserError when a folder cannot be written, the disk is too small, there is nothing
     to resume, or the checkpoint does not fit.
     """
     weights = resolve_weights(Path(settings.model.weights))
@@ -63,6 +63,8 @@ def prepare_run(settings: Settings, stage: str) -> Settings:
     if settings.run.resume:
         _check_resume(store, settings)
     _check_writable(folder)
+    if settings.data.cache_dir:
+        _check_cache_folder(Path(settings.data.cache_dir))
     _check_space(folder, settings, stage)
     if not settings.run.resume and store.folder.exists():
         kept = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
@@ -233,13 +235,28 @@ def _first_line(error: BaseException) -> str:
 
 
 def _check_writable(folder: Path) -> None:
-    probe = folder / ".probe"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
+        _probe(folder)
     except OSError as error:
         raise UserError(f"run.dir: cannot write the run folder {folder}: {error.strerror or error}") from error
+
+
+def _check_cache_folder(folder: Path) -> None:
+    try:
+        _probe(folder)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: got {str(folder)!r}, which cannot be written ({error.strerror or error}); allowed: a "
+            "folder to write to, or empty for none"
+        ) from error
+
+
+def _probe(folder: Path) -> None:
+    """Make a folder and write something into it. OSError when that cannot be done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    probe.write_bytes(b"\0" * 4096)
+    probe.unlink()
 
 
 def _check_space(folder: Path, settings: Settings, stage: str) -> None:

@@ -14,23 +14,24 @@ import torch
 from torch import Tensor
 
 from actors.engine import Weights
+from actors.frozen import make_cache
 from actors.learner import Metrics, Parts, StepContext, WorkerContext, gather
 from actors.pictures import picture_drawer
 from deepgen.algorithms.losses import flow_matching_loss, interpolate
 from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
-from deepgen.data.collate import LatentCache, MicroBatch, collate
-from deepgen.data.dataset import SIDE_MULTIPLE, TrainingSet
+from deepgen.data.collate import MicroBatch, collate
+from deepgen.data.dataset import FEATURES, LATENT, SIDE_MULTIPLE, Picture, TrainingSet
+from deepgen.data.frozen import FrozenCache
 from deepgen.data.mixture import Mixture
 from deepgen.data.quarantine import Quarantine
 from deepgen.data.store import ParquetStore
 from deepgen.diffusion.schedule import timesteps, training_sigmas
+from deepgen.models.vlm import SeenImage
 
 if TYPE_CHECKING:
     from deepgen.config.settings import Settings
     from deepgen.models.unified import UnifiedModel
-
-LATENT_CACHE_BYTES = 512 << 20
 
 
 class MixtureSource:
@@ -49,8 +50,8 @@ class MixtureSource:
     def next(self, step: int, rank: int, world: int) -> list[MicroBatch]:
         self._world = world
         plan = self.mixture.plan(step, rank, world)
-        cached = self._records.cache
-        return [collate(self.data, one, seed=self.mixture.seed, step=step, cached=cached) for one in plan]
+        kept = self._records.cache
+        return [collate(self.data, one, seed=self.mixture.seed, step=step, kept=kept) for one in plan]
 
     def publish(self, weights: Callable[[], Weights], version: int) -> None:
         if self._draw:
@@ -60,6 +61,8 @@ class MixtureSource:
         return {}
 
     def state_dict(self, step: int) -> dict[str, Any]:
+        """Also makes durable what frozen parts have made so far, which whoever resumes need not make again."""
+        self._records.cache.flush()
         quarantine = self._records.quarantine.state_dict()
         return self.mixture.state_dict(step, self._world) | {"quarantine": quarantine}
 
@@ -81,7 +84,7 @@ class FlowMatchingMicro:
 
     task: str
     prompts: list[str]
-    references: list[list[Tensor]]  # pixels for the VLM, [3, H, W] in [-1, 1]
+    references: list[list[Tensor | SeenImage]]  # for the VLM: pixels, [3, H, W] in [-1, 1], or features
     latents: list[Tensor]  # x0
     reference_latents: list[list[Tensor]]
     noise: list[Tensor]
@@ -96,27 +99,21 @@ class FlowMatching:
     sigma comes uniformly from the 1000 levels of the shifted training grid. Captions of generation are dropped with
     probability ``caption_drop``; editing drops nothing (M1.8). Every sample has random numbers of its own, derived from
     (seed, step, place in the batch), so they do not change with the number of workers. Records that cannot be used take
-    no part in any mean and are noted in ``quarantine``.
+    no part in any mean and are noted in ``quarantine``. ``cache`` makes latents, and features for the VLM.
     """
 
-    def __init__(self, settings: Settings, encode: Callable[[Tensor], Tensor], quarantine: Quarantine) -> None:
-        self.quarantine = quarantine
+    def __init__(self, settings: Settings, cache: FrozenCache, quarantine: Quarantine) -> None:
+        self.cache, self.quarantine = cache, quarantine
         self.caption_drop = settings.data.caption_drop
         self.sigmas = training_sigmas()  # shift 3: the schedule the public weights were trained on
-        self.cache = LatentCache(encode, LATENT_CACHE_BYTES)
 
     @classmethod
     def for_worker(cls, context: WorkerContext) -> FlowMatching:
-        """With the model's own VAE, whose latents are kept on the CPU, and the quarantine of the run."""
-
-        def encode(image: Tensor) -> Tensor:
-            (latent,) = context.model.encode_images([image.to(context.device)], None)
-            return latent.float().cpu()
-
+        """With the model's own frozen parts and the quarantine of the run."""
         run, max_share = context.settings.run, context.settings.data.max_bad_share
         folder = Path(run.dir) / run.name
         quarantine = Quarantine(max_share, folder, rank=context.rank, resume=run.resume, say=context.say)
-        return cls(context.settings, encode, quarantine)
+        return cls(context.settings, make_cache(context), quarantine)
 
     def prepare(
         self, model: UnifiedModel, batch: Sequence[MicroBatch], context: StepContext
@@ -150,17 +147,17 @@ class FlowMatching:
         """Draw captions to drop, noise and times; fetch latents. ``share`` scales the loss."""
         if not micro.indices:
             return self._blank(micro, device)
-        latents = [self.cache.get(i, 0, image) for i, image in zip(micro.indices, micro.targets, strict=True)]
+        latents = [self.cache.get(LATENT, picture) for picture in micro.targets]
         generators = micro.generators("flow matching")
         dropped = [bool(torch.rand((), generator=g) < self.caption_drop) for g in generators]
         levels = torch.stack([self.sigmas[torch.randint(len(self.sigmas), (), generator=g)] for g in generators])
         noise = [torch.randn(x.shape, generator=g) for x, g in zip(latents, generators, strict=True)]
-        clean = [self._reference_latents(*pair) for pair in zip(micro.indices, micro.references, strict=True)]
+        clean = [[self.cache.get(LATENT, picture) for picture in pictures] for pictures in micro.references]
         is_edit = micro.task == "edit"
         return FlowMatchingMicro(
             task=micro.task,
             prompts=["" if drop and not is_edit else p for p, drop in zip(micro.prompts, dropped, strict=True)],
-            references=[_to(images, device) for images in micro.references],
+            references=self._for_vlm(micro.references, device),
             latents=_to(latents, device),
             reference_latents=[_to(images, device) for images in clean],
             noise=_to(noise, device),
@@ -171,13 +168,13 @@ class FlowMatching:
 
     def _blank(self, micro: MicroBatch, device: torch.device) -> FlowMatchingMicro:
         """The smallest micro-batch of the same task that the model can work on."""
-        image = torch.zeros(3, SIDE_MULTIPLE, SIDE_MULTIPLE)
-        latent = self.cache.encode(image).to(device)
+        image = Picture(torch.zeros(3, SIDE_MULTIPLE, SIDE_MULTIPLE))
+        latent = self.cache.get(LATENT, image).to(device)
         is_edit = micro.task == "edit"
         return FlowMatchingMicro(
             task=micro.task,
             prompts=[""],
-            references=[[image.to(device)] if is_edit else []],
+            references=self._for_vlm([[image] if is_edit else []], device),
             latents=[latent],
             reference_latents=[[latent] if is_edit else []],
             noise=[torch.zeros_like(latent)],
@@ -200,8 +197,10 @@ class FlowMatching:
             metrics["images_sum"] = float(len(noisy))
         return loss * micro.share, metrics
 
-    def _reference_latents(self, index: int, images: list[Tensor]) -> list[Tensor]:
-        return [self.cache.get(index, slot, image) for slot, image in enumerate(images, start=1)]
+    def _for_vlm(self, references: list[list[Picture]], device: torch.device) -> list[list[Tensor | SeenImage]]:
+        if FEATURES in self.cache.parts:
+            return [[SeenImage(self.cache.get(FEATURES, p).to(device)) for p in pictures] for pictures in references]
+        return [[p.image().to(device) for p in pictures] for pictures in references]
 
 
 def build_flow_matching(context: WorkerContext) -> Parts:

@@ -249,11 +249,15 @@ def _other_processes(job: Job) -> Iterator[str]:
 
 
 def _notes(job: Job) -> Iterator[str]:
-    from actors.objectives import LATENT_CACHE_BYTES
+    from deepgen.data.frozen import MEMORY_BYTES
+    from deepgen.data.frozen_store import PENDING_BYTES
 
     limit = job.architecture.max_prompt_tokens
     longer = replace(job, prompt_tokens=limit).total() - job.total()
     yield f"assumed: square images, one reference an edit, prompts of {PROMPT_TOKENS} tokens; one at the limit,"
     yield f"  {limit:,}, in a batch adds {longer / GIB:.1f} GiB. Usable: 95 % of the GPU less 2 GiB."
-    yield f"in main memory: {LATENT_CACHE_BYTES / GIB:.1f} GiB of cached latents a rank."
+    if job.settings.data.cache_dir:
+        yield f"in main memory: {PENDING_BYTES / GIB:.1f} GiB of latents a rank on their way to data.cache_dir."
+    else:
+        yield f"in main memory: {MEMORY_BYTES / GIB:.1f} GiB of cached latents a rank."
     yield "not estimated: fragmentation beyond that, the VAE's and the visual tower's passes, pictures on rank 0."

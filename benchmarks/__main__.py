@@ -12,6 +12,7 @@ BENCHMARKS = {
     "rollout": "benchmarks.rollout_floor",
     "update": "benchmarks.update_floor",
     "loader": "benchmarks.loader_floor",
+    "training": "benchmarks.training_floor",
 }
 
 

@@ -1,7 +1,7 @@
 """What reading training records costs above decoding their images: the batch source against bare PIL.
 
 Ours: parquet in row groups, the plan of the mixture, checks, decoding, resizing, tensors. Floor: PIL decoding and
-resizing of the same encoded bytes in memory. Left out: the VAE and its cache of latents, which saves all of it.
+resizing of the same encoded bytes in memory. Left out: the VAE and what is kept of its work, which saves all of it.
 """
 
 from __future__ import annotations

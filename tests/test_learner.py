@@ -32,7 +32,8 @@ from actors.learner import StepContext, reduce_metrics
 from actors.objectives import FlowMatching, MixtureSource
 from deepgen.algorithms.losses import flow_matching_loss
 from deepgen.config import UserError, load_settings
-from deepgen.data.dataset import TrainingSet
+from deepgen.data.dataset import LATENT, TrainingSet
+from deepgen.data.frozen import FrozenCache, MemoryStore
 from deepgen.data.mixture import Mixture
 from deepgen.data.quarantine import Quarantine
 from deepgen.data.records import Record, write_records
@@ -195,7 +196,8 @@ def make_records(count: int = 12) -> list[Record]:
 def test_flow_matching_targets_and_dropped_captions(tmp_path: Path) -> None:
     settings = load_settings(None, ["data.micro_batch=8", "data.image_size=64", "data.caption_drop=0.5"])
     data = TrainingSet(ListStore(make_records()), 64)
-    objective = FlowMatching(settings, lambda image: image[:, ::4, ::4], Quarantine(0.0, tmp_path))
+    cache = FrozenCache({LATENT: lambda image: image[:, ::4, ::4]}, MemoryStore())
+    objective = FlowMatching(settings, cache, Quarantine(0.0, tmp_path))
     source = MixtureSource(data, Mixture.from_settings(settings, data.store, 8), objective)
     context = StepContext(1, 0, 0, 1, torch.device("cpu"))
     asked: list[tuple[list[str], Any]] = []

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepgen.config import UserError
-from deepgen.data.collate import LatentCache, collate
+from deepgen.data.collate import collate
 from deepgen.data.dataset import TrainingSet
 from deepgen.data.mixture import Mixture, Part
 from deepgen.data.records import Record
@@ -89,20 +89,3 @@ def test_random_numbers_belong_to_the_place_in_the_batch() -> None:
     assert len(set(whole.seeds)) == 4
     first, again = whole.generators("noise")[0], halves[0].generators("noise")[0]
     assert torch.equal(torch.randn(3, generator=first), torch.randn(3, generator=again))
-
-
-def test_cache_is_bounded_and_changes_nothing() -> None:
-    calls: list[float] = []
-
-    def encode(image: torch.Tensor) -> torch.Tensor:
-        calls.append(float(image[0]))
-        return image * 2
-
-    cache = LatentCache(encode, max_bytes=2 * 8 * 4)
-    images = [torch.full((8,), float(i)) for i in range(3)]
-    for _ in range(2):
-        assert [float(cache.get(i, 0, images[i])[0]) for i in range(3)] == [0, 2, 4]
-    assert len(cache) == 2 and calls == [0, 1, 2, 2]
-    assert 1 in cache and 2 not in cache and float(cache.get(1, 0, None)[0]) == 2
-    with pytest.raises(ValueError, match="record 2: its latent 0 is not kept"):
-        cache.get(2, 0, None)

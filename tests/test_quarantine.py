@@ -18,7 +18,8 @@ from torch import Tensor
 from actors.learner import StepContext
 from actors.objectives import FlowMatching, MixtureSource
 from deepgen.config import UserError, load_settings
-from deepgen.data.dataset import TrainingSet
+from deepgen.data.dataset import LATENT, TrainingSet
+from deepgen.data.frozen import FrozenCache, MemoryStore
 from deepgen.data.mixture import Mixture
 from deepgen.data.quarantine import FILE, BadRow, Quarantine
 from deepgen.data.records import Record, RecordError, write_records
@@ -130,7 +131,8 @@ def damaged(*numbers: int) -> list[Record]:
 
 def make_objective(records: list[Record], folder: Path, micro_batch: int = 3) -> tuple[FlowMatching, MixtureSource]:
     settings = load_settings(None, ["data.micro_batch=3", "data.image_size=64", "data.t2i_per_cycle=3"])
-    objective = FlowMatching(settings, lambda image: image[:1, ::4, ::4].repeat(8, 1, 1), Quarantine(1.0, folder))
+    cache = FrozenCache({LATENT: lambda image: image[:1, ::4, ::4].repeat(8, 1, 1)}, MemoryStore())
+    objective = FlowMatching(settings, cache, Quarantine(1.0, folder))
     data = TrainingSet(ListStore(records), 64)
     return objective, MixtureSource(data, Mixture.from_settings(settings, data.store, micro_batch), objective)
 

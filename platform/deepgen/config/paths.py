@@ -48,6 +48,11 @@ def _read_output(value: object) -> object:
     return Path(os.path.normpath(Path.cwd() / Path(value).expanduser()))
 
 
+def _read_optional_output(value: object) -> object:
+    found = _read_output(value)
+    return str(found) if isinstance(found, Path) else found
+
+
 def _portable(path: Path) -> str:
     """Inputs inside the checkout travel relative to it: each node of a cluster has its copy in another place."""
     if CHECKOUT and path.is_relative_to(CHECKOUT):
@@ -57,3 +62,4 @@ def _portable(path: Path) -> str:
 
 InputPath = Annotated[Path, BeforeValidator(_read_input), PlainSerializer(_portable)]
 OutputPath = Annotated[Path, BeforeValidator(_read_output), PlainSerializer(str)]
+OptionalOutputPath = Annotated[str, BeforeValidator(_read_optional_output)]  # "" is none

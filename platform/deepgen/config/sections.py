@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deepgen.config.errors import nearest
-from deepgen.config.paths import InputPath, OutputPath
+from deepgen.config.paths import InputPath, OptionalOutputPath, OutputPath
 
 TASKS = ("t2i", "reasoning", "text", "edit")
 Weight = Annotated[float, Field(ge=0)]
@@ -92,6 +92,11 @@ class DataSettings(Section):
     )
     max_bad_share: float = setting(
         0.01, "Training stops above this share of records read that cannot be used; 0 stops at the first.", ge=0, le=1
+    )
+    cache_dir: OptionalOutputPath = setting(
+        "",
+        "Folder that keeps what VAE and visual tower make of the images, for all ranks and later runs; empty keeps "
+        "some of it in memory. On a cluster a folder every node sees, or each node's own.",
     )
 
     @model_validator(mode="after")

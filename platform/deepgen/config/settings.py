@@ -93,7 +93,7 @@ def settings_from_dict(content: Mapping[str, Any]) -> Settings:
 def settings_hash(settings: Settings) -> str:
     """12 hex digits that agree when two runs have the same settings, wherever they lie and whether resumed or not."""
     content = settings.model_dump()
-    del content["run"]["dir"], content["run"]["resume"]
+    del content["run"]["dir"], content["run"]["resume"], content["data"]["cache_dir"]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -6,8 +6,9 @@ Left out on purpose: which records make a batch (``deepgen.data.mixture``).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,11 @@ from deepgen.data.records import MAX_ASPECT, RecordError, open_image
 from deepgen.data.store import RecordStore
 
 SIDE_MULTIPLE = 32  # latents, DiT patches and the 28/32 resize for the VLM all divide it
+# Raise it when an image of the same bytes and image_size becomes other pixels, for VAE or VLM, or others are refused.
+PREPARATION = 1
+LATENT, FEATURES = "latent", "features"  # what the VAE and the VLM's visual tower make of an image
+Place = tuple[str, int, int]  # file and row (from 1) of a record, and its target (0) or its reference number n (from 1)
+Key = tuple[str, bytes]  # the file an image belongs to, and what tells it from the others of the file
 
 
 def fixed_area_size(height: int, width: int, image_size: int) -> tuple[int, int]:
@@ -43,12 +49,37 @@ def image_to_tensor(image: np.ndarray | Image.Image, image_size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image of a record, as far as it is needed.
+
+    pixels: float32 [3, h, w] in [-1, 1], on the CPU; None when all that is made of them is in `kept`, by the name of
+    what has made it. key: by which a cache knows the image, None when it does not keep it.
+    """
+
+    pixels: Tensor | None
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    key: Key | None = None
+
+    def image(self) -> Tensor:
+        """The pixels. Raises ValueError when they were not read."""
+        if self.pixels is None:
+            raise ValueError(f"image {self.key}: its pixels are needed, but only {', '.join(self.kept)} was read")
+        return self.pixels
+
+
+class Kept(Protocol):
+    """Results of frozen parts, by image (`deepgen.data.frozen`)."""
+
+    def find(self, place: Place, data: bytes | str, needed: Sequence[str]) -> tuple[Key | None, dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
 class Sample:
-    """A usable training record; images float32 [3, h, w] in [-1, 1], on the CPU."""
+    """A usable training record."""
 
     prompt: str
-    references: list[Tensor]  # [] unless it is an edit
-    target: Tensor | None  # None when it was not asked for
+    references: list[Picture]  # [] unless it is an edit
+    target: Picture
 
 
 class TrainingSet:
@@ -63,8 +94,11 @@ class TrainingSet:
     def __len__(self) -> int:
         return len(self.store.tasks)
 
-    def sample(self, index: int, *, target: bool = True) -> Sample:
-        """Record number ``index``. Raises RecordError with file, row and reason when it cannot be used."""
+    def sample(self, index: int, kept: Kept | None = None) -> Sample:
+        """Record number ``index``; an image of which all is kept is not decoded.
+
+        Raises RecordError with file, row and reason when it cannot be used.
+        """
         record = self.store.read(index)
         file, row = self.store.locate(index)
         place = f"{file}, row {row}"
@@ -73,9 +107,17 @@ class TrainingSet:
             raise RecordError(place, f"prompt contains the reserved token {found}; remove it", record.id)
         if record.image is None:
             raise RecordError(place, "no target image; allowed: records with one", record.id)
+
+        def picture(slot: int, data: bytes | str) -> Picture:
+            needed = (LATENT, FEATURES) if slot else (LATENT,)
+            key, known = kept.find((file, row, slot), data, needed) if kept else (None, {})
+            if all(part in known for part in needed):
+                return Picture(None, known, key)
+            return Picture(self._tensor(data, f"reference {slot}" if slot else "image"), known, key)
+
         try:
-            references = [self._tensor(data, f"reference {slot}") for slot, data in enumerate(record.references, 1)]
-            return Sample(record.prompt, references, self._tensor(record.image, "image") if target else None)
+            references = [picture(slot, data) for slot, data in enumerate(record.references, 1)]
+            return Sample(record.prompt, references, picture(0, record.image))
         except ValueError as error:
             raise RecordError(place, str(error), record.id) from error
 

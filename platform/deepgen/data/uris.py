@@ -52,6 +52,21 @@ def read_uri(uri: str) -> bytes:
     return data
 
 
+def version_of(uri: str) -> bytes | None:
+    """What becomes another when the image behind a URI does: of a file also its size and time of change.
+
+    None when there is no such file. Of s3, gs and http only the URI itself, so that nothing has to be fetched.
+    """
+    scheme = _scheme(uri)
+    if scheme not in ("", "file"):
+        return uri.encode()
+    path = Path(unquote(urlsplit(uri).path) if scheme else uri)
+    if not path.is_file():
+        return None
+    found = path.stat()
+    return f"{uri}:{found.st_size}:{found.st_mtime_ns}".encode()
+
+
 def _scheme(uri: str) -> str:
     scheme, separator, _ = uri.partition("://")
     return scheme.lower() if separator else ""

@@ -20,13 +20,16 @@ from deepgen.models.presets import Architecture, check_preset
 from deepgen.models.prompts import check_tokenizer, tokenize
 from deepgen.models.vlm import (
     LoraSettings,
+    SeenImage,
     add_lora,
     conditioning_states,
     image_token_count,
     is_live,
     lora_parameters,
+    see,
 )
 
+References = Sequence[Sequence[Tensor | SeenImage]]
 PADDINGS = ("masked", "reference")
 STAGES = ("pretrain", "sft", "rl")
 
@@ -182,14 +185,13 @@ class UnifiedModel(Bridge):
 
     # ------------------------------------------------------------ conditioning
 
-    def encode_prompts(
-        self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] | None = None
-    ) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], references: References | None = None) -> Conditioning:
         """Text and reference images to conditioning (M1.2-1.5).
 
         Args:
             prompts: captions or instructions; "" is the unconditional prompt of its task.
-            references: per prompt its images [3, H, W] in [-1, 1], sides multiples of 32; [] means text-to-image.
+            references: per prompt its images [3, H, W] in [-1, 1], sides multiples of 32, or what `see_image` has made
+                of them; [] means text-to-image.
         """
         states, mask = self.prompt_states(prompts, references)
         visible = mask if self.padding == "masked" else None
@@ -197,7 +199,7 @@ class UnifiedModel(Bridge):
         return Conditioning(context, pooled, visible)
 
     def prompt_states(
-        self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] | None = None
+        self, prompts: Sequence[str], references: References | None = None
     ) -> tuple[list[Tensor], Tensor]:
         """What the bridge reads of prompts: hidden states [B, L, vlm_hidden] each, and their validity, bool [B, L]."""
         references = [()] * len(prompts) if references is None else references
@@ -211,6 +213,13 @@ class UnifiedModel(Bridge):
         budget = self.architecture.max_prompt_tokens + most_images * largest + self.architecture.num_queries
         layers = self.architecture.fusion_layers
         return conditioning_states(self.vlm, tokens, flat, self.meta_queries, layers, budget)
+
+    def see_image(self, image: Tensor) -> SeenImage:
+        """One reference image [3, H, W] in [-1, 1] as `encode_prompts` takes it; never a gradient.
+
+        Together with others in one call of the tower its last bits may be others.
+        """
+        return see(self.vlm, image)
 
     # ------------------------------------------------------------ latents
 

@@ -37,8 +37,17 @@ class LoraSettings:
     modules: str = "live"
 
 
-def image_token_count(image: Tensor) -> int:
+@dataclass(frozen=True)
+class SeenImage:
+    """What the visual tower makes of a reference image [3, H, W] alone: features [H / 32, W / 32, vlm_hidden]."""
+
+    features: Tensor
+
+
+def image_token_count(image: Tensor | SeenImage) -> int:
     """Tokens a reference image [3, H, W] takes in the prompt: (H / 32)·(W / 32)."""
+    if isinstance(image, SeenImage):
+        return image.features.shape[0] * image.features.shape[1]
     height, width = image.shape[-2:]
     if height % PIXEL_UNIT or width % PIXEL_UNIT or not height or not width:
         raise UserError(f"reference image: {height} x {width} pixels; both sides must be multiples of {PIXEL_UNIT}")
@@ -85,6 +94,27 @@ def visual_features(vlm: Qwen2_5_VLForConditionalGeneration, images: Sequence[Te
     return features, grids
 
 
+def see(vlm: Qwen2_5_VLForConditionalGeneration, image: Tensor) -> SeenImage:
+    """One image [3, H, W] in [-1, 1], sides multiples of 32, through the visual tower, which is never trained."""
+    rows = image.shape[-2] // PIXEL_UNIT
+    features, _ = visual_features(vlm, [image])
+    return SeenImage(features.unflatten(0, (rows, -1)))
+
+
+def reference_features(
+    vlm: Qwen2_5_VLForConditionalGeneration, images: Sequence[Tensor | SeenImage]
+) -> tuple[Tensor, Tensor]:
+    """As `visual_features`, of images or of what it has made of each before."""
+    seen = [image.features for image in images if isinstance(image, SeenImage)]
+    if not seen:
+        return visual_features(vlm, [image for image in images if isinstance(image, Tensor)])
+    if len(seen) < len(images):
+        raise ValueError(f"{len(seen)} of {len(images)} images have been seen; all or none")
+    merge = vlm.model.visual.spatial_merge_size
+    grids = torch.tensor([[1, one.shape[0] * merge, one.shape[1] * merge] for one in seen], device=seen[0].device)
+    return torch.cat([one.flatten(0, 1) for one in seen]), grids
+
+
 def position_ids(
     vlm: Qwen2_5_VLForConditionalGeneration, ids: Tensor, mask: Tensor, grids: Tensor | None, think_tokens: int
 ) -> Tensor:
@@ -105,7 +135,7 @@ def position_ids(
 def conditioning_states(
     vlm: Qwen2_5_VLForConditionalGeneration,
     tokens: TokenBatch,
-    images: Sequence[Tensor],
+    images: Sequence[Tensor | SeenImage],
     think_tokens: Tensor,
     layers: Sequence[int],
     max_length: int,
@@ -126,7 +156,7 @@ def conditioning_states(
     embeds = vlm.get_input_embeddings()(ids)  # [B, T, vlm_hidden]
     grids = None
     if images:
-        features, grids = visual_features(vlm, images)
+        features, grids = reference_features(vlm, images)
         places = (ids == vlm.config.image_token_id)[..., None]
         embeds = embeds.masked_scatter(places, features.to(embeds.dtype))
     count = think_tokens.shape[0]
