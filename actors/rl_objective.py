@@ -19,7 +19,7 @@ from torch import Tensor
 from actors.evaluation import GRID_PROMPTS, Evaluation, choose_records, grid, heldout_records
 from actors.experience import GroupBatch, RankBatch
 from actors.learner import Metrics, Parts, StepContext, WorkerContext
-from actors.objectives import FlowMatching, FlowMatchingMicro, MixtureSource, open_training_set
+from actors.objectives import FlowMatching, FlowMatchingMicro, MixtureSource, open_training_set, size_note
 from actors.sampling import LearnerGroup, unpack_group
 from actors.weights import publish_weights
 from deepgen.algorithms.losses import PolicyStep, clipped_policy_loss, kl_divergence
@@ -157,9 +157,10 @@ def _due(version: int, every: int) -> bool:
 def auxiliary_records(context: WorkerContext, objective: FlowMatching) -> MixtureSource:
     """The training records of the auxiliary loss: the same edit:T2I cycle as in the other stages (M2.4)."""
     settings, data = context.settings, open_training_set(context)
-    context.say(f"{len(data)} records for the auxiliary loss")
     size = max(1, settings.algorithm.sft_batch // (settings.data.edit_per_cycle + settings.data.t2i_per_cycle))
-    return MixtureSource(data, Mixture.from_settings(settings, data.store, size), objective)
+    mixture = Mixture.from_settings(settings, data.store, size)
+    context.say(f"{len(data)} records for the auxiliary loss, {size_note(mixture)}")
+    return MixtureSource(data, mixture, objective)
 
 
 # -- objective --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Left out on purpose: which records make a batch (``deepgen.data.mixture``).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,21 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from deepgen.data.buckets import fixed_area_size
 from deepgen.data.records import MAX_ASPECT, RecordError, open_image
 from deepgen.data.store import RecordStore
-
-SIDE_MULTIPLE = 32  # latents, DiT patches and the 28/32 resize for the VLM all divide it
-
-
-def fixed_area_size(height: int, width: int, image_size: int) -> tuple[int, int]:
-    """(height, width) with about image_size^2 pixels, each side rounded up to a multiple of 32 (M1.9 fix_pixels)."""
-    ratio = image_size / math.sqrt(height * width)
-
-    def fit(side: int) -> int:
-        # 1e-9: 600 * (512 / 600) is 512.0000000000001 and must stay 512
-        return math.ceil(side * ratio / SIDE_MULTIPLE - 1e-9) * SIDE_MULTIPLE
-
-    return fit(height), fit(width)
 
 
 def image_to_tensor(image: np.ndarray | Image.Image, image_size: int) -> Tensor:

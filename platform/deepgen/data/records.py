@@ -36,6 +36,9 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
     ]
 )
+# May be absent or null: pixels of the target and, in turn, width and height of every reference. Training then knows
+# which records become equally large (``deepgen.data.buckets``) without opening an image.
+SIZES = pa.schema([("width", pa.int32()), ("height", pa.int32()), ("reference_sizes", pa.list_(pa.int32()))])
 _TEXT_COLUMNS = ("id", "task", "prompt", "answer", "source")
 MAX_ASPECT = 8.0  # longer by shorter side of an image that can be trained on
 MAX_PIXELS = 100_000_000  # more are refused by the header; Pillow's own limit is 179 million
@@ -141,18 +144,37 @@ def read_records(path: Path) -> list[Record]:
 def write_records(path: Path, records: list[Record], *, row_group_size: int | None = None) -> None:
     """Write records as one parquet file, replacing it as a whole. `row_group_size`: rows that are read together.
 
+    Sizes of images held as bytes are noted beside them (SIZES), null where the header cannot be read.
     Raises UserError when a file would hold images both as bytes and as paths.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [asdict(record) | {"references": list(record.references)} for record in records]
+    rows = [asdict(record) | {"references": list(record.references)} | _sizes(record) for record in records]
     temporary = path.with_name(path.name + ".tmp")
     images = [r.image for r in records if r.image is not None]
     references = [reference for r in records for reference in r.references]
     schema = _schema(_kind(path, "image", images), _kind(path, "references", references))
-    table = pa.Table.from_pylist(rows, schema=schema)
+    table = pa.Table.from_pylist(rows, schema=pa.schema([*schema, *SIZES]))
     pq.write_table(table, temporary, compression="zstd", row_group_size=row_group_size)
     temporary.replace(path)
+
+
+def _sizes(record: Record) -> dict[str, Any]:
+    """The columns of SIZES."""
+    width, height = (None, None) if record.image is None else _header_size(record.image)
+    references = [side for data in record.references for side in _header_size(data)]
+    return {"width": width, "height": height, "reference_sizes": None if None in references else references}
+
+
+def _header_size(data: bytes | str) -> tuple[int, int] | tuple[None, None]:
+    """(width, height) in pixels, by the header; None for what lies elsewhere or is no image."""
+    if isinstance(data, str):
+        return None, None
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.size
+    except _DECODE_ERRORS:
+        return None, None
 
 
 def _kind(path: Path, column: str, images: Sequence[bytes | str]) -> pa.DataType:
