@@ -20,6 +20,7 @@ from actors.evaluation import GRID_PROMPTS, Evaluation, choose_records, grid, he
 from actors.experience import GroupBatch, RankBatch
 from actors.learner import Metrics, Parts, StepContext, WorkerContext
 from actors.objectives import FlowMatching, FlowMatchingMicro, MixtureSource, open_training_set, size_note
+from actors.prompts import left_out
 from actors.sampling import LearnerGroup, unpack_group
 from actors.weights import publish_weights
 from deepgen.algorithms.losses import PolicyStep, clipped_policy_loss, kl_divergence
@@ -113,12 +114,16 @@ class Observer:
     def __init__(self, context: WorkerContext, stream: Any) -> None:
         settings = context.settings
         self._context, self._stream, self._settings = context, stream, settings
-        self._heldout = heldout_records(settings)
+        self._heldout = heldout_records(settings, judged=True)  # by the program that started this one
+        self._quarantined = left_out(settings, "data.prompts", "data.heldout")
         self._grid = choose_records(self._heldout, GRID_PROMPTS, settings.evaluation.seed) if self._heldout else []
         self._pending: list[tuple[int, str, Any]] = []
 
     def published(self, version: int) -> None:
         """Order what is due at this version. The last one is evaluated by the stage itself, with the first."""
+        if self._quarantined and self._context.tracker:
+            self._context.tracker.log(version, self._quarantined)
+        self._quarantined = {}  # once a start
         if self._heldout and version < self._settings.train.steps:
             if _due(version, self._settings.tracking.grid_every):
                 self._order(version, "grid", self._grid, 1)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from deepgen.data.buckets import fixed_area_size
-from deepgen.data.records import MAX_ASPECT, RecordError, open_image
+from deepgen.data.records import RecordError, check_prompt, usable_image
 from deepgen.data.store import RecordStore
 
 
@@ -55,25 +55,14 @@ class TrainingSet:
         record = self.store.read(index)
         file, row = self.store.locate(index)
         place = f"{file}, row {row}"
-        found = next((token for token in self._reserved if token in record.prompt), None)
-        if found is not None:
-            raise RecordError(place, f"prompt contains the reserved token {found}; remove it", record.id)
         if record.image is None:
             raise RecordError(place, "no target image; allowed: records with one", record.id)
         try:
+            check_prompt(record.prompt, self._reserved)
             references = [self._tensor(data, f"reference {slot}") for slot, data in enumerate(record.references, 1)]
             return Sample(record.prompt, references, self._tensor(record.image, "image") if target else None)
         except ValueError as error:
             raise RecordError(place, str(error), record.id) from error
 
     def _tensor(self, data: bytes | str, what: str) -> Tensor:
-        """Raises ValueError when the image cannot be read or has an absurd shape."""
-        try:
-            image = open_image(data)
-        except ValueError as error:
-            raise ValueError(f"{what} is {error}") from error
-        sides = sorted(image.size)
-        if sides[1] > MAX_ASPECT * sides[0]:
-            size = f"{image.width}x{image.height} px"
-            raise ValueError(f"{what} is {size}; allowed: sides in a ratio of at most {MAX_ASPECT:g}")
-        return image_to_tensor(image, self.image_size)
+        return image_to_tensor(usable_image(data, what), self.image_size)

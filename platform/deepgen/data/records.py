@@ -112,10 +112,52 @@ def open_image(data: bytes | str) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+@dataclass(frozen=True)
+class Row:
+    """A row of a file, counted from 1: the record in it, or why there is none."""
+
+    file: str
+    number: int
+    record: Record | RecordError
+
+
+def check_prompt(prompt: str, reserved: Sequence[str]) -> None:
+    """Raise ValueError when the prompt contains one of the texts that would pass for structure."""
+    found = next((token for token in reserved if token in prompt), None)
+    if found is not None:
+        raise ValueError(f"prompt contains the reserved token {found}; remove it")
+
+
+def usable_image(data: bytes | str, what: str) -> Image.Image:
+    """As `open_image`. Raises ValueError, naming `what`, when it cannot be read or has an absurd shape."""
+    try:
+        image = open_image(data)
+    except ValueError as error:
+        raise ValueError(f"{what} is {error}") from error
+    sides = sorted(image.size)
+    if sides[1] > MAX_ASPECT * sides[0]:
+        size = f"{image.width}x{image.height} px"
+        raise ValueError(f"{what} is {size}; allowed: sides in a ratio of at most {MAX_ASPECT:g}")
+    return image
+
+
 def read_records(path: Path) -> list[Record]:
     """Records of a parquet file, of all ``*.parquet`` in a folder (by name), or of a ``.txt`` with a prompt a line.
 
     Raises UserError naming file and row (counted from 1) at the first thing that does not fit the schema.
+    """
+    records = []
+    for row in read_rows(path):
+        if isinstance(row.record, RecordError):
+            raise row.record
+        records.append(row.record)
+    return records
+
+
+def read_rows(path: Path) -> list[Row]:
+    """As `read_records`, but a parquet row that does not fit the schema, or whose id is taken, stays with its reason.
+
+    Raises UserError for what is no row: a file that cannot be read or lacks a column, an empty line of a .txt.
     """
     path = Path(path)
     if not path.exists():
@@ -126,19 +168,21 @@ def read_records(path: Path) -> list[Record]:
             raise UserError(f"{path}: no *.parquet in this folder")
     else:
         files = [path]
-    records: list[Record] = []
+    rows: list[Row] = []
     first_seen: dict[str, str] = {}
     for file in files:
-        rows = _read_prompt_lines(file) if file.suffix == ".txt" else _read_parquet(file)
-        for number, record in enumerate(rows, start=1):
+        found = _read_prompt_lines(file) if file.suffix == ".txt" else _read_parquet(file)
+        for number, record in enumerate(found, start=1):
             place = f"{file}, row {number}"
-            if record.id in first_seen:
-                raise UserError(f"{place}: id {record.id!r} was already used in {first_seen[record.id]}")
-            first_seen[record.id] = place
-            records.append(record)
-    if not records:
+            if isinstance(record, Record) and record.id in first_seen:
+                reason = f"id {record.id!r} was already used in {first_seen[record.id]}"
+                record = RecordError(place, reason, record.id)
+            elif isinstance(record, Record):
+                first_seen[record.id] = place
+            rows.append(Row(str(file), number, record))
+    if not rows:
         raise UserError(f"{path}: holds no records")
-    return records
+    return rows
 
 
 def write_records(path: Path, records: list[Record], *, row_group_size: int | None = None) -> None:
@@ -233,13 +277,18 @@ def _read_prompt_lines(file: Path) -> list[Record]:
     return records
 
 
-def _read_parquet(file: Path) -> list[Record]:
+def _read_parquet(file: Path) -> list[Record | RecordError]:
     try:
         table = pq.read_table(file)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})") from error
-    rows = conform(table, file).to_pylist()
-    return [check_row(row, f"{file}, row {number}", file.parent) for number, row in enumerate(rows, start=1)]
+    found: list[Record | RecordError] = []
+    for number, row in enumerate(conform(table, file).to_pylist(), start=1):
+        try:
+            found.append(check_row(row, f"{file}, row {number}", file.parent))
+        except RecordError as error:
+            found.append(error)
+    return found
 
 
 def check_row(row: dict[str, Any], place: str, folder: Path) -> Record:
