@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from actors.prompts import usable_rows
 from deepgen.config import Settings
 from deepgen.config.settings import TASKS
-from deepgen.data.records import Record, decode_image, read_records
+from deepgen.data.records import Record, decode_image
 from deepgen.tracking.grids import GridRow, image_grid
 
 GRID_PROMPTS = 8  # of the grids during training
@@ -94,14 +95,19 @@ def weighted_total(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.divide(weighted, total, out=np.full(len(total), np.nan), where=total > 0)
 
 
-def heldout_records(settings: Settings) -> list[Record]:
+def heldout_records(settings: Settings, *, judged: bool, say: Callable[[str], None] = print) -> list[Record]:
     """The held-out prompts of a run, at most evaluation.prompts, as many of each task as there are; [] for none.
 
-    The choice depends on the file and evaluation.seed only, so runs that are compared draw the same prompts.
+    The choice depends on the file and evaluation.seed only, so runs that are compared draw the same prompts. One that
+    cannot be used is left out; judged, say: see `usable_rows`.
     """
-    if not settings.evaluation.prompts:
+    count, seed = settings.evaluation.prompts, settings.evaluation.seed
+    if not count:
         return []
-    return choose_records(read_records(settings.data.heldout), settings.evaluation.prompts, settings.evaluation.seed)
+    rows = usable_rows(
+        settings, "data.heldout", judged=judged, choose=lambda records: choose_records(records, count, seed), say=say
+    )
+    return [row.record for row in rows if isinstance(row.record, Record)]
 
 
 def choose_records(records: Sequence[Record], count: int, seed: int) -> list[Record]:

@@ -20,8 +20,9 @@ from actors.pictures import picture_drawer
 from deepgen.algorithms.losses import flow_matching_loss, interpolate
 from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
+from deepgen.data.buckets import SIDE_MULTIPLE
 from deepgen.data.collate import MicroBatch, collate
-from deepgen.data.dataset import FEATURES, LATENT, SIDE_MULTIPLE, Picture, TrainingSet
+from deepgen.data.dataset import FEATURES, LATENT, Picture, TrainingSet
 from deepgen.data.frozen import FrozenCache
 from deepgen.data.mixture import Mixture
 from deepgen.data.quarantine import Quarantine
@@ -208,9 +209,15 @@ def build_flow_matching(context: WorkerContext) -> Parts:
     settings, data = context.settings, open_training_set(context)
     mixture = Mixture.from_settings(settings, data.store, settings.data.micro_batch)
     edits = int((data.store.tasks == TASKS.index("edit")).sum())
-    context.say(f"{len(data) - edits} generation and {edits} editing records")
+    context.say(f"{len(data) - edits} generation and {edits} editing records, {size_note(mixture)}")
     objective = FlowMatching.for_worker(context)
     return MixtureSource(data, mixture, objective, picture_drawer(context)), objective
+
+
+def size_note(mixture: Mixture) -> str:
+    """For the console: whether records of equal size are drawn together."""
+    count = mixture.buckets
+    return f"in {count} size buckets" if count > 1 else "one size bucket (equal, or no columns width and height)"
 
 
 def open_training_set(context: WorkerContext) -> TrainingSet:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from actors.evaluation import GRID_PROMPTS, Evaluation, choose_records, grid, heldout_records
+from actors.prompts import left_out
 from actors.rollout import EvaluationRequest
 from actors.sampling import PolicySampler
 
@@ -40,16 +41,19 @@ def picture_drawer(context: WorkerContext) -> Callable[[int], None] | None:
     settings, tracker = context.settings, context.tracker
     if tracker is None or settings.tracking.grid_every == 0 or settings.train.zero_stage == 3:
         return None
-    heldout = heldout_records(settings)
+    heldout = heldout_records(settings, judged=False, say=context.say)
     if not heldout:
         return None
     seed = settings.evaluation.seed
     records = tuple(choose_records(heldout, GRID_PROMPTS, seed))
     sampler = _OwnSampler(settings, context.model)
+    quarantined = left_out(settings, "data.heldout")
 
     def draw(step: int) -> None:
         if step % settings.tracking.grid_every and step != settings.train.steps:
             return
+        if quarantined:
+            tracker.log(step, quarantined)
         context.model.eval()
         images = sampler.evaluate(EvaluationRequest(records, 1, settings.evaluation.num_steps, seed))
         context.model.train()

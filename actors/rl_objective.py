@@ -18,8 +18,9 @@ from torch import Tensor
 from actors.evaluation import GRID_PROMPTS, Evaluation, choose_records, grid, heldout_records
 from actors.experience import GroupBatch, RankBatch
 from actors.learner import Metrics, Parts, StepContext, WorkerContext
-from actors.objectives import FlowMatching, FlowMatchingMicro, MixtureSource, open_training_set
+from actors.objectives import FlowMatching, FlowMatchingMicro, MixtureSource, open_training_set, size_note
 from actors.policy_terms import POLICY_TERMS, PolicyMicro
+from actors.prompts import left_out
 from actors.sampling import unpack_group
 from actors.weights import publish_weights
 from deepgen.algorithms.registry import lookup
@@ -103,12 +104,16 @@ class Observer:
     def __init__(self, context: WorkerContext, stream: Any) -> None:
         settings = context.settings
         self._context, self._stream, self._settings = context, stream, settings
-        self._heldout = heldout_records(settings)
+        self._heldout = heldout_records(settings, judged=True)  # by the program that started this one
+        self._quarantined = left_out(settings, "data.prompts", "data.heldout")
         self._grid = choose_records(self._heldout, GRID_PROMPTS, settings.evaluation.seed) if self._heldout else []
         self._pending: list[tuple[int, str, Any]] = []
 
     def published(self, version: int) -> None:
         """Order what is due at this version. The last one is evaluated by the stage itself, with the first."""
+        if self._quarantined and self._context.tracker:
+            self._context.tracker.log(version, self._quarantined)
+        self._quarantined = {}  # once a start
         if self._heldout and version < self._settings.train.steps:
             if _due(version, self._settings.tracking.grid_every):
                 self._order(version, "grid", self._grid, 1)
@@ -147,9 +152,10 @@ def _due(version: int, every: int) -> bool:
 def auxiliary_records(context: WorkerContext, objective: FlowMatching) -> MixtureSource:
     """The training records of the auxiliary loss: the same edit:T2I cycle as in the other stages (M2.4)."""
     settings, data = context.settings, open_training_set(context)
-    context.say(f"{len(data)} records for the auxiliary loss")
     size = max(1, settings.algorithm.sft_batch // (settings.data.edit_per_cycle + settings.data.t2i_per_cycle))
-    return MixtureSource(data, Mixture.from_settings(settings, data.store, size), objective)
+    mixture = Mixture.from_settings(settings, data.store, size)
+    context.say(f"{len(data)} records for the auxiliary loss, {size_note(mixture)}")
+    return MixtureSource(data, mixture, objective)
 
 
 # -- objective --------------------------------------------------------------------------------------------------------

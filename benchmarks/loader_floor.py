@@ -15,9 +15,10 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common import Result, compare, recipe
+from deepgen.data.buckets import fixed_area_size
 from deepgen.data.collate import collate
 from deepgen.data.convert import ROW_GROUP
-from deepgen.data.dataset import TrainingSet, fixed_area_size
+from deepgen.data.dataset import TrainingSet
 from deepgen.data.mixture import Mixture
 from deepgen.data.records import Record, write_records
 from deepgen.data.store import ParquetStore

@@ -22,11 +22,12 @@ sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is c
 from actors.evaluation import Evaluation, grid_rows, heldout_records  # noqa: E402
 from actors.launch import LearnerJob, prepare_run, run_folder, run_learner  # noqa: E402
 from actors.plan import plan_text  # noqa: E402
+from actors.prompts import usable_rows  # noqa: E402
 from deepgen.cluster.connect import connect  # noqa: E402
 from deepgen.cluster.resources import rl_needs  # noqa: E402
 from deepgen.config import Settings, UserError, parse_command_line, run_program  # noqa: E402
 from deepgen.data.mixture import check_training_data  # noqa: E402
-from deepgen.data.records import Record, read_records  # noqa: E402
+from deepgen.data.records import Record  # noqa: E402
 
 BEFORE, AFTER = "evaluation-before.npz", "evaluation-after.npz"
 MARGIN_S = 30.0  # an actor's own error, which says more, comes first
@@ -35,7 +36,8 @@ END_S = 3.0
 
 def main() -> int:
     settings = prepare_run(parse_command_line("rl", sys.argv[1:], plan_text), "rl")
-    prompts, heldout = read_prompts(settings), heldout_records(settings)
+    judged = resumes(settings)
+    prompts, heldout = read_prompts(settings, judged=judged), heldout_records(settings, judged=judged)
     if settings.algorithm.sft_coef:
         check_training_data(settings)
     gpus = connect(settings, rl_needs, code_root=ROOT)
@@ -43,7 +45,7 @@ def main() -> int:
 
     say(f"starting {settings.rollout.actors} rollout actors and the rewards {', '.join(settings.rewards.used())}")
     rollouts = start_rollouts(settings, gpus=gpus)
-    stream = start_stream(settings, prompts, rollouts, resume=resumes(settings), gpus=gpus)
+    stream = start_stream(settings, prompts, rollouts, resume=judged, gpus=gpus)
     try:
         run(settings, stream, heldout, gpus)
     finally:
@@ -76,15 +78,17 @@ def end(stream: Any) -> None:
         ray.get(stream.stop.remote(), timeout=END_S)
 
 
-def read_prompts(settings: Settings) -> list[Record]:
-    """RL prompts, each of a task that has rewards. Raises UserError naming file and row."""
-    prompts = read_records(settings.data.prompts)
-    for number, record in enumerate(prompts, start=1):
-        if not any(weight > 0 for weight in settings.rewards.weights.get(record.task, {}).values()):
+def read_prompts(settings: Settings, *, judged: bool) -> list[Record]:
+    """RL prompts that can be used (`usable_rows`), each of a task that has rewards. UserError names file and row."""
+    prompts = []
+    for row in usable_rows(settings, "data.prompts", judged=judged):
+        assert isinstance(row.record, Record)
+        if not any(weight > 0 for weight in settings.rewards.weights.get(row.record.task, {}).values()):
             raise UserError(
-                f"{settings.data.prompts}, row {number}: task {record.task} has no weight above 0 in rewards.weights; "
-                f"allowed: tasks with a reward, so remove it or set e.g. rewards.weights.{record.task}.judge=1"
+                f"{row.file}, row {row.number}: task {row.record.task} has no weight above 0 in rewards.weights; "
+                f"allowed: tasks with a reward, so remove it or set e.g. rewards.weights.{row.record.task}.judge=1"
             )
+        prompts.append(row.record)
     return prompts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +19,8 @@ def run_workers(folder: Path, runs: Sequence[dict[str, Any]], *, world: int = 1,
     """Train each of ``runs`` in turn on ``world`` workers and wait; what the workers printed.
 
     A run is {"overrides": [...]} plus, as wanted, "recipe", "stage" (default: the toy model), "noise" (toy) and
-    "die_after": the worker then ends hard, as by a kill, in the step after that many. With "measure", a file name, it
+    "die_after": the worker then ends hard, as by a kill, in the step after that many; or "die_writing": it is killed
+    (SIGKILL) when half of its so-manieth shard of a checkpoint is on the disk. With "measure", a file name, it
     trains nothing much: rank 0 writes there what lies in memory (``tests.memory_states``).
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,12 +95,31 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
     context = WorkerContext("rl", settings, model, rank, world, torch.device("cpu"), tracker, print)
     parts = (ToySource(), ToyObjective(run.get("noise", 0.0)))
     build = functools.partial(_build, lambda _: parts, run.get("die_after", 0))
+    if "die_writing" in run:
+        _die_writing(run["die_writing"])
     train(context, build, CheckpointStore(settings, "rl"), settings.run.resume)
 
 
 def _build(build: Callable[[Any], Any], die_after: int, context: Any) -> Any:
     source, objective = build(context)
     return (_Dying(source, die_after) if die_after else source), objective
+
+
+def _die_writing(left: int) -> None:
+    """Have this process killed in the middle of writing shard number ``left`` from now on."""
+    from actors import shards
+
+    write = shards.save_file
+
+    def killed(tensors: dict[str, Any], file: Path) -> None:
+        nonlocal left
+        left -= 1
+        write(tensors, file)
+        if left == 0:
+            os.truncate(file, file.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    shards.save_file = killed
 
 
 class _Dying:

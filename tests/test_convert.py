@@ -27,6 +27,7 @@ from deepgen.data.convert import (
 )
 from deepgen.data.raw import Source, guess_form, plan_units
 from deepgen.data.records import Record, read_records, write_records
+from deepgen.data.uris import UriError
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = Limits(min_side=16)
@@ -195,6 +196,33 @@ def test_unusable_samples_are_quarantined_and_counted(tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["dropped"]["target: file missing"] == 1
     for name in ("samples.png", "histograms.png"):
         assert Image.open(tmp_path / "out" / name).width > 300
+
+
+def test_the_reason_of_an_unreadable_uri_is_kept(tmp_path):
+    (tmp_path / "in" / "folder").mkdir(parents=True)
+    images: list[bytes | str] = [
+        picture(),
+        picture(200, 200),
+        "gone.png",
+        "also_gone.png",
+        "folder",
+        "ftp://host/a.png",
+    ]
+    for number, image in enumerate(images):
+        write_records(tmp_path / "in" / f"{number}.parquet", [Record(f"r{number}", "t2i", "a", "a", image, (), "here")])
+    assert len(convert(tmp_path / "in", tmp_path / "out")) == 2
+    dropped = write_report(tmp_path / "out").dropped
+    assert dropped["target: cannot be read (No such file or directory)"] == 2
+    assert dropped["target: cannot be read (Is a directory)"] == 1
+    assert len(dropped) == 3  # one for each kind, not for each name
+    lines = [json.loads(file.read_text()) for file in sorted((tmp_path / "out" / "quarantine").glob("*.jsonl"))]
+    assert lines[1]["reason"] == "target: cannot be read (No such file or directory)"
+    assert lines[1]["unread"] == [f"{tmp_path / 'in' / 'also_gone.png'}: No such file or directory"]
+    assert "unknown scheme ftp://" in lines[3]["reason"] and lines[3]["unread"][0].startswith("ftp://host/a.png: ")
+    assert image_fault(UriError("s3://b/a", "Path does not exist 'b/a'"), LIMITS).endswith("(Path does not exist ...)")
+    sized = [row for shard in (tmp_path / "out").glob("shard-*") for row in pq.read_table(shard).to_pylist()]
+    assert sorted((row["width"], row["height"]) for row in sized) == [(32, 32), (200, 200)]
+    assert all(row["reference_sizes"] == [] for row in sized)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from actors import checkpoints
 from actors.checkpoints import CheckpointStore
 from actors.engine import learning_rate, parameter_groups
 from actors.launch import prepare_run, resolve_weights
@@ -65,22 +66,71 @@ def test_every_zero_stage_is_plain_training_with_one_step_a_batch(tmp_path: Path
 
 @pytest.mark.slow
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
-    """Bit for bit, with noise from torch's generator, at a step between two checkpoints."""
-    for stage in (0, 2):
+    """Bit for bit, with noise from torch's generator: ended between two checkpoints, or by SIGKILL while it writes one.
+
+    Shards come in pairs, the engine's and the averages': the fourth is cut short with all else of step 4 on the disk.
+    """
+    for stage, death, code in ((0, {"die_after": 5}, 9), (2, {"die_writing": 4}, -signal.SIGKILL)):
         options = (f"train.zero_stage={stage}", "train.ema_decay=0.9")
         whole = toy_run(tmp_path / "whole", f"zero{stage}", *options, noise=0.3)
         cut = toy_run(tmp_path / "cut", f"zero{stage}", *options, noise=0.3)
-        run_workers(tmp_path, [whole, cut | {"die_after": 5}], exit_code=9)
-        assert not (tmp_path / "cut" / f"zero{stage}" / "model").exists()
-        (tmp_path / "cut" / f"zero{stage}" / "checkpoints" / ".writing-step-000006").mkdir()
+        run_workers(tmp_path, [whole, cut | death], exit_code=code)
+        run, log = tmp_path / "cut" / f"zero{stage}", tmp_path / "cut" / f"zero{stage}.jsonl"
+        assert not (run / "model").exists()
+        if stage == 2:
+            begun = run / "checkpoints" / ".writing-step-000004"
+            assert sorted(path.name for path in begun.iterdir()) == ["ema-0.safetensors", "engine-0.safetensors"]
         run_workers(tmp_path, [cut | {"overrides": [*cut["overrides"], "run.resume=true"]}])
-        log = [json.loads(line)["step"] for line in (tmp_path / "cut" / f"zero{stage}.jsonl").read_text().splitlines()]
-        assert log == [1, 2, 3, 4, 5, 5, 6]  # step 5 was done twice: the last checkpoint had 4
+        # Steps since the last checkpoint are done twice; a step is logged once its checkpoint is written.
+        again = [1, 2, 3, 4, 5, 5, 6] if stage == 0 else [1, 2, 3, 3, 4, 5, 6]
+        assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == again
         for part in ("model", "model-ema"):
             expected, result = (toy_result(tmp_path / which, f"zero{stage}", part) for which in ("whole", "cut"))
             assert all(torch.equal(result[name], expected[name]) for name in expected)
-        steps = sorted(path.name for path in (tmp_path / "cut" / f"zero{stage}" / "checkpoints").iterdir())
+        steps = sorted(path.name for path in (run / "checkpoints").iterdir())
         assert steps == ["step-000002", "step-000004", "step-000006"]
+
+
+def test_wherever_a_checkpoint_is_cut_the_one_before_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ended before each single thing that is done to the disk: never half a checkpoint, and the next one is whole."""
+
+    class Killed(BaseException):
+        """Passes every `except`."""
+
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    engine: Any = SimpleNamespace(rank=0, parameters=[])
+    engine.save = lambda folder: (folder / "engine-0.safetensors").write_bytes(bytes(1000))
+    newest: list[int] = []
+    for operations in range(40):
+        store = CheckpointStore(start(tmp_path, f"run.name=cut{operations}", "train.keep_checkpoints=1"), "rl")
+        store.save(2, engine, None, {"step": 2})
+        left = operations
+
+        def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **options: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    if real.__name__ == "write_text":
+                        real(arguments[0], arguments[1][:50])  # half a manifest
+                    raise Killed
+                return real(*arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patch, suppress(Killed):
+            for owner, name in ((Path, "mkdir"), (Path, "write_text"), (Path, "rename"), (shutil, "rmtree")):
+                patch.setattr(owner, name, counted(getattr(owner, name)))
+            patch.setattr(checkpoints, "_flush", counted(checkpoints._flush))
+            store.save(4, engine, None, {"step": 4})
+        found = store.newest()
+        assert found is not None and found.source == {"step": found.step}
+        newest.append(found.step)
+        store.save(4, engine, None, {"step": 4})
+        assert [path.name for path in store.folder.iterdir()] == ["step-000004"]
+        if left >= 0:
+            break
+    assert newest == sorted(newest) and newest.count(2) >= 6 and newest.count(4) >= 3
 
 
 def test_old_checkpoints_go_and_damaged_ones_are_passed_over(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from deepgen.config import UserError
-from deepgen.data.dataset import TrainingSet, fixed_area_size, image_to_tensor
+from deepgen.data.buckets import fixed_area_size
+from deepgen.data.dataset import TrainingSet, image_to_tensor
 from deepgen.data.records import Record, RecordError, decode_image, quoted_words, read_records, write_records
 from deepgen.data.store import ListStore
 

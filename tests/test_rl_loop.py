@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.rl_world import make_world, overrides
+from deepgen.data.records import write_records
+from tests.rl_world import PROMPTS, make_records, make_world, overrides
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -52,7 +54,13 @@ def decided(entry: dict[str, float]) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
+    """With a prompt and a held-out record that cannot be used."""
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    for name, prefix, count in (("prompts", "rl", PROMPTS), ("heldout", "heldout", 3)):
+        records = make_records(count, prefix)
+        broken = replace(records[2], id="broken", references=(records[2].references[0][:40],))
+        write_records(folder / f"{name}.parquet", [*records, broken])
+    return folder
 
 
 def test_it_learns_what_is_rewarded(world: Path) -> None:
@@ -88,6 +96,8 @@ def test_it_learns_what_is_rewarded(world: Path) -> None:
         assert steps[step]["reward_missing/aesthetic"] == 0
     assert steps[1]["policy/kl"] < 1e-8 < steps[8]["policy/kl"]
     assert steps[8]["eval/aesthetic"] > steps[0]["eval/aesthetic"]
+    assert (steps[0]["data/quarantined_prompts"], steps[0]["data/quarantined_heldout"]) == (1, 1)
+    assert json.loads((folder / "quarantine-prompts.jsonl").read_text())["row"] == PROMPTS + 1
     for name in ("loss/sft", "loss/policy", "advantage/std", "time/rollout_s", "time/update_s", "time/sync_s"):
         assert name in steps[4]
 

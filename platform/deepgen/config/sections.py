@@ -91,7 +91,10 @@ class DataSettings(Section):
         {}, "How often each source is drawn instead, as {name: weight} with every source; empty is by temperature."
     )
     max_bad_share: float = setting(
-        0.01, "Training stops above this share of records read that cannot be used; 0 stops at the first.", ge=0, le=1
+        0.01,
+        "Largest share of records or prompts that cannot be used; above it the run stops, at 0 at once.",
+        ge=0,
+        le=1,
     )
     cache_dir: OptionalOutputPath = setting(
         "",

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,8 +25,10 @@ from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
 from deepgen.data.raw import RawSample, Source, Unit, read_unit
 from deepgen.data.records import MAX_ASPECT, MAX_PIXELS, Record, read_records, write_records
+from deepgen.data.uris import UriError
 
 ROW_GROUP = 64  # rows that are read together in training
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")  # names in an error: each would be a reason of its own
 _ASPECT_EDGES = [0.1, 0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0, 10.0]
 
 
@@ -84,7 +87,7 @@ class Tally:
 
 
 def check_sample(sample: RawSample, limits: Limits) -> tuple[Record | None, str]:
-    """The record a sample becomes, or None and the reason it cannot be used."""
+    """The record a sample becomes, or None and the reason it cannot be used, in words that many samples share."""
     if sample.task not in TASKS:
         return None, f"task is not one of {', '.join(TASKS)}"
     if not isinstance(sample.prompt, str) or not sample.prompt.strip():
@@ -97,13 +100,16 @@ def check_sample(sample: RawSample, limits: Limits) -> tuple[Record | None, str]
         reason = image_fault(data, limits)
         if reason:
             return None, f"{what}: {reason}"
+    assert isinstance(sample.image, bytes)  # checked
     answer = sample.answer if isinstance(sample.answer, str) and sample.answer.strip() else sample.prompt
-    references = tuple(data for data in sample.references if data is not None)
+    references = tuple(data for data in sample.references if isinstance(data, bytes))
     return Record(sample.id, sample.task, sample.prompt, answer, sample.image, references, sample.source), ""
 
 
-def image_fault(data: bytes | None, limits: Limits) -> str:
+def image_fault(data: bytes | UriError | None, limits: Limits) -> str:
     """Why encoded image bytes cannot be used, "" when they can. The header is judged before anything is decoded."""
+    if isinstance(data, UriError):
+        return f"cannot be read ({_QUOTED.sub('...', data.why)})"
     if data is None:
         return "file missing"
     if not data:
@@ -151,7 +157,8 @@ def convert_unit(source: Source, unit: Unit, out: Path, limits: Limits, seed: in
                 record, reason = None, "id used twice"
             if record is None:
                 tally.dropped[reason] += 1
-                bad.write(json.dumps({"place": sample.place, "id": str(sample.id), "reason": reason}) + "\n")
+                line = {"place": sample.place, "id": str(sample.id), "reason": reason} | _unread(sample)
+                bad.write(json.dumps(line) + "\n")
                 continue
             seen.add(record.id)
             kept.append(record)
@@ -163,6 +170,12 @@ def convert_unit(source: Source, unit: Unit, out: Path, limits: Limits, seed: in
         write_records(shard_path(out, unit.number), kept, row_group_size=ROW_GROUP)
     tally.save(tally_path(out, unit.number))
     return tally
+
+
+def _unread(sample: RawSample) -> dict[str, list[str]]:
+    """For the quarantine: each image that cannot be read, by name, and why."""
+    found = [str(data) for data in (sample.image, *sample.references) if isinstance(data, UriError)]
+    return {"unread": found} if found else {}
 
 
 def _count(tally: Tally, record: Record) -> None:

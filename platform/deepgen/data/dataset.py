@@ -5,7 +5,6 @@ Left out on purpose: which records make a batch (``deepgen.data.mixture``).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,26 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deepgen.data.records import MAX_ASPECT, RecordError, open_image
+from deepgen.data.buckets import fixed_area_size
+from deepgen.data.records import RecordError, check_prompt, usable_image
 from deepgen.data.store import RecordStore
 
-SIDE_MULTIPLE = 32  # latents, DiT patches and the 28/32 resize for the VLM all divide it
 # Raise it when an image of the same bytes and image_size becomes other pixels, for VAE or VLM, or others are refused.
 PREPARATION = 1
 LATENT, FEATURES = "latent", "features"  # what the VAE and the VLM's visual tower make of an image
 Place = tuple[str, int, int]  # file and row (from 1) of a record, and its target (0) or its reference number n (from 1)
 Key = tuple[str, bytes]  # the file an image belongs to, and what tells it from the others of the file
-
-
-def fixed_area_size(height: int, width: int, image_size: int) -> tuple[int, int]:
-    """(height, width) with about image_size^2 pixels, each side rounded up to a multiple of 32 (M1.9 fix_pixels)."""
-    ratio = image_size / math.sqrt(height * width)
-
-    def fit(side: int) -> int:
-        # 1e-9: 600 * (512 / 600) is 512.0000000000001 and must stay 512
-        return math.ceil(side * ratio / SIDE_MULTIPLE - 1e-9) * SIDE_MULTIPLE
-
-    return fit(height), fit(width)
 
 
 def image_to_tensor(image: np.ndarray | Image.Image, image_size: int) -> Tensor:
@@ -102,9 +90,6 @@ class TrainingSet:
         record = self.store.read(index)
         file, row = self.store.locate(index)
         place = f"{file}, row {row}"
-        found = next((token for token in self._reserved if token in record.prompt), None)
-        if found is not None:
-            raise RecordError(place, f"prompt contains the reserved token {found}; remove it", record.id)
         if record.image is None:
             raise RecordError(place, "no target image; allowed: records with one", record.id)
 
@@ -116,19 +101,11 @@ class TrainingSet:
             return Picture(self._tensor(data, f"reference {slot}" if slot else "image"), known, key)
 
         try:
+            check_prompt(record.prompt, self._reserved)
             references = [picture(slot, data) for slot, data in enumerate(record.references, 1)]
             return Sample(record.prompt, references, picture(0, record.image))
         except ValueError as error:
             raise RecordError(place, str(error), record.id) from error
 
     def _tensor(self, data: bytes | str, what: str) -> Tensor:
-        """Raises ValueError when the image cannot be read or has an absurd shape."""
-        try:
-            image = open_image(data)
-        except ValueError as error:
-            raise ValueError(f"{what} is {error}") from error
-        sides = sorted(image.size)
-        if sides[1] > MAX_ASPECT * sides[0]:
-            size = f"{image.width}x{image.height} px"
-            raise ValueError(f"{what} is {size}; allowed: sides in a ratio of at most {MAX_ASPECT:g}")
-        return image_to_tensor(image, self.image_size)
+        return image_to_tensor(usable_image(data, what), self.image_size)

@@ -5,7 +5,8 @@ One optimizer step is one whole cycle (M2.4, M8.7): first ``edit_per_cycle`` mic
 shuffled epochs (``deepgen.data.order``); where data sets are told apart, an endless row in which each comes up by its
 weight, in epochs of its own. Where a batch lies in that row follows from the step number and an origin (step,
 positions), so nothing has to be replayed on resume, and a resume on another number of ranks goes on where the old run
-stopped.
+stopped. Where records say how large their images are, those that become equally large come together
+(``deepgen.data.buckets``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from deepgen.config.errors import UserError, nearest
 from deepgen.config.settings import TASKS
+from deepgen.data.buckets import bucket_numbers
 from deepgen.data.order import WeightedOrder
 from deepgen.data.store import ParquetStore, RecordStore
 
@@ -33,12 +35,14 @@ _SHOWN = 20  # names in a message
 class Part:
     """Records of one task that are drawn together: a data set, or all of them.
 
-    rows: their numbers in the store, ascending. starts: where the store's blocks begin. weight: above 0.
+    rows: their numbers in the store, ascending. starts: where the store's blocks begin. weight: above 0. buckets: of
+    each of the rows, None when all are one.
     """
 
     rows: np.ndarray
     starts: np.ndarray
     weight: float = 1.0
+    buckets: np.ndarray | None = None
 
     def counts(self) -> np.ndarray:
         """Records in every block that has any."""
@@ -62,7 +66,10 @@ class PlannedMicroBatch:
 
 @dataclass
 class Mixture:
-    """Plan of batches. ``parts``: what each source is drawn from; every rank builds the same object."""
+    """Plan of batches. ``parts``: what each source is drawn from; every rank builds the same object.
+
+    ``image_size``: what the buckets of the parts follow from, so that it belongs to the place in the data.
+    """
 
     seed: int
     parts: Mapping[str, Sequence[Part]]
@@ -70,13 +77,15 @@ class Mixture:
     micro_batch: int
     origin_step: int = 0
     origin: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SOURCES, 0))
+    image_size: int = 0
 
     @classmethod
     def from_settings(cls, settings: Settings, store: RecordStore, micro_batch: int) -> Mixture:
         """What data.* says of these records. Raises UserError when it does not fit them, naming the key."""
         per_cycle = {"edit": settings.data.edit_per_cycle, "t2i": settings.data.t2i_per_cycle}
         used = [source for source in SOURCES if per_cycle[source]]
-        return cls(settings.run.seed, make_parts(store, settings, used), per_cycle, micro_batch)
+        parts = make_parts(store, settings, used)
+        return cls(settings.run.seed, parts, per_cycle, micro_batch, image_size=settings.data.image_size)
 
     def __post_init__(self) -> None:
         for source in SOURCES:
@@ -87,12 +96,15 @@ class Mixture:
                     f"data.{source}_per_cycle: got {count}, but data.train holds no {others} records; "
                     "allowed with this data: 0"
                 )
+        buckets = [part.buckets for parts in self.parts.values() for part in parts if part.buckets is not None]
+        self.buckets = len(np.unique(np.concatenate(buckets))) if buckets else 1  # sizes the records are known to have
         self._orders = {
             source: WeightedOrder(
                 [part.counts() for part in self.parts[source]],
                 [part.weight for part in self.parts[source]],
                 self.seed,
                 SOURCES.index(source),
+                [part.buckets for part in self.parts[source] if part.buckets is not None],
             )
             for source in SOURCES
             if self.per_cycle.get(source, 0)
@@ -117,9 +129,16 @@ class Mixture:
 
     def state_dict(self, step: int, world: int) -> dict[str, Any]:
         """State before optimizer step ``step``: where each source goes on."""
-        return {"step": step, "positions": {source: self._position(source, step, world) for source in SOURCES}}
+        state = {"step": step, "positions": {source: self._position(source, step, world) for source in SOURCES}}
+        return state | ({"image_size": self.image_size} if self.buckets > 1 else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError when records would now be grouped by other sizes, so that some would be lost."""
+        then = state.get("image_size", self.image_size)
+        if self.buckets > 1 and then != self.image_size:
+            raise UserError(
+                f"data.image_size: got {self.image_size}; allowed: {then}, whose buckets the run draws from"
+            )
         self.origin_step = int(state["step"])
         self.origin = {source: int(state["positions"][source]) for source in SOURCES}
 
@@ -142,10 +161,18 @@ def make_parts(store: RecordStore, settings: Settings, used: Sequence[str]) -> d
     tell them apart. A source without records has no parts. Raises UserError naming the key that does not fit.
     """
     is_edit = store.tasks == TASKS.index("edit")
+    sizes = store.sizes()
+    buckets = bucket_numbers(sizes, settings.data.image_size) if sizes else None
+    if buckets is not None and not buckets.any():
+        buckets = None  # all of one size
+
+    def part(found: np.ndarray, weight: float = 1.0) -> Part:
+        return Part(found, store.starts, weight, None if buckets is None else buckets[found])
+
     rows = {"edit": np.flatnonzero(is_edit), "t2i": np.flatnonzero(~is_edit)}
     by_hand, temperature = settings.data.weights, settings.data.temperature
     if not by_hand and temperature == 1:
-        return {source: [Part(rows[source], store.starts)] if len(rows[source]) else [] for source in used}
+        return {source: [part(rows[source])] if len(rows[source]) else [] for source in used}
     names, codes = store.sources()
     if len(names) > MOST_SETS:
         raise UserError(
@@ -162,9 +189,7 @@ def make_parts(store: RecordStore, settings: Settings, used: Sequence[str]) -> d
             raise UserError(f"data.weights: no weight for {_listed(missing)}; allowed: one for each, 0 leaves it out")
         largest = max((len(found) for _, found in own), default=1)
         weights = [by_hand[name] if by_hand else (len(found) / largest) ** (1 / temperature) for name, found in own]
-        parts[source] = [
-            Part(found, store.starts, weight) for (_, found), weight in zip(own, weights, strict=True) if weight
-        ]
+        parts[source] = [part(found, weight) for (_, found), weight in zip(own, weights, strict=True) if weight]
         if own and not parts[source]:
             raise UserError(f"data.weights: all 0 for the {source} records of {_listed([n for n, _ in own])}")
     return parts

@@ -1,6 +1,7 @@
-"""Training records that cannot be used: listed in a file of the run, counted, and too many of them end the run.
+"""Records that cannot be used: listed in a file of the run, counted, and too many of them end the run.
 
-Such a record's place in the batch stays empty (``deepgen.data.collate``); no other record takes it.
+Such a training record's place in the batch stays empty (``deepgen.data.collate``); such a prompt is not drawn
+(``actors.prompts``). No other record takes its place.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from deepgen.config.errors import UserError
 
 FILE = "quarantine.jsonl"
+FILES = {"data.train": FILE, "data.prompts": "quarantine-prompts.jsonl", "data.heldout": "quarantine-heldout.jsonl"}
 LOOK_AFTER = 200  # records read before the share of bad ones says anything
 FEW_ROWS = 5  # so many different bad rows never end a run: one of 50 is 2 %, and no reason to stop
 
@@ -33,18 +35,26 @@ class Quarantine:
 
     max_share: above this share of bad ones among the records read so far the run stops, but only after LOOK_AFTER
     records and for more than FEW_ROWS different rows; 0 stops at the first. What is read again in a later epoch is
-    counted again. folder: of the run; unless it is resumed, the file begins anew.
+    counted again. folder: of the run; unless it is resumed, the file begins anew. key: one of FILES.
     """
 
     def __init__(
-        self, max_share: float, folder: Path, *, rank: int = 0, resume: bool = False, say: Callable[[str], None] = print
+        self,
+        max_share: float,
+        folder: Path,
+        *,
+        key: str = "data.train",
+        rank: int = 0,
+        resume: bool = False,
+        say: Callable[[str], None] = print,
     ) -> None:
-        self._max_share, self.path, self._writes, self._say = max_share, folder / FILE, rank == 0, say
+        self._max_share, self._writes, self._say, self._key = max_share, rank == 0, say, key
+        self.path = folder / FILES[key]
         self.read, self.bad = 0, 0
         self._rows: set[tuple[str, int]] = set()  # the first different bad rows; more than FEW_ROWS say nothing new
         if self._writes and not resume:
             self.path.unlink(missing_ok=True)
-        self._written = _rows_in(self.path) if self._writes else set()
+        self._written = rows_in(self.path) if self._writes else set()
 
     def add(self, read: int, rows: Sequence[BadRow]) -> None:
         """Count `read` records of all ranks, `rows` of them bad. Raises UserError when there are too many by now."""
@@ -58,7 +68,7 @@ class Quarantine:
         few, look_after = (FEW_ROWS, LOOK_AFTER) if self._max_share else (0, 0)
         if self.read >= look_after and len(self._rows) > few and self.bad > self._max_share * self.read:
             raise UserError(
-                f"data.train: {self.bad / self.read:.1%} of {self.read:,} records read cannot be used; allowed: "
+                f"{self._key}: {self.bad / self.read:.1%} of {self.read:,} records read cannot be used; allowed: "
                 f"{self._max_share:.1%} (data.max_bad_share); {self.path} lists them with reasons"
             )
 
@@ -83,7 +93,7 @@ class Quarantine:
         self._written |= new.keys()
 
 
-def _rows_in(path: Path) -> set[tuple[str, int]]:
+def rows_in(path: Path) -> set[tuple[str, int]]:
     """File and row of every line. What a kill has left of a last line is cut off."""
     if not path.exists():
         return set()

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deepgen.config.errors import UserError
-from deepgen.data.uris import absolute, read_uri
+from deepgen.data.uris import UriError, absolute, read_uri
 
 FORMS = ("records", "hf", "webdataset", "captions", "blip3o", "edits")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -63,14 +63,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class RawSample:
-    """One sample as found: encoded images or None where one is named but absent, and where it came from."""
+    """One sample as found and where: encoded images, None for an absent one, or why one cannot be read."""
 
     id: str
     task: str
     prompt: Any
     answer: Any
-    image: bytes | None
-    references: tuple[bytes | None, ...]
+    image: bytes | UriError | None
+    references: tuple[bytes | UriError | None, ...]
     place: str
     source: str
 
@@ -200,14 +200,14 @@ def _records_row(row: dict[str, Any], name: str, place: str, source: Source) -> 
     )
 
 
-def _record_image(value: bytes | str | None, folder: Path) -> bytes | None:
-    """Bytes as they are, or what lies at a path or URI; None when that cannot be read."""
+def _record_image(value: bytes | str | None, folder: Path) -> bytes | UriError | None:
+    """Bytes as they are, or what lies at a path or URI, or why that cannot be read."""
     if not isinstance(value, str):
         return value
     try:
         return read_uri(absolute(value, folder))
-    except ValueError:
-        return None
+    except UriError as error:
+        return error
 
 
 def _hf_picker(source: Source, names: list[str], file: Path) -> Any:

@@ -36,6 +36,9 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
     ]
 )
+# May be absent or null: pixels of the target and, in turn, width and height of every reference. Training then knows
+# which records become equally large (``deepgen.data.buckets``) without opening an image.
+SIZES = pa.schema([("width", pa.int32()), ("height", pa.int32()), ("reference_sizes", pa.list_(pa.int32()))])
 _TEXT_COLUMNS = ("id", "task", "prompt", "answer", "source")
 MAX_ASPECT = 8.0  # longer by shorter side of an image that can be trained on
 MAX_PIXELS = 100_000_000  # more are refused by the header; Pillow's own limit is 179 million
@@ -109,10 +112,52 @@ def open_image(data: bytes | str) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+@dataclass(frozen=True)
+class Row:
+    """A row of a file, counted from 1: the record in it, or why there is none."""
+
+    file: str
+    number: int
+    record: Record | RecordError
+
+
+def check_prompt(prompt: str, reserved: Sequence[str]) -> None:
+    """Raise ValueError when the prompt contains one of the texts that would pass for structure."""
+    found = next((token for token in reserved if token in prompt), None)
+    if found is not None:
+        raise ValueError(f"prompt contains the reserved token {found}; remove it")
+
+
+def usable_image(data: bytes | str, what: str) -> Image.Image:
+    """As `open_image`. Raises ValueError, naming `what`, when it cannot be read or has an absurd shape."""
+    try:
+        image = open_image(data)
+    except ValueError as error:
+        raise ValueError(f"{what} is {error}") from error
+    sides = sorted(image.size)
+    if sides[1] > MAX_ASPECT * sides[0]:
+        size = f"{image.width}x{image.height} px"
+        raise ValueError(f"{what} is {size}; allowed: sides in a ratio of at most {MAX_ASPECT:g}")
+    return image
+
+
 def read_records(path: Path) -> list[Record]:
     """Records of a parquet file, of all ``*.parquet`` in a folder (by name), or of a ``.txt`` with a prompt a line.
 
     Raises UserError naming file and row (counted from 1) at the first thing that does not fit the schema.
+    """
+    records = []
+    for row in read_rows(path):
+        if isinstance(row.record, RecordError):
+            raise row.record
+        records.append(row.record)
+    return records
+
+
+def read_rows(path: Path) -> list[Row]:
+    """As `read_records`, but a parquet row that does not fit the schema, or whose id is taken, stays with its reason.
+
+    Raises UserError for what is no row: a file that cannot be read or lacks a column, an empty line of a .txt.
     """
     path = Path(path)
     if not path.exists():
@@ -123,36 +168,57 @@ def read_records(path: Path) -> list[Record]:
             raise UserError(f"{path}: no *.parquet in this folder")
     else:
         files = [path]
-    records: list[Record] = []
+    rows: list[Row] = []
     first_seen: dict[str, str] = {}
     for file in files:
-        rows = _read_prompt_lines(file) if file.suffix == ".txt" else _read_parquet(file)
-        for number, record in enumerate(rows, start=1):
+        found = _read_prompt_lines(file) if file.suffix == ".txt" else _read_parquet(file)
+        for number, record in enumerate(found, start=1):
             place = f"{file}, row {number}"
-            if record.id in first_seen:
-                raise UserError(f"{place}: id {record.id!r} was already used in {first_seen[record.id]}")
-            first_seen[record.id] = place
-            records.append(record)
-    if not records:
+            if isinstance(record, Record) and record.id in first_seen:
+                reason = f"id {record.id!r} was already used in {first_seen[record.id]}"
+                record = RecordError(place, reason, record.id)
+            elif isinstance(record, Record):
+                first_seen[record.id] = place
+            rows.append(Row(str(file), number, record))
+    if not rows:
         raise UserError(f"{path}: holds no records")
-    return records
+    return rows
 
 
 def write_records(path: Path, records: list[Record], *, row_group_size: int | None = None) -> None:
     """Write records as one parquet file, replacing it as a whole. `row_group_size`: rows that are read together.
 
+    Sizes of images held as bytes are noted beside them (SIZES), null where the header cannot be read.
     Raises UserError when a file would hold images both as bytes and as paths.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [asdict(record) | {"references": list(record.references)} for record in records]
+    rows = [asdict(record) | {"references": list(record.references)} | _sizes(record) for record in records]
     temporary = path.with_name(path.name + ".tmp")
     images = [r.image for r in records if r.image is not None]
     references = [reference for r in records for reference in r.references]
     schema = _schema(_kind(path, "image", images), _kind(path, "references", references))
-    table = pa.Table.from_pylist(rows, schema=schema)
+    table = pa.Table.from_pylist(rows, schema=pa.schema([*schema, *SIZES]))
     pq.write_table(table, temporary, compression="zstd", row_group_size=row_group_size)
     temporary.replace(path)
+
+
+def _sizes(record: Record) -> dict[str, Any]:
+    """The columns of SIZES."""
+    width, height = (None, None) if record.image is None else _header_size(record.image)
+    references = [side for data in record.references for side in _header_size(data)]
+    return {"width": width, "height": height, "reference_sizes": None if None in references else references}
+
+
+def _header_size(data: bytes | str) -> tuple[int, int] | tuple[None, None]:
+    """(width, height) in pixels, by the header; None for what lies elsewhere or is no image."""
+    if isinstance(data, str):
+        return None, None
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.size
+    except _DECODE_ERRORS:
+        return None, None
 
 
 def _kind(path: Path, column: str, images: Sequence[bytes | str]) -> pa.DataType:
@@ -211,13 +277,18 @@ def _read_prompt_lines(file: Path) -> list[Record]:
     return records
 
 
-def _read_parquet(file: Path) -> list[Record]:
+def _read_parquet(file: Path) -> list[Record | RecordError]:
     try:
         table = pq.read_table(file)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})") from error
-    rows = conform(table, file).to_pylist()
-    return [check_row(row, f"{file}, row {number}", file.parent) for number, row in enumerate(rows, start=1)]
+    found: list[Record | RecordError] = []
+    for number, row in enumerate(conform(table, file).to_pylist(), start=1):
+        try:
+            found.append(check_row(row, f"{file}, row {number}", file.parent))
+        except RecordError as error:
+            found.append(error)
+    return found
 
 
 def check_row(row: dict[str, Any], place: str, folder: Path) -> Record:

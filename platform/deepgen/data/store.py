@@ -10,12 +10,13 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
-from deepgen.data.records import SCHEMA, Record, check_row, conform
+from deepgen.data.records import SCHEMA, SIZES, Record, check_row, conform
 
 CACHE_BYTES = 1 << 30  # of encoded images, per process; what is evicted too soon is read again (data.order)
 
@@ -36,6 +37,10 @@ class RecordStore(Protocol):
     def sources(self) -> tuple[list[str], np.ndarray]:
         """Names in the source column and, for each record, which of them it has, int64 [N]."""
 
+    def sizes(self) -> list[np.ndarray]:
+        """Pixels (width, height), int32 [N, 2], of the target, of the first reference, ...; 0 where there is none or
+        nobody knows. Empty when no size is known."""
+
 
 class ListStore:
     """Records in memory, one block."""
@@ -54,6 +59,9 @@ class ListStore:
     def sources(self) -> tuple[list[str], np.ndarray]:
         names = sorted({record.source for record in self._records})
         return names, np.array([names.index(record.source) for record in self._records])
+
+    def sizes(self) -> list[np.ndarray]:
+        return []
 
 
 class ParquetStore:
@@ -99,6 +107,16 @@ class ParquetStore:
         names = sorted({name or "" for found, _ in columns for name in found})
         number = {name: i for i, name in enumerate(names)}
         return names, np.concatenate([np.array([number[n or ""] for n in found])[codes] for found, codes in columns])
+
+    def sizes(self) -> list[np.ndarray]:
+        """Read when it is asked for, from the columns SIZES alone. Raises UserError when one holds something else."""
+        found = [_sizes(file, fragment) for file, fragment in zip(self._files, self._fragments, strict=True)]
+        images = max(len(sizes) for sizes in found)
+        if not any(sizes[0].any() for sizes in found):
+            return []
+        blank = [np.zeros_like(sizes[0]) for sizes in found]
+        filled = [[*sizes, *[empty] * (images - len(sizes))] for sizes, empty in zip(found, blank, strict=True)]
+        return [np.concatenate(parts) for parts in zip(*filled, strict=True)]
 
     def _block_of(self, index: int) -> int:
         return int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -155,6 +173,43 @@ def _codes(fragment: ds.ParquetFileFragment, column: str) -> tuple[list[str | No
         values = values.combine_chunks()
     names = [*values.dictionary.to_pylist(), None]
     return names, values.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _sizes(file: Path, fragment: ds.ParquetFileFragment) -> list[np.ndarray]:
+    """Pixels (width, height), int32 [rows, 2], of the target, the first reference, ...; 0 where the file says none."""
+    rows = fragment.count_rows()
+    present = [field for field in SIZES if field.name in fragment.physical_schema.names]
+    table = fragment.to_table(columns=[field.name for field in present])
+    columns = {}
+    for field in present:
+        try:
+            columns[field.name] = table.column(field.name).cast(field.type).combine_chunks()
+        except pa.ArrowException as error:
+            raise UserError(
+                f"{file}: column {field.name} is {table.schema.field(field.name).type}; allowed: {field.type}, or no "
+                f"such column ({' '.join(str(error).split())[:120]})"
+            ) from error
+    target = np.zeros((rows, 2), dtype=np.int32)
+    if "width" in columns and "height" in columns:
+        target = np.stack([_numbers(columns["width"]), _numbers(columns["height"])], axis=1)
+    if "reference_sizes" not in columns:
+        return [target]
+    lengths = _numbers(pc.list_value_length(columns["reference_sizes"]))
+    values = _numbers(pc.list_flatten(columns["reference_sizes"]))
+    begins = np.cumsum(lengths, dtype=np.int64) - lengths
+    sizes = [target]
+    for first in range(0, int(lengths.max(initial=0)) - 1, 2):
+        has = lengths >= first + 2
+        size = np.zeros((rows, 2), dtype=np.int32)
+        size[has] = values[begins[has][:, None] + [first, first + 1]]
+        sizes.append(size)
+    return sizes
+
+
+def _numbers(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A column of whole numbers as int32, 0 for null."""
+    found: np.ndarray = pc.fill_null(column, 0).to_numpy(zero_copy_only=False).astype(np.int32)
+    return found
 
 
 def _read_tasks(file: Path, fragment: ds.ParquetFileFragment) -> np.ndarray:

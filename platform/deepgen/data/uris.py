@@ -21,13 +21,24 @@ _CREDENTIALS = re.compile(r"//[^/@]*@")  # s3://key:secret@bucket: not for messa
 SCHEMES = ("file", *_REMOTE, "http", "https")
 
 
+class UriError(ValueError):
+    """What lies at ``name`` cannot be read; ``why`` in the words of whoever tried."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(name, why)
+        self.name, self.why = name, why
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.why}"
+
+
 def absolute(uri: str, folder: Path) -> str:
     """`uri` as it is found from anywhere: a relative path starts from `folder`."""
     return uri if _scheme(uri) else str((folder / uri).absolute())
 
 
 def read_uri(uri: str) -> bytes:
-    """All bytes behind a URI or an absolute path. Raises ValueError, in a few words, when it cannot be read."""
+    """All bytes behind a URI or an absolute path. Raises UriError, in a few words, when it cannot be read."""
     scheme = _scheme(uri)
     shown = _CREDENTIALS.sub("//", uri)
     try:
@@ -42,13 +53,13 @@ def read_uri(uri: str) -> bytes:
             with Path(unquote(urlsplit(uri).path) if scheme else uri).open("rb") as local:
                 data = local.read(MAX_BYTES + 1)
         else:
-            raise ValueError(f"unknown scheme {scheme}://; allowed: a path, {', '.join(f'{s}://' for s in SCHEMES)}")
+            allowed = ", ".join(f"{name}://" for name in SCHEMES)
+            raise UriError(shown, f"unknown scheme {scheme}://; allowed: a path, {allowed}")
     except (OSError, pa.ArrowException, http.client.HTTPException) as error:
-        raise ValueError(
-            f"{shown}: {' '.join(str(getattr(error, 'strerror', None) or error).split())[:160]}"
-        ) from error
+        why = " ".join(str(getattr(error, "strerror", None) or error).split())[:160]
+        raise UriError(shown, why) from error
     if len(data) > MAX_BYTES:
-        raise ValueError(f"{shown}: more than {MAX_BYTES >> 20} MiB")
+        raise UriError(shown, f"more than {MAX_BYTES >> 20} MiB")
     return data
 
 

@@ -14,6 +14,7 @@ before the slash, the curves pick them by these names):
 | policy/clip_share, policy/kl                 | share of clipped samples, KL to the reference |
 | policy/staleness_max                         | steps between the policy that drew and the one that learns |
 | loss/total, loss/policy, loss/kl, loss/sft, loss/flow_matching | losses |
+| data/quarantined_sum, data/quarantined_{prompts,heldout} | training records of the step, prompts left out of the run |
 | train/grad_norm, train/learning_rate         | optimizer |
 | time/<phase>_s                               | seconds per phase; reward: waited for after the last image |
 | throughput/images_per_s, throughput/rollout_images_per_s | images per second, trained on and drawn |

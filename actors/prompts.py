@@ -1,0 +1,83 @@
+"""Prompts and held-out records that can be used: judged before anything starts, by the rule for training records.
+
+All at once and not when they are drawn: a prompt that fell out of its step would leave a learner rank without work, and
+a share that is too large is said before a GPU is taken. Images are decoded in as many threads as there are CPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from deepgen.config import Settings, UserError
+from deepgen.data.quarantine import FILES, BadRow, Quarantine, rows_in
+from deepgen.data.records import Record, RecordError, Row, check_prompt, read_rows, usable_image
+
+Choose = Callable[[Sequence[Record]], Sequence[Record]]
+
+
+def usable_rows(
+    settings: Settings, key: str, *, judged: bool, choose: Choose | None = None, say: Callable[[str], None] = print
+) -> list[Row]:
+    """Rows of data.prompts or data.heldout (``key``) whose record can be used, in order.
+
+    choose: picks those that are wanted at all; only their images are looked at. judged: this run has done it before;
+    what it has left out stays out and no image is opened, so that a resumed run draws the same prompts.
+    Raises UserError when too many rows are bad (``deepgen.data.quarantine``), when none can be used, or when the file
+    is no such file.
+    """
+    source: Path = getattr(settings.data, key.removeprefix("data."))
+    rows = read_rows(source)
+    records = [row.record for row in rows if isinstance(row.record, Record)]
+    wanted = {record.id for record in (choose(records) if choose else records)}
+    chosen = [row for row in rows if isinstance(row.record, Record) and row.record.id in wanted]
+    path = quarantine_file(settings, key)
+    if judged:
+        out = rows_in(path)
+        return [row for row in chosen if (row.file, row.number) not in out]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        faults = list(pool.map(partial(_fault, reserved=_special_tokens(settings.model.weights)), chosen))
+    bad = [BadRow(r.file, r.number, r.record.id, r.record.reason) for r in rows if isinstance(r.record, RecordError)]
+    bad += [fault for fault in faults if fault]
+    quarantine = Quarantine(settings.data.max_bad_share, path.parent, key=key, say=say)
+    quarantine.add(len(rows) - len(records) + len(chosen), bad)
+    usable = [row for row, fault in zip(chosen, faults, strict=True) if not fault]
+    if not usable:
+        raise UserError(f"{key}: no record of {source} can be used; see {path}")
+    return usable
+
+
+def quarantine_file(settings: Settings, key: str) -> Path:
+    return Path(settings.run.dir) / settings.run.name / FILES[key]
+
+
+def left_out(settings: Settings, *keys: str) -> dict[str, float]:
+    """Records of data.prompts, data.heldout that this run has left out, as metrics; nothing where there are none."""
+    counts = {key: len(rows_in(quarantine_file(settings, key))) for key in keys}
+    return {f"data/quarantined_{key.removeprefix('data.')}": float(count) for key, count in counts.items() if count}
+
+
+def _fault(row: Row, reserved: Sequence[str]) -> BadRow | None:
+    """Why a record cannot be drawn from, None when it can."""
+    assert isinstance(row.record, Record)
+    try:
+        check_prompt(row.record.prompt, reserved)
+        for slot, data in enumerate(row.record.references, start=1):
+            usable_image(data, f"reference {slot}")
+    except ValueError as error:
+        return BadRow(row.file, row.number, row.record.id, str(error))
+    return None
+
+
+def _special_tokens(weights: Path) -> list[str]:
+    """The tokenizer's, from its file: loading it takes seconds. It refuses them itself where there is no such file."""
+    file = Path(weights) / "tokenizer" / "tokenizer.json"
+    if not file.is_file():
+        return []
+    return [
+        token["content"] for token in json.loads(file.read_text(encoding="utf-8"))["added_tokens"] if token["special"]
+    ]
