@@ -302,6 +302,43 @@ def test_a_restored_stream_goes_on_with_the_next_prompts(
     assert batch.metrics["reward/aesthetic"] == expected.metrics["reward/aesthetic"]
 
 
+def test_a_restored_stream_serves_another_number_of_ranks(
+    ray_local: ModuleType, world: Path, rollouts: dict[str, Any]
+) -> None:
+    """1 -> 2 -> 1 ranks: the same groups with the same advantages, each to one rank."""
+    weights = [publish_weights(version, policy(world, 1 + version / 100)) for version in range(3)]
+
+    def go_on(ranks: int, state: dict[str, Any] | None, steps: range) -> list[tuple[dict[str, Any], list[RankBatch]]]:
+        """State before each of the steps, and its batches."""
+
+        async def scenario(stream: ExperienceStream) -> list[tuple[dict[str, Any], list[RankBatch]]]:
+            found = []
+            if state is not None:
+                await stream.restore(json.loads(json.dumps(state)))
+            for step in steps:
+                await stream.publish(weights[step])
+                before = json.loads(json.dumps(await stream.state(step)))
+                batches = await asyncio.gather(*(stream.next_batch(step, rank, ranks) for rank in range(ranks)))
+                found.append((before, list(batches)))
+            return found
+
+        settings = make_settings(world, f"train.workers={ranks}", "train.steps=3")
+        return run(settings, rollouts, scenario, resume=state is not None)
+
+    def groups(batches: list[RankBatch]) -> list[tuple[int, list[float]]]:
+        return sorted((group.number, group.advantages.tolist()) for batch in batches for group in batch.groups)
+
+    one = go_on(1, None, range(2))
+    two = go_on(2, one[1][0], range(1, 3))
+    assert [len(batch.groups) for batch in two[0][1]] == [1, 1]
+    assert groups(two[0][1]) == groups(one[1][1])
+    by_number = {group.number: ray_local.get(group.trajectory) for batch in two[0][1] for group in batch.groups}
+    assert_same([by_number[group.number] for group in one[1][1][0].groups], arrays(ray_local, one[1][1][0]))
+    again = go_on(1, two[1][0], range(2, 3))
+    assert groups(again[0][1]) == groups(two[1][1])
+    assert again[0][0]["rewards"] == two[1][0]["rewards"]
+
+
 def test_restoring_with_other_prompts_is_refused(world: Path) -> None:
     settings = make_settings(world)
 
