@@ -56,6 +56,7 @@ def overrides(world: Path, *more: str) -> list[str]:
         f"data.train={world / 'train.parquet'}",
         f"data.prompts={world / 'prompts.parquet'}",
         f"data.heldout={world / 'heldout.parquet'}",
+        "data.weights={}",
         f"data.image_size={SIZE}",
         "train.steps=4",
         "train.workers=1",

@@ -109,7 +109,7 @@ def test_a_resume_on_another_number_of_ranks_skips_and_repeats_nothing() -> None
         (
             "data.weights={photos: 1, poster: 1, edits: 1}",
             r"data\.weights\.poster: data\.train has no source 'poster'; allowed: 'edits', 'photos', 'posters'"
-            r"; did you mean 'posters'\?",
+            r", or data\.weights=\{\} to mix by size; did you mean 'posters'\?",
         ),
         ("data.weights={photos: 1, edits: 1}", r"data\.weights: no weight for 'posters'; allowed: one for each"),
         ("data.weights={photos: 0, posters: 0, edits: 1}", r"all 0 for the t2i records of 'photos', 'posters'"),

@@ -199,8 +199,8 @@ def _check_names(given: Mapping[str, float], known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
             raise UserError(
-                f"data.weights.{name}: data.train has no source {name!r}; allowed: {_listed(known)}"
-                f"{nearest(name, known)}"
+                f"data.weights.{name}: data.train has no source {name!r}; allowed: {_listed(known)}, or "
+                f"data.weights={{}} to mix by size{nearest(name, known)}"
             )
 
 
