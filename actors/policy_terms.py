@@ -223,7 +223,7 @@ class NegativeAware:
             micro.noise,
             micro.sigma,
             micro.advantage,
-            beta=self._algorithm.nft_beta,
+            beta=1.0,  # of no account in the first update, see the function
             clip=self._algorithm.advantage_clip,
         )
         loss = policy.loss

@@ -32,7 +32,7 @@ KEYS = {
     "threads zero_stage offload_optimizer ema_decay checkpoint_every keep_checkpoints max_failures",
     "rollout": "sampler eta num_steps shift guidance_scale sde_steps sde_window group_size prompts_per_step actors "
     "same_noise threads",
-    "algorithm": "advantage whiten advantage_clip policy_loss nft_beta clip_range kl kl_beta sft_coef sft_batch "
+    "algorithm": "advantage whiten advantage_clip policy_loss clip_range kl kl_beta sft_coef sft_batch "
     "update_micro_batch",
     "rewards": "weights",
     "rewards.judge": "replicas batch_size deadline_s retries path",

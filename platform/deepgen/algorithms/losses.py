@@ -99,7 +99,7 @@ def negative_aware_loss(
     A times err / 2 in v; beta says how far v may go before the loss holds it back.
 
     The reference takes the next latent of the trajectory for x0 (M3.6), which the derivation does not; here it is the
-    final one. stats: positive_share, the mean of r, and moved, the mean of (v - v_old)^2.
+    final one. stats: positive_share, the mean of r.
     """
     x0, noise, v, v_old = x0.float(), noise.float(), v.float(), v_old.detach().float()
     level = sigma.float().reshape(-1, 1, 1, 1)
@@ -113,7 +113,7 @@ def negative_aware_loss(
     positive = (advantages / clip).clamp(-1, 1) / 2 + 0.5
     losses = positive * error((1 - beta) * v_old + beta * v) + (1 - positive) * error((1 + beta) * v_old - beta * v)
     with torch.no_grad():
-        stats = {"positive_share": positive.mean(), "moved": ((v - v_old) ** 2).mean()}
+        stats = {"positive_share": positive.mean()}
     return PolicyLoss(losses.mean() * clip / beta, stats)
 
 

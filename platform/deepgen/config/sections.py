@@ -210,7 +210,6 @@ class AlgorithmSettings(Section):
         "clipped_ratio: probability ratios of the sampler steps (paper); diffusion_nft: flow matching towards good "
         "samples and away from bad ones, with any sampler.",
     )
-    nft_beta: float = setting(0.1, "diffusion_nft: how much of the change of policy its two targets hold.", gt=0, le=1)
     clip_range: float = setting(1e-4, "The probability ratio is clipped to 1 plus and minus this.", gt=0, lt=1)
     kl: Literal["velocity", "velocity_scaled", "latent_mean", "none"] = setting(
         "velocity",
