@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from actors.checkpoints import SPARE_BYTES, CheckpointStore, Manifest, megabytes
 from deepgen.cluster.resources import process_resources
 from deepgen.config import Settings, UserError
+from deepgen.models.presets import check_width
 
 if TYPE_CHECKING:
     from actors.learner import Parts, WorkerContext
@@ -59,6 +60,7 @@ def prepare_run(settings: Settings, stage: str) -> Settings:
     """
     weights = resolve_weights(Path(settings.model.weights))
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"weights": weights})})
+    check_width(settings.model.preset, weights)
     folder, store = run_folder(settings), CheckpointStore(settings, stage)
     if settings.run.resume:
         _check_resume(store, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 import time
@@ -27,6 +28,7 @@ from deepgen.data.mixture import Mixture
 from deepgen.data.quarantine import Quarantine
 from deepgen.data.records import write_records
 from deepgen.data.store import ParquetStore
+from deepgen.models.presets import DEEPGEN_5B
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings, add_lora
 from tests.factories import make_tiny_model
@@ -346,6 +348,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, shard: str) -> None:
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_start(tmp_path: Path) -> None:
     (tmp_path / "weights" / "transformer").mkdir(parents=True)
+    (tmp_path / "weights" / "transformer" / "config.json").write_text(json.dumps(dict(DEEPGEN_5B.transformer)))
     (tmp_path / "file").write_text("")
     common = [f"run.dir={tmp_path / 'runs'}", f"model.weights={tmp_path / 'weights'}"]
     bad = tmp_path / "file" / "cache"

@@ -39,6 +39,7 @@ from deepgen.data.mixture import Mixture
 from deepgen.data.quarantine import Quarantine
 from deepgen.data.records import Record, write_records
 from deepgen.data.store import ListStore
+from deepgen.models.presets import DEEPGEN_5B
 from tests.factories import make_tiny_folder
 from tests.learner_workers import ROOT, run_workers
 from tests.toy import STEPS, TOY, ToyModel, check_toy, plain_torch, toy_result, toy_run
@@ -166,6 +167,7 @@ def test_old_checkpoints_go_and_damaged_ones_are_passed_over(tmp_path: Path) -> 
 
 def start(tmp_path: Path, *overrides: str) -> Any:
     (tmp_path / "weights" / "transformer").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "weights" / "transformer" / "config.json").write_text(json.dumps(dict(DEEPGEN_5B.transformer)))
     own = [f"run.dir={tmp_path / 'runs'}", "run.name=a", f"model.weights={tmp_path / 'weights'}"]
     return load_settings(None, [*own, *overrides])
 

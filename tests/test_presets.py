@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from deepgen.config.errors import UserError
 from deepgen.models.bridge import BRIDGE_PREFIXES
 from deepgen.models.checkpoint import parameter_count
-from deepgen.models.presets import DEEPGEN_5B, PRESETS, TINY, check_preset
+from deepgen.models.presets import DEEPGEN_5B, PRESETS, TINY, check_preset, check_width
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings, add_lora, lora_parameters
 from tests.factories import narrow_architecture
@@ -117,3 +118,18 @@ def test_preset_check():
         check_preset("deepgen-5b", TINY, "there")
     with pytest.raises(UserError, match="allowed: tiny, deepgen-5b"):
         check_preset("huge", TINY, "there")
+
+
+def test_the_width_of_the_dit_gives_another_preset_away(tmp_path: Path) -> None:
+    config = tmp_path / "transformer" / "config.json"
+    config.parent.mkdir()
+    for name, architecture in (("tiny", TINY), ("deepgen-5b", DEEPGEN_5B)):
+        config.write_text(json.dumps(dict(architecture.transformer)))
+        check_width(name, tmp_path)
+    with pytest.raises(
+        UserError, match=r"model\.preset: got 'tiny', but the DiT in .* is 1536 wide; allowed.*: deepgen"
+    ):
+        check_width("tiny", tmp_path)
+    config.write_text("{")
+    with pytest.raises(UserError, match=r"model\.weights: .*config\.json is not the configuration of a DiT"):
+        check_width("tiny", tmp_path)

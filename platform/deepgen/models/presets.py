@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from deepgen.config.errors import UserError
@@ -227,4 +229,23 @@ def check_preset(preset: str, found: Architecture, where: object) -> None:
         raise UserError(
             f"model.weights: {where} does not hold a {preset!r} model (found: {found.describe()}; "
             f"{preset!r} is: {PRESETS[preset].describe()})"
+        )
+
+
+def check_width(preset: str, folder: Path) -> None:
+    """A first look at a component folder, before anything starts: the width of its DiT. `check_preset` compares it all.
+
+    Raises UserError when transformer/config.json cannot be read or is of another preset.
+    """
+    path = folder / "transformer" / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"model.weights: {path} is not the configuration of a DiT ({error!r})") from error
+    big = PRESETS["deepgen-5b"].transformer
+    found = "deepgen-5b" if width == big["num_attention_heads"] * big["attention_head_dim"] else "tiny"
+    if found != preset:
+        raise UserError(
+            f"model.preset: got {preset!r}, but the DiT in {folder} is {width} wide; allowed with it: {found}"
         )
