@@ -60,6 +60,11 @@ def main() -> None:
         start = _measure if "measure" in run else _train_toy if "stage" not in run else _train_stage
         start(settings, run, job["rank"], job["world"])
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Once in some hundred exits a library's C++ thread that still runs ends the process with "terminate called without
+    # an active exception", all work done. Ray's workers end like this, too.
+    os._exit(0)
 
 
 def _measure(settings: Any, run: dict[str, Any], rank: int, world: int) -> None:
