@@ -64,7 +64,7 @@ def compare(
     """Time both in turns after a warm-up of each, so that what else the machine does weighs on both alike."""
     ours()
     floor()
-    times: list[tuple[float, float]] = [(_seconds(ours), _seconds(floor)) for _ in range(repeats)]
+    times: list[tuple[float, float]] = [(seconds(ours), seconds(floor)) for _ in range(repeats)]
     return Result(name, shapes, samples, tuple(t[0] for t in times), tuple(t[1] for t in times))
 
 
@@ -113,7 +113,8 @@ def start_process_group(folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=0, world_size=1)
 
 
-def _seconds(function: Callable[[], object]) -> float:
+def seconds(function: Callable[[], object]) -> float:
+    """How long one call takes."""
     begin = time.perf_counter()
     function()
     return time.perf_counter() - begin

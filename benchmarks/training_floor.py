@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from actors.engine import TrainingEngine, parameter_groups
 from actors.launch import load_model, prepare_process
 from actors.learner import StepContext, WorkerContext, update
 from actors.objectives import FlowMatching, FlowMatchingMicro, build_flow_matching
-from benchmarks.common import ROOT, Result, compare, recipe
+from benchmarks.common import ROOT, Result, recipe, seconds
 from deepgen.algorithms.losses import flow_matching_loss, interpolate
 from deepgen.config.settings import Settings
 from deepgen.data.convert import ROW_GROUP
@@ -36,13 +36,31 @@ GOAL = 0.92  # of the floor's samples a second
 
 
 def run(weights: Path, repeats: int, threads: int) -> list[Result]:
-    """Epochs of one step, tiny-sft with one batch of tiny-world records. Needs a process group."""
+    """Epochs of one step: tiny-sft on one batch of tiny-world records. Needs a process group."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = recipe(
-            "tiny-sft", weights, f"train.threads={threads}", f"run.dir={folder}", f"data.train={folder}/train.parquet"
-        )
+        own = [f"train.threads={threads}", f"run.dir={folder}", f"data.train={folder}/train.parquet"]
+        settings, plain = (recipe("tiny-sft", weights, *own, *more) for more in ((), ("train.zero_stage=0",)))
         write_one_batch(settings)
-        return _measure(settings, Path(folder), repeats)
+        prepare_process(settings)
+        ours, without_zero = OurTraining(settings), OurTraining(plain)
+        disk = DiskFolders(Path(folder), ours.parts)
+        memory = MemoryStore()
+        ours.epoch(disk.filled())
+        micros = ours.prepared(disk.filled())
+        zero = f"ZeRO-{settings.train.zero_stage}"
+        works: dict[str, Callable[[], None]] = {
+            f"{zero}, nothing kept": lambda: ours.epoch(MemoryStore(0)),
+            f"{zero}, kept on disk, first epoch": lambda: ours.epoch(disk.empty()),
+            f"{zero}, kept on disk, later epochs": lambda: ours.epoch(disk.filled()),
+            f"{zero}, kept in memory, later epochs": lambda: ours.epoch(memory),
+            "ZeRO-0, kept in memory, later epochs": lambda: without_zero.epoch(memory),
+        }
+        samples = sum(len(micro.latents) for micro in micros)
+        times = in_turns([*works.values(), BareTraining(settings, micros)], repeats)
+        return [
+            _with_rates(Result(f"training, sft, {name}", _describe(micros), samples, own_times, times[-1]))
+            for name, own_times in zip(works, times[:-1], strict=True)
+        ]
 
 
 def write_one_batch(settings: Settings) -> None:
@@ -54,44 +72,59 @@ def write_one_batch(settings: Settings) -> None:
     write_records(data.train, [*itertools.chain(*chosen)], row_group_size=ROW_GROUP)
 
 
-def _measure(settings: Settings, folder: Path, repeats: int) -> list[Result]:
-    prepare_process(settings)
-    context = WorkerContext("sft", settings, load_model(settings, "sft"), 0, 1, CPU, None, lambda line: None)
-    trainable = context.model.trainable_parameters("sft")
-    context.model.train()
-    source, objective = build_flow_matching(context)
-    assert isinstance(objective, FlowMatching)
-    parts = objective.cache.parts
-    engine = TrainingEngine(settings, context.model, trainable, CPU)
-    steps = itertools.count()
+class OurTraining:
+    """The learner's loop without its log and its checkpoints; the store is chosen anew for each epoch."""
 
-    def epoch(store: Store) -> None:
-        objective.cache = FrozenCache(parts, store)
-        step = next(steps)
-        update(engine, objective, source.next(step, 0, 1), StepContext(settings.run.seed, step, 0, 1, CPU), settings)
-        source.state_dict(step + 1)  # writes what is kept
+    def __init__(self, settings: Settings) -> None:
+        context = WorkerContext("sft", settings, load_model(settings, "sft"), 0, 1, CPU, None, lambda line: None)
+        trainable = context.model.trainable_parameters("sft")
+        context.model.train()
+        self.settings, self.model, self.step = settings, context.model, 0
+        self.source, objective = build_flow_matching(context)
+        assert isinstance(objective, FlowMatching)
+        self.objective, self.parts = objective, objective.cache.parts
+        self.engine = TrainingEngine(settings, context.model, trainable, CPU)
 
-    def on_disk(name: str) -> DiskStore:
-        return DiskStore(folder / name, {part: {} for part in parts})
+    def epoch(self, store: Store) -> None:
+        self.objective.cache = FrozenCache(self.parts, store)
+        batch = self.source.next(self.step, 0, 1)
+        update(self.engine, self.objective, batch, self._here(), self.settings)
+        self.step += 1
+        self.source.state_dict(self.step)  # writes what is kept
 
-    memory = MemoryStore()
-    names = (f"cache{number}" for number in itertools.count())
-    epoch(on_disk("filled"))
-    here = StepContext(settings.run.seed, 0, 0, 1, CPU)
-    with torch.no_grad(), _autocast(settings):
-        micros = objective.prepare(context.model, source.next(0, 0, 1), here)
-    floor = BareTraining(settings, micros)
-    ours: dict[str, Callable[[], None]] = {
-        "nothing kept": lambda: epoch(MemoryStore(0)),
-        "kept on disk, first epoch": lambda: epoch(on_disk(next(names))),
-        "kept on disk, later epochs": lambda: epoch(on_disk("filled")),
-        "kept in memory, later epochs": lambda: epoch(memory),
-    }
-    samples = sum(len(micro.latents) for micro in micros)
-    return [
-        _with_rates(compare(f"training, sft, {name}", _describe(micros), samples, work, floor, repeats))
-        for name, work in ours.items()
-    ]
+    def prepared(self, store: Store) -> list[FlowMatchingMicro]:
+        """The micro-batches of the next epoch as the model gets them."""
+        self.objective.cache = FrozenCache(self.parts, store)
+        with torch.no_grad(), _autocast(self.settings):
+            return self.objective.prepare(self.model, self.source.next(self.step, 0, 1), self._here())
+
+    def _here(self) -> StepContext:
+        return StepContext(self.settings.run.seed, self.step, 0, 1, CPU)
+
+
+class DiskFolders:
+    """Stores on disk as a run that starts finds them, with the files of an earlier one or with none."""
+
+    def __init__(self, folder: Path, parts: Iterable[str]) -> None:
+        self.folder, self.parts, self.number = folder, tuple(parts), 0
+
+    def filled(self) -> DiskStore:
+        return self._store("filled")
+
+    def empty(self) -> DiskStore:
+        self.number += 1
+        return self._store(f"cache{self.number}")
+
+    def _store(self, name: str) -> DiskStore:
+        return DiskStore(self.folder / name, {part: {} for part in self.parts})
+
+
+def in_turns(works: Sequence[Callable[[], None]], repeats: int) -> list[tuple[float, ...]]:
+    """Seconds of each work's repetitions, one of each after the other, after a warm-up of all."""
+    for work in works:
+        work()
+    rounds = [[seconds(work) for work in works] for _ in range(repeats)]
+    return list(zip(*rounds, strict=True))
 
 
 class BareTraining:
