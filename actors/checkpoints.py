@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from deepgen.config.settings import Settings
 
 MANIFEST = "manifest.json"
+RESULT, AVERAGED = "model", "model-ema"  # folders of a finished run: the weights, and their averages if it keeps any
 FORMAT = 2
 _PACKAGES = ("torch", "deepspeed", "ray", "transformers", "diffusers", "peft")
 _SAMPLE = 1 << 16
@@ -58,7 +59,7 @@ class CheckpointStore:
     """The checkpoints of one run folder; ``attempt`` names this start of it. ``save`` and ``load`` are collective."""
 
     def __init__(self, settings: Settings, stage: str, attempt: str = "") -> None:
-        self.run_folder = Path(settings.run.dir) / settings.run.name
+        self.run_folder = settings.run.folder
         self.folder = self.run_folder / "checkpoints"
         self._settings, self._stage, self._attempt = settings, stage, attempt
         self._fingerprint = ""

@@ -6,6 +6,7 @@ Each worker averages what it holds: under ZeRO-3 its shard of a parameter, else 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,24 @@ class Ema:
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, parameter in parameters:
             self.parts[name].lerp_(local_part(parameter).detach().float(), 1 - decay)
+
+    @contextmanager
+    def in_place(self, engine: TrainingEngine) -> Iterator[None]:
+        """The averages in the model's parameters for a while; afterwards both are as before, to the bit. Collective."""
+        with engine.split():
+            self._exchange(engine.parameters)
+        try:
+            yield
+        finally:
+            with engine.split():
+                self._exchange(engine.parameters)
+
+    def _exchange(self, parameters: NamedParameters) -> None:
+        for name, parameter in parameters:
+            own, average = local_part(parameter), self.parts[name]
+            held = own.clone()
+            own.copy_(average)
+            average.copy_(held)
 
     def full(self, engine: TrainingEngine) -> Weights:
         """Averages in full by name on rank 0, {} elsewhere. Collective."""

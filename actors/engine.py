@@ -142,15 +142,12 @@ class TrainingEngine:
         UserError when some are missing.
         """
         reader, zero = ShardReader(folder, _SHARDS, self.rank), self._engine.optimizer
-        if self.zero_stage == 3:
-            zero.checkpoint_event_prologue()  # lets go of the small parameters that ZeRO-3 keeps gathered
-        for name, parameter in self.parameters:
-            stretch = stretch_of(parameter, zero, self.zero_stage)
-            if stretch:
-                restore(reader, name, stretch, self._adam.state[stretch.owner], step)
-            self._show(parameter, stretch)
-        if self.zero_stage == 3:
-            zero.checkpoint_event_epilogue()
+        with self.split():
+            for name, parameter in self.parameters:
+                stretch = stretch_of(parameter, zero, self.zero_stage)
+                if stretch:
+                    restore(reader, name, stretch, self._adam.state[stretch.owner], step)
+                self._show(parameter, stretch)
 
     def _pieces(self) -> Iterator[tuple[str, int, Tensor]]:
         if self.zero_stage == 0 and self.rank > 0:
@@ -182,6 +179,16 @@ class TrainingEngine:
                     shutil.rmtree(folder)
                 unfinished.rename(folder)
         dist.barrier()
+
+    @contextmanager
+    def split(self) -> Iterator[None]:
+        """For writing into parameters: ZeRO-3 lets go of the small ones it keeps gathered, then gathers them anew."""
+        if self.zero_stage < 3:
+            yield
+            return
+        self._engine.optimizer.checkpoint_event_prologue()
+        yield
+        self._engine.optimizer.checkpoint_event_epilogue()
 
     @contextmanager
     def _gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from actors.prompts import usable_rows
+from actors.prompts import usable_records
 from deepgen.config import Settings
 from deepgen.config.settings import TASKS
 from deepgen.data.records import Record, decode_image
@@ -99,15 +99,15 @@ def heldout_records(settings: Settings, *, judged: bool, say: Callable[[str], No
     """The held-out prompts of a run, at most evaluation.prompts, as many of each task as there are; [] for none.
 
     The choice depends on the file and evaluation.seed only, so runs that are compared draw the same prompts. One that
-    cannot be used is left out; judged, say: see `usable_rows`.
+    cannot be used is left out; judged, say: see `usable_records`.
     """
     count, seed = settings.evaluation.prompts, settings.evaluation.seed
     if not count:
         return []
-    rows = usable_rows(
+    found = usable_records(
         settings, "data.heldout", judged=judged, choose=lambda records: choose_records(records, count, seed), say=say
     )
-    return [row.record for row in rows if isinstance(row.record, Record)]
+    return [record for _, record in found]
 
 
 def choose_records(records: Sequence[Record], count: int, seed: int) -> list[Record]:

@@ -259,19 +259,20 @@ class ExperienceStream:
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
-    async def evaluate(self, records: Sequence[Record], samples: int, *, folder: Path | None = None) -> Evaluation:
+    async def evaluate(
+        self, records: Sequence[Record], samples: int, *, folder: Path | None = None, averaged: bool = False
+    ) -> Evaluation:
         """Draw and score held-out prompts with evaluation.num_steps and evaluation.seed, by the newest policy.
 
-        `folder`: first read the policy again from this component folder, and check that it is what was published.
+        `folder`: by the policy in this component folder instead, which must be what was published, unless `averaged`
+        says that it holds the policy's averaged weights.
         """
-        if folder is not None:
-            await self._fleet.load_folder(folder, self._weights)
         evaluation = self._settings.evaluation
         per_call = max(1, _EVALUATION_IMAGES // samples)
         parts = [tuple(records[i : i + per_call]) for i in range(0, len(records), per_call)]
 
         async def one(part: tuple[Record, ...]) -> tuple[list[np.ndarray], np.ndarray, int]:
-            request = EvaluationRequest(part, samples, evaluation.num_steps, evaluation.seed)
+            request = EvaluationRequest(part, samples, evaluation.num_steps, evaluation.seed, folder, averaged)
             ((images, version),) = await self._fleet.call("evaluate", request, lambda: self._weights)
             pairs = [(record, image) for record, own in zip(part, images, strict=True) for image in own]
             return images, await self._rewards.score(pairs), version

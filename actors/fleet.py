@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -76,11 +75,19 @@ class RolloutFleet:
 
     async def prefetch(self, published: PublishedWeights) -> None:
         """Bring a policy version to every actor. One that is down fetches it when it is asked to sample with it."""
-        await self._everywhere("prefetch", published, skip_dead=True)
 
-    async def load_folder(self, folder: Path, published: PublishedWeights | None) -> None:
-        """Make every actor read its policy from a component folder."""
-        await self._everywhere("load_folder", folder, published)
+        async def one(name: str) -> None:
+            begin = time.monotonic()
+            call = self._actors[name].prefetch.options(concurrency_group=WEIGHTS_GROUP)
+            try:
+                await asyncio.wait_for(call.remote(published), self._call_deadline_s)
+            except RayActorError:
+                return
+            except TimeoutError as error:
+                age = time.monotonic() - begin
+                raise RolloutError(f"actor {name}, call prefetch, after {age:.0f} s: {_reason(error)}") from error
+
+        await asyncio.gather(*(one(name) for name in self._actors))
 
     def oldest_call(self) -> str:
         """The call that has been running longest, for the error of somebody who waits for it."""
@@ -97,20 +104,6 @@ class RolloutFleet:
             self._idle.put_nowait(_NOBODY)  # whoever waits too shall know
             raise RolloutError("no rollout actor is left; " + "; ".join(self._lost.values()))
         return name
-
-    async def _everywhere(self, method: str, *arguments: Any, skip_dead: bool = False) -> None:
-        async def one(name: str) -> None:
-            begin = time.monotonic()
-            call = getattr(self._actors[name], method).options(concurrency_group=WEIGHTS_GROUP)
-            try:
-                await asyncio.wait_for(call.remote(*arguments), self._call_deadline_s)
-            except (RayActorError, TimeoutError) as error:
-                if skip_dead and isinstance(error, RayActorError):
-                    return
-                age = time.monotonic() - begin
-                raise RolloutError(f"actor {name}, call {method}, after {age:.0f} s: {_reason(error)}") from error
-
-        await asyncio.gather(*(one(name) for name in self._actors))
 
     async def _admit(self, name: str) -> None:
         """Wait until the actor answers, then let it have calls."""

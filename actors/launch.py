@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.checkpoints import SPARE_BYTES, CheckpointStore, Manifest, megabytes
+from actors.checkpoints import RESULT, SPARE_BYTES, CheckpointStore, Manifest, megabytes
 from deepgen.cluster.resources import process_resources
 from deepgen.config import Settings, UserError
 from deepgen.models.presets import check_width
@@ -47,10 +47,6 @@ class LearnerJob:
     gpus: bool
 
 
-def run_folder(settings: Settings) -> Path:
-    return Path(settings.run.dir) / settings.run.name
-
-
 def prepare_run(settings: Settings, stage: str) -> Settings:
     """Check what can be checked before anything starts and make the run folder; settings with weights resolved.
 
@@ -61,7 +57,7 @@ def prepare_run(settings: Settings, stage: str) -> Settings:
     weights = resolve_weights(Path(settings.model.weights))
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"weights": weights})})
     check_width(settings.model.preset, weights)
-    folder, store = run_folder(settings), CheckpointStore(settings, stage)
+    folder, store = settings.run.folder, CheckpointStore(settings, stage)
     if settings.run.resume:
         _check_resume(store, settings)
     _check_writable(folder)
@@ -90,8 +86,8 @@ def resolve_weights(path: Path) -> Path:
     """The component folder ``path`` is, or that the finished run in folder ``path`` has written."""
     if (path / "transformer").is_dir():
         return path
-    if (path / "model" / "transformer").is_dir():
-        return path / "model"
+    if (path / RESULT / "transformer").is_dir():
+        return path / RESULT
     if (path / "checkpoints").is_dir():
         raise UserError(f"model.weights: the run {path} has not finished; finish it with --resume")
     raise UserError(f"model.weights: {path} is not a component folder (it has no transformer/) and not a finished run")
@@ -105,7 +101,7 @@ def run_learner(job: LearnerJob) -> Path:
     """
     from ray.train import TrainingFailedError
 
-    settings, folder = job.settings, run_folder(job.settings)
+    settings, folder = job.settings, job.settings.run.folder
     start_deadline = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(settings.cluster.start_deadline_s)}
     for key, value in (_RAY_TRAIN_ENVIRONMENT | start_deadline).items():
         os.environ.setdefault(key, value)
@@ -119,7 +115,7 @@ def run_learner(job: LearnerJob) -> Path:
             trainer.fit()
         except TrainingFailedError as error:
             raise _user_error(error) or error from None
-    return folder / "model"
+    return folder / RESULT
 
 
 def _make_trainer(job: LearnerJob) -> Any:
@@ -157,7 +153,7 @@ def _make_trainer(job: LearnerJob) -> Any:
         ),
         run_config=RunConfig(
             name=settings.run.name,
-            storage_path=str(run_folder(settings) / "ray_train"),
+            storage_path=str(settings.run.folder / "ray_train"),
             failure_config=FailureConfig(max_failures=limit, controller_failure_limit=limit),
             logging_config=LoggingConfig(log_level="CRITICAL"),  # errors come back to run_learner with their traceback
         ),
@@ -168,7 +164,7 @@ def _failure_policy(settings: Settings, config: Any) -> Any:
     """Ray Train's own, but what would only happen again ends the run at once; restarts are told on the console."""
     from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
-    say, limit = _console(run_folder(settings)), settings.train.max_failures
+    say, limit = _console(settings.run.folder), settings.train.max_failures
 
     class Policy(DefaultFailurePolicy):
         restarts = 0
@@ -316,7 +312,7 @@ def run_worker(job: LearnerJob, attempt: str, rank: int, world: int) -> None:
     store = CheckpointStore(job.settings, job.stage, attempt)
     resume = _resumes(job.settings, store.newest(), attempt)
     settings = job.settings.model_copy(update={"run": job.settings.run.model_copy(update={"resume": resume})})
-    say = _console(run_folder(settings)) if rank == 0 else _silent
+    say = _console(settings.run.folder) if rank == 0 else _silent
     device = torch.device("cuda", torch.cuda.current_device()) if job.gpus else torch.device("cpu")
     say(f"loading {settings.model.weights}")
     model = load_model(settings, job.stage).to(device)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from actors.checkpoints import CheckpointStore, Manifest
+from actors.checkpoints import AVERAGED, RESULT, CheckpointStore, Manifest
 from actors.ema import Ema
 from actors.engine import TrainingEngine, Weights, learning_rate
 from deepgen.config.errors import UserError
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from deepgen.tracking.tracker import Tracker
 
 Metrics = Mapping[str, float | Tensor]
+# (model, context, suffix of the names) -> figures; see `Objective.evaluation`
+Evaluate = Callable[["UnifiedModel", "StepContext", str], dict[str, float]]
 T = TypeVar("T")
 _SAY_EVERY_S = 1.0
 _RL_FIGURES = {"policy/kl": "kl", "policy/clip_share": "clipped"}
@@ -104,7 +106,7 @@ class BatchSource(Protocol):
 
 
 class Objective(Protocol):
-    """Turns a batch into losses. Both methods run inside the DeepSpeed engine's forward, so that ZeRO hooks fire.
+    """Turns a batch into losses. What computes runs inside the DeepSpeed engine's forward, so that ZeRO hooks fire.
 
     ``prepare`` runs under ``torch.no_grad`` once a batch (encode prompts and images, reference velocities) and returns
     the micro-batches; ``loss`` is then called once for each. Autocast (model.precision) is already on in both.
@@ -121,6 +123,12 @@ class Objective(Protocol):
         Gradients are averaged over ranks, so a mean over the global batch needs no factor for the world size when
         ranks hold equal shares. Metric keys: plain keys are averaged over the micro-batches and ranks that report them,
         ``*_max`` take the maximum, ``*_sum`` are added. ``images_sum``, the number of images, gives images per second.
+        """
+
+    def evaluation(self, step: int) -> Evaluate | None:
+        """What to evaluate with the weights after ``step`` steps, None for nothing; on all ranks alike.
+
+        It is called without gradients and dropout, for the weights with suffix "" and for their averages with "_ema".
         """
 
 
@@ -146,6 +154,8 @@ def train(
         start = _restore(engine, ema, source, checkpoints, resume, context)
         source.publish(engine.weights, start)
         loop = _Loop(context, source, objective, engine, ema, checkpoints, start)
+        if start == 0:
+            loop.begin()
         for step in range(start, settings.train.steps):
             loop.run_step(step)
         _export(engine, ema, checkpoints.run_folder)
@@ -172,6 +182,12 @@ class _Loop:
         self.progress = Progress(context.settings.train.steps, start)
         self.last_said = -math.inf
 
+    def begin(self) -> None:
+        """Evaluate what the run starts from."""
+        figures = self._evaluate(0)
+        if figures and self.context.tracker:
+            self.context.tracker.log(0, figures)
+
     def run_step(self, step: int) -> None:
         """One batch, one optimizer step, one new version of the weights."""
         context, begin = self.context, time.monotonic()
@@ -189,7 +205,25 @@ class _Loop:
                 self.checkpoints.save(step + 1, self.engine, self.ema, self.source.state_dict(step + 1))
         images = metrics.pop("images_sum", 0.0)
         metrics |= {"throughput/images_per_s": images / (time.monotonic() - begin)} if images else {}
+        with self.phases("evaluate"):
+            metrics |= self._evaluate(step + 1)
         self._log(step + 1, metrics | self.source.metrics() | self.phases.take())
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Held-out figures after ``step`` steps, if any are due: of the weights, and of their averages."""
+        evaluate, model, here = self.objective.evaluation(step), self.context.model, self._step_context(step)
+        if evaluate is None:
+            return {}
+        model.eval()
+        with torch.no_grad():
+            figures: dict[str, float] = self.engine.run(evaluate, here, "")
+            if self.ema and step:
+                with self.ema.in_place(self.engine):
+                    figures |= self.engine.run(evaluate, here, "_ema")
+        model.train()
+        if figures:
+            self.context.say(f"held-out after {step} steps: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+        return figures
 
     def _step_context(self, step: int) -> StepContext:
         context = self.context
@@ -306,6 +340,6 @@ def _restore(
 
 def _export(engine: TrainingEngine, ema: Ema | None, run_folder: Path) -> None:
     """Write the component folder that the next stage reads, and the averaged weights beside it."""
-    engine.export(run_folder / "model")
+    engine.export(run_folder / RESULT)
     if ema:
-        engine.export(run_folder / "model-ema", ema.full(engine))
+        engine.export(run_folder / AVERAGED, ema.full(engine))

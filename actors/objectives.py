@@ -5,9 +5,8 @@ The rl stage uses the same pieces for its auxiliary loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from actors.engine import Weights
 from actors.frozen import make_cache
-from actors.learner import Metrics, Parts, StepContext, WorkerContext, gather
-from actors.pictures import picture_drawer
-from deepgen.algorithms.losses import flow_matching_loss, interpolate
+from actors.heldout import Heldout
+from actors.learner import Evaluate, Metrics, Parts, StepContext, WorkerContext, gather
+from deepgen.algorithms.losses import FlowMatchingLoss, flow_matching_loss, interpolate
 from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
 from deepgen.data.buckets import SIDE_MULTIPLE
@@ -39,13 +38,10 @@ class MixtureSource:
     """Micro-batches of the edit:T2I cycle (M2.4). What is in them follows from the step number and positions.
 
     ``records.quarantine`` belongs to the state: how many records were read, and how many of them were bad.
-    ``draw`` is called with the step number whenever there are new weights, to take pictures.
     """
 
-    def __init__(
-        self, data: TrainingSet, mixture: Mixture, records: FlowMatching, draw: Callable[[int], None] | None = None
-    ) -> None:
-        self.data, self.mixture, self._records, self._draw = data, mixture, records, draw
+    def __init__(self, data: TrainingSet, mixture: Mixture, records: FlowMatching) -> None:
+        self.data, self.mixture, self._records = data, mixture, records
         self._world = 1
 
     def next(self, step: int, rank: int, world: int) -> list[MicroBatch]:
@@ -55,8 +51,7 @@ class MixtureSource:
         return [collate(self.data, one, seed=self.mixture.seed, step=step, kept=kept) for one in plan]
 
     def publish(self, weights: Callable[[], Weights], version: int) -> None:
-        if self._draw:
-            self._draw(version)
+        """Nobody waits for new weights."""
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -100,11 +95,13 @@ class FlowMatching:
     sigma comes uniformly from the 1000 levels of the shifted training grid. Captions of generation are dropped with
     probability ``caption_drop``; editing drops nothing (M1.8). Every sample has random numbers of its own, derived from
     (seed, step, place in the batch), so they do not change with the number of workers. Records that cannot be used take
-    no part in any mean and are noted in ``quarantine``. ``cache`` makes latents, and features for the VLM.
+    no part in any mean and are noted in ``quarantine``. ``cache`` makes latents, and features for the VLM. ``heldout``
+    is what is evaluated meanwhile; the auxiliary loss of rl has none.
     """
 
     def __init__(self, settings: Settings, cache: FrozenCache, quarantine: Quarantine) -> None:
         self.cache, self.quarantine = cache, quarantine
+        self.heldout: Heldout | None = None
         self.caption_drop = settings.data.caption_drop
         self.sigmas = training_sigmas()  # shift 3: the schedule the public weights were trained on
 
@@ -112,8 +109,7 @@ class FlowMatching:
     def for_worker(cls, context: WorkerContext) -> FlowMatching:
         """With the model's own frozen parts and the quarantine of the run."""
         run, max_share = context.settings.run, context.settings.data.max_bad_share
-        folder = Path(run.dir) / run.name
-        quarantine = Quarantine(max_share, folder, rank=context.rank, resume=run.resume, say=context.say)
+        quarantine = Quarantine(max_share, run.folder, rank=context.rank, resume=run.resume, say=context.say)
         return cls(context.settings, make_cache(context), quarantine)
 
     def prepare(
@@ -146,23 +142,41 @@ class FlowMatching:
 
     def _prepare_one(self, micro: MicroBatch, device: torch.device, share: float) -> FlowMatchingMicro:
         """Draw captions to drop, noise and times; fetch latents. ``share`` scales the loss."""
-        if not micro.indices:
-            return self._blank(micro, device)
-        latents = [self.cache.get(LATENT, picture) for picture in micro.targets]
         generators = micro.generators("flow matching")
         dropped = [bool(torch.rand((), generator=g) < self.caption_drop) for g in generators]
-        levels = torch.stack([self.sigmas[torch.randint(len(self.sigmas), (), generator=g)] for g in generators])
+        levels = [self.sigmas[torch.randint(len(self.sigmas), (), generator=g)] for g in generators]
+        is_edit = micro.task == "edit"
+        prompts = ["" if drop and not is_edit else p for p, drop in zip(micro.prompts, dropped, strict=True)]
+        return self.ready(micro, prompts, levels, device, share, generators)
+
+    def levels(self, times: Iterable[float]) -> list[Tensor]:
+        """Noise levels at shares of the training grid, 0 the noisiest and 1 beyond its end."""
+        return [self.sigmas[int(time * len(self.sigmas))] for time in times]
+
+    def ready(
+        self,
+        micro: MicroBatch,
+        prompts: list[str],
+        levels: Sequence[Tensor],
+        device: torch.device,
+        share: float,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> FlowMatchingMicro:
+        """``micro`` with these prompts and noise levels; noise from ``generators``, else from the samples' seeds."""
+        if not micro.indices:
+            return self._blank(micro, device)
+        generators = generators or micro.generators("flow matching")
+        latents = [self.cache.get(LATENT, picture) for picture in micro.targets]
         noise = [torch.randn(x.shape, generator=g) for x, g in zip(latents, generators, strict=True)]
         clean = [[self.cache.get(LATENT, picture) for picture in pictures] for pictures in micro.references]
-        is_edit = micro.task == "edit"
         return FlowMatchingMicro(
             task=micro.task,
-            prompts=["" if drop and not is_edit else p for p, drop in zip(micro.prompts, dropped, strict=True)],
+            prompts=prompts,
             references=self._for_vlm(micro.references, device),
             latents=_to(latents, device),
             reference_latents=[_to(images, device) for images in clean],
             noise=_to(noise, device),
-            sigmas=levels.to(device),
+            sigmas=torch.stack([*levels]).to(device),
             share=share,
             bad=len(micro.bad),
         )
@@ -184,18 +198,25 @@ class FlowMatching:
             bad=len(micro.bad),
         )
 
-    def loss(self, model: UnifiedModel, micro: FlowMatchingMicro, context: StepContext) -> tuple[Tensor, Metrics]:
+    def evaluation(self, step: int) -> Evaluate | None:
+        return self.heldout.evaluation(step) if self.heldout else None
+
+    def errors(self, model: UnifiedModel, micro: FlowMatchingMicro) -> FlowMatchingLoss:
+        """The model's error on a micro-batch, [] and [B]."""
         is_edit = micro.task == "edit"
         conditioning = model.encode_prompts(micro.prompts, micro.references if is_edit else None)
         noisy = [interpolate(x, n, sigma) for x, n, sigma in zip(micro.latents, micro.noise, micro.sigmas, strict=True)]
         references = micro.reference_latents if is_edit else None
         velocity = model.velocity(noisy, timesteps(micro.sigmas), conditioning, references)
-        loss = flow_matching_loss(velocity, micro.latents, micro.noise).loss
+        return flow_matching_loss(velocity, micro.latents, micro.noise)
+
+    def loss(self, model: UnifiedModel, micro: FlowMatchingMicro, context: StepContext) -> tuple[Tensor, Metrics]:
+        loss = self.errors(model, micro).loss
         metrics: dict[str, float | Tensor] = {"data/quarantined_sum": float(micro.bad)}
         if micro.share:
             value = loss.detach()
             metrics |= {"loss/flow_matching": value, f"loss/flow_matching_{micro.task}": value}
-            metrics["images_sum"] = float(len(noisy))
+            metrics["images_sum"] = float(len(micro.latents))
         return loss * micro.share, metrics
 
     def _for_vlm(self, references: list[list[Picture]], device: torch.device) -> list[list[Tensor | SeenImage]]:
@@ -211,7 +232,8 @@ def build_flow_matching(context: WorkerContext) -> Parts:
     edits = int((data.store.tasks == TASKS.index("edit")).sum())
     context.say(f"{len(data) - edits} generation and {edits} editing records, {size_note(mixture)}")
     objective = FlowMatching.for_worker(context)
-    return MixtureSource(data, mixture, objective, picture_drawer(context)), objective
+    objective.heldout = Heldout(context, objective)
+    return MixtureSource(data, mixture, objective), objective
 
 
 def size_note(mixture: Mixture) -> str:

@@ -126,8 +126,8 @@ def _flow_activations(job: Job) -> dict[str, int]:
 def _policy_activations(job: Job) -> dict[str, int]:
     """Of the DiT, in the policy loss or in the auxiliary one, and the transitions of all groups of this rank.
 
-    Each transition lies on the GPU with both states (diffusion_nft: sample, noise and their mixture), each group with
-    its conditioning, all in fp32.
+    Each transition lies on the GPU with both states (diffusion_nft: a sample and its mixture with noise), each group
+    with its conditioning, all in fp32.
     """
     settings, architecture = job.settings, job.architecture
     image, context = _tokens(job, edit="edit" in settings.rewards.weights)
@@ -136,7 +136,6 @@ def _policy_activations(job: Job) -> dict[str, int]:
     samples = max(job.records * branches, auxiliary if settings.algorithm.sft_coef else 0)
     groups = -(-settings.rollout.prompts_per_step // job.workers)
     transitions = groups * settings.rollout.sde_steps * settings.rollout.group_size
-    latents = 2 if settings.algorithm.policy_loss == "clipped_ratio" else 3
     latent = architecture.transformer["in_channels"] * (settings.data.image_size // architecture.vae_downsample) ** 2
     return {
         "activations: DiT": memory.dit_activations(
@@ -149,7 +148,7 @@ def _policy_activations(job: Job) -> dict[str, int]:
             checkpointing=settings.model.gradient_checkpointing,
         ),
         "transitions of the step, conditioning of its groups": FP32
-        * (latents * latent * transitions + groups * branches * context * architecture.context_dim),
+        * (2 * latent * transitions + groups * branches * context * architecture.context_dim),
     }
 
 

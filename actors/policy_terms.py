@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -56,6 +56,27 @@ class PolicyMicro:
     share: float  # of the rank's policy loss
     images: float  # images this micro-batch stands for
 
+    @classmethod
+    def split(
+        cls, group: GroupBatch, samples: LearnerGroup, share: float, largest: int, **pairs: Tensor
+    ) -> Iterator[Self]:
+        """Micro-batches of at most `largest` pairs. pairs: the fields with one row a pair, noise level by noise level,
+        so that a micro-batch of G samples has the rollout's very shapes."""
+        advantages = torch.tensor(group.advantages, device=pairs["x"].device)
+        count = len(pairs["x"])
+        pairs["advantage"] = advantages.repeat(count // len(advantages))
+        for parts in zip(*(tensor.split(largest) for tensor in pairs.values()), strict=True):
+            batch = len(parts[0])
+            yield cls(
+                **dict(zip(pairs, parts, strict=True)),
+                conditioning=samples.conditioning.expand(batch),
+                unconditional=samples.unconditional.expand(batch) if samples.unconditional else None,
+                references=samples.references,
+                version=group.version,
+                share=share * batch / count,
+                images=batch / count * len(advantages),
+            )
+
     def velocity(self, transformer: Any, guidance_scale: float = 1.0) -> Tensor:
         """What a DiT says about x, fp32 [B, c, h, w]."""
         references = [self.references] * len(self.x) if self.references else None
@@ -99,48 +120,38 @@ class ClippedRatio:
         self._checked_step: int | None = None
 
     def micros(self, group: GroupBatch, samples: LearnerGroup, step: int, share: float) -> Iterator[TransitionMicro]:
-        """All transitions of a group by timestep, so that a micro-batch of G samples has the rollout's very shapes."""
         steps = [samples.trajectory.step(j) for j in range(len(samples.trajectory))]
         size = len(group.advantages)
-        device = steps[0].latents.device
-        advantages = torch.tensor(group.advantages, device=device)
-        x = torch.cat([step.latents for step in steps])
-        next_x = torch.cat([step.next_latents for step in steps])
-        sigma = torch.stack([step.sigma for step in steps]).repeat_interleave(size)
-        sigma_next = torch.stack([step.sigma_next for step in steps]).repeat_interleave(size)
-        log_prob = torch.cat([step.log_prob for step in steps])
-        for part in torch.arange(len(x), device=device).split(self._algorithm.update_micro_batch):
-            yield TransitionMicro(
-                x=x[part],
-                sigma=sigma[part],
-                advantage=advantages[part % size],
-                next_x=next_x[part],
-                sigma_next=sigma_next[part],
-                old_log_prob=log_prob[part],
-                share=share * len(part) / len(x),
-                images=len(part) / len(steps),
-                **_of_group(group, samples, len(part)),
-            )
+        return TransitionMicro.split(
+            group,
+            samples,
+            share,
+            self._algorithm.update_micro_batch,
+            x=torch.cat([step.latents for step in steps]),
+            next_x=torch.cat([step.next_latents for step in steps]),
+            sigma=torch.stack([step.sigma for step in steps]).repeat_interleave(size),
+            sigma_next=torch.stack([step.sigma_next for step in steps]).repeat_interleave(size),
+            old_log_prob=torch.cat([step.log_prob for step in steps]),
+        )
 
     def loss(
         self, transformer: Any, reference: Any, micro: TransitionMicro, context: StepContext
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         new, log_prob = self._score(transformer, micro)
         policy = clipped_policy_loss(log_prob, micro.old_log_prob, micro.advantage, self._algorithm.clip_range)
-        loss = policy.loss
         metrics: dict[str, float | Tensor] = {
-            "loss/policy": policy.loss.detach(),
             "policy/ratio_mean": policy.stats["ratio_mean"],
             "policy/ratio_max": policy.stats["ratio_max"],
             "policy/ratio_deviation_max": policy.stats["ratio_deviation"],
             "policy/clip_share": policy.stats["clip_share"],
         }
+        kl = None
         if reference is not None:
             with torch.no_grad():
                 old, _ = self._score(reference, micro)
-            kl = kl_divergence(self._algorithm.kl, new, old).mean()
-            loss = loss + self._algorithm.kl_beta * kl
-            metrics |= {"policy/kl": kl.detach(), "loss/kl": self._algorithm.kl_beta * kl.detach()}
+            kl = kl_divergence(self._algorithm.kl, new, old)
+        loss, both = _with_kl(policy.loss, kl, self._algorithm.kl_beta)
+        metrics |= both
         self._check(micro, metrics, context)
         return loss, metrics
 
@@ -178,7 +189,6 @@ class ClippedRatio:
 @dataclass(frozen=True)
 class SampleMicro(PolicyMicro):
     x0: Tensor  # [B, c, h, w] finished samples
-    noise: Tensor  # [B, c, h, w]
 
 
 class NegativeAware:
@@ -191,26 +201,21 @@ class NegativeAware:
     def micros(self, group: GroupBatch, samples: LearnerGroup, step: int, share: float) -> Iterator[SampleMicro]:
         """The samples at the noise levels of this step's trained steps. All samples of a group get the same noise, so
         that what they have in common cancels out with their advantages."""
-        x0 = samples.trajectory.final
-        device, size = x0.device, len(x0)
-        advantages = torch.tensor(group.advantages, device=device)
-        levels = trained_steps(self._settings, step)
-        sigma = samples.trajectory.sigmas[levels].repeat_interleave(size)
+        final, levels = samples.trajectory.final, trained_steps(self._settings, step)
         seed = stable_seed("forward", self._settings.run.seed, step, group.prompt_id)
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.cat([draw_noise([generator], x0.shape[1:]).expand_as(x0) for _ in levels]).to(device)
-        for part in torch.arange(len(sigma), device=device).split(self._algorithm.update_micro_batch):
-            finished = x0[part % size]
-            yield SampleMicro(
-                x=interpolate(finished, noise[part], sigma[part]),
-                sigma=sigma[part],
-                advantage=advantages[part % size],
-                x0=finished,
-                noise=noise[part],
-                share=share * len(part) / len(sigma),
-                images=len(part) / len(levels),
-                **_of_group(group, samples, len(part)),
-            )
+        noise = torch.cat([draw_noise([generator], final.shape[1:]).expand_as(final) for _ in levels])
+        x0 = final.repeat(len(levels), 1, 1, 1)
+        sigma = samples.trajectory.sigmas[levels].repeat_interleave(len(final))
+        return SampleMicro.split(
+            group,
+            samples,
+            share,
+            self._algorithm.update_micro_batch,
+            x=interpolate(x0, noise.to(x0.device), sigma),
+            x0=x0,
+            sigma=sigma,
+        )
 
     def loss(
         self, transformer: Any, reference: Any, micro: SampleMicro, context: StepContext
@@ -219,39 +224,33 @@ class NegativeAware:
         policy = negative_aware_loss(
             v,
             v.detach(),
+            micro.x,
             micro.x0,
-            micro.noise,
             micro.sigma,
             micro.advantage,
             beta=1.0,  # of no account in the first update, see the function
             clip=self._algorithm.advantage_clip,
         )
-        loss = policy.loss
-        metrics: dict[str, float | Tensor] = {
-            "loss/policy": policy.loss.detach(),
-            "policy/positive_share": policy.stats["positive_share"],
-        }
+        kl = None
         if reference is not None:
             with torch.no_grad():
                 old = micro.velocity(reference)
-            kl = kl_velocity(v, old).mean()
-            loss = loss + self._algorithm.kl_beta * kl
-            metrics |= {"policy/kl": kl.detach(), "loss/kl": self._algorithm.kl_beta * kl.detach()}
-            _check_kl(metrics, context, self._settings.model.precision)
-        return loss, metrics
+            kl = kl_velocity(v, old)
+        loss, metrics = _with_kl(policy.loss, kl, self._algorithm.kl_beta)
+        _check_kl(metrics, context, self._settings.model.precision)
+        return loss, metrics | {"policy/positive_share": policy.stats["positive_share"]}
 
 
 # -- both -------------------------------------------------------------------------------------------------------------
 
 
-def _of_group(group: GroupBatch, samples: LearnerGroup, batch: int) -> dict[str, Any]:
-    """The fields of `PolicyMicro` that all samples of a group share."""
-    return {
-        "conditioning": samples.conditioning.expand(batch),
-        "unconditional": samples.unconditional.expand(batch) if samples.unconditional else None,
-        "references": samples.references,
-        "version": group.version,
-    }
+def _with_kl(policy: Tensor, kl: Tensor | None, beta: float) -> tuple[Tensor, dict[str, float | Tensor]]:
+    """policy + beta * mean(kl) with kl [B], and both as metrics; `policy` alone without a KL."""
+    metrics: dict[str, float | Tensor] = {"loss/policy": policy.detach()}
+    if kl is None:
+        return policy, metrics
+    mean = kl.mean()
+    return policy + beta * mean, metrics | {"policy/kl": mean.detach(), "loss/kl": beta * mean.detach()}
 
 
 def _check_kl(metrics: Metrics, context: StepContext, precision: str) -> None:

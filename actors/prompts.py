@@ -15,15 +15,16 @@ from pathlib import Path
 
 from deepgen.config import Settings, UserError
 from deepgen.data.quarantine import FILES, BadRow, Quarantine, rows_in
-from deepgen.data.records import Record, RecordError, Row, check_prompt, read_rows, usable_image
+from deepgen.data.records import Record, RecordError, check_prompt, read_rows, usable_image
 
+Place = tuple[str, int]  # file and row, from 1
 Choose = Callable[[Sequence[Record]], Sequence[Record]]
 
 
-def usable_rows(
+def usable_records(
     settings: Settings, key: str, *, judged: bool, choose: Choose | None = None, say: Callable[[str], None] = print
-) -> list[Row]:
-    """Rows of data.prompts or data.heldout (``key``) whose record can be used, in order.
+) -> list[tuple[Place, Record]]:
+    """Records of data.prompts or data.heldout (``key``) that can be used, in order, and where they stand.
 
     choose: picks those that are wanted at all; only their images are looked at. judged: this run has done it before;
     what it has left out stays out and no image is opened, so that a resumed run draws the same prompts.
@@ -32,45 +33,42 @@ def usable_rows(
     """
     source: Path = getattr(settings.data, key.removeprefix("data."))
     rows = read_rows(source)
-    records = [row.record for row in rows if isinstance(row.record, Record)]
-    wanted = {record.id for record in (choose(records) if choose else records)}
-    chosen = [row for row in rows if isinstance(row.record, Record) and row.record.id in wanted]
-    path = quarantine_file(settings, key)
+    found = [((row.file, row.number), row.record) for row in rows if isinstance(row.record, Record)]
+    wanted = {record.id for record in choose([record for _, record in found])} if choose else None
+    chosen = [(place, record) for place, record in found if wanted is None or record.id in wanted]
+    path = settings.run.folder / FILES[key]
     if judged:
         out = rows_in(path)
-        return [row for row in chosen if (row.file, row.number) not in out]
+        return [(place, record) for place, record in chosen if place not in out]
+    reserved = _special_tokens(settings.model.weights)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = list(pool.map(partial(_fault, reserved=_special_tokens(settings.model.weights)), chosen))
+        faults = list(pool.map(partial(_fault, reserved=reserved), (record for _, record in chosen)))
     bad = [BadRow(r.file, r.number, r.record.id, r.record.reason) for r in rows if isinstance(r.record, RecordError)]
-    bad += [fault for fault in faults if fault]
-    quarantine = Quarantine(settings.data.max_bad_share, path.parent, key=key, say=say)
-    quarantine.add(len(rows) - len(records) + len(chosen), bad)
-    usable = [row for row, fault in zip(chosen, faults, strict=True) if not fault]
+    judgement = list(zip(chosen, faults, strict=True))
+    bad += [BadRow(*place, record.id, fault) for (place, record), fault in judgement if fault]
+    quarantine = Quarantine(settings.data.max_bad_share, settings.run.folder, key=key, say=say)
+    quarantine.add(len(rows) - len(found) + len(chosen), bad)
+    usable = [one for one, fault in judgement if not fault]
     if not usable:
         raise UserError(f"{key}: no record of {source} can be used; see {path}")
     return usable
 
 
-def quarantine_file(settings: Settings, key: str) -> Path:
-    return Path(settings.run.dir) / settings.run.name / FILES[key]
-
-
 def left_out(settings: Settings, *keys: str) -> dict[str, float]:
     """Records of data.prompts, data.heldout that this run has left out, as metrics; nothing where there are none."""
-    counts = {key: len(rows_in(quarantine_file(settings, key))) for key in keys}
+    counts = {key: len(rows_in(settings.run.folder / FILES[key])) for key in keys}
     return {f"data/quarantined_{key.removeprefix('data.')}": float(count) for key, count in counts.items() if count}
 
 
-def _fault(row: Row, reserved: Sequence[str]) -> BadRow | None:
-    """Why a record cannot be drawn from, None when it can."""
-    assert isinstance(row.record, Record)
+def _fault(record: Record, reserved: Sequence[str]) -> str:
+    """Why a record cannot be drawn from, "" when it can."""
     try:
-        check_prompt(row.record.prompt, reserved)
-        for slot, data in enumerate(row.record.references, start=1):
+        check_prompt(record.prompt, reserved)
+        for slot, data in enumerate(record.references, start=1):
             usable_image(data, f"reference {slot}")
     except ValueError as error:
-        return BadRow(row.file, row.number, row.record.id, str(error))
-    return None
+        return str(error)
+    return ""
 
 
 def _special_tokens(weights: Path) -> list[str]:

@@ -45,12 +45,17 @@ class GroupImages:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """Held-out prompts to draw: `samples` images each, with noise from `seed` and no noise on the way (ODE)."""
+    """Held-out prompts to draw: `samples` images each, with noise from `seed` and no noise on the way (ODE).
+
+    folder: draw with the policy in this component folder, which must be the one that was published, or `averaged`.
+    """
 
     records: tuple[Record, ...]
     samples: int
     num_steps: int
     seed: int
+    folder: Path | None = None
+    averaged: bool = False
 
     def __str__(self) -> str:
         return f"evaluation of {len(self.records)} prompts"
@@ -67,6 +72,7 @@ class RolloutActor:
         self._folder = settings.model.weights
         self._sampler = PolicySampler(settings)
         self._version = 0  # what the weights folder holds
+        self._read: Path | None = None  # where the policy comes from if an evaluation named another folder
         self._published: PublishedWeights | None = None
         self._lock = threading.Lock()  # guards _arrived
         self._arrived: tuple[PublishedWeights, Arrays] | None = None
@@ -80,7 +86,7 @@ class RolloutActor:
 
         The version that this actor started with is checked instead: the learner has read the same folder.
         """
-        if self._published is None and published.version == self._version:
+        if self._read is None and self._published is None and published.version == self._version:
             verify_weights(self._sampler.model, published)
             self._published = published
             return
@@ -100,25 +106,25 @@ class RolloutActor:
 
     def evaluate(self, request: EvaluationRequest, weights: PublishedWeights | None) -> tuple[list[np.ndarray], int]:
         """Images uint8 [samples, H, W, 3] of each prompt, in order, and the policy version that drew them."""
-        self._use(weights)
-        return self._sampler.evaluate(request), self._version
-
-    def load_folder(self, folder: Path, published: PublishedWeights | None) -> None:
-        """Read the policy again from a component folder, which must hold the published version."""
-        self._sampler.load(folder)
-        if published is not None:
-            verify_weights(self._sampler.model, published)
-            self._version, self._published = published.version, published
+        if request.folder is None:
+            self._use(weights)
+        elif request.folder != self._read:
+            self._sampler.load(request.folder)
+            self._read = request.folder
+            if weights is not None and not request.averaged:
+                verify_weights(self._sampler.model, weights)
+        return self._sampler.evaluate(request), weights.version if weights else 0
 
     def _use(self, weights: PublishedWeights | None) -> None:
         """Make the policy the wanted version."""
-        if weights == self._published or (weights is None and self._version == 0):
+        own, self._read = self._read is None, None
+        if own and (weights == self._published or (weights is None and self._version == 0)):
             return
         if weights is None:
             self._sampler.load(self._folder)
             self._version, self._published = 0, None
             return
-        if weights.version == self._version and self._published is None:
+        if own and weights.version == self._version and self._published is None:
             verify_weights(self._sampler.model, weights)
         else:
             with self._lock:

@@ -23,8 +23,10 @@ def main() -> int:
     check_training_data(settings)
     gpus = connect(settings, code_root=ROOT)
     from actors.objectives import build_flow_matching  # torch and DeepSpeed: not for --help
+    from deepgen.tracking.curves import record_curves
 
     result = run_learner(LearnerJob("pretrain", settings, build_flow_matching, gpus))
+    print(record_curves(settings, "pretrain"))
     print(f"done; the next stage takes model.weights={result}")
     return 0
 

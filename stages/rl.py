@@ -19,10 +19,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
+from actors.checkpoints import AVERAGED  # noqa: E402
 from actors.evaluation import Evaluation, grid_rows, heldout_records  # noqa: E402
-from actors.launch import LearnerJob, prepare_run, run_folder, run_learner  # noqa: E402
+from actors.launch import LearnerJob, prepare_run, run_learner  # noqa: E402
 from actors.plan import plan_text  # noqa: E402
-from actors.prompts import usable_rows  # noqa: E402
+from actors.prompts import usable_records  # noqa: E402
 from deepgen.cluster.connect import connect  # noqa: E402
 from deepgen.cluster.resources import rl_needs  # noqa: E402
 from deepgen.config import Settings, UserError, parse_command_line, run_program  # noqa: E402
@@ -65,8 +66,12 @@ def run(settings: Settings, stream: Any, heldout: list[Record], gpus: bool) -> N
     result = run_learner(LearnerJob("rl", settings, learner_parts(stream), gpus))
     if before is not None:
         after = wait_for_evaluation(settings, order_evaluation(settings, stream, heldout, result))
-        after.save(run_folder(settings) / AFTER)
-        report(settings, before.result(), after)
+        after.save(settings.run.folder / AFTER)
+        averaged = None
+        if settings.train.ema_decay:
+            drawn = order_evaluation(settings, stream, heldout, result.with_name(AVERAGED), averaged=True)
+            averaged = wait_for_evaluation(settings, drawn)
+        report(settings, before.result(), after, averaged)
     say(f"the trained model is {result}")
 
 
@@ -79,16 +84,15 @@ def end(stream: Any) -> None:
 
 
 def read_prompts(settings: Settings, *, judged: bool) -> list[Record]:
-    """RL prompts that can be used (`usable_rows`), each of a task that has rewards. UserError names file and row."""
+    """RL prompts that can be used (`usable_records`), each of a task that has rewards. UserError names file and row."""
     prompts = []
-    for row in usable_rows(settings, "data.prompts", judged=judged):
-        assert isinstance(row.record, Record)
-        if not any(weight > 0 for weight in settings.rewards.weights.get(row.record.task, {}).values()):
+    for (file, row), record in usable_records(settings, "data.prompts", judged=judged):
+        if not any(weight > 0 for weight in settings.rewards.weights.get(record.task, {}).values()):
             raise UserError(
-                f"{row.file}, row {row.number}: task {row.record.task} has no weight above 0 in rewards.weights; "
-                f"allowed: tasks with a reward, so remove it or set e.g. rewards.weights.{row.record.task}.judge=1"
+                f"{file}, row {row}: task {record.task} has no weight above 0 in rewards.weights; "
+                f"allowed: tasks with a reward, so remove it or set e.g. rewards.weights.{record.task}.judge=1"
             )
-        prompts.append(row.record)
+        prompts.append(record)
     return prompts
 
 
@@ -103,7 +107,7 @@ def evaluate_before(settings: Settings, stream: Any, heldout: Sequence[Record]) 
     """The initial policy on the held-out prompts (None without any): drawn now, or by an earlier start of this run."""
     if not heldout:
         return None
-    path = run_folder(settings) / BEFORE
+    path = settings.run.folder / BEFORE
     before: Future[Evaluation] = Future()
     if settings.run.resume and path.exists() and (saved := Evaluation.load(path, heldout)):
         before.set_result(saved)
@@ -116,7 +120,7 @@ def evaluate_before(settings: Settings, stream: Any, heldout: Sequence[Record]) 
             if evaluation.version != 0:
                 raise RuntimeError(f"the evaluation before the first step was drawn by version {evaluation.version}")
             evaluation.save(path)
-            say("held-out before: " + "  ".join(f"{name} {mean:.3f}" for name, mean in evaluation.means().items()))
+            say("held-out before: " + means_text(evaluation))
             before.set_result(evaluation)
         except Exception as error:  # noqa: BLE001  # carried to the main thread, which raises it
             before.set_exception(error)
@@ -127,9 +131,17 @@ def evaluate_before(settings: Settings, stream: Any, heldout: Sequence[Record]) 
     return before
 
 
-def order_evaluation(settings: Settings, stream: Any, heldout: Sequence[Record], folder: Path | None = None) -> Any:
-    """Have the held-out prompts drawn and scored; `folder`: by the policy that lies there."""
-    return stream.evaluate.remote(heldout, settings.evaluation.samples_per_prompt, folder=folder)
+def order_evaluation(
+    settings: Settings,
+    stream: Any,
+    heldout: Sequence[Record],
+    folder: Path | None = None,
+    *,
+    averaged: bool = False,
+) -> Any:
+    """Have the held-out prompts drawn and scored; `folder`: by the policy that lies there, or by its average."""
+    samples = settings.evaluation.samples_per_prompt
+    return stream.evaluate.remote(heldout, samples, folder=folder, averaged=averaged)
 
 
 def wait_for_evaluation(settings: Settings, drawn: Any) -> Evaluation:
@@ -139,15 +151,15 @@ def wait_for_evaluation(settings: Settings, drawn: Any) -> Evaluation:
     return evaluation
 
 
-def report(settings: Settings, before: Evaluation, after: Evaluation) -> None:
-    """Table, before/after grid and MLflow entries of the whole run."""
+def report(settings: Settings, before: Evaluation, after: Evaluation, averaged: Evaluation | None = None) -> None:
+    """Table, before/after grid and MLflow entries of the whole run; `averaged`: after it, by the averaged weights."""
     from deepgen.tracking.curves import CURVES, draw_curves
     from deepgen.tracking.grids import before_after_grid
     from deepgen.tracking.journal import FILE_NAME
     from deepgen.tracking.report import paired_table
     from deepgen.tracking.tracker import Tracker
 
-    folder, seed = run_folder(settings), settings.evaluation.seed
+    folder, seed = settings.run.folder, settings.evaluation.seed
     table = paired_table(
         before.columns(), after.columns(), before.sample_weights(), prompt_ids=before.sample_ids(), seed=seed
     )
@@ -157,6 +169,8 @@ def report(settings: Settings, before: Evaluation, after: Evaluation) -> None:
     with Tracker(settings, "rl", attach=True) as tracker:  # the learner's run, which has ended
         for evaluation in (before, after):
             tracker.log(evaluation.version, {f"eval/{name}": mean for name, mean in evaluation.means().items()})
+        if averaged:
+            tracker.log(after.version, {f"eval_ema/{name}": mean for name, mean in averaged.means().items()})
         tracker.log_file(folder / "before-after.png")
         tracker.log_file(folder / "report.json")
         draw_curves(folder / FILE_NAME, folder / CURVES, title=settings.run.name)
@@ -165,9 +179,15 @@ def report(settings: Settings, before: Evaluation, after: Evaluation) -> None:
     count, samples = len(before.records), before.scores.shape[1]
     print(f"\n{count} held-out prompts, {samples} images each, seed {seed}, {settings.evaluation.num_steps} steps")
     print(f"\n{table.to_text()}\n")
+    if averaged:
+        say("averaged weights after: " + means_text(averaged))
     say(f"grid:   {folder / 'before-after.png'}")
     say(f"curves: {folder / CURVES}")
     say(f"MLflow: {page}")
+
+
+def means_text(evaluation: Evaluation) -> str:
+    return "  ".join(f"{name} {mean:.3f}" for name, mean in evaluation.means().items())
 
 
 def say(line: str) -> None:

@@ -110,7 +110,7 @@ def test_with_and_without_a_cache_all_numbers_are_the_same(
     assert same(train(memory), expected)
     assert same(train(disk), expected)
     assert files(tmp_path / "cache")
-    monkeypatch.setattr("deepgen.data.dataset.usable_image", lambda _: pytest.fail("an image was decoded"))
+    monkeypatch.setattr("deepgen.data.dataset.usable_image", lambda *_: pytest.fail("an image was decoded"))
     assert same(train(disk), expected)
 
 
@@ -309,7 +309,7 @@ def test_a_resume_finds_what_the_last_checkpoint_had(
     source.state_dict(1)
     assert len(files(tmp_path / "cache")) == 2
     _, resumed = make_source(context)
-    monkeypatch.setattr("deepgen.data.dataset.usable_image", lambda _: pytest.fail("an image was decoded"))
+    monkeypatch.setattr("deepgen.data.dataset.usable_image", lambda *_: pytest.fail("an image was decoded"))
     for before, after in zip(batch, resumed.next(0, 0, 1), strict=True):
         assert before.prompts == after.prompts
         assert all(picture.pixels is None and LATENT in picture.kept for picture in after.targets)

@@ -40,6 +40,7 @@ from deepgen.data.quarantine import Quarantine
 from deepgen.data.records import Record, write_records
 from deepgen.data.store import ListStore
 from deepgen.models.presets import DEEPGEN_5B
+from deepgen.tracking.journal import read_series
 from tests.factories import make_tiny_folder
 from tests.learner_workers import ROOT, run_workers
 from tests.toy import STEPS, TOY, ToyModel, check_toy, plain_torch, toy_result, toy_run
@@ -60,7 +61,10 @@ def test_every_zero_stage_is_plain_training_with_one_step_a_batch(tmp_path: Path
     for stage in range(4):
         check_toy(tmp_path, f"zero{stage}", expected)
         log = [json.loads(line) for line in (tmp_path / f"zero{stage}.jsonl").read_text().splitlines()]
-        assert [entry["step"] for entry in log] == list(range(1, STEPS + 1))
+        assert [entry["step"] for entry in log] == list(range(STEPS + 1))
+        for entry, figures in zip(log[::2], expected.evaluations, strict=True):
+            assert {k: v for k, v in entry.items() if k.startswith("heldout")} == pytest.approx(figures, rel=1e-5)
+        del log[0]  # what the run started from
         np.testing.assert_allclose([entry["train/grad_norm"] for entry in log], expected.norms, rtol=1e-4)
         np.testing.assert_allclose([entry["loss/total"] for entry in log], expected.losses, rtol=1e-5)
 
@@ -83,7 +87,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
             assert sorted(path.name for path in begun.iterdir()) == ["ema-0.safetensors", "engine-0.safetensors"]
         run_workers(tmp_path, [cut | {"overrides": [*cut["overrides"], "run.resume=true"]}])
         # Steps since the last checkpoint are done twice; a step is logged once its checkpoint is written.
-        again = [1, 2, 3, 4, 5, 5, 6] if stage == 0 else [1, 2, 3, 3, 4, 5, 6]
+        again = [0, 1, 2, 3, 4, 5, 5, 6] if stage == 0 else [0, 1, 2, 3, 3, 4, 5, 6]
         assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == again
         for part in ("model", "model-ema"):
             expected, result = (toy_result(tmp_path / which, f"zero{stage}", part) for which in ("whole", "cut"))
@@ -312,18 +316,38 @@ def component(folder: Path, name: str, part: str) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 def test_two_ranks_train_like_one_with_the_same_global_batch(world: Path, tmp_path: Path) -> None:
-    for ranks, micro in ((1, 4), (2, 2)):
+    """Weights, held-out losses of the weights and of their averages, pictures of both."""
+    names = {"ranks1": (1, 2), "ranks2": (2, 2), "zero3": (2, 3)}
+    for name, (ranks, stage) in names.items():
         overrides = stage_overrides(
-            world, tmp_path, f"ranks{ranks}", f"train.workers={ranks}", f"data.micro_batch={micro}", "train.steps=2",
-            "model.lora_dropout=0",
+            world, tmp_path, name, f"train.workers={ranks}", f"data.micro_batch={4 // ranks}", "train.steps=2",
+            "model.lora_dropout=0", f"train.zero_stage={stage}", "train.ema_decay=0.5", "evaluation.prompts=11",
+            "evaluation.every=1", "evaluation.num_steps=2",
         )  # fmt: skip
         run_workers(tmp_path, [{"stage": "sft", "overrides": overrides}], world=ranks)
     before = {part: load_first(world / "weights" / part) for part in ("bridge", "transformer", "vae")}
-    for part in ("bridge", "transformer", "vlm_lora"):
-        one, two = component(tmp_path, "ranks1", part), component(tmp_path, "ranks2", part)
-        assert one and one.keys() == two.keys()
-        for name in one:
-            torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-5, msg=f"{part} {name}")
+    series = {name: read_series(tmp_path / name / "metrics.jsonl") for name in names}
+    tasks = ("t2i", "edit", "text", "reasoning", "all")
+    expected = {f"heldout_loss{kind}/{task}" for kind in ("", "_ema") for task in tasks} | {"heldout_loss/records"}
+    for name in ("ranks2", "zero3"):
+        for part in ("bridge", "transformer", "vlm_lora"):
+            one, two = component(tmp_path, "ranks1", part), component(tmp_path, name, part)
+            assert one and one.keys() == two.keys()
+            for key in one:
+                torch.testing.assert_close(one[key], two[key], rtol=0, atol=2e-5, msg=f"{name} {part} {key}")
+        assert {key for key in series[name] if key.startswith("heldout")} == expected
+        for key in expected:
+            steps, values = series["ranks1"][key]
+            assert steps == ([1, 2] if "_ema" in key else [0, 1, 2])
+            assert series[name][key][0] == steps
+            assert series[name][key][1] == pytest.approx(values, rel=1e-3)
+    assert series["ranks1"]["heldout_loss/records"][1] == [11, 11, 11]
+    start, first, last = series["ranks1"]["heldout_loss/all"][1]
+    averages = series["ranks1"]["heldout_loss_ema/all"][1]
+    assert len({start, first, last, *averages}) == 5  # each is of weights of its own
+    pictures = sorted(path.name for path in (tmp_path / "ranks1" / "images").iterdir())
+    assert pictures == ["samples-000000.png", "samples-000002.png", "samples_ema-000002.png"]
+    assert not any((tmp_path / "zero3" / "images").iterdir())
     assert changed(before["bridge"], component(tmp_path, "ranks1", "bridge"))
     assert changed(before["transformer"], component(tmp_path, "ranks1", "transformer"))
     assert not changed(before["vae"], component(tmp_path, "ranks1", "vae"))

@@ -139,7 +139,8 @@ def test_policy_loss_refuses_half_precision_and_broadcasting() -> None:
 
 def _forward(v: Tensor, v_old: Tensor, advantages: list[float], beta: float = 0.1, clip: float = 5.0) -> Tensor:
     x0, noise, sigma = _randn(len(v), 4, 6, 5, seed=1), _randn(len(v), 4, 6, 5, seed=2), torch.full((len(v),), 0.6)
-    return negative_aware_loss(v, v_old, x0, noise, sigma, torch.tensor(advantages), beta=beta, clip=clip).loss
+    x = interpolate(x0, noise, sigma)
+    return negative_aware_loss(v, v_old, x, x0, sigma, torch.tensor(advantages), beta=beta, clip=clip).loss
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])

@@ -94,6 +94,16 @@ class ToyObjective:
         assert not torch.is_grad_enabled()
         return batch
 
+    def evaluation(self, step: int) -> Any:
+        """The error on the first batch of step 0, every other step."""
+
+        def measure(model: Any, context: Any, suffix: str) -> dict[str, float]:
+            assert not torch.is_grad_enabled() and not model.training
+            x, y = toy_batch(0, 0, 1)[0]
+            return {f"heldout{suffix}/error": float(((model(x) - y) ** 2).mean())}
+
+        return measure if step % 2 == 0 else None
+
     def loss(self, model: Any, micro: tuple[Tensor, Tensor], context: Any) -> tuple[Tensor, dict[str, Any]]:
         x, y = micro
         error = ((model(x + self.noise * torch.randn_like(x)) - y) ** 2).mean()
@@ -123,6 +133,7 @@ class Expected:
     average: dict[str, Tensor]
     norms: list[float]
     losses: list[float]
+    evaluations: list[dict[str, float]]  # figures of `ToyObjective.evaluation` after every other step, from 0
 
 
 def plain_torch(overrides: Sequence[str] = ()) -> Expected:
@@ -133,7 +144,7 @@ def plain_torch(overrides: Sequence[str] = ()) -> Expected:
     parameters = model.trainable_parameters("rl")
     optimizer = torch.optim.AdamW(parameter_groups(parameters, 0.1), betas=(0.9, 0.999))
     average = {name: p.detach().clone() for name, p in parameters}
-    norms, losses = [], []
+    norms, losses, evaluations = [], [], [_evaluate(model, None)]
     for step in range(STEPS):
         losses.append(0.0)
         for micro in toy_batch(step, 0, 1):
@@ -150,7 +161,22 @@ def plain_torch(overrides: Sequence[str] = ()) -> Expected:
         decay = min(0.9, (1 + step) / (10 + step))
         for name, p in parameters:
             average[name] = decay * average[name] + (1 - decay) * p.detach()
-    return Expected(model.state_dict(), average, norms, losses)
+        if step % 2:
+            evaluations.append(_evaluate(model, average))
+    return Expected(model.state_dict(), average, norms, losses, evaluations)
+
+
+@torch.no_grad()
+def _evaluate(model: ToyModel, average: dict[str, Tensor] | None) -> dict[str, float]:
+    measure = ToyObjective().evaluation(0)
+    model.eval()
+    figures: dict[str, float] = measure(model, None, "")
+    if average is not None:
+        averaged = ToyModel().eval()
+        averaged.load_state_dict(average, strict=False)
+        figures |= measure(averaged, None, "_ema")
+    model.train()
+    return figures
 
 
 def check_toy(folder: Path, name: str, expected: Expected) -> None:

@@ -8,7 +8,6 @@ from. Running it again replaces the copies.
 """
 
 import argparse
-import io
 import random
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from PIL import Image
 
 from deepgen.data.records import Record, decode_image, write_records
 from stages.base.common import DATA, FADED, load_split
+from stages.base.world import encode
 
 COPIES = {"t2i": 750, "reasoning": 400, "text": 600, "edit": 300}
 LEAST, MOST = 0.25, 0.65  # share of white mixed in
@@ -26,12 +26,9 @@ def fade(record: Record, share: float) -> Record:
     """The same prompt with its target mixed with white; an edit's source stays as it is."""
     assert record.image is not None
     pixels = decode_image(record.image).astype(np.float32)
-    buffer = io.BytesIO()
-    Image.fromarray((pixels + share * (255 - pixels)).round().astype(np.uint8)).save(
-        buffer, "WEBP", lossless=True, quality=100, method=6
-    )
+    faded = Image.fromarray((pixels + share * (255 - pixels)).round().astype(np.uint8))
     source = FADED["edit" if record.task == "edit" else "t2i"]
-    return replace(record, id=f"faded/{record.id}", image=buffer.getvalue(), source=source)
+    return replace(record, id=f"faded/{record.id}", image=encode(faded), source=source)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ was. Needs npm (the emoji packages are fetched once into runs/base/packages).
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -19,15 +20,15 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deepgen.config import UserError, run_program
+from deepgen.config import UserError, load_settings, run_program
+from deepgen.config.recipes import find_recipe
 from stages.base.common import DATA, MODEL
 
 WORK = Path("runs/base")
 PACKAGES = {"fluent-emoji-flat": "@iconify-json/fluent-emoji-flat@1.2.6", "emojibase-data": "emojibase-data@17.0.0"}
-# The end of fine-tuning, on clean and faded pictures; recipe tiny-rl mixes its auxiliary loss alike.
+# The end of fine-tuning, on clean and faded pictures as recipe tiny-rl mixes them in its auxiliary loss.
 MIXED = (
-    "data.weights={fluent-emoji-flat: 0.35, drawn words: 0.2, emojibase tags: 0.1, faded copies: 0.4, "
-    "faded edits: 0.25}",
+    f"data.weights={json.dumps(load_settings(find_recipe('tiny-rl')).data.weights)}",
     "run.name=tiny-mixed",
     "model.weights=runs/tiny-sft/model",
     "train.steps=160",

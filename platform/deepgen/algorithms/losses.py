@@ -87,12 +87,12 @@ def clipped_policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tens
 
 
 def negative_aware_loss(
-    v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, sigma: Tensor, advantages: Tensor, *, beta: float, clip: float
+    v: Tensor, v_old: Tensor, x: Tensor, x0: Tensor, sigma: Tensor, advantages: Tensor, *, beta: float, clip: float
 ) -> PolicyLoss:
     """DiffusionNFT: flow matching towards samples with a high advantage and away from those with a low one.
 
-    v, v_old, x0, noise [B, c, h, w]; sigma, advantages [B]. v and v_old are the velocities of the trained policy and of
-    the one that drew x0, at x_sigma = (1 - sigma) x0 + sigma noise. With r = (clamp(A / clip, -1, 1) + 1) / 2:
+    v, v_old, x, x0 [B, c, h, w]; sigma, advantages [B]. v and v_old are the velocities of the trained policy and of the
+    one that drew x0, at x = (1 - sigma) x0 + sigma noise. With r = (clamp(A / clip, -1, 1) + 1) / 2:
     clip / beta * mean(r err((1 - beta) v_old + beta v) + (1 - r) err((1 + beta) v_old - beta v)), where err is the
     squared error of the image that a velocity implies, over its mean size (without gradient), so that every noise level
     counts alike. No log-probability: samples may come from any sampler. While v equals v_old the gradient is that of
@@ -101,12 +101,11 @@ def negative_aware_loss(
     The reference takes the next latent of the trajectory for x0 (M3.6), which the derivation does not; here it is the
     final one. stats: positive_share, the mean of r.
     """
-    x0, noise, v, v_old = x0.float(), noise.float(), v.float(), v_old.detach().float()
+    x, x0, v, v_old = x.float(), x0.float(), v.float(), v_old.detach().float()
     level = sigma.float().reshape(-1, 1, 1, 1)
-    noisy = interpolate(x0, noise, sigma)
 
     def error(velocity: Tensor) -> Tensor:  # [B]
-        difference = noisy - level * velocity - x0
+        difference = x - level * velocity - x0
         size = difference.detach().abs().flatten(1).mean(dim=1).clamp_min(_SMALLEST_ERROR)
         return (difference**2).flatten(1).mean(dim=1) / size
 

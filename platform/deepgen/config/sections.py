@@ -7,6 +7,7 @@ Left out on purpose: what the weights folder already says, such as widths, layer
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -44,6 +45,11 @@ class RunSettings(Section):
     )
     seed: int = setting(42, "Seed of everything random: data order, noise, dropout.", ge=0, lt=2**31)
     resume: bool = setting(False, "Continue run.name from its last checkpoint; the flag --resume sets it.")
+
+    @property
+    def folder(self) -> Path:
+        """Everything the run writes lies below it."""
+        return self.dir / self.name
 
 
 class ModelSettings(Section):
@@ -132,7 +138,9 @@ class TrainSettings(Section):
     offload_optimizer: bool = setting(
         False, "Keep optimizer states in the host's memory and step there; needs zero_stage 1 or more."
     )
-    ema_decay: float = setting(0.0, "Decay of an averaged copy of the trained weights; 0 keeps none.", ge=0, lt=1)
+    ema_decay: float = setting(
+        0.0, "Decay of an averaged copy of the trained weights, evaluated beside them; 0 keeps none.", ge=0, lt=1
+    )
     checkpoint_every: int = setting(50, "Steps between checkpoints; the last step always writes one.", ge=1)
     keep_checkpoints: int = setting(5, "Newest checkpoints kept.", ge=1)
     max_failures: int = setting(
@@ -320,9 +328,9 @@ class TrackingSettings(Section):
 
 
 class EvaluationSettings(Section):
-    about: ClassVar[str] = "held-out prompts before, during and after"
-    prompts: int = setting(600, "Most held-out prompts that are drawn; 0 evaluates nothing.", unit="prompts", ge=0)
-    samples_per_prompt: int = setting(4, "Images per held-out prompt.", unit="images", ge=1)
+    about: ClassVar[str] = "held-out records before, during and after: rewards in rl, else the loss"
+    prompts: int = setting(600, "Most held-out records that are looked at; 0 evaluates nothing.", unit="prompts", ge=0)
+    samples_per_prompt: int = setting(4, "Images per held-out prompt in rl.", unit="images", ge=1)
     num_steps: int = setting(50, "Denoising steps of an evaluation image, without noise.", unit="steps", ge=1, le=1000)
     seed: int = setting(42, "Seed of the evaluation's noise: the same for every run compared.", ge=0, lt=2**31)
     every: int = setting(10, "Steps between evaluations; 0 is only before the first and after the last.", ge=0)

@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
 from deepgen.data.raw import RawSample, Source, Unit, read_unit
-from deepgen.data.records import MAX_ASPECT, MAX_PIXELS, Record, read_records, write_records
+from deepgen.data.records import MAX_ASPECT, MAX_PIXELS, Record, header_size, read_records, write_records
 from deepgen.data.uris import UriError
 
 ROW_GROUP = 64  # rows that are read together in training
@@ -180,7 +180,8 @@ def _unread(sample: RawSample) -> dict[str, list[str]]:
 
 def _count(tally: Tally, record: Record) -> None:
     assert isinstance(record.image, bytes)  # checked
-    width, height = Image.open(io.BytesIO(record.image)).size
+    width, height = header_size(record.image)
+    assert width and height  # read before
     tally.kept += 1
     tally.tasks[record.task] += 1
     tally.sides[max(64, 64 * round(math.sqrt(width * height) / 64))] += 1

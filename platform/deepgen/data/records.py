@@ -205,12 +205,12 @@ def write_records(path: Path, records: list[Record], *, row_group_size: int | No
 
 def _sizes(record: Record) -> dict[str, Any]:
     """The columns of SIZES."""
-    width, height = (None, None) if record.image is None else _header_size(record.image)
-    references = [side for data in record.references for side in _header_size(data)]
+    width, height = (None, None) if record.image is None else header_size(record.image)
+    references = [side for data in record.references for side in header_size(data)]
     return {"width": width, "height": height, "reference_sizes": None if None in references else references}
 
 
-def _header_size(data: bytes | str) -> tuple[int, int] | tuple[None, None]:
+def header_size(data: bytes | str) -> tuple[int, int] | tuple[None, None]:
     """(width, height) in pixels, by the header; None for what lies elsewhere or is no image."""
     if isinstance(data, str):
         return None, None

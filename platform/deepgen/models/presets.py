@@ -243,9 +243,13 @@ def check_width(preset: str, folder: Path) -> None:
         width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"model.weights: {path} is not the configuration of a DiT ({error!r})") from error
-    big = PRESETS["deepgen-5b"].transformer
-    found = "deepgen-5b" if width == big["num_attention_heads"] * big["attention_head_dim"] else "tiny"
-    if found != preset:
+    big = DEEPGEN_5B.transformer
+    fits = {
+        "tiny": width <= LARGEST_TINY_WIDTH,
+        "deepgen-5b": width == big["num_attention_heads"] * big["attention_head_dim"],
+    }
+    if not fits[preset]:
+        allowed = " or ".join(name for name, does in fits.items() if does) or "no preset"
         raise UserError(
-            f"model.preset: got {preset!r}, but the DiT in {folder} is {width} wide; allowed with it: {found}"
+            f"model.preset: got {preset!r}, but the DiT in {folder} is {width} wide; allowed with it: {allowed}"
         )

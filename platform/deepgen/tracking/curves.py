@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from deepgen.tracking.journal import read_series
+from deepgen.tracking.journal import FILE_NAME, read_series
+from deepgen.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from deepgen.config.settings import Settings
 
 CURVES = "curves.png"
 Series = dict[str, tuple[list[int], list[float]]]
@@ -32,12 +35,25 @@ PANELS = (
     Panel("reward (mean of the step's samples)", r"reward/([^/]+)"),
     Panel("reward on held-out prompts", r"eval/([^/]+)"),
     Panel("loss", r"loss/([^/]+)"),
+    Panel("loss on held-out records", r"heldout_loss/((?!records)[^/]+)"),
+    Panel("the same, averaged weights", r"heldout_loss_ema/([^/]+)"),
     Panel("KL to the reference", r"policy/(kl[^/]*)", log=True),
     Panel("share of clipped samples", r"policy/(clip_share)"),
     Panel("gradient norm", r"train/(grad_norm)", log=True),
 )
 _LOG_RANGE = 20
 _SMOOTHING_SPAN = 10  # steps: half of the weight of the thick line lies within about this many
+
+
+def record_curves(settings: Settings, stage: str) -> str:
+    """Draw the curves of a run that has ended and attach them to its MLflow run; lines that say where both are."""
+    folder = settings.run.folder
+    with Tracker(settings, stage, attach=True) as tracker:
+        lines = [f"MLflow: {tracker.where()}"]
+        if draw_curves(folder / FILE_NAME, folder / CURVES, title=settings.run.name):
+            tracker.log_file(folder / CURVES)
+            lines.insert(0, f"curves: {folder / CURVES}")
+    return "\n".join(lines)
 
 
 def draw_curves(metrics: Path, output: Path, *, title: str = "", panels: tuple[Panel, ...] = PANELS) -> bool:

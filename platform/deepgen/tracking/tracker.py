@@ -57,7 +57,7 @@ class Tracker:
     def __init__(
         self, settings: Settings, stage: str, *, attach: bool = False, start_deadline_s: float = START_DEADLINE_S
     ) -> None:
-        self.folder = (Path(settings.run.dir) / settings.run.name).resolve()
+        self.folder = settings.run.folder.resolve()
         self.uri = tracking_uri(settings)
         self.run_id = ""
         self.experiment_id = ""
