@@ -13,6 +13,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,10 +40,12 @@ def run(weights: Path, repeats: int, threads: int) -> list[Result]:
     """Epochs of one step: tiny-sft on one batch of tiny-world records. Needs a process group."""
     with tempfile.TemporaryDirectory() as folder:
         own = [f"train.threads={threads}", f"run.dir={folder}", f"data.train={folder}/train.parquet"]
-        settings, plain = (recipe("tiny-sft", weights, *own, *more) for more in ((), ("train.zero_stage=0",)))
+        own.append("evaluation.prompts=0")
+        settings = recipe("tiny-sft", weights, *own)
         write_one_batch(settings)
         prepare_process(settings)
-        ours, without_zero = OurTraining(settings), OurTraining(plain)
+        ours = OurTraining(settings)
+        others = {n: OurTraining(recipe("tiny-sft", weights, *own, f"train.zero_stage={n}")) for n in (0, 2)}
         disk = DiskFolders(Path(folder), ours.parts)
         memory = MemoryStore()
         ours.epoch(disk.filled())
@@ -53,8 +56,9 @@ def run(weights: Path, repeats: int, threads: int) -> list[Result]:
             f"{zero}, kept on disk, first epoch": lambda: ours.epoch(disk.empty()),
             f"{zero}, kept on disk, later epochs": lambda: ours.epoch(disk.filled()),
             f"{zero}, kept in memory, later epochs": lambda: ours.epoch(memory),
-            "ZeRO-0, kept in memory, later epochs": lambda: without_zero.epoch(memory),
         }
+        for stage, training in others.items():
+            works[f"ZeRO-{stage}, kept in memory, later epochs"] = partial(training.epoch, memory)
         samples = sum(len(micro.latents) for micro in micros)
         times = in_turns([*works.values(), BareTraining(settings, micros)], repeats)
         return [

@@ -151,10 +151,10 @@ def check_inputs(settings: Settings, stage: Stage) -> None:
     needed = {"model.weights": settings.model.weights}
     if stage != "rl" or settings.algorithm.sft_coef > 0:
         needed["data.train"] = settings.data.train
+    if settings.evaluation.prompts:
+        needed["data.heldout"] = settings.data.heldout
     if stage == "rl":
         needed["data.prompts"] = settings.data.prompts
-        if settings.evaluation.prompts:
-            needed["data.heldout"] = settings.data.heldout
         for name in settings.rewards.used():
             path = getattr(getattr(settings.rewards, name), "path", None)
             if path is not None:
@@ -163,7 +163,8 @@ def check_inputs(settings: Settings, stage: Stage) -> None:
         if not resolve_path(path).exists():
             places = [] if path.is_absolute() else [Path.cwd(), *([CHECKOUT] if CHECKOUT else [])]
             looked = f" in {' or '.join(dict.fromkeys(map(str, places)))}" if places else ""
-            raise UserError(f"{key}: no file or folder {str(path)!r}{looked}")
+            without = "; without held-out records: evaluation.prompts=0" if key == "data.heldout" else ""
+            raise UserError(f"{key}: no file or folder {str(path)!r}{looked}{without}")
 
 
 # ---- Help ----
