@@ -6,7 +6,9 @@ The rl stage uses the same pieces for its auxiliary loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,22 +35,41 @@ if TYPE_CHECKING:
     from deepgen.config.settings import Settings
     from deepgen.models.unified import UnifiedModel
 
+Turn = tuple[int, int, int]  # step, rank, world
+
 
 class MixtureSource:
     """Micro-batches of the edit:T2I cycle (M2.4). What is in them follows from the step number and positions.
 
+    While a step is worked on, ``threads`` of them read the records of the next one (0: they are read when asked for).
     ``records.quarantine`` belongs to the state: how many records were read, and how many of them were bad.
     """
 
-    def __init__(self, data: TrainingSet, mixture: Mixture, records: FlowMatching) -> None:
+    def __init__(self, data: TrainingSet, mixture: Mixture, records: FlowMatching, threads: int = 0) -> None:
         self.data, self.mixture, self._records = data, mixture, records
         self._world = 1
+        self._readers = ThreadPoolExecutor(threads, thread_name_prefix="records") if threads else None
+        self._coming: dict[Turn, list[Future[MicroBatch]]] = {}
 
     def next(self, step: int, rank: int, world: int) -> list[MicroBatch]:
         self._world = world
+        if self._readers is None:
+            return [read() for read in self._reads((step, rank, world))]
+        begun = self._coming.pop((step, rank, world), None) or self._begin((step, rank, world))
+        batch = [micro.result() for micro in begun]
+        following = (step + 1, rank, world)
+        self._coming = {following: self._begin(following)}
+        return batch
+
+    def _reads(self, turn: Turn) -> list[Callable[[], MicroBatch]]:
+        step, rank, world = turn
+        kept, seed = self._records.cache, self.mixture.seed
         plan = self.mixture.plan(step, rank, world)
-        kept = self._records.cache
-        return [collate(self.data, one, seed=self.mixture.seed, step=step, kept=kept) for one in plan]
+        return [partial(collate, self.data, planned, seed=seed, step=step, kept=kept) for planned in plan]
+
+    def _begin(self, turn: Turn) -> list[Future[MicroBatch]]:
+        assert self._readers is not None
+        return [self._readers.submit(read) for read in self._reads(turn)]
 
     def publish(self, weights: Callable[[], Weights], version: int) -> None:
         """Nobody waits for new weights."""
@@ -63,11 +84,13 @@ class MixtureSource:
         return self.mixture.state_dict(step, self._world) | {"quarantine": quarantine}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._coming = {}  # of another place in the data
         self.mixture.load_state_dict(state)
         self._records.quarantine.load_state_dict(state["quarantine"])
 
     def close(self) -> None:
-        """Nothing is open."""
+        if self._readers:
+            self._readers.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -233,7 +256,7 @@ def build_flow_matching(context: WorkerContext) -> Parts:
     context.say(f"{len(data) - edits} generation and {edits} editing records, {size_note(mixture)}")
     objective = FlowMatching.for_worker(context)
     objective.heldout = Heldout(context, objective)
-    return MixtureSource(data, mixture, objective), objective
+    return MixtureSource(data, mixture, objective, settings.data.threads), objective
 
 
 def size_note(mixture: Mixture) -> str:

@@ -91,6 +91,8 @@ class ExperienceSource:
     def close(self) -> None:
         if self._observer:
             self._observer.collect(wait_s=0.0)
+        if self._auxiliary:
+            self._auxiliary.close()
 
     def _ask(self, reference: Any) -> Any:
         import ray
@@ -155,7 +157,7 @@ def auxiliary_records(context: WorkerContext, objective: FlowMatching) -> Mixtur
     size = max(1, settings.algorithm.sft_batch // (settings.data.edit_per_cycle + settings.data.t2i_per_cycle))
     mixture = Mixture.from_settings(settings, data.store, size)
     context.say(f"{len(data)} records for the auxiliary loss, {size_note(mixture)}")
-    return MixtureSource(data, mixture, objective)
+    return MixtureSource(data, mixture, objective, settings.data.threads)
 
 
 # -- objective --------------------------------------------------------------------------------------------------------

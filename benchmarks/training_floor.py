@@ -2,8 +2,9 @@
 
 Ours: the learner's steps with one worker, from records in parquet files to new weights: plan, decoding, VAE, visual
 tower, the objective, DeepSpeed's engine, clipping, writing what is kept. Floor: forward, backward and AdamW of the same
-model in plain torch on the same batches, which find latents and features of the visual tower made. Left out: Ray Train,
-checkpoints, tracking; row groups stay in memory, files of the cache in the system's.
+model in plain torch on the same batches, decoded before; where frozen parts have to work, theirs too, else it finds
+latents and features of the visual tower made. Left out: Ray Train, checkpoints, tracking; row groups stay in memory,
+files of the cache in the system's.
 """
 
 from __future__ import annotations
@@ -11,24 +12,26 @@ from __future__ import annotations
 import itertools
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from actors.engine import TrainingEngine, parameter_groups
 from actors.launch import load_model, prepare_process
-from actors.learner import StepContext, WorkerContext, update
+from actors.learner import BatchSource, StepContext, WorkerContext, update
 from actors.objectives import FlowMatching, FlowMatchingMicro, build_flow_matching
 from benchmarks.common import ROOT, Result, recipe, seconds
 from deepgen.algorithms.losses import flow_matching_loss, interpolate
 from deepgen.config.settings import Settings
+from deepgen.data.collate import MicroBatch
 from deepgen.data.convert import ROW_GROUP
 from deepgen.data.frozen import FrozenCache, MemoryStore, Store
 from deepgen.data.frozen_store import DiskStore
-from deepgen.data.records import read_records, write_records
+from deepgen.data.records import Record, read_records, write_records
 from deepgen.diffusion.schedule import timesteps
 from deepgen.models.unified import UnifiedModel
 
@@ -42,85 +45,97 @@ def run(weights: Path, repeats: int, threads: int) -> list[Result]:
         own = [f"train.threads={threads}", f"run.dir={folder}", f"data.train={folder}/train.parquet"]
         own.append("evaluation.prompts=0")
         settings = recipe("tiny-sft", weights, *own)
-        write_one_batch(settings)
+        fresh = write_batches(settings, repeats + 2)  # a warm-up, and what is read ahead of the last step
         prepare_process(settings)
         ours = OurTraining(settings)
         others = {n: OurTraining(recipe("tiny-sft", weights, *own, f"train.zero_stage={n}")) for n in (0, 2)}
-        disk = DiskFolders(Path(folder), ours.parts)
-        memory = MemoryStore()
-        ours.epoch(disk.filled())
-        micros = ours.prepared(disk.filled())
+        about: dict[str, dict[str, Any]] = {part: {} for part in ours.parts}
         zero = f"ZeRO-{settings.train.zero_stage}"
-        works: dict[str, Callable[[], None]] = {
-            f"{zero}, nothing kept": lambda: ours.epoch(MemoryStore(0)),
-            f"{zero}, kept on disk, first epoch": lambda: ours.epoch(disk.empty()),
-            f"{zero}, kept on disk, later epochs": lambda: ours.epoch(disk.filled()),
-            f"{zero}, kept in memory, later epochs": lambda: ours.epoch(memory),
+        works = {
+            f"{zero}, nothing kept": ours.epochs(MemoryStore(0)),
+            f"{zero}, kept on disk, first epoch": ours.epochs(DiskStore(Path(folder) / "first", about), fresh),
+            f"{zero}, kept on disk, later epochs": ours.epochs(DiskStore(Path(folder) / "later", about)),
+            f"{zero}, kept in memory, later epochs": ours.epochs(MemoryStore()),
         }
         for stage, training in others.items():
-            works[f"ZeRO-{stage}, kept in memory, later epochs"] = partial(training.epoch, memory)
+            works[f"ZeRO-{stage}, kept in memory, later epochs"] = training.epochs(MemoryStore())
+        batch, micros = ours.prepared()
         samples = sum(len(micro.latents) for micro in micros)
-        times = in_turns([*works.values(), BareTraining(settings, micros)], repeats)
+        made, whole = BareTraining(settings, micros), BareTraining(settings, micros, batch)
+        *times, made_times, whole_times = in_turns([*works.values(), made, whole], repeats)
+        floors = [whole_times if "nothing" in name or "first" in name else made_times for name in works]
         return [
-            _with_rates(Result(f"training, sft, {name}", _describe(micros), samples, own_times, times[-1]))
-            for name, own_times in zip(works, times[:-1], strict=True)
+            _with_rates(Result(f"training, sft, {name}", _describe(micros), samples, own_times, floor_times))
+            for name, own_times, floor_times in zip(works, times, floors, strict=True)
         ]
 
 
-def write_one_batch(settings: Settings) -> None:
-    """As many records of the tiny world as one step reads, so that a step is an epoch."""
+def write_batches(settings: Settings, copies: int) -> Path:
+    """data.train: as many records of the tiny world as one step reads, so that a step is an epoch.
+
+    Returns a file of ``copies`` as many: the same records again under other names, their images not equal to the bit.
+    """
     data = settings.data
     wanted = {True: data.edit_per_cycle * data.micro_batch, False: data.t2i_per_cycle * data.micro_batch}
     found = read_records(ROOT / "assets" / "tiny" / "data" / "train.parquet")
     chosen = [[r for r in found if (r.task == "edit") == is_edit][:count] for is_edit, count in wanted.items()]
-    write_records(data.train, [*itertools.chain(*chosen)], row_group_size=ROW_GROUP)
+    batch = [*itertools.chain(*chosen)]
+    write_records(data.train, batch, row_group_size=ROW_GROUP)
+    fresh = data.train.with_name("fresh.parquet")
+    write_records(fresh, [copy for n in range(copies) for copy in map(partial(_copy, n), batch)])
+    return fresh
+
+
+def _copy(number: int, record: Record) -> Record:
+    """With a byte more behind its images, which no decoder looks at."""
+    more = bytes([number])
+    assert isinstance(record.image, bytes)
+    references = tuple(image + more for image in record.references if isinstance(image, bytes))
+    return replace(record, id=f"{record.id}/{number}", image=record.image + more, references=references)
 
 
 class OurTraining:
-    """The learner's loop without its log and its checkpoints; the store is chosen anew for each epoch."""
+    """The learner's loop without its log and its checkpoints."""
 
     def __init__(self, settings: Settings) -> None:
-        context = WorkerContext("sft", settings, load_model(settings, "sft"), 0, 1, CPU, None, lambda line: None)
-        trainable = context.model.trainable_parameters("sft")
-        context.model.train()
-        self.settings, self.model, self.step = settings, context.model, 0
-        self.source, objective = build_flow_matching(context)
+        model = load_model(settings, "sft")
+        self.context = WorkerContext("sft", settings, model, 0, 1, CPU, None, lambda line: None)
+        trainable = model.trainable_parameters("sft")
+        model.train()
+        self.engine = TrainingEngine(settings, model, trainable, CPU)
+        self.parts = tuple(self._source(MemoryStore(), None)[1].cache.parts)
+
+    def epochs(self, store: Store, records: Path | None = None) -> Callable[[], None]:
+        """A function that trains one step a call. ``records`` instead of data.train."""
+        source, objective = self._source(store, records)
+        steps = itertools.count()
+
+        def epoch() -> None:
+            step = next(steps)
+            batch = source.next(step, 0, 1)
+            update(self.engine, objective, batch, self._at(step), self.context.settings)
+            source.state_dict(step + 1)  # writes what is kept
+
+        return epoch
+
+    def prepared(self) -> tuple[list[MicroBatch], list[FlowMatchingMicro]]:
+        """The micro-batches of a step as they are read, and as the model gets them."""
+        source, objective = self._source(MemoryStore(), None)
+        batch = source.next(0, 0, 1)
+        with torch.no_grad(), _autocast(self.context.settings):
+            return batch, objective.prepare(self.context.model, batch, self._at(0))
+
+    def _source(self, store: Store, records: Path | None) -> tuple[BatchSource, FlowMatching]:
+        settings = self.context.settings
+        data = settings.data.model_copy(update={"train": records or settings.data.train})
+        context = replace(self.context, settings=settings.model_copy(update={"data": data}))
+        source, objective = build_flow_matching(context)
         assert isinstance(objective, FlowMatching)
-        self.objective, self.parts = objective, objective.cache.parts
-        self.engine = TrainingEngine(settings, context.model, trainable, CPU)
+        objective.cache = FrozenCache(objective.cache.parts, store)
+        return source, objective
 
-    def epoch(self, store: Store) -> None:
-        self.objective.cache = FrozenCache(self.parts, store)
-        batch = self.source.next(self.step, 0, 1)
-        update(self.engine, self.objective, batch, self._here(), self.settings)
-        self.step += 1
-        self.source.state_dict(self.step)  # writes what is kept
-
-    def prepared(self, store: Store) -> list[FlowMatchingMicro]:
-        """The micro-batches of the next epoch as the model gets them."""
-        self.objective.cache = FrozenCache(self.parts, store)
-        with torch.no_grad(), _autocast(self.settings):
-            return self.objective.prepare(self.model, self.source.next(self.step, 0, 1), self._here())
-
-    def _here(self) -> StepContext:
-        return StepContext(self.settings.run.seed, self.step, 0, 1, CPU)
-
-
-class DiskFolders:
-    """Stores on disk as a run that starts finds them, with the files of an earlier one or with none."""
-
-    def __init__(self, folder: Path, parts: Iterable[str]) -> None:
-        self.folder, self.parts, self.number = folder, tuple(parts), 0
-
-    def filled(self) -> DiskStore:
-        return self._store("filled")
-
-    def empty(self) -> DiskStore:
-        self.number += 1
-        return self._store(f"cache{self.number}")
-
-    def _store(self, name: str) -> DiskStore:
-        return DiskStore(self.folder / name, {part: {} for part in self.parts})
+    def _at(self, step: int) -> StepContext:
+        return StepContext(self.context.settings.run.seed, step, 0, 1, CPU)
 
 
 def in_turns(works: Sequence[Callable[[], None]], repeats: int) -> list[tuple[float, ...]]:
@@ -132,16 +147,24 @@ def in_turns(works: Sequence[Callable[[], None]], repeats: int) -> list[tuple[fl
 
 
 class BareTraining:
-    """Forward and backward of each micro-batch through a model that DeepSpeed does not know, then one AdamW step."""
+    """Forward and backward of each micro-batch through a model that DeepSpeed does not know, then one AdamW step.
 
-    def __init__(self, settings: Settings, micros: Sequence[FlowMatchingMicro]) -> None:
-        self.settings, self.micros = settings, micros
+    With ``batch``, the pictures of the same micro-batches, VAE and visual tower work on them first.
+    """
+
+    def __init__(
+        self, settings: Settings, micros: Sequence[FlowMatchingMicro], batch: Sequence[MicroBatch] = ()
+    ) -> None:
+        self.settings, self.micros, self.batch = settings, micros, batch
         self.model: UnifiedModel = load_model(settings, "sft")
         trainable = self.model.trainable_parameters("sft")
         self.model.train()
         self.optimizer = torch.optim.AdamW(parameter_groups(trainable, settings.train.weight_decay), lr=1e-5)
 
     def __call__(self) -> None:
+        with torch.no_grad(), _autocast(self.settings):
+            for pictures in self.batch:
+                self._frozen_parts(pictures)
         for micro in self.micros:
             with _autocast(self.settings):
                 noisy = [interpolate(*one) for one in zip(micro.latents, micro.noise, micro.sigmas, strict=True)]
@@ -151,6 +174,12 @@ class BareTraining:
             loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _frozen_parts(self, batch: MicroBatch) -> None:
+        for picture in (*batch.targets, *itertools.chain(*batch.references)):
+            self.model.encode_images([picture.image()], None)
+        for picture in itertools.chain(*batch.references):
+            self.model.see_image(picture.image())
 
 
 def _autocast(settings: Settings) -> torch.autocast:

@@ -91,7 +91,8 @@ def same(a: UnifiedModel, b: UnifiedModel) -> bool:
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_native_files_of_both_vlm_layouts(model, folder, tmp_path, transformers, wrapped):
     state = native_state(model, transformers)
-    torch.save({"state_dict": state, "meta": {"iter": 3}} if wrapped else state, tmp_path / "model.pth")
+    content = {"state_dict": state, "meta": {"iter": 3}} if wrapped else state
+    torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=wrapped)  # else as torch before 1.6 did
     out = convert(tmp_path / "model.pth", tmp_path / "out", bases=Bases(base=folder))
     assert same(UnifiedModel.from_folder(out), UnifiedModel.from_folder(folder))
 

@@ -102,6 +102,9 @@ class DataSettings(Section):
         ge=0,
         le=1,
     )
+    threads: int = setting(
+        2, "Threads of a learner rank that read the next step's records during this one; 0 reads when needed.", ge=0
+    )
     cache_dir: OptionalOutputPath = setting(
         "",
         "Folder that keeps what VAE and visual tower make of the images, for all ranks and later runs; empty keeps "

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -236,9 +237,9 @@ def open_safetensors(path: Path) -> State:
 
 
 def read_torch(path: Path) -> State:
-    """Tensors of a torch file, mapped and not loaded. Only tensors are unpickled, never code."""
+    """Tensors of a torch file, mapped and not loaded (but of torch before 1.6). Only they are unpickled, never code."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except (RuntimeError, UnpicklingError, EOFError, ValueError) as error:
         raise UserError(f"{path}: not a file of weights ({_reason(error)})") from None
     for key in _WRAPPERS:
