@@ -21,7 +21,7 @@ from actors.prompts import left_out
 from actors.rollout import EvaluationRequest
 from actors.sampling import PolicySampler
 from deepgen.data.collate import MicroBatch
-from deepgen.data.dataset import Picture, image_to_tensor
+from deepgen.data.dataset import Picture, resized
 from deepgen.data.records import Record, usable_image
 from deepgen.diffusion.rollout import stable_seed
 
@@ -103,7 +103,7 @@ class HeldoutLoss:
         """ValueError when there is none or it cannot be used."""
         if data is None:
             raise ValueError("no image")
-        return Picture(image_to_tensor(usable_image(data, "image"), self._settings.data.image_size))
+        return Picture(resized(usable_image(data, "image"), self._settings.data.image_size))
 
 
 def share_out(

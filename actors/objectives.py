@@ -206,7 +206,7 @@ class FlowMatching:
 
     def _blank(self, micro: MicroBatch, device: torch.device) -> FlowMatchingMicro:
         """The smallest micro-batch of the same task that the model can work on."""
-        image = Picture(torch.zeros(3, SIDE_MULTIPLE, SIDE_MULTIPLE))
+        image = Picture(torch.zeros(SIDE_MULTIPLE, SIDE_MULTIPLE, 3, dtype=torch.uint8))
         latent = self.cache.get(LATENT, image).to(device)
         is_edit = micro.task == "edit"
         return FlowMatchingMicro(
@@ -245,7 +245,7 @@ class FlowMatching:
     def _for_vlm(self, references: list[list[Picture]], device: torch.device) -> list[list[Tensor | SeenImage]]:
         if FEATURES in self.cache.parts:
             return [[SeenImage(self.cache.get(FEATURES, p).to(device)) for p in pictures] for pictures in references]
-        return [[p.image().to(device) for p in pictures] for pictures in references]
+        return [[p.image(device) for p in pictures] for pictures in references]
 
 
 def build_flow_matching(context: WorkerContext) -> Parts:

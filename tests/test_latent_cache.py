@@ -142,17 +142,19 @@ def test_what_lora_or_zero_3_forbid_is_not_kept(tmp_path: Path, shard: str) -> N
 
 
 def test_memory_is_bounded() -> None:
-    calls: list[float] = []
+    calls: list[int] = []
 
     def encode(image: Tensor) -> Tensor:
-        calls.append(float(image[0]))
-        return image * 2
+        calls.append(round((float(image[0, 0, 0]) + 1) * 127.5))
+        return image[0, 0] * 2
 
     cache = FrozenCache({LATENT: encode}, MemoryStore(max_bytes=2 * 8 * 4))
     for _ in range(2):
         for row in range(3):
             key, kept = cache.find(("a", row, 0), b"", [LATENT])
-            assert float(cache.get(LATENT, Picture(torch.full((8,), float(row)), kept, key))[0]) == 2 * row
+            pixels = torch.full((1, 8, 3), row, dtype=torch.uint8)
+            made = cache.get(LATENT, Picture(pixels, kept, key))
+            torch.testing.assert_close(made, torch.full((8,), 2 * (row / 127.5 - 1)))
     assert calls == [0, 1, 2, 2]
     key, _ = cache.find(("a", 2, 0), b"", [LATENT])
     with pytest.raises(ValueError, match="its pixels are needed"):

@@ -27,7 +27,7 @@ def make_source(threads: int, told: Callable[[int], None] = lambda index: None) 
 
     def sample(index: int, kept: Any) -> Sample:
         told(index)
-        return Sample(f"prompt {index}", [], Picture(torch.zeros(1)))
+        return Sample(f"prompt {index}", [], Picture(torch.zeros(1, 1, 3, dtype=torch.uint8)))
 
     data: Any = SimpleNamespace(store=store, sample=sample)
     state = {"read": 0, "bad": 0, "rows": []}

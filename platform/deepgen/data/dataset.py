@@ -27,32 +27,40 @@ Key = tuple[str, bytes]  # the file an image belongs to, and what tells it from 
 
 def image_to_tensor(image: np.ndarray | Image.Image, image_size: int) -> Tensor:
     """uint8 [H, W, 3] or an RGB image -> float32 [3, h, w] in [-1, 1]; area and sides as `fixed_area_size`."""
-    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    height, width = fixed_area_size(picture.height, picture.width, image_size)
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    # Turned while it is small: four times fewer bytes to move than as floats.
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()  # [3, h, w]
-    return pixels.float().div_(127.5).sub_(1.0)
+    return scaled(resized(Image.fromarray(image) if isinstance(image, np.ndarray) else image, image_size))
+
+
+def resized(image: Image.Image, image_size: int) -> Tensor:
+    """An RGB image -> uint8 [h, w, 3]; area and sides as `fixed_area_size`."""
+    height, width = fixed_area_size(image.height, image.width, image_size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image))
+
+
+def scaled(pixels: Tensor) -> Tensor:
+    """uint8 [h, w, 3] -> float32 [3, h, w] in [-1, 1]."""
+    planes = pixels.permute(2, 0, 1).contiguous()  # turned while it is small: four times fewer bytes than as floats
+    return planes.float().div_(127.5).sub_(1.0)
 
 
 @dataclass(frozen=True)
 class Picture:
     """An image of a record, as far as it is needed.
 
-    pixels: float32 [3, h, w] in [-1, 1], on the CPU; None when all that is made of them is in `kept`, by the name of
-    what has made it. key: by which a cache knows the image, None when it does not keep it.
+    pixels: uint8 [h, w, 3], on the CPU; None when all that is made of them is in `kept`, by the name of what has made
+    it. key: by which a cache knows the image, None when it does not keep it.
     """
 
     pixels: Tensor | None
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     key: Key | None = None
 
-    def image(self) -> Tensor:
-        """The pixels. Raises ValueError when they were not read."""
+    def image(self, device: torch.device | str = "cpu") -> Tensor:
+        """The pixels, float32 [3, h, w] in [-1, 1]. Raises ValueError when they were not read."""
         if self.pixels is None:
             raise ValueError(f"image {self.key}: its pixels are needed, but only {', '.join(self.kept)} was read")
-        return self.pixels
+        return scaled(self.pixels.to(device))
 
 
 class Kept(Protocol):
@@ -108,4 +116,4 @@ class TrainingSet:
             raise RecordError(place, str(error), record.id) from error
 
     def _tensor(self, data: bytes | str, what: str) -> Tensor:
-        return image_to_tensor(usable_image(data, what), self.image_size)
+        return resized(usable_image(data, what), self.image_size)
