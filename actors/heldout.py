@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from deepgen.models.unified import UnifiedModel
 
 ALL = "all"  # beside the tasks: the mean over all records
+RECORDS = "heldout_loss/records"
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class HeldoutLoss:
             return {}
         figures = {task: float(np.mean(errors)) for task, errors in (found | {ALL: everything}).items()}
         return {f"heldout_loss{suffix}/{name}": value for name, value in figures.items()} | {
-            "heldout_loss/records": float(len(everything))
+            RECORDS: float(len(everything))
         }
 
     def _prepare(self, kind: str, chunk: Sequence[Timed], device: torch.device) -> tuple[FlowMatchingMicro, list[str]]:
@@ -157,6 +158,7 @@ class Heldout:
 
     def __init__(self, context: WorkerContext, objective: FlowMatching) -> None:
         settings = self._settings = context.settings
+        self._say = context.say
         self._pictures: Pictures | None = None
         records = _records_on_all_ranks(context)
         self._loss = HeldoutLoss(context, records, objective) if records else None
@@ -176,7 +178,16 @@ class Heldout:
     ) -> dict[str, float]:
         if pictures and self._pictures:
             self._pictures.draw(context.step, suffix)
-        return self._loss.measure(model, context, suffix) if loss and self._loss else {}
+        if not (loss and self._loss):
+            return {}
+        figures = self._loss.measure(model, context, suffix)
+        by_task = {name.partition("/")[2]: value for name, value in figures.items() if name != RECORDS}
+        if by_task:
+            whole = by_task.pop(ALL)
+            tasks = ", ".join(f"{task} {value:.4f}" for task, value in sorted(by_task.items()))
+            weights = " of the averaged weights" if suffix else ""
+            self._say(f"held-out loss{weights} after {context.step} steps: {whole:.4f} ({tasks})")
+        return figures
 
     def _due(self, step: int, every: int, never: int | None = None) -> bool:
         if every == never:

@@ -221,8 +221,6 @@ class _Loop:
                 with self.ema.in_place(self.engine):
                     figures |= self.engine.run(evaluate, here, "_ema")
         model.train()
-        if figures:
-            self.context.say(f"held-out after {step} steps: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
         return figures
 
     def _step_context(self, step: int) -> StepContext:

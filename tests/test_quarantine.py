@@ -182,7 +182,8 @@ def test_the_mean_is_over_what_remains_on_all_ranks(tmp_path: Path, monkeypatch:
         if everyone is not None and len(ranks) < world:
             return 0.0  # the other rank's counts are not known yet
         return sum(
-            float(objective.loss(model, micro, context)[0].detach()) for micro in objective.prepare(model, batch, context)
+            float(objective.loss(model, micro, context)[0].detach())
+            for micro in objective.prepare(model, batch, context)
         )
 
     first, second = list[Any](), list[Any]()

@@ -72,6 +72,7 @@ def test_it_learns_what_is_rewarded(world: Path) -> None:
             "train.steps=8",
             "train.learning_rate=3e-3",
             "train.checkpoint_every=8",
+            "train.ema_decay=0.5",
             "rollout.group_size=8",
             "algorithm.update_micro_batch=8",
             "algorithm.clip_range=0.2",
@@ -95,7 +96,10 @@ def test_it_learns_what_is_rewarded(world: Path) -> None:
         assert steps[step]["policy/staleness_max"] == 0
         assert steps[step]["reward_missing/aesthetic"] == 0
     assert steps[1]["policy/kl"] < 1e-8 < steps[8]["policy/kl"]
-    assert steps[8]["eval/aesthetic"] > steps[0]["eval/aesthetic"]
+    # Averaged over a few steps: between the start and the end.
+    assert steps[0]["eval/aesthetic"] < steps[8]["eval_ema/aesthetic"] < steps[8]["eval/aesthetic"]
+    assert "averaged weights after: aesthetic " in output
+    assert (folder / "model-ema" / "transformer" / "config.json").exists()
     assert (steps[0]["data/quarantined_prompts"], steps[0]["data/quarantined_heldout"]) == (1, 1)
     assert json.loads((folder / "quarantine-prompts.jsonl").read_text())["row"] == PROMPTS + 1
     for name in ("loss/sft", "loss/policy", "advantage/std", "time/rollout_s", "time/update_s", "time/sync_s"):

@@ -8,6 +8,7 @@ Every grid shows held-out prompts beside training prompts, drawn with the ODE sa
 import argparse
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from stages.base.clip import retrieval
 from stages.base.common import MODEL, REWARDS, load_split, to_float, unique_pictures
 from stages.base.vae import psnr
 from stages.base.vlm import Batcher, heldout_pairs, judge_accuracy
+from stages.base.world import TEXT_WORDINGS
 
 
 def draw(sampler: PolicySampler, records: list[Record]) -> list[np.ndarray]:
@@ -54,12 +56,24 @@ def grids(sampler: PolicySampler, out: Path, count: int) -> None:
         )
 
 
+def in_trained_wording(record: Record, number: int) -> Record:
+    """The same word and ink, asked for as in training."""
+    _, word, ink = record.prompt.split('"')
+    return replace(record, prompt=TEXT_WORDINGS[number % len(TEXT_WORDINGS)].format(w=word, ink=ink))
+
+
 def ocr_rate(sampler: PolicySampler) -> dict[str, float]:
-    """Share of drawn words that RapidOCR reads exactly, and the mean OCR score, held-out and trained words."""
+    """Share of drawn words that RapidOCR reads exactly, and the mean OCR score: held-out words in wordings held out and
+    trained, trained words."""
     reward = OcrReward()
     out: dict[str, float] = {}
-    for split in ("heldout", "train"):
-        records = choose(split, "text", 60)
+    held = choose("heldout", "text", 60)
+    asked = {
+        "heldout": held,
+        "heldout_words_trained_wordings": [in_trained_wording(record, i) for i, record in enumerate(held)],
+        "train": choose("train", "text", 60),
+    }
+    for split, records in asked.items():
         scores = reward.score(
             [RewardRequest(r.prompt, r.answer, r.task, i) for r, i in zip(records, draw(sampler, records), strict=True)]
         )
