@@ -15,8 +15,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 RESULT, AVERAGED = "model", "model-ema"  # folders of a finished run: the weights, and their averages if it keeps any
-FORMAT = 2
+FORMAT = 3
 _PACKAGES = ("torch", "deepspeed", "ray", "transformers", "diffusers", "peft")
-_SAMPLE = 1 << 16
+_SAMPLE, _STRIDE = 1 << 16, 1 << 22  # bytes of a weights file that are looked at, out of so many
+_NAME = re.compile(r"step-(\d{6,})")
 SPARE_BYTES = 16 << 20  # left free beside a checkpoint: journal, images
 
 
@@ -66,11 +68,20 @@ class CheckpointStore:
 
     def newest(self) -> Manifest | None:
         """The newest complete checkpoint, or None; one whose files are short or missing is passed over."""
-        for folder in sorted(self.folder.glob("step-*"), reverse=True):
-            manifest = _read_manifest(folder)
-            if manifest and all(_size(folder / name) == size for name, size in manifest.files.items()):
-                return manifest
+        for step, folder in reversed(self._steps()):
+            content = _read_manifest(folder)
+            if content.get("format", FORMAT) != FORMAT:
+                raise UserError(f"{folder / MANIFEST}: checkpoint format {content['format']}; allowed: {FORMAT}")
+            if _is_complete(folder, content, step):
+                return Manifest(**content)
         return None
+
+    def _steps(self) -> list[tuple[int, Path]]:
+        """Folders called like a checkpoint, with their steps, in order. Others in the same place are not ours."""
+        if not self.folder.is_dir():
+            return []
+        found = [(_NAME.fullmatch(path.name), path) for path in self.folder.iterdir() if path.is_dir()]
+        return sorted((int(match[1]), path) for match, path in found if match)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
@@ -79,15 +90,18 @@ class CheckpointStore:
         """Raise UserError when the checkpoint cannot continue the run as it is set now."""
         settings, where = self._settings, self.path(manifest.step)
         then = manifest.settings
+        lora_alpha = settings.model.lora_alpha if self._stage == "sft" and settings.model.lora_rank else 0
         pairs: list[tuple[str, Any, Any]] = [
             ("stage", self._stage, manifest.stage),
             ("model.preset", settings.model.preset, manifest.preset),
-            ("model.lora_rank", settings.model.lora_rank if self._stage == "sft" else 0, _lora_rank(manifest)),
+            ("model.padding", settings.model.padding, then["model"].get("padding")),
+            ("model.lora_rank", settings.model.lora_rank if self._stage == "sft" else 0, _lora(manifest, "lora_rank")),
+            ("model.lora_alpha", lora_alpha, _lora(manifest, "lora_alpha") if lora_alpha else 0),
             ("train.ema_decay", "0" if not settings.train.ema_decay else "above 0", "above 0" if manifest.ema else "0"),
-            ("run.seed", settings.run.seed, then["run"]["seed"]),
+            ("run.seed", settings.run.seed, then["run"].get("seed")),
             # Positions of the sources follow from the common one and these.
-            ("data.temperature", settings.data.temperature, then["data"]["temperature"]),
-            ("data.weights", settings.data.weights, then["data"]["weights"]),
+            ("data.temperature", settings.data.temperature, then["data"].get("temperature")),
+            ("data.weights", settings.data.weights, then["data"].get("weights")),
         ]
         for key, given, allowed in pairs:
             if given != allowed:
@@ -101,7 +115,7 @@ class CheckpointStore:
         if manifest.weights != self._weights_fingerprint():
             raise UserError(
                 f"model.weights: {settings.model.weights} is not what the checkpoint {where} was trained from "
-                f"({then['model']['weights']}, or the folder has changed)"
+                f"({then['model'].get('weights')}, or the folder has changed)"
             )
 
     def save(self, step: int, engine: TrainingEngine, ema: Ema | None, source: dict[str, Any]) -> None:
@@ -171,8 +185,21 @@ class CheckpointStore:
             shutil.rmtree(final)  # only a damaged one, or the same step of a run that was started again
         unfinished.rename(final)
         _flush(self.folder)
-        for old in sorted(self.folder.glob("step-*"))[: -settings.train.keep_checkpoints]:
-            shutil.rmtree(old)
+        self._prune(step)
+
+    def _prune(self, newest: int) -> None:
+        """Keep the complete checkpoints written last. A later one that the run did not go on from is of no more use to
+        it, and damaged or it would have been used: it is put aside."""
+        kept = 0
+        for step, folder in reversed(self._steps()):
+            if step > newest:
+                aside = folder.with_name(f"unused-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+            elif kept < self._settings.train.keep_checkpoints and _is_complete(folder, _read_manifest(folder), step):
+                kept += 1
+            else:
+                shutil.rmtree(folder)
 
     def _weights_fingerprint(self) -> str:
         if not self._fingerprint:
@@ -181,15 +208,16 @@ class CheckpointStore:
 
 
 def fingerprint(folder: Path) -> str:
-    """12 hex digits of a weights folder: names, sizes and both ends of every file. Not of times, so a copy is equal."""
+    """12 hex digits of a weights folder: names, sizes and samples all through every file. Not of times, so a copy is
+    equal."""
     digest = hashlib.blake2b(digest_size=6)
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)}:{size}".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(_SAMPLE))
-            stream.seek(max(0, size - _SAMPLE))
-            digest.update(stream.read(_SAMPLE))
+            for start in (*range(0, size, _STRIDE), max(0, size - _SAMPLE)):
+                stream.seek(start)
+                digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()
 
 
@@ -197,18 +225,29 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:,.0f} MB"
 
 
-def _read_manifest(folder: Path) -> Manifest | None:
-    file = folder / MANIFEST
-    if not file.is_file():
-        return None
-    content = json.loads(file.read_text())
-    if content.get("format") != FORMAT:
-        raise UserError(f"{file}: checkpoint format {content.get('format')}; allowed: {FORMAT}")
-    return Manifest(**content)
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """What stands in a checkpoint's manifest; {} when there is none or it is damaged."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def _lora_rank(manifest: Manifest) -> int:
-    return manifest.settings["model"]["lora_rank"] if manifest.stage == "sft" else 0
+def _is_complete(folder: Path, content: dict[str, Any], step: int) -> bool:
+    """Whether a folder is the checkpoint its name says, with all its files in full length."""
+    if content.keys() != {field.name for field in fields(Manifest)} or content["step"] != step:
+        return False
+    sections = content["settings"]
+    if not isinstance(content["files"], dict) or not content["files"] or not isinstance(sections, dict):
+        return False
+    if not all(isinstance(sections.get(name), dict) for name in ("model", "run", "data")):
+        return False
+    return all(_size(folder / name) == size for name, size in content["files"].items())
+
+
+def _lora(manifest: Manifest, key: str) -> Any:
+    return manifest.settings["model"].get(key) if manifest.stage == "sft" else 0
 
 
 def _size(file: Path) -> int:

@@ -1,6 +1,7 @@
 """Flat tensors in pieces: every worker writes the pieces it holds, any number of workers reads the ranges it wants.
 
     <folder>/<name>-<rank>.safetensors      pieces of that rank, each called <key>@<its first element>
+    <folder>/<name>-<rank>.blake2b          checksum of that file, compared when it is opened
 
 Each element is written by one rank. That is what lets a run go on with other workers than it was written by: who wrote
 an element does not matter, and nobody ever holds a whole model to find it.
@@ -8,17 +9,21 @@ an element does not matter, and nobody ever holds a whole model to find it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from deepgen.config.errors import UserError
+
+CHECKSUM = ".blake2b"
+_GO_ON = "remove its folder to go on from the checkpoint before, then continue with --resume"
 
 
 def write_shard(folder: Path, name: str, rank: int, pieces: Iterable[tuple[str, int, Tensor]]) -> None:
@@ -28,7 +33,9 @@ def write_shard(folder: Path, name: str, rank: int, pieces: Iterable[tuple[str, 
     """
     tensors = {f"{key}@{start}": values.detach() for key, start, values in pieces if values.numel()}
     if tensors:
-        save_file(tensors, folder / f"{name}-{rank}.safetensors")
+        file = folder / f"{name}-{rank}.safetensors"
+        save_file(tensors, file)
+        file.with_suffix(CHECKSUM).write_text(_checksum(file))
 
 
 @dataclass(frozen=True)
@@ -67,12 +74,23 @@ class ShardReader:
         return result
 
     def _open(self, file: Path) -> None:
-        opened = safe_open(file, framework="pt")
+        try:
+            written = file.with_suffix(CHECKSUM).read_text()
+            opened = safe_open(file, framework="pt") if written == _checksum(file) else None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())[:160]}); {_GO_ON}") from error
+        if opened is None:
+            raise UserError(f"{file}: has changed since it was written; {_GO_ON}")
         for name in opened.keys():  # noqa: SIM118  # not a dict: it has no iterator
             key, _, start = name.rpartition("@")
             values = opened.get_slice(name)
             first = int(start)
             self._pieces.setdefault(key, []).append(_Piece(first, first + values.get_shape()[0], values))
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, hashlib.blake2b).hexdigest()
 
 
 def _copy(piece: _Piece, start: int, result: Tensor) -> int:

@@ -65,12 +65,15 @@ def test_lora_round_trip(folder, tmp_path):
     for p in lora_parameters(model.vlm).values():
         torch.nn.init.normal_(p, std=0.1)
     model.save_folder(tmp_path / "saved")
-    again = UnifiedModel.from_folder(tmp_path / "saved", lora=LoraSettings(rank=4))
+    again = UnifiedModel.from_folder(tmp_path / "saved", lora=LoraSettings(rank=4, alpha=8, dropout=0.2))
+    assert again.vlm.peft_config["default"].lora_dropout == 0.2  # of this training, not of the one that made it
     assert weights_checksum(again.state_dict().items()) == weights_checksum(model.state_dict().items())
     with torch.no_grad():
         assert torch.equal(model.encode_prompts(["a cat"]).context, again.encode_prompts(["a cat"]).context)
     with pytest.raises(UserError, match=r"model.lora_rank: 8 given, but the adapter in .* has rank 4"):
         UnifiedModel.from_folder(tmp_path / "saved", lora=LoraSettings(rank=8))
+    with pytest.raises(UserError, match=r"model.lora_alpha: 16 given, but the adapter in .* has 8"):
+        UnifiedModel.from_folder(tmp_path / "saved", lora=LoraSettings(rank=4, alpha=16))
 
 
 def test_full_adapters_are_accepted(folder):

@@ -139,12 +139,17 @@ def load_bridge(bridge: Bridge, folder: Path) -> None:
 
 
 def load_lora(vlm: Qwen2_5_VLForConditionalGeneration, folder: Path, wanted: LoraSettings | None = None) -> None:
-    """Attach the adapter of a peft folder; `wanted`, when given, must have its rank."""
+    """Attach the adapter of a peft folder; `wanted`, if given, must have its rank and scale; without it no dropout."""
     if not (folder / "adapter_config.json").exists():
         raise UserError(f"model.weights: {folder / 'adapter_config.json'} does not exist")
     config = LoraConfig.from_pretrained(str(folder))
     if wanted is not None and wanted.rank != config.r:
         raise UserError(f"model.lora_rank: {wanted.rank} given, but the adapter in {folder} has rank {config.r}")
+    if wanted is not None and wanted.alpha != config.lora_alpha:
+        raise UserError(
+            f"model.lora_alpha: {wanted.alpha:g} given, but the adapter in {folder} has {config.lora_alpha:g}"
+        )
+    config.lora_dropout = wanted.dropout if wanted else 0.0
     config.inference_mode = False
     vlm.add_adapter(config)
     path = folder / LORA_WEIGHTS
