@@ -15,7 +15,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +95,18 @@ class PromptOrder:
         """Changes when the prompts or their order do."""
         content = json.dumps([self.seed, [record.id for record in self.records]])
         return hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
+
+
+def check_state(settings: Settings, prompts: Sequence[Record], state: Mapping[str, Any]) -> None:
+    """Raise UserError when a stream with these prompts cannot continue from a saved state."""
+    per_step = settings.rollout.prompts_per_step
+    if state["cursor"]["group"] != state["step"] * per_step:
+        raise UserError(
+            f"rollout.prompts_per_step: got {per_step}, but the checkpoint has used {state['cursor']['group']} prompts "
+            f"in {state['step']} steps; allowed: the value it was written with"
+        )
+    if state["prompts"] != PromptOrder(prompts, settings.run.seed).fingerprint():
+        raise UserError("data.prompts: other prompts than the checkpoint was written with; allowed: the same")
 
 
 class ExperienceStream:
@@ -304,14 +316,7 @@ class ExperienceStream:
 
     async def restore(self, state: dict[str, Any]) -> None:
         """Continue from a saved state. Raises UserError when the run's prompts have changed since."""
-        expected = state["step"] * self._settings.rollout.prompts_per_step
-        if state["cursor"]["group"] != expected:
-            raise UserError(
-                f"rollout.prompts_per_step: got {self._settings.rollout.prompts_per_step}, but the checkpoint has used "
-                f"{state['cursor']['group']} prompts in {state['step']} steps; allowed: the value it was written with"
-            )
-        if state["prompts"] != self._prompts.fingerprint():
-            raise UserError("data.prompts: other prompts than the checkpoint was written with; allowed: the same")
+        check_state(self._settings, self._prompts.records, state)
         await self._rewind(state["step"])
         self._statistics = state["rewards"]
 

@@ -27,6 +27,10 @@ class RolloutError(RuntimeError):
     """A call that no rollout actor could finish; names actor, call and age."""
 
 
+class NoRolloutLeftError(RolloutError):
+    """All rollout actors are gone for good."""
+
+
 class RolloutFleet:
     """Used inside one asyncio loop. `actors` maps names to Ray handles of `RolloutActor`."""
 
@@ -102,7 +106,7 @@ class RolloutFleet:
         name = await self._idle.get()
         if name == _NOBODY:
             self._idle.put_nowait(_NOBODY)  # whoever waits too shall know
-            raise RolloutError("no rollout actor is left; " + "; ".join(self._lost.values()))
+            raise NoRolloutLeftError("no rollout actor is left; " + "; ".join(self._lost.values()))
         return name
 
     async def _admit(self, name: str) -> None:

@@ -160,7 +160,7 @@ class Heldout:
         settings = self._settings = context.settings
         self._say = context.say
         self._pictures: Pictures | None = None
-        records = _records_on_all_ranks(context)
+        records = heldout_records(settings, judged=True, say=context.say)  # by the program that started this one
         self._loss = HeldoutLoss(context, records, objective) if records else None
         if context.tracker and records and settings.tracking.grid_every and settings.train.zero_stage < 3:
             self._pictures = Pictures(context, records)
@@ -193,13 +193,3 @@ class Heldout:
         if every == never:
             return False
         return step in (0, self._settings.train.steps) or (every > 0 and step % every == 0)
-
-
-def _records_on_all_ranks(context: WorkerContext) -> list[Record]:
-    """The held-out records; rank 0 judges which can be used, the others read what it has written."""
-    if context.rank > 0:
-        gather(None, context.world)
-        return heldout_records(context.settings, judged=True)
-    records = heldout_records(context.settings, judged=False, say=context.say)
-    gather(None, context.world)
-    return records

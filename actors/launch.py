@@ -22,6 +22,7 @@ from actors.checkpoints import RESULT, SPARE_BYTES, CheckpointStore, Manifest, m
 from deepgen.cluster.resources import process_resources
 from deepgen.config import Settings, UserError
 from deepgen.models.presets import check_width
+from deepgen.tracking.tracker import check_tracking
 
 if TYPE_CHECKING:
     from actors.learner import Parts, WorkerContext
@@ -50,9 +51,9 @@ class LearnerJob:
 def prepare_run(settings: Settings, stage: str) -> Settings:
     """Check what can be checked before anything starts and make the run folder; settings with weights resolved.
 
-    A new run never writes into the folder of an older one that has checkpoints: the older one is renamed to
-    ``<name>.1`` (.2, ...). Raises UserError when a folder cannot be written, the disk is too small, there is nothing
-    to resume, or the checkpoint does not fit.
+    Raises UserError when a folder cannot be written, the disk is too small, MLflow's server does not answer, there is
+    nothing to resume, the checkpoint does not fit, or an input lies in the folder of an older run that `own_folder`
+    would put aside.
     """
     weights = resolve_weights(Path(settings.model.weights))
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"weights": weights})})
@@ -60,16 +61,47 @@ def prepare_run(settings: Settings, stage: str) -> Settings:
     folder, store = settings.run.folder, CheckpointStore(settings, stage)
     if settings.run.resume:
         _check_resume(store, settings)
+    elif store.folder.exists():
+        _check_inputs_elsewhere(settings)
+    check_tracking(settings)
     _check_writable(folder)
     if settings.data.cache_dir:
         _check_cache_folder(Path(settings.data.cache_dir))
     _check_space(folder, settings, stage)
-    if not settings.run.resume and store.folder.exists():
-        kept = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
-        folder.rename(kept)
-        folder.mkdir()
-        print(f"an earlier run of this name is kept as {kept}", flush=True)
     return settings
+
+
+@contextmanager
+def own_folder(settings: Settings) -> Iterator[None]:
+    """A new run never writes into the folder of an older one that has checkpoints: the older one is renamed to
+    ``<name>.1`` (.2, ...). If the start fails inside this context, everything is as it was."""
+    folder = settings.run.folder
+    if settings.run.resume or not (folder / "checkpoints").exists():
+        yield
+        return
+    kept = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
+    folder.rename(kept)
+    folder.mkdir()
+    try:
+        yield
+    except BaseException:  # Ctrl-C, too
+        shutil.rmtree(folder)
+        kept.rename(folder)
+        raise
+    print(f"an earlier run of this name is kept as {kept}", flush=True)
+
+
+def _check_inputs_elsewhere(settings: Settings) -> None:
+    """Raise UserError when a new run would put its own input aside."""
+    folder, data = settings.run.folder.resolve(), settings.data
+    inputs = {"model.weights": settings.model.weights, "data.cache_dir": data.cache_dir}
+    inputs |= {f"data.{key}": getattr(data, key) for key in ("train", "prompts", "heldout")}
+    for key, path in inputs.items():
+        if str(path) and Path(path).resolve().is_relative_to(folder):
+            raise UserError(
+                f"{key}: {path} lies in the folder of run {settings.run.name!r}, which a new run of this name puts "
+                "aside; allowed: another run.name, or --resume to continue that run"
+            )
 
 
 def _check_resume(store: CheckpointStore, settings: Settings) -> None:
@@ -164,13 +196,16 @@ def _failure_policy(settings: Settings, config: Any) -> Any:
     """Ray Train's own, but what would only happen again ends the run at once; restarts are told on the console."""
     from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
+    from actors.fleet import NoRolloutLeftError
+    from actors.reward_pool import RewardPoolError
+
     say, limit = _console(settings.run.folder), settings.train.max_failures
 
     class Policy(DefaultFailurePolicy):
         restarts = 0
 
         def make_decision(self, training_failed_error: Any) -> FailureDecision:
-            if _cause(training_failed_error, (UserError, ArithmeticError)):
+            if _cause(training_failed_error, (UserError, ArithmeticError, RewardPoolError, NoRolloutLeftError)):
                 return FailureDecision.RAISE
             decision = super().make_decision(training_failed_error)
             if decision is FailureDecision.RETRY:
@@ -229,6 +264,9 @@ def _cause(error: Exception, kinds: tuple[type[Exception], ...]) -> BaseExceptio
 
 
 def _first_line(error: BaseException) -> str:
+    """What went wrong, from the inside of the exceptions that Ray wraps around it."""
+    while (inner := getattr(error, "_base_exc", None) or getattr(error, "cause", None)) is not None:
+        error = inner
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 

@@ -6,6 +6,7 @@ a share that is too large is said before a GPU is taken. Images are decoded in a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -26,8 +27,8 @@ def usable_records(
 ) -> list[tuple[Place, Record]]:
     """Records of data.prompts or data.heldout (``key``) that can be used, in order, and where they stand.
 
-    choose: picks those that are wanted at all; only their images are looked at. judged: this run has done it before;
-    what it has left out stays out and no image is opened, so that a resumed run draws the same prompts.
+    choose: picks those that are wanted at all; only their images are looked at. judged: this run may have done it
+    before; if so with these files, what it has left out stays out and no image is opened.
     Raises UserError when too many rows are bad (``deepgen.data.quarantine``), when none can be used, or when the file
     is no such file.
     """
@@ -37,7 +38,8 @@ def usable_records(
     wanted = {record.id for record in choose([record for _, record in found])} if choose else None
     chosen = [(place, record) for place, record in found if wanted is None or record.id in wanted]
     path = settings.run.folder / FILES[key]
-    if judged:
+    marker, state = path.with_suffix(".judged"), _state(source, [record.id for _, record in chosen])
+    if judged and marker.exists() and marker.read_text() == state:
         out = rows_in(path)
         return [(place, record) for place, record in chosen if place not in out]
     reserved = _special_tokens(settings.model.weights)
@@ -51,7 +53,16 @@ def usable_records(
     usable = [one for one, fault in judgement if not fault]
     if not usable:
         raise UserError(f"{key}: no record of {source} can be used; see {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    marker.write_text(state)
     return usable
+
+
+def _state(source: Path, ids: Sequence[str]) -> str:
+    """Changes when the files or the choice of records do."""
+    files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.blake2b(json.dumps([str(source), facts, list(ids)]).encode(), digest_size=16).hexdigest()
 
 
 def left_out(settings: Settings, *keys: str) -> dict[str, float]:

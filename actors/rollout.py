@@ -10,13 +10,18 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from actors.weights import PublishedWeights, fetch_weights, load_weights, verify_weights
 from deepgen.config import Settings
 from deepgen.data.records import Record
+
+if TYPE_CHECKING:
+    from actors.sampling import PolicySampler
 
 Arrays = dict[str, np.ndarray]
 
@@ -65,12 +70,10 @@ class RolloutActor:
     """Runs in a Ray actor of its own; calls to `prefetch` may overlap the others (concurrency group "weights")."""
 
     def __init__(self, settings: Settings, name: str) -> None:
-        from actors.sampling import PolicySampler  # the model's libraries: not for the process that starts actors
-
         self.name = name
+        self._settings = settings
         self._deadline_s = settings.experience.deadline_s
         self._folder = settings.model.weights
-        self._sampler = PolicySampler(settings)
         self._version = 0  # what the weights folder holds
         self._read: Path | None = None  # where the policy comes from if an evaluation named another folder
         self._published: PublishedWeights | None = None
@@ -78,8 +81,18 @@ class RolloutActor:
         self._arrived: tuple[PublishedWeights, Arrays] | None = None
 
     def ready(self) -> str:
-        """Name of this actor, once its model is loaded."""
+        """Name of this actor, once its model is loaded; to be called first, and again after a restart.
+
+        The model is not loaded when the actor is made, where Ray would wrap up what is wrong with it.
+        """
+        assert self._sampler is not None
         return self.name
+
+    @cached_property
+    def _sampler(self) -> PolicySampler:
+        from actors.sampling import PolicySampler  # the model's libraries: not for the process that starts actors
+
+        return PolicySampler(self._settings)
 
     def prefetch(self, published: PublishedWeights) -> None:
         """Bring a policy version to this process; the next call that wants it loads it.

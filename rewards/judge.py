@@ -142,6 +142,7 @@ def _prepare_process() -> None:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are shared with the rest of the run
         "OMP_NUM_THREADS": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # where memory lies on this machine's NUMA nodes
         "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings on a CPU are many, one for every image among them
     }
     for key, value in wanted.items():

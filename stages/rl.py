@@ -19,9 +19,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
-from actors.checkpoints import AVERAGED  # noqa: E402
+from actors.checkpoints import AVERAGED, CheckpointStore  # noqa: E402
 from actors.evaluation import Evaluation, grid_rows, heldout_records  # noqa: E402
-from actors.launch import LearnerJob, prepare_run, run_learner  # noqa: E402
+from actors.launch import LearnerJob, own_folder, prepare_run, run_learner  # noqa: E402
 from actors.plan import plan_text  # noqa: E402
 from actors.prompts import usable_records  # noqa: E402
 from deepgen.cluster.connect import connect  # noqa: E402
@@ -37,16 +37,22 @@ END_S = 3.0
 
 def main() -> int:
     settings = prepare_run(parse_command_line("rl", sys.argv[1:], plan_text), "rl")
-    judged = resumes(settings)
-    prompts, heldout = read_prompts(settings, judged=judged), heldout_records(settings, judged=judged)
-    if settings.algorithm.sft_coef:
-        check_training_data(settings)
-    gpus = connect(settings, rl_needs, code_root=ROOT)
+    checkpoint = CheckpointStore(settings, "rl").newest() if settings.run.resume else None
+    resumes = checkpoint is not None
+    with own_folder(settings):
+        prompts, heldout = read_prompts(settings, judged=resumes), heldout_records(settings, judged=resumes)
+        if settings.algorithm.sft_coef:
+            check_training_data(settings)
+        gpus = connect(settings, rl_needs, code_root=ROOT)
+        from actors.experience import check_state
+
+        if checkpoint:
+            check_state(settings, prompts, checkpoint.source)
     from actors.start import start_rollouts, start_stream
 
     say(f"starting {settings.rollout.actors} rollout actors and the rewards {', '.join(settings.rewards.used())}")
     rollouts = start_rollouts(settings, gpus=gpus)
-    stream = start_stream(settings, prompts, rollouts, resume=judged, gpus=gpus)
+    stream = start_stream(settings, prompts, rollouts, resume=resumes, gpus=gpus)
     try:
         run(settings, stream, heldout, gpus)
     finally:
@@ -94,13 +100,6 @@ def read_prompts(settings: Settings, *, judged: bool) -> list[Record]:
             )
         prompts.append(record)
     return prompts
-
-
-def resumes(settings: Settings) -> bool:
-    """Whether there is a checkpoint to go on from."""
-    from actors.checkpoints import CheckpointStore
-
-    return settings.run.resume and CheckpointStore(settings, "rl").newest() is not None
 
 
 def evaluate_before(settings: Settings, stream: Any, heldout: Sequence[Record]) -> Future[Evaluation] | None:

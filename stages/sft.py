@@ -11,7 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
-from actors.launch import LearnerJob, prepare_run, run_learner  # noqa: E402
+from actors.evaluation import heldout_records  # noqa: E402
+from actors.launch import LearnerJob, own_folder, prepare_run, run_learner  # noqa: E402
 from actors.plan import plan_text  # noqa: E402
 from deepgen.cluster.connect import connect  # noqa: E402
 from deepgen.config import parse_command_line, run_program  # noqa: E402
@@ -20,8 +21,10 @@ from deepgen.data.mixture import check_training_data  # noqa: E402
 
 def main() -> int:
     settings = prepare_run(parse_command_line("sft", sys.argv[1:], plan_text), "sft")
-    check_training_data(settings)
-    gpus = connect(settings, code_root=ROOT)
+    with own_folder(settings):
+        check_training_data(settings)
+        heldout_records(settings, judged=False)
+        gpus = connect(settings, code_root=ROOT)
     from actors.objectives import build_flow_matching  # torch and DeepSpeed: not for --help
     from deepgen.tracking.curves import record_curves
 

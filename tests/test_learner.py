@@ -28,7 +28,7 @@ from torch import Tensor
 from actors import checkpoints
 from actors.checkpoints import CheckpointStore
 from actors.engine import learning_rate, parameter_groups
-from actors.launch import prepare_run, resolve_weights
+from actors.launch import own_folder, prepare_run, resolve_weights
 from actors.learner import StepContext, reduce_metrics
 from actors.objectives import FlowMatching, MixtureSource
 from deepgen.algorithms.losses import flow_matching_loss
@@ -179,10 +179,35 @@ def start(tmp_path: Path, *overrides: str) -> Any:
 
 def test_a_new_run_keeps_the_old_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "runs" / "a" / "checkpoints" / "step-000002").mkdir(parents=True)
-    prepare_run(start(tmp_path), "sft")
-    assert (tmp_path / "runs" / "a.1" / "checkpoints" / "step-000002").is_dir()
-    assert not (tmp_path / "runs" / "a" / "checkpoints").exists()
+    older, aside = tmp_path / "runs" / "a", tmp_path / "runs" / "a.1"
+    settings = prepare_run(start(tmp_path), "sft")
+
+    def failing_start() -> None:
+        with own_folder(settings):
+            (older / "quarantine.jsonl").write_text("of the run that did not start")
+            raise UserError("data.prompts: not to be read")
+
+    with pytest.raises(UserError, match="not to be read"):
+        failing_start()
+    assert [path.name for path in older.iterdir()] == ["checkpoints"] and not aside.exists()
+    assert "kept as" not in capsys.readouterr().out
+    with own_folder(settings):
+        pass
+    assert (aside / "checkpoints" / "step-000002").is_dir() and not any(older.iterdir())
     assert "kept as" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["model.weights", "data.train", "data.cache_dir"])
+def test_a_new_run_does_not_put_its_own_input_aside(tmp_path: Path, key: str) -> None:
+    settings = start(tmp_path)
+    shutil.copytree(tmp_path / "weights", tmp_path / "runs" / "a" / "model")
+    (tmp_path / "runs" / "a" / "checkpoints" / "step-000002").mkdir(parents=True)
+    inside = tmp_path / "runs" / "a" / ("cache" if key == "data.cache_dir" else "model")
+    settings = start(tmp_path, f"{key}={inside}")
+    with pytest.raises(
+        UserError, match=rf"{key}: .* lies in the folder of run 'a', which .*; allowed: another run\.name"
+    ):
+        prepare_run(settings, "sft")
 
 
 def test_what_cannot_start_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,14 +117,23 @@ def test_only_what_may_go_well_is_tried_again(tmp_path: Path) -> None:
     from ray.train.v2._internal.execution.failure_handling import FailureDecision
     from ray.train.v2.api.exceptions import WorkerGroupError
 
+    from actors.fleet import NoRolloutLeftError
     from actors.launch import CONSOLE, _failure_policy
+    from actors.reward_pool import RewardPoolError
 
     settings = load_settings(None, [f"run.dir={tmp_path}", "run.name=a", "train.max_failures=1"])
     policy = _failure_policy(settings, FailureConfig(max_failures=1))
-    for recurring in (UserError("data.train: row 3"), FloatingPointError("loss of step 3 on rank 1 is nan")):
+    for recurring in (
+        UserError("data.train: row 3"),
+        FloatingPointError("loss of step 3 on rank 1 is nan"),
+        RewardPoolError("reward pool judge has no replica left"),
+        NoRolloutLeftError("no rollout actor is left"),
+    ):
         failed = WorkerGroupError("", {0: RuntimeError("connection closed by peer"), 1: recurring})
         assert policy.make_decision(failed) is FailureDecision.RAISE
-    died = WorkerGroupError("", {1: RuntimeError("the actor died\nlong story")})
+    remote = RuntimeError("ray::ExperienceStream.next_batch() (pid=7)\nlong story")
+    remote.cause = RuntimeError("the actor died\nlong story")  # type: ignore[attr-defined]  # as Ray's exceptions do
+    died = WorkerGroupError("", {1: remote})
     policy = cloudpickle.loads(cloudpickle.dumps(policy))  # as it comes to Ray Train's controller
     assert [policy.make_decision(died) for _ in range(2)] == [FailureDecision.RETRY, FailureDecision.RAISE]
     said = (tmp_path / "a" / CONSOLE).read_text()

@@ -397,6 +397,38 @@ def test_ctrl_c_leaves_with_130_and_says_how_to_resume() -> None:
     assert done.stderr.strip() == "stopped; to continue: python -c train.steps=3 --resume"
 
 
+def test_sigterm_leaves_with_143_and_says_how_to_resume() -> None:
+    done = run_python(PROGRAM.format("__import__('os').kill(__import__('os').getpid(), 15)"), "train.steps=3")
+    assert done.returncode == 143
+    assert done.stderr.strip() == "stopped; to continue: python -c train.steps=3 --resume"
+
+
+def test_who_reads_the_help_may_stop_reading() -> None:
+    program = PROGRAM.format("parse_command_line('rl', ['--help'])")
+    command = [sys.executable, "-c", program]
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does once it has its lines
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    os.close(writing)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "content", ["train: {steps: !!int abc}", "model: !!bool maybe", "[" * 5000, f"train: {{steps: {'9' * 5000}}}"]
+)
+def test_yaml_that_cannot_be_made_into_values_is_one_clear_line(tmp_path: Path, content: str) -> None:
+    with pytest.raises(UserError, match=r"recipe .*: not valid YAML: ") as caught:
+        load_settings(recipe_file(tmp_path, content))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["~nobody-is-called-so/x", "x" * 600, "a\0b"])
+def test_names_no_file_can_have_are_not_there(name: str) -> None:
+    for argv in (["--recipe", name], [f"data.prompts={name}"]):
+        with pytest.raises(UserError, match="no file or"):
+            parse_command_line("rl", argv)
+
+
 def test_user_error_of_a_ray_actor_is_still_one_line() -> None:
     remote = (
         "type('RayTaskError(UserError)', (UserError,), {'cause': UserError('data.train: row 3')})('long\\ntraceback')"

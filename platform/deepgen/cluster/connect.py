@@ -17,6 +17,7 @@ from typing import Any
 
 from deepgen.cluster.resources import Need, check_capacity, cluster_capacity, learner_needs
 from deepgen.config import Settings, UserError
+from deepgen.config.errors import stop_on_sigterm
 
 AUTO_LOCAL = "auto-local"
 # Ray puts sockets under its temporary folder; Linux allows 107 characters for a socket's whole path.
@@ -54,6 +55,7 @@ def connect(
 
     if not ray.is_initialized():
         _join_or_start(settings, code_root)
+        stop_on_sigterm()
     capacity = cluster_capacity()
     gpus = capacity.total.get("GPU", 0) > 0
     check_capacity(needs(settings, gpus=gpus), capacity)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from deepgen.config.errors import UserError, nearest
-from deepgen.config.paths import CHECKOUT, resolve_path
+from deepgen.config.paths import CHECKOUT, exists, resolve_path
 from deepgen.config.recipes import find_recipe, read_recipe
 from deepgen.config.settings import Settings, allowed_values, leaf_keys, load_settings, sections
 
@@ -160,7 +160,7 @@ def check_inputs(settings: Settings, stage: Stage) -> None:
             if path is not None:
                 needed[f"rewards.{name}.path"] = path
     for key, path in needed.items():
-        if not resolve_path(path).exists():
+        if not exists(resolve_path(path)):
             places = [] if path.is_absolute() else [Path.cwd(), *([CHECKOUT] if CHECKOUT else [])]
             looked = f" in {' or '.join(dict.fromkeys(map(str, places)))}" if places else ""
             without = "; without held-out records: evaluation.prompts=0" if key == "data.heldout" else ""

@@ -3,38 +3,60 @@
 from __future__ import annotations
 
 import difflib
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import NoReturn
 
 USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
+TERMINATED_EXIT_CODE = 143
 
 
 class UserError(Exception):
     """A mistake the user can repair. The message is one line: what, what was given, what is allowed."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers and `ray job stop` send: the same as Ctrl-C but for the exit code."""
+
+
+def stop_on_sigterm() -> None:
+    """Raise `Terminated` in the main thread on SIGTERM. Ray puts a handler of its own there, which aborts."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+
+
 def run_program(main: Callable[[], int | None]) -> NoReturn:
     """Run a stage's `main` and leave the process with its exit code.
 
-    `UserError` ends with 2 and one line on stderr; Ctrl-C with 130 and the command that continues the run.
-    Every other exception passes through with its traceback: it is a bug, and hiding it helps nobody.
+    `UserError` ends with 2 and one line on stderr; Ctrl-C with 130, SIGTERM with 143, and the command that continues
+    the run. Who reads the output may stop reading (`--help | head`). Every other exception passes through with its
+    traceback: it is a bug, and hiding it helps nobody.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background programs with Ctrl-C ignored
+    stop_on_sigterm()
     try:
         code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at exit is there anybody to write to
+        code = 0
     except UserError as error:
         # Ray raises a subclass that carries the remote traceback as its text and the original as `cause`.
         message = str(getattr(error, "cause", None) or error)
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(USAGE_EXIT_CODE)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         arguments = [a for a in sys.argv if a != "--resume"]
         print(f"\nstopped; to continue: {shlex.join(['python', *arguments, '--resume'])}", file=sys.stderr)
-        sys.exit(INTERRUPTED_EXIT_CODE)
+        sys.exit(TERMINATED_EXIT_CODE if isinstance(interrupt, Terminated) else INTERRUPTED_EXIT_CODE)
     sys.exit(code or 0)
 
 

@@ -25,12 +25,25 @@ def _find_checkout() -> Path | None:
 CHECKOUT = _find_checkout()
 
 
+def expanded(path: str | Path) -> Path:
+    """With ~ and ~name as the home folders they stand for; as it is where nobody is called so."""
+    return Path(os.path.expanduser(path))
+
+
+def exists(path: Path) -> bool:
+    """Whether something lies there; nothing does under a name no file can have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def resolve_path(path: str | Path, *, current_folder_first: bool = True) -> Path:
     """Absolute path of an input that exists in the current folder or in the checkout; otherwise `path` unchanged."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     folders = [Path.cwd(), *([CHECKOUT] if CHECKOUT else [])]
     for folder in folders if current_folder_first else reversed(folders):
-        if (folder / path).exists():
+        if exists(folder / path):
             return Path(os.path.normpath(folder / path))
     return path
 
@@ -45,7 +58,7 @@ def _read_input(value: object, info: ValidationInfo) -> object:
 def _read_output(value: object) -> object:
     if not isinstance(value, str | Path) or not str(value):
         return value
-    return Path(os.path.normpath(Path.cwd() / Path(value).expanduser()))
+    return Path(os.path.normpath(Path.cwd() / expanded(value)))
 
 
 def _read_optional_output(value: object) -> object:

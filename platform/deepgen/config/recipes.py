@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from deepgen.config.errors import UserError, nearest
-from deepgen.config.paths import CHECKOUT
+from deepgen.config.paths import CHECKOUT, exists, expanded
 
 _SCALARS = (
     ("null", r"~|null|", "~n"),
@@ -46,18 +46,23 @@ for _tag, _pattern, _first in _SCALARS:
 
 def parse_value(text: str) -> Any:
     """The value a recipe would have for `text`; plain data only, as with a SafeLoader. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_RecipeLoader)
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)
+    except (ValueError, KeyError) as error:  # `!!int abc`, a number of thousands of digits
+        raise yaml.constructor.ConstructorError(None, None, f"a value that is none of its kind ({error})") from error
+    except RecursionError as error:
+        raise yaml.constructor.ConstructorError(None, None, "too many levels") from error
 
 
 def find_recipe(name_or_path: str | Path) -> Path:
     """`tiny-rl` is stages/recipes/tiny-rl.yaml; anything with a folder or a suffix is a path. UserError if missing."""
     folder = (CHECKOUT or Path.cwd()) / "stages" / "recipes"
-    given = Path(name_or_path).expanduser()
+    given = expanded(name_or_path)
     candidates = [given, folder / given.name, folder / f"{name_or_path}.yaml"]
     if CHECKOUT:
         candidates.insert(1, CHECKOUT / given)
     for path in candidates:
-        if path.is_file():
+        if exists(path) and path.is_file():
             return path
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     hint = nearest(str(name_or_path), known)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
 from deepgen.config.errors import UserError
+from deepgen.config.paths import CHECKOUT
 from deepgen.tracking.journal import Entry, Journal, make_entry, read_entries
 from deepgen.tracking.provenance import run_tags
 from deepgen.tracking.sender import MAX_BATCH, Sender, SenderCounts
@@ -37,6 +40,8 @@ RUN_ID_FILE = "mlflow_run_id"
 START_DEADLINE_S = 60.0
 CLOSE_DEADLINE_S = 60.0
 _MAX_PARAM_LENGTH = 6000
+_REACH_DEADLINE_S = 10.0
+_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 _MAX_PARAMS_PER_REQUEST = 100
 # Errors of the content, not of the connection: sending the same thing again cannot help.
 _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"})
@@ -81,9 +86,8 @@ class Tracker:
         except OSError as error:
             raise UserError(f"run.dir: cannot write the run folder {self.folder}: {error.strerror or error}") from error
         _quiet_mlflow()
-        history = _call_with_deadline(
-            self._open_run, self._start_deadline_s, f"tracking.uri: no answer from {_shown(self.uri)}"
-        )
+        failure = f"{_uri_key(self._settings)}: no answer from {_shown(self.uri)}"
+        history = _call_with_deadline(self._open_run, self._start_deadline_s, failure)
         hint = f"Every number is kept in {self._journal.path}."
         self._sender = Sender(_is_refusal, hint)
         for entry in history:
@@ -139,7 +143,8 @@ class Tracker:
     def where(self) -> str:
         """One line that tells a person how to see the run's page."""
         if self.uri.startswith("sqlite:"):
-            return f"make ui   (mlflow ui --backend-store-uri {self.uri})"
+            here = CHECKOUT is not None and self.uri == f"sqlite:///{CHECKOUT / 'runs' / 'mlflow.db'}"
+            return f"{'make ui   or: ' if here else ''}mlflow ui --backend-store-uri {self.uri}"
         page = f"#/experiments/{self.experiment_id}/runs/{self.run_id}"
         return f"{_shown(self.uri).rstrip('/')}/{page}"
 
@@ -254,6 +259,30 @@ def tracking_uri(settings: Settings) -> str:
     """The MLflow address in force: setting, environment, or a sqlite file (absolute path) in `run.dir`."""
     given = settings.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     return given or f"sqlite:///{Path(settings.run.dir).resolve() / 'mlflow.db'}"
+
+
+def check_tracking(settings: Settings) -> None:
+    """Raise UserError when the address is none MLflow knows, or nobody answers there; before anything starts."""
+    uri, key = tracking_uri(settings), _uri_key(settings)
+    parts = urlsplit(uri)
+    if parts.scheme.partition("+")[0] not in _SCHEMES:
+        raise UserError(f"{key}: got {_shown(uri)!r}; allowed: an address that begins with {', '.join(_SCHEMES)}")
+    if parts.scheme not in ("http", "https"):
+        return
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname or "", port), timeout=_REACH_DEADLINE_S).close()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"{key}: no answer from {_shown(uri)} ({reason}); allowed: a server that runs, or none for a file"
+        ) from error
+
+
+def _uri_key(settings: Settings) -> str:
+    """Where the address comes from."""
+    given = settings.tracking.uri or not os.environ.get("MLFLOW_TRACKING_URI")
+    return "tracking.uri" if given else "MLFLOW_TRACKING_URI"
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -375,6 +404,8 @@ def _quiet_mlflow() -> None:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("mlflow.store.db.utils", "urllib3.connectionpool"):  # every failure, at length; the sender says it
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _run_exists(client: MlflowClient, run_id: str) -> bool:
