@@ -94,7 +94,7 @@ def own_folder(settings: Settings) -> Iterator[None]:
 def _check_inputs_elsewhere(settings: Settings) -> None:
     """Raise UserError when a new run would put its own input aside."""
     folder, data = settings.run.folder.resolve(), settings.data
-    inputs = {"model.weights": settings.model.weights, "data.cache_dir": data.cache_dir}
+    inputs: dict[str, Path | str] = {"model.weights": settings.model.weights, "data.cache_dir": data.cache_dir}
     inputs |= {f"data.{key}": getattr(data, key) for key in ("train", "prompts", "heldout")}
     for key, path in inputs.items():
         if str(path) and Path(path).resolve().is_relative_to(folder):

@@ -412,7 +412,7 @@ async def _answer(reference: ray.ObjectRef, actor: str, call: str, deadline_s: f
     finished, _ = await asyncio.wait({future}, timeout=deadline_s)
     if not finished:
         age = time.monotonic() - began
-        raise CallTimeout(f"{actor}: call {call!r} has not answered after {age:.3g} s (deadline {deadline_s:g} s)")
+        raise CallTimeout(f"{actor}: call {call!r} has not answered after {age:.1f} s (deadline {deadline_s:g} s)")
     return future.result()
 
 
