@@ -15,7 +15,15 @@ from PIL import Image
 from deepgen.config import UserError
 from deepgen.data.buckets import fixed_area_size
 from deepgen.data.dataset import TrainingSet, image_to_tensor
-from deepgen.data.records import Record, RecordError, decode_image, quoted_words, read_records, write_records
+from deepgen.data.records import (
+    Record,
+    RecordError,
+    decode_image,
+    header_size,
+    quoted_words,
+    read_records,
+    write_records,
+)
 from deepgen.data.store import ListStore
 
 
@@ -96,6 +104,17 @@ def test_decode_puts_transparency_on_white() -> None:
     assert pixels[0, 0].tolist() == [10, 20, 30] and pixels[1, 1].tolist() == [255, 255, 255]
     with pytest.raises(ValueError, match="not a readable image"):
         decode_image(PICTURE[:40])
+
+
+def test_a_damaged_avif_is_no_readable_image() -> None:
+    """Its decoder is the one that raises RuntimeError."""
+    noise = np.random.default_rng(0).integers(0, 255, (100, 100, 3), dtype=np.uint8)
+    whole = encoded(noise, "AVIF")
+    start = whole.index(b"mdat") + 4
+    data = whole[:start] + bytes(len(whole) - start)  # the headers, and no frame
+    assert header_size(data) == (100, 100)
+    with pytest.raises(ValueError, match=r"not a readable image \(Failed to decode frame 0"):
+        decode_image(data)
 
 
 @pytest.mark.parametrize(

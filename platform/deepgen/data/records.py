@@ -43,13 +43,14 @@ _TEXT_COLUMNS = ("id", "task", "prompt", "answer", "source")
 MAX_ASPECT = 8.0  # longer by shorter side of an image that can be trained on
 MAX_PIXELS = 100_000_000  # more are refused by the header; Pillow's own limit is 179 million
 # What Pillow's decoders raise on damaged data. DecompressionBombError is an Exception of its own.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     ArithmeticError,
     AttributeError,
     EOFError,
     Image.DecompressionBombError,
     LookupError,
     OSError,
+    RuntimeError,  # AVIF: "Failed to decode frame 0"
     SyntaxError,
     TypeError,
     ValueError,
@@ -103,7 +104,7 @@ def open_image(data: bytes | str) -> Image.Image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} px; allowed: at most {MAX_PIXELS:,} pixels")
         image.load()
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise ValueError(f"not a readable image ({' '.join(str(error).split())[:200]})") from error
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -217,7 +218,7 @@ def header_size(data: bytes | str) -> tuple[int, int] | tuple[None, None]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.size
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         return None, None
 
 
