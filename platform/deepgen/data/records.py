@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
@@ -69,6 +70,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _EXIF = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow keeps it
+NOT_UTF8 = object()  # stands in a row for such text
 _QUOTED = re.compile(r'"([^"]+)"')
 
 
@@ -295,7 +297,7 @@ def conform(table: pa.Table, file: Path) -> pa.Table:
     wanted = _schema(_image_type(image), _image_type(getattr(references, "value_type", references)))
     for field in wanted:
         try:
-            column = table.column(field.name).cast(field.type)
+            column = as_type(table.column(field.name), field.type)
         except pa.ArrowException as error:
             raise UserError(
                 f"{file}: column {field.name} is {table.schema.field(field.name).type}, which does not fit; allowed: "
@@ -304,6 +306,42 @@ def conform(table: pa.Table, file: Path) -> pa.Table:
             ) from error
         table = table.set_column(table.column_names.index(field.name), field, column)
     return table.select(SCHEMA.names)
+
+
+def as_type(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
+    """A column cast; text that is not UTF-8 passes, as it concerns its row alone. Raises ArrowException."""
+    return column.cast(options=pc.CastOptions(target_type=wanted, allow_invalid_utf8=True))
+
+
+def to_rows(table: pa.Table, file: Path) -> list[dict[str, Any]]:
+    """Rows for `check_row`, which names text that is not UTF-8. Raises UserError as `conform` does."""
+    table = conform(table, file)
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        return _decoded_rows(table)
+
+
+def _decoded_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows of a table of which some text cannot be decoded, value by value: to_pylist gives all or nothing."""
+    kinds = {pa.string(): pa.binary(), pa.list_(pa.string()): pa.list_(pa.binary())}
+    text = [field for field in table.schema if field.type in kinds]
+    for field in text:
+        number = table.column_names.index(field.name)
+        table = table.set_column(number, field.name, table.column(field.name).cast(kinds[field.type]))
+    rows: list[dict[str, Any]] = table.to_pylist()
+    for row in rows:
+        for field in text:
+            value = row[field.name]
+            row[field.name] = [*map(_decoded, value)] if isinstance(value, list) else _decoded(value)
+    return rows
+
+
+def _decoded(value: bytes | None) -> Any:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return NOT_UTF8
 
 
 def _image_type(given: pa.DataType) -> pa.DataType:
@@ -332,12 +370,18 @@ def _read_parquet(file: Path) -> list[Record | RecordError]:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})") from error
     found: list[Record | RecordError] = []
-    for number, row in enumerate(conform(table, file).to_pylist(), start=1):
+    for number, row in enumerate(to_rows(table, file), start=1):
         try:
             found.append(check_row(row, f"{file}, row {number}", file.parent))
         except RecordError as error:
             found.append(error)
     return found
+
+
+def _no_text(value: Any) -> str:
+    if value is NOT_UTF8:
+        return "not UTF-8"
+    return f"{'null' if value is None else type(value).__name__}; allowed: text"
 
 
 def check_row(row: dict[str, Any], place: str, folder: Path) -> Record:
@@ -349,7 +393,7 @@ def check_row(row: dict[str, Any], place: str, folder: Path) -> Record:
 
     for column in _TEXT_COLUMNS:
         if not isinstance(row[column], str):
-            raise wrong(f"{column} is {'null' if row[column] is None else type(row[column]).__name__}; allowed: text")
+            raise wrong(f"{column} is {_no_text(row[column])}")
     if row["task"] not in TASKS:
         raise wrong(f"task {row['task']!r}; allowed: {', '.join(TASKS)}")
     if not row["id"] or not row["prompt"].strip():
@@ -361,7 +405,8 @@ def check_row(row: dict[str, Any], place: str, folder: Path) -> Record:
     images = [*references, *([] if row["image"] is None else [row["image"]])]
     for image in images:
         if not isinstance(image, bytes | str):
-            raise wrong(f"an image is {type(image).__name__}; allowed: encoded bytes, or a path or URI")
+            what = "null; allowed: encoded bytes, or a path or URI" if image is None else "a path that is not UTF-8"
+            raise wrong(f"an image is {what}")
     if not all(images):
         raise wrong("an image of no bytes; allowed: an encoded image, or null for no target")
 
