@@ -220,6 +220,33 @@ def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | None, messag
         ParquetStore(tmp_path / "a.parquet")
 
 
+@pytest.mark.parametrize("column", ["task", "source", "width", "prompt"])
+def test_a_column_of_damaged_bytes_is_named_by_its_file(folder: Path, column: str) -> None:
+    file = folder / "b.parquet"
+    group = pq.ParquetFile(file).metadata.row_group(0)
+    place = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == column)
+    start = place.dictionary_page_offset or place.data_page_offset
+    data = bytearray(file.read_bytes())
+    data[start : start + place.total_compressed_size] = b"\xff" * place.total_compressed_size
+    file.write_bytes(data)
+
+    def read() -> None:
+        store = ParquetStore(folder)
+        store.sources()
+        store.sizes()
+        store.read(11)
+
+    with pytest.raises(UserError, match=r"b\.parquet: can't be read as parquet"):
+        read()
+
+
+def test_a_folder_among_the_files_is_named(folder: Path) -> None:
+    (folder / "c.parquet").mkdir()
+    for reader in (ParquetStore, read_rows):
+        with pytest.raises(UserError, match=r"c\.parquet: is a folder; allowed in .* under such a name: parquet files"):
+            reader(folder)
+
+
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"], "task": ["t2i"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="missing column prompt, answer, image, references, source"):

@@ -213,12 +213,7 @@ def read_rows(path: Path) -> list[Row]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; allowed: parquet, a folder of it, or a .txt of prompts")
-    if path.is_dir():
-        files = sorted(path.glob("*.parquet"))
-        if not files:
-            raise UserError(f"{path}: no *.parquet in this folder")
-    else:
-        files = [path]
+    files = parquet_files(path) if path.is_dir() else [path]
     rows: list[Row] = []
     first_seen: dict[str, str] = {}
     for file in files:
@@ -234,6 +229,17 @@ def read_rows(path: Path) -> list[Row]:
     if not rows:
         raise UserError(f"{path}: holds no records")
     return rows
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """The ``*.parquet`` in a folder, by name. Raises UserError when there are none, or one is a folder."""
+    files = sorted(folder.glob("*.parquet"))
+    if not files:
+        raise UserError(f"{folder}: no *.parquet in this folder")
+    inner = next((file for file in files if file.is_dir()), None)
+    if inner is not None:
+        raise UserError(f"{inner}: is a folder; allowed in {folder.name}/ under such a name: parquet files")
+    return files
 
 
 def write_records(path: Path, records: list[Record], *, row_group_size: int | None = None) -> None:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
-from deepgen.data.records import SCHEMA, SIZES, Record, as_type, check_row, conform, to_rows
+from deepgen.data.records import SCHEMA, SIZES, Record, as_type, check_row, conform, parquet_files, to_rows
 
 CACHE_BYTES = 1 << 30  # of encoded images, per process; what is evicted too soon is read again (data.order)
 
@@ -104,7 +104,7 @@ class ParquetStore:
     def sources(self) -> tuple[list[str], np.ndarray]:
         """Read when it is asked for: most runs do not tell sources apart. A null is the source ""; of one that is not
         UTF-8, which `read` refuses, the name is what can be shown of it."""
-        columns = [_codes(fragment, "source") for fragment in self._fragments]
+        columns = [_codes(file, part, "source") for file, part in zip(self._files, self._fragments, strict=True)]
         shown = [[(name or b"").decode(errors="replace") for name in found] for found, _ in columns]
         names = sorted({name for found in shown for name in found})
         number = {name: i for i, name in enumerate(names)}
@@ -134,7 +134,7 @@ class ParquetStore:
             try:
                 table = pq.ParquetFile(file).read_row_group(group, columns=SCHEMA.names)
             except (pa.ArrowException, OSError) as error:
-                raise UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})") from error
+                raise _unreadable(file, error) from error
             rows = to_rows(table, file)
             self._blocks[block] = rows, table.nbytes
             self._held += table.nbytes
@@ -146,10 +146,7 @@ class ParquetStore:
 def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; allowed: parquet or a folder of it")
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{path}: no *.parquet in this folder")
-    return files
+    return parquet_files(path) if path.is_dir() else [path]
 
 
 def _fragments(files: Sequence[Path]) -> list[ds.ParquetFileFragment]:
@@ -161,7 +158,7 @@ def _fragments(files: Sequence[Path]) -> list[ds.ParquetFileFragment]:
             (fragment,) = ds.dataset(str(file), format="parquet").get_fragments()
             fragment.ensure_complete_metadata()
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})") from error
+            raise _unreadable(file, error) from error
         conform(fragment.physical_schema.empty_table(), file)
         return fragment
 
@@ -169,10 +166,22 @@ def _fragments(files: Sequence[Path]) -> list[ds.ParquetFileFragment]:
         return list(pool.map(one, files))
 
 
-def _codes(fragment: ds.ParquetFileFragment, column: str) -> tuple[list[bytes | None], np.ndarray]:
+def _columns(file: Path, fragment: ds.ParquetFileFragment, names: Sequence[str]) -> pa.Table:
+    """Some columns of a file. Raises UserError when they cannot be read, as of damaged bytes."""
+    try:
+        return fragment.to_table(columns=list(names))
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})")
+
+
+def _codes(file: Path, fragment: ds.ParquetFileFragment, column: str) -> tuple[list[bytes | None], np.ndarray]:
     """Different values of a text column as they are stored, None among them if there is one, and their numbers by row,
     int64 [rows]."""
-    text = as_type(fragment.to_table(columns=[column]).column(column), pa.string())
+    text = as_type(_columns(file, fragment, [column]).column(column), pa.string())
     values = text.cast(pa.binary()).combine_chunks().dictionary_encode()
     if isinstance(values, pa.ChunkedArray):
         values = values.combine_chunks()
@@ -184,7 +193,7 @@ def _sizes(file: Path, fragment: ds.ParquetFileFragment) -> list[np.ndarray]:
     """Pixels (width, height), int32 [rows, 2], of the target, the first reference, ...; 0 where the file says none."""
     rows = fragment.count_rows()
     present = [field for field in SIZES if field.name in fragment.physical_schema.names]
-    table = fragment.to_table(columns=[field.name for field in present])
+    table = _columns(file, fragment, [field.name for field in present])
     columns = {}
     for field in present:
         try:
@@ -219,7 +228,7 @@ def _numbers(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 def _read_tasks(file: Path, fragment: ds.ParquetFileFragment) -> np.ndarray:
     """The task column as uint8 [rows]. Raises UserError naming the first row with an unknown task."""
-    names, codes = _codes(fragment, "task")
+    names, codes = _codes(file, fragment, "task")
     known = {task.encode(): number for number, task in enumerate(TASKS)}
     found = np.array([len(TASKS) if name is None else known.get(name, len(TASKS)) for name in names])[codes]
     wrong = np.flatnonzero(found == len(TASKS))
