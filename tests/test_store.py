@@ -240,6 +240,14 @@ def test_a_column_of_damaged_bytes_is_named_by_its_file(folder: Path, column: st
         read()
 
 
+def test_a_damaged_name_of_a_column(folder: Path) -> None:
+    file = folder / "b.parquet"
+    file.write_bytes(file.read_bytes().replace(b"answer", b"answe\xc9"))
+    for reader in (ParquetStore, read_rows):
+        with pytest.raises(UserError, match=r"b\.parquet: can't be read as parquet"):
+            reader(folder)
+
+
 def test_a_folder_among_the_files_is_named(folder: Path) -> None:
     (folder / "c.parquet").mkdir()
     for reader in (ParquetStore, read_rows):

@@ -70,6 +70,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _EXIF = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow keeps it
+# What reading a damaged parquet file raises; the last one for the name of a column.
+PARQUET_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 NOT_UTF8 = object()  # stands in a row for such text
 _QUOTED = re.compile(r'"([^"]+)"')
 
@@ -291,12 +293,20 @@ def _schema(image: pa.DataType, reference: pa.DataType) -> pa.Schema:
     return pa.schema([(field.name, types.get(field.name, field.type)) for field in SCHEMA])
 
 
+def unreadable(file: Path, error: Exception) -> UserError:
+    """The one line for a file that is no parquet, or damaged."""
+    return UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})")
+
+
 def conform(table: pa.Table, file: Path) -> pa.Table:
     """The columns of SCHEMA in their types, images as bytes or as text. Raises UserError naming file and column.
 
     An empty table says whether the files' columns can be read at all.
     """
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    try:
+        missing = [name for name in SCHEMA.names if name not in table.column_names]
+    except UnicodeDecodeError as error:
+        raise unreadable(file, error) from error
     if missing:
         raise UserError(f"{file}: missing column {', '.join(missing)}; allowed: {', '.join(SCHEMA.names)}")
     image, references = (table.schema.field(name).type for name in ("image", "references"))
@@ -373,8 +383,8 @@ def _read_prompt_lines(file: Path) -> list[Record]:
 def _read_parquet(file: Path) -> list[Record | RecordError]:
     try:
         table = pq.read_table(file)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})") from error
+    except PARQUET_ERRORS as error:
+        raise unreadable(file, error) from error
     found: list[Record | RecordError] = []
     for number, row in enumerate(to_rows(table, file), start=1):
         try:

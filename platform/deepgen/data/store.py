@@ -16,7 +16,18 @@ import pyarrow.parquet as pq
 
 from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
-from deepgen.data.records import SCHEMA, SIZES, Record, as_type, check_row, conform, parquet_files, to_rows
+from deepgen.data.records import (
+    PARQUET_ERRORS,
+    SCHEMA,
+    SIZES,
+    Record,
+    as_type,
+    check_row,
+    conform,
+    parquet_files,
+    to_rows,
+    unreadable,
+)
 
 CACHE_BYTES = 1 << 30  # of encoded images, per process; what is evicted too soon is read again (data.order)
 
@@ -133,8 +144,8 @@ class ParquetStore:
             file, group, _ = self._groups[block]
             try:
                 table = pq.ParquetFile(file).read_row_group(group, columns=SCHEMA.names)
-            except (pa.ArrowException, OSError) as error:
-                raise _unreadable(file, error) from error
+            except PARQUET_ERRORS as error:
+                raise unreadable(file, error) from error
             rows = to_rows(table, file)
             self._blocks[block] = rows, table.nbytes
             self._held += table.nbytes
@@ -157,8 +168,8 @@ def _fragments(files: Sequence[Path]) -> list[ds.ParquetFileFragment]:
         try:
             (fragment,) = ds.dataset(str(file), format="parquet").get_fragments()
             fragment.ensure_complete_metadata()
-        except (pa.ArrowException, OSError) as error:
-            raise _unreadable(file, error) from error
+        except PARQUET_ERRORS as error:
+            raise unreadable(file, error) from error
         conform(fragment.physical_schema.empty_table(), file)
         return fragment
 
@@ -170,12 +181,8 @@ def _columns(file: Path, fragment: ds.ParquetFileFragment, names: Sequence[str])
     """Some columns of a file. Raises UserError when they cannot be read, as of damaged bytes."""
     try:
         return fragment.to_table(columns=list(names))
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(file, error) from error
-
-
-def _unreadable(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})")
+    except PARQUET_ERRORS as error:
+        raise unreadable(file, error) from error
 
 
 def _codes(file: Path, fragment: ds.ParquetFileFragment, column: str) -> tuple[list[bytes | None], np.ndarray]:
