@@ -362,7 +362,8 @@ def _decoded(value: bytes | None) -> Any:
 
 def _image_type(given: pa.DataType) -> pa.DataType:
     given = given.value_type if pa.types.is_dictionary(given) else given
-    return pa.string() if pa.types.is_string(given) or pa.types.is_large_string(given) else pa.binary()
+    text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return pa.string() if any(is_kind(given) for is_kind in text) else pa.binary()
 
 
 def _read_prompt_lines(file: Path) -> list[Record]:
