@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from deepgen.config import UserError
+from deepgen.config import UserError, load_settings
 from deepgen.data.collate import collate
 from deepgen.data.dataset import TrainingSet
 from deepgen.data.mixture import Mixture, Part
-from deepgen.data.records import Record
-from deepgen.data.store import ListStore
+from deepgen.data.records import Record, write_records
+from deepgen.data.store import ListStore, ParquetStore
 from tests.test_records import PICTURE
 
 CYCLE = {"edit": 1, "t2i": 3}
@@ -72,6 +76,51 @@ def test_state_continues_on_another_number_of_ranks() -> None:
     same = make()
     same.load_state_dict(state)
     assert same.plan(5, 1, 2) == before.plan(5, 1, 2)
+
+
+def stored(folder: Path, counts: Sequence[int] = (12, 8), change: str = "", *more: str) -> Mixture:
+    """A mixture over files of so many records, every fourth an edit, row groups of 4."""
+    folder.mkdir()
+
+    def record(number: int) -> Record:
+        task = "edit" if number % 4 == 0 else "reasoning" if change == "task" else "t2i"
+        source = "b" if number % (3 if change == "source" else 2) else "a"
+        picture = PICTURE if number % 2 and change == "sizes" else b"unknown"
+        return Record(str(number), task, "p", "p", picture, (b"unknown",) if task == "edit" else (), source)
+
+    for file, count in enumerate(counts):
+        records = [record(sum(counts[:file]) + i) for i in range(count)]
+        write_records(folder / f"{file}.parquet", records, row_group_size=3 if change == "groups" else 4)
+    return Mixture.from_settings(load_settings(None, list(more)), ParquetStore(folder), 2)
+
+
+def test_a_resume_needs_the_same_records(tmp_path: Path) -> None:
+    state = json.loads(json.dumps(stored(tmp_path / "a").state_dict(3, 2)))
+    (tmp_path / "a").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "1.parquet").rename(tmp_path / "moved" / "2.parquet")
+    no_edits = load_settings(None, ["data.edit_per_cycle=0"])
+    moved = Mixture.from_settings(no_edits, ParquetStore(tmp_path / "moved"), 4)
+    for same in (moved, stored(tmp_path / "b", change="source")):
+        same.load_state_dict(state)
+        assert same.origin == state["positions"]
+    with pytest.raises(UserError) as caught:
+        stored(tmp_path / "c", (12, 8, 4)).load_state_dict(state)
+    assert str(caught.value) == (
+        "data.train: is not what the run has been reading (20 records then, 24 now); allowed: the same records in the "
+        "same order, or a new run"
+    )
+    for change in ("task", "groups", "sizes"):
+        with pytest.raises(UserError, match=r"\(20 records then and now, of other tasks, sources, sizes or row groups"):
+            stored(tmp_path / change, change=change).load_state_dict(state)
+    stored(tmp_path / "d").load_state_dict({name: state[name] for name in ("step", "positions")})  # of an older version
+
+
+def test_a_resume_needs_the_same_data_sets_where_they_are_told_apart(tmp_path: Path) -> None:
+    apart = "data.temperature=2"
+    state = stored(tmp_path / "a", (12, 8), "", apart).state_dict(3, 2)
+    stored(tmp_path / "b", (12, 8), "", apart).load_state_dict(state)
+    with pytest.raises(UserError, match=r"data\.train: is not what the run has been reading"):
+        stored(tmp_path / "c", (12, 8), "source", apart).load_state_dict(state)
 
 
 def test_a_task_without_records_is_refused() -> None:

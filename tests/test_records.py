@@ -15,7 +15,15 @@ from PIL import Image
 from deepgen.config import UserError
 from deepgen.data.buckets import fixed_area_size
 from deepgen.data.dataset import TrainingSet, image_to_tensor
-from deepgen.data.records import Record, RecordError, decode_image, quoted_words, read_records, write_records
+from deepgen.data.records import (
+    Record,
+    RecordError,
+    decode_image,
+    header_size,
+    quoted_words,
+    read_records,
+    write_records,
+)
 from deepgen.data.store import ListStore
 
 
@@ -96,6 +104,64 @@ def test_decode_puts_transparency_on_white() -> None:
     assert pixels[0, 0].tolist() == [10, 20, 30] and pixels[1, 1].tolist() == [255, 255, 255]
     with pytest.raises(ValueError, match="not a readable image"):
         decode_image(PICTURE[:40])
+
+
+def test_a_damaged_avif_is_no_readable_image() -> None:
+    """Its decoder is the one that raises RuntimeError."""
+    noise = np.random.default_rng(0).integers(0, 255, (100, 100, 3), dtype=np.uint8)
+    whole = encoded(noise, "AVIF")
+    start = whole.index(b"mdat") + 4
+    data = whole[:start] + bytes(len(whole) - start)  # the headers, and no frame
+    assert header_size(data) == (100, 100)
+    with pytest.raises(ValueError, match=r"not a readable image \(Failed to decode frame 0"):
+        decode_image(data)
+
+
+GREYS = np.array([[0, 256, 257 * 100, 0x7FFF, 65535]], dtype=np.uint16)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bit_greys_keep_their_range(kind: str) -> None:
+    assert decode_image(encoded(GREYS, kind))[0, :, 0].tolist() == [0, 1, 100, 127, 255]
+
+
+def test_16_bit_greys_have_one_that_is_transparent() -> None:
+    stream = io.BytesIO()
+    Image.fromarray(GREYS).save(stream, "PNG", transparency=256)
+    assert decode_image(stream.getvalue())[0, :, 0].tolist() == [0, 255, 100, 127, 255]
+
+
+@pytest.mark.parametrize("given", ["int32", "float32", "white as 0"])
+def test_greys_without_a_known_white_are_refused(given: str) -> None:
+    stream = io.BytesIO()
+    if given == "white as 0":
+        Image.fromarray(GREYS).save(stream, "TIFF", tiffinfo={262: 0})
+    else:
+        Image.fromarray(GREYS.astype(given)).save(stream, "TIFF")
+    with pytest.raises(ValueError, match=r"(white is not known|with white as 0); allowed: 8 bits, or unsigned 16"):
+        decode_image(stream.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_a_picture_upright(kind: str, orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    upright = np.zeros((32, 64, 3), dtype=np.uint8)
+    upright[:16, :16], upright[:16, 48:], upright[16:, :16] = 250, 170, 90
+    exif, stream = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    rows = [upright, upright[:, ::-1], upright[::-1, ::-1], upright[::-1]]
+    stored = [*rows, *(rows[i].swapaxes(0, 1) for i in range(4))]
+    Image.fromarray(stored[orientation - 1]).save(stream, kind, exif=exif, quality=95)
+    data = stream.getvalue()
+    assert np.abs(decode_image(data).astype(int) - upright).max() < 30
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded"))
+    assert header_size(data) == (64, 32)
+
+
+def test_damaged_exif_does_not_lose_the_picture() -> None:
+    stream = io.BytesIO()
+    Image.fromarray(PIXELS).save(stream, "PNG", exif=b"Exif\0\0II*\0\xff\xff")
+    assert np.array_equal(decode_image(stream.getvalue()), PIXELS) and header_size(stream.getvalue()) == (5, 4)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -13,7 +14,7 @@ from deepgen.config.errors import UserError
 from deepgen.config.settings import load_settings
 from deepgen.data.mixture import make_parts
 from deepgen.data.order import BlockOrder
-from deepgen.data.records import SCHEMA, Record, write_records
+from deepgen.data.records import SCHEMA, Record, RecordError, read_rows, write_records
 from deepgen.data.store import ParquetStore
 
 COUNTS = [5, 1, 7, 3, 3, 8, 2, 4]
@@ -156,12 +157,102 @@ def test_a_row_that_does_not_fit_is_named_when_it_is_read(tmp_path: Path) -> Non
         store.read(1)
 
 
+def with_bytes(file: Path, column: str, values: list) -> None:
+    """A file of records of which a text column holds these bytes, UTF-8 or not."""
+    write_records(file, [record(i) for i in range(len(values))])
+    table = pq.read_table(file)
+    kind = pa.list_(pa.string()) if column == "references" else pa.string()
+    stored = pa.list_(pa.binary()) if column == "references" else pa.binary()
+    text = pa.chunked_array([pa.array(values, stored)]).cast(
+        options=pc.CastOptions(target_type=kind, allow_invalid_utf8=True)
+    )
+    pq.write_table(table.set_column(table.column_names.index(column), column, text), file)
+
+
+@pytest.mark.parametrize(
+    ("column", "says"),
+    [(name, f"{name} is not UTF-8") for name in ("id", "prompt", "answer", "source")]
+    + [("image", "an image is a path that is not UTF-8")],
+)
+def test_text_that_is_not_utf8_is_a_bad_row(tmp_path: Path, column: str, says: str) -> None:
+    file = tmp_path / "a.parquet"
+    with_bytes(file, column, ["grün".encode(), b"caf\xe9", b"c"])
+    store = ParquetStore(file)
+    assert [store.read(i).prompt for i in (0, 2)] == (["grün", "c"] if column == "prompt" else ["prompt 0", "prompt 2"])
+    with pytest.raises(RecordError, match=rf"a\.parquet, row 2: {says}") as caught:
+        store.read(1)
+    assert caught.value.id == ("" if column == "id" else "r1")
+    assert [isinstance(row.record, RecordError) for row in read_rows(file)] == [False, True, False]
+    if column == "source":
+        assert store.sources()[0] == ["c", "caf\ufffd", "grün"]
+
+
+def test_paths_of_references_that_are_not_utf8(tmp_path: Path) -> None:
+    with_bytes(tmp_path / "a.parquet", "references", [[], [b"/a.png", b"caf\xe9"], None])
+    store = ParquetStore(tmp_path / "a.parquet")
+    assert store.read(2).references == ()
+    with pytest.raises(RecordError, match="row 2: task t2i with 2 reference images"):
+        store.read(1)
+
+
+def test_a_binary_text_column_is_read_row_by_row(tmp_path: Path) -> None:
+    write_records(tmp_path / "a.parquet", [record(0), record(1)])
+    table = pq.read_table(tmp_path / "a.parquet")
+    stored = pa.array([b"red", b"caf\xe9"], pa.binary())
+    pq.write_table(table.set_column(table.column_names.index("prompt"), "prompt", stored), tmp_path / "a.parquet")
+    store = ParquetStore(tmp_path / "a.parquet")
+    assert store.read(0).prompt == "red"
+    with pytest.raises(RecordError, match="row 2: prompt is not UTF-8"):
+        store.read(1)
+
+
+def test_a_task_that_is_not_utf8_is_named_before_anything_is_read(tmp_path: Path) -> None:
+    with_bytes(tmp_path / "a.parquet", "task", [b"t2i", b"t2\xe9"])
+    with pytest.raises(UserError, match=r"a\.parquet, row 2: task 't2\ufffd'; allowed: t2i"):
+        ParquetStore(tmp_path)
+
+
 @pytest.mark.parametrize(("content", "message"), [(b"no parquet", "can't be read as parquet"), (None, "no such file")])
 def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / "a.parquet").write_bytes(content)
     with pytest.raises(UserError, match=message):
         ParquetStore(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("column", ["task", "source", "width", "prompt"])
+def test_a_column_of_damaged_bytes_is_named_by_its_file(folder: Path, column: str) -> None:
+    file = folder / "b.parquet"
+    group = pq.ParquetFile(file).metadata.row_group(0)
+    place = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == column)
+    start = place.dictionary_page_offset or place.data_page_offset
+    data = bytearray(file.read_bytes())
+    data[start : start + place.total_compressed_size] = b"\xff" * place.total_compressed_size
+    file.write_bytes(data)
+
+    def read() -> None:
+        store = ParquetStore(folder)
+        store.sources()
+        store.sizes()
+        store.read(11)
+
+    with pytest.raises(UserError, match=r"b\.parquet: can't be read as parquet"):
+        read()
+
+
+def test_a_damaged_name_of_a_column(folder: Path) -> None:
+    file = folder / "b.parquet"
+    file.write_bytes(file.read_bytes().replace(b"answer", b"answe\xc9"))
+    for reader in (ParquetStore, read_rows):
+        with pytest.raises(UserError, match=r"b\.parquet: can't be read as parquet"):
+            reader(folder)
+
+
+def test_a_folder_among_the_files_is_named(folder: Path) -> None:
+    (folder / "c.parquet").mkdir()
+    for reader in (ParquetStore, read_rows):
+        with pytest.raises(UserError, match=r"c\.parquet: is a folder; allowed in .* under such a name: parquet files"):
+            reader(folder)
 
 
 def test_a_missing_column_is_named(tmp_path: Path) -> None:

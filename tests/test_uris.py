@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from time import sleep
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,12 +18,15 @@ from deepgen.config import UserError
 from deepgen.data.dataset import TrainingSet
 from deepgen.data.records import SCHEMA, RecordError, decode_image, read_records, write_records
 from deepgen.data.store import ParquetStore
-from deepgen.data.uris import read_uri
+from deepgen.data.uris import UriError, read_uri, version_of
 from tests.test_records import EDIT, GOOD, PICTURE, PIXELS
 
 
 class Storage(BaseHTTPRequestHandler):
-    """One object at every path but those with "gone" in it, as http and S3 clients ask for it."""
+    """One object at every path but those with "gone" in it, as http and S3 clients ask for it.
+
+    "short": less of it than was said. "slow": byte by byte, without an end. "图" is the one name with percent signs.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -33,7 +38,7 @@ class Storage(BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         asked, data = self.headers.get("Range"), PICTURE
-        if "gone" in self.path:
+        if "gone" in self.path or ("%" in self.path and "%E5%9B%BE%20%20" not in self.path):
             self.send_response(404)
             data = b""
         elif asked:
@@ -43,10 +48,18 @@ class Storage(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(PICTURE)}")
         else:
             self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(data) if "slow" not in self.path else 1 << 20))
         self.end_headers()
-        if body:
-            self.wfile.write(data)
+        if not body:
+            return
+        if "slow" in self.path:
+            self.wfile.write(data[:1])
+            with contextlib.suppress(OSError):  # when the reader has gone
+                while True:
+                    sleep(0.01)
+                    self.wfile.write(b"x")
+        self.wfile.write(data[:20] if "short" in self.path else data)
+        self.close_connection = "short" in self.path
 
     def log_message(self, *arguments: object) -> None:
         """Nothing on the console."""
@@ -72,6 +85,39 @@ def test_remote_images(scheme: str, port: int) -> None:
     with pytest.raises(ValueError, match=r"404: Not Found|Path does not exist") as caught:
         read_uri(uri(scheme, "gone.png", port))
     assert "gone.png" in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_names_in_any_alphabet(port: int) -> None:
+    assert read_uri(uri("http", "图 %20.png?size=ü", port)) == PICTURE
+
+
+def test_half_a_body_is_no_image(port: int) -> None:
+    with pytest.raises(UriError, match=rf"short\.png: ends after 20 of {len(PICTURE)} bytes"):
+        read_uri(uri("http", "short.png", port))
+
+
+def test_a_server_that_drips_is_given_up(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepgen.data.uris.HTTP_DEADLINE_S", 0.3)
+    with pytest.raises(UriError, match=r"slow\.png: not read within 0\.3 s \(\d+ bytes were\)"):
+        read_uri(uri("http", "slow.png", port))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("http://[x/a.png", "Invalid IPv6 URL"),
+        ("file://[x", "Invalid IPv6 URL"),
+        ("/a\0.png", "null byte"),
+        ("file:///a%00.png", "null byte"),
+        (f"http://{'a' * 64}.org/a.png", "label"),
+        ("http:///a.png", "names no host"),
+        ("http://127.0.0.1:x/a.png", "nonnumeric port"),
+    ],
+)
+def test_what_is_no_uri_has_a_reason(given: str, says: str) -> None:
+    with pytest.raises(UriError, match=says):
+        read_uri(given)
+    assert version_of(given) == (given.encode() if given.startswith("http") else None)
 
 
 def test_paths_start_from_the_parquet_file(tmp_path: Path) -> None:
@@ -107,14 +153,15 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, given: str, says: str) -> 
 
 
 def test_other_types_of_the_columns(tmp_path: Path) -> None:
-    """Large and dictionary types are read; bytes beside paths, and what is no image, are refused by name."""
+    """Large, view and dictionary types are read; bytes beside paths, and what is no image, are refused by name."""
     table = pa.Table.from_pylist([vars(GOOD) | {"references": []}], schema=SCHEMA)
     number = SCHEMA.get_field_index("image")
     pq.write_table(table.set_column(number, "image", pa.array([PICTURE], pa.large_binary())), tmp_path / "a.parquet")
     assert ParquetStore(tmp_path / "a.parquet").read(0) == GOOD
-    path = pa.array(["/a.png"]).dictionary_encode()
-    pq.write_table(table.set_column(number, "image", path), tmp_path / "b.parquet")
-    assert ParquetStore(tmp_path / "b.parquet").read(0).image == "/a.png"
+    paths = pa.array(["/a.png"])
+    for path in (paths.dictionary_encode(), paths.cast(pa.string_view())):
+        pq.write_table(table.set_column(number, "image", path), tmp_path / "b.parquet")
+        assert ParquetStore(tmp_path / "b.parquet").read(0).image == "/a.png"
     pq.write_table(table.set_column(number, "image", pa.array([7])), tmp_path / "c.parquet")
     with pytest.raises(UserError, match=r"c\.parquet: column image is int64, which does not fit; allowed: binary or"):
         ParquetStore(tmp_path / "c.parquet")

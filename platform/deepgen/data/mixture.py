@@ -11,6 +11,7 @@ stopped. Where records say how large their images are, those that become equally
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,7 @@ class Mixture:
     """Plan of batches. ``parts``: what each source is drawn from; every rank builds the same object.
 
     ``image_size``: what the buckets of the parts follow from, so that it belongs to the place in the data.
+    ``records``: what tells the records from others (`fingerprint`); empty: a resume does not compare them.
     """
 
     seed: int
@@ -78,6 +80,7 @@ class Mixture:
     origin_step: int = 0
     origin: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SOURCES, 0))
     image_size: int = 0
+    records: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_settings(cls, settings: Settings, store: RecordStore, micro_batch: int) -> Mixture:
@@ -85,7 +88,8 @@ class Mixture:
         per_cycle = {"edit": settings.data.edit_per_cycle, "t2i": settings.data.t2i_per_cycle}
         used = [source for source in SOURCES if per_cycle[source]]
         parts = make_parts(store, settings, used)
-        return cls(settings.run.seed, parts, per_cycle, micro_batch, image_size=settings.data.image_size)
+        size, records = settings.data.image_size, fingerprint(store, parts)
+        return cls(settings.run.seed, parts, per_cycle, micro_batch, image_size=size, records=records)
 
     def __post_init__(self) -> None:
         for source in SOURCES:
@@ -128,19 +132,34 @@ class Mixture:
         return batches
 
     def state_dict(self, step: int, world: int) -> dict[str, Any]:
-        """State before optimizer step ``step``: where each source goes on."""
+        """State before optimizer step ``step``: where each source goes on, and among which records. JSON-able."""
         state = {"step": step, "positions": {source: self._position(source, step, world) for source in SOURCES}}
-        return state | ({"image_size": self.image_size} if self.buckets > 1 else {})
+        state |= {"image_size": self.image_size} if self.buckets > 1 else {}
+        return state | ({"records": dict(self.records)} if self.records else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError when records would now be grouped by other sizes, so that some would be lost."""
+        """Raises UserError when records are others, or would now be grouped by other sizes: the shuffled row would be
+        another, in which some records come twice and some never."""
         then = state.get("image_size", self.image_size)
-        if self.buckets > 1 and then != self.image_size:
+        if then != self.image_size:
             raise UserError(
                 f"data.image_size: got {self.image_size}; allowed: {then}, whose buckets the run draws from"
             )
+        self._check_records(state.get("records", {}))
         self.origin_step = int(state["step"])
         self.origin = {source: int(state["positions"][source]) for source in SOURCES}
+
+    def _check_records(self, then: Mapping[str, Any]) -> None:
+        """Compare what both know: states of older versions know nothing, and a source may have been left out."""
+        if all(then[name] == self.records[name] for name in then.keys() & self.records.keys()):
+            return
+        counts = f"{then['count']:,} records then, {self.records['count']:,} now"
+        if then["count"] == self.records["count"]:
+            counts = f"{then['count']:,} records then and now, of other tasks, sources, sizes or row groups"
+        raise UserError(
+            f"data.train: is not what the run has been reading ({counts}); allowed: the same records in the same "
+            "order, or a new run"
+        )
 
     def _position(self, source: str, step: int, world: int) -> int:
         per_step = self.per_cycle.get(source, 0) * self.micro_batch * world
@@ -154,6 +173,26 @@ class Mixture:
 def check_training_data(settings: Settings) -> None:
     """Raise UserError now, not when the workers have started, when data.train and the keys that mix it do not fit."""
     Mixture.from_settings(settings, ParquetStore(settings.data.train), settings.data.micro_batch)
+
+
+def fingerprint(store: RecordStore, parts: Mapping[str, Sequence[Part]]) -> dict[str, Any]:
+    """What the order of the records follows from, apart from the seed: their count and, for each source, a hash.
+
+    Of tasks, blocks, data sets and buckets, all of which are in memory anyway. Names and places of files do not count.
+    """
+    common = hashlib.blake2b(digest_size=16)
+    common.update(store.tasks.astype(np.uint8).tobytes())
+    common.update(store.starts.astype(np.int64).tobytes())
+    found: dict[str, Any] = {"count": len(store.tasks)}
+    for source, own in parts.items():
+        digest = common.copy()
+        for part in own:
+            buckets = np.zeros(0) if part.buckets is None else part.buckets
+            for numbers in (part.rows, buckets):
+                digest.update(f"{len(numbers)}:".encode())
+                digest.update(np.ascontiguousarray(numbers, dtype=np.int64).data)
+        found[source] = digest.hexdigest()
+    return found
 
 
 def make_parts(store: RecordStore, settings: Settings, used: Sequence[str]) -> dict[str, list[Part]]:

@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
@@ -43,19 +45,34 @@ _TEXT_COLUMNS = ("id", "task", "prompt", "answer", "source")
 MAX_ASPECT = 8.0  # longer by shorter side of an image that can be trained on
 MAX_PIXELS = 100_000_000  # more are refused by the header; Pillow's own limit is 179 million
 # What Pillow's decoders raise on damaged data. DecompressionBombError is an Exception of its own.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     ArithmeticError,
     AttributeError,
     EOFError,
     Image.DecompressionBombError,
     LookupError,
     OSError,
+    RuntimeError,  # AVIF: "Failed to decode frame 0"
     SyntaxError,
     TypeError,
     ValueError,
     struct.error,
     zlib.error,
 )
+_ORIENTATION = 0x0112  # of EXIF: how the stored picture is turned to stand upright
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_EXIF = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow keeps it
+# What reading a damaged parquet file raises; the last one for the name of a column.
+PARQUET_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
+NOT_UTF8 = object()  # stands in a row for such text
 _QUOTED = re.compile(r'"([^"]+)"')
 
 
@@ -89,7 +106,7 @@ def quoted_words(prompt: str) -> list[str]:
 
 
 def decode_image(data: bytes | str) -> np.ndarray:
-    """Encoded image, or its path or URI -> uint8 [H, W, 3] RGB; transparent parts become white.
+    """Encoded image, or its path or URI -> uint8 [H, W, 3] RGB, upright by EXIF; transparent parts become white.
 
     Raises ValueError if it can't be read.
     """
@@ -97,19 +114,55 @@ def decode_image(data: bytes | str) -> np.ndarray:
 
 
 def open_image(data: bytes | str) -> Image.Image:
-    """Decoded RGB image, as `decode_image`. The header is judged before anything is decoded."""
+    """Decoded RGB image, upright, as `decode_image`. The header is judged before anything is decoded."""
     try:
         image: Image.Image = Image.open(io.BytesIO(read_uri(data) if isinstance(data, str) else data))
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} px; allowed: at most {MAX_PIXELS:,} pixels")
+        _check_white(image)
         image.load()
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise ValueError(f"not a readable image ({' '.join(str(error).split())[:200]})") from error
+    turn = _TURNS.get(_orientation(image))
+    if image.mode.startswith("I"):
+        image = _from_16_bits(image)
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, rgba)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def _check_white(image: Image.Image) -> None:
+    """Raise ValueError for greys of which nobody says which number is white: Pillow would cut them off at 255."""
+    grey16 = "allowed: 8 bits, or unsigned 16 bits from black to white"
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # a PPM's are scaled to 16 bits
+        raise ValueError(f"greys of mode {image.mode}, of which white is not known; {grey16}")
+    if image.mode.startswith("I;16") and isinstance(image, TiffImageFile):
+        bits, first_is_white = (image.tag_v2.get(258) or (1,))[0], image.tag_v2.get(262) == 0
+        if bits != 16 or first_is_white:
+            raise ValueError(f"grey TIFF of {bits} bits{' with white as 0' if first_is_white else ''}; {grey16}")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Greys from 0 to 65535 in 8 bits; the one that stands for transparent becomes white."""
+    grey = np.asarray(image).astype(np.uint32)
+    eight = ((grey + 128) // 257).astype(np.uint8)
+    if "transparency" in image.info:
+        eight[grey == image.info["transparency"]] = 255
+    return Image.fromarray(eight)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1 to 8, as far as the file has been read; 1 where it says none. A TIFF is turned by Pillow itself."""
+    if image.format == "TIFF" or not any(key in image.info for key in _EXIF):
+        return 1
+    try:
+        found = Image.Image.getexif(image).get(_ORIENTATION)  # a PngImageFile's own decodes the image
+    except DECODE_ERRORS:  # a damaged note beside a sound picture, which viewers pass over too
+        return 1
+    return found if found in _TURNS else 1
 
 
 @dataclass(frozen=True)
@@ -162,12 +215,7 @@ def read_rows(path: Path) -> list[Row]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; allowed: parquet, a folder of it, or a .txt of prompts")
-    if path.is_dir():
-        files = sorted(path.glob("*.parquet"))
-        if not files:
-            raise UserError(f"{path}: no *.parquet in this folder")
-    else:
-        files = [path]
+    files = parquet_files(path) if path.is_dir() else [path]
     rows: list[Row] = []
     first_seen: dict[str, str] = {}
     for file in files:
@@ -183,6 +231,17 @@ def read_rows(path: Path) -> list[Row]:
     if not rows:
         raise UserError(f"{path}: holds no records")
     return rows
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """The ``*.parquet`` in a folder, by name. Raises UserError when there are none, or one is a folder."""
+    files = sorted(folder.glob("*.parquet"))
+    if not files:
+        raise UserError(f"{folder}: no *.parquet in this folder")
+    inner = next((file for file in files if file.is_dir()), None)
+    if inner is not None:
+        raise UserError(f"{inner}: is a folder; allowed in {folder.name}/ under such a name: parquet files")
+    return files
 
 
 def write_records(path: Path, records: list[Record], *, row_group_size: int | None = None) -> None:
@@ -211,13 +270,13 @@ def _sizes(record: Record) -> dict[str, Any]:
 
 
 def header_size(data: bytes | str) -> tuple[int, int] | tuple[None, None]:
-    """(width, height) in pixels, by the header; None for what lies elsewhere or is no image."""
+    """(width, height) in pixels of the upright image, by the header; None for what lies elsewhere or is no image."""
     if isinstance(data, str):
         return None, None
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.size
-    except _DECODE_ERRORS:
+            return (image.height, image.width) if _orientation(image) >= 5 else image.size
+    except DECODE_ERRORS:
         return None, None
 
 
@@ -234,19 +293,27 @@ def _schema(image: pa.DataType, reference: pa.DataType) -> pa.Schema:
     return pa.schema([(field.name, types.get(field.name, field.type)) for field in SCHEMA])
 
 
+def unreadable(file: Path, error: Exception) -> UserError:
+    """The one line for a file that is no parquet, or damaged."""
+    return UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})")
+
+
 def conform(table: pa.Table, file: Path) -> pa.Table:
     """The columns of SCHEMA in their types, images as bytes or as text. Raises UserError naming file and column.
 
     An empty table says whether the files' columns can be read at all.
     """
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    try:
+        missing = [name for name in SCHEMA.names if name not in table.column_names]
+    except UnicodeDecodeError as error:
+        raise unreadable(file, error) from error
     if missing:
         raise UserError(f"{file}: missing column {', '.join(missing)}; allowed: {', '.join(SCHEMA.names)}")
     image, references = (table.schema.field(name).type for name in ("image", "references"))
     wanted = _schema(_image_type(image), _image_type(getattr(references, "value_type", references)))
     for field in wanted:
         try:
-            column = table.column(field.name).cast(field.type)
+            column = as_type(table.column(field.name), field.type)
         except pa.ArrowException as error:
             raise UserError(
                 f"{file}: column {field.name} is {table.schema.field(field.name).type}, which does not fit; allowed: "
@@ -257,9 +324,46 @@ def conform(table: pa.Table, file: Path) -> pa.Table:
     return table.select(SCHEMA.names)
 
 
+def as_type(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
+    """A column cast; text that is not UTF-8 passes, as it concerns its row alone. Raises ArrowException."""
+    return column.cast(options=pc.CastOptions(target_type=wanted, allow_invalid_utf8=True))
+
+
+def to_rows(table: pa.Table, file: Path) -> list[dict[str, Any]]:
+    """Rows for `check_row`, which names text that is not UTF-8. Raises UserError as `conform` does."""
+    table = conform(table, file)
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        return _decoded_rows(table)
+
+
+def _decoded_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows of a table of which some text cannot be decoded, value by value: to_pylist gives all or nothing."""
+    kinds = {pa.string(): pa.binary(), pa.list_(pa.string()): pa.list_(pa.binary())}
+    text = [field for field in table.schema if field.type in kinds]
+    for field in text:
+        number = table.column_names.index(field.name)
+        table = table.set_column(number, field.name, table.column(field.name).cast(kinds[field.type]))
+    rows: list[dict[str, Any]] = table.to_pylist()
+    for row in rows:
+        for field in text:
+            value = row[field.name]
+            row[field.name] = [*map(_decoded, value)] if isinstance(value, list) else _decoded(value)
+    return rows
+
+
+def _decoded(value: bytes | None) -> Any:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return NOT_UTF8
+
+
 def _image_type(given: pa.DataType) -> pa.DataType:
     given = given.value_type if pa.types.is_dictionary(given) else given
-    return pa.string() if pa.types.is_string(given) or pa.types.is_large_string(given) else pa.binary()
+    text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return pa.string() if any(is_kind(given) for is_kind in text) else pa.binary()
 
 
 def _read_prompt_lines(file: Path) -> list[Record]:
@@ -280,15 +384,21 @@ def _read_prompt_lines(file: Path) -> list[Record]:
 def _read_parquet(file: Path) -> list[Record | RecordError]:
     try:
         table = pq.read_table(file)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})") from error
+    except PARQUET_ERRORS as error:
+        raise unreadable(file, error) from error
     found: list[Record | RecordError] = []
-    for number, row in enumerate(conform(table, file).to_pylist(), start=1):
+    for number, row in enumerate(to_rows(table, file), start=1):
         try:
             found.append(check_row(row, f"{file}, row {number}", file.parent))
         except RecordError as error:
             found.append(error)
     return found
+
+
+def _no_text(value: Any) -> str:
+    if value is NOT_UTF8:
+        return "not UTF-8"
+    return f"{'null' if value is None else type(value).__name__}; allowed: text"
 
 
 def check_row(row: dict[str, Any], place: str, folder: Path) -> Record:
@@ -300,7 +410,7 @@ def check_row(row: dict[str, Any], place: str, folder: Path) -> Record:
 
     for column in _TEXT_COLUMNS:
         if not isinstance(row[column], str):
-            raise wrong(f"{column} is {'null' if row[column] is None else type(row[column]).__name__}; allowed: text")
+            raise wrong(f"{column} is {_no_text(row[column])}")
     if row["task"] not in TASKS:
         raise wrong(f"task {row['task']!r}; allowed: {', '.join(TASKS)}")
     if not row["id"] or not row["prompt"].strip():
@@ -312,7 +422,8 @@ def check_row(row: dict[str, Any], place: str, folder: Path) -> Record:
     images = [*references, *([] if row["image"] is None else [row["image"]])]
     for image in images:
         if not isinstance(image, bytes | str):
-            raise wrong(f"an image is {type(image).__name__}; allowed: encoded bytes, or a path or URI")
+            what = "null; allowed: encoded bytes, or a path or URI" if image is None else "a path that is not UTF-8"
+            raise wrong(f"an image is {what}")
     if not all(images):
         raise wrong("an image of no bytes; allowed: an encoded image, or null for no target")
 

@@ -16,7 +16,18 @@ import pyarrow.parquet as pq
 
 from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
-from deepgen.data.records import SCHEMA, SIZES, Record, check_row, conform
+from deepgen.data.records import (
+    PARQUET_ERRORS,
+    SCHEMA,
+    SIZES,
+    Record,
+    as_type,
+    check_row,
+    conform,
+    parquet_files,
+    to_rows,
+    unreadable,
+)
 
 CACHE_BYTES = 1 << 30  # of encoded images, per process; what is evicted too soon is read again (data.order)
 
@@ -102,11 +113,14 @@ class ParquetStore:
         return str(file), first + index - int(self.starts[block]) + 1
 
     def sources(self) -> tuple[list[str], np.ndarray]:
-        """Read when it is asked for: most runs do not tell sources apart. A null is the source ""."""
-        columns = [_codes(fragment, "source") for fragment in self._fragments]
-        names = sorted({name or "" for found, _ in columns for name in found})
+        """Read when it is asked for: most runs do not tell sources apart. A null is the source ""; of one that is not
+        UTF-8, which `read` refuses, the name is what can be shown of it."""
+        columns = [_codes(file, part, "source") for file, part in zip(self._files, self._fragments, strict=True)]
+        shown = [[(name or b"").decode(errors="replace") for name in found] for found, _ in columns]
+        names = sorted({name for found in shown for name in found})
         number = {name: i for i, name in enumerate(names)}
-        return names, np.concatenate([np.array([number[n or ""] for n in found])[codes] for found, codes in columns])
+        parts = zip(shown, (codes for _, codes in columns), strict=True)
+        return names, np.concatenate([np.array([number[name] for name in found])[codes] for found, codes in parts])
 
     def sizes(self) -> list[np.ndarray]:
         """Read when it is asked for, from the columns SIZES alone. Raises UserError when one holds something else."""
@@ -130,9 +144,9 @@ class ParquetStore:
             file, group, _ = self._groups[block]
             try:
                 table = pq.ParquetFile(file).read_row_group(group, columns=SCHEMA.names)
-            except (pa.ArrowException, OSError) as error:
-                raise UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})") from error
-            rows = conform(table, file).to_pylist()
+            except PARQUET_ERRORS as error:
+                raise unreadable(file, error) from error
+            rows = to_rows(table, file)
             self._blocks[block] = rows, table.nbytes
             self._held += table.nbytes
             while self._held > self._budget and len(self._blocks) > 1:
@@ -143,10 +157,7 @@ class ParquetStore:
 def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; allowed: parquet or a folder of it")
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{path}: no *.parquet in this folder")
-    return files
+    return parquet_files(path) if path.is_dir() else [path]
 
 
 def _fragments(files: Sequence[Path]) -> list[ds.ParquetFileFragment]:
@@ -157,8 +168,8 @@ def _fragments(files: Sequence[Path]) -> list[ds.ParquetFileFragment]:
         try:
             (fragment,) = ds.dataset(str(file), format="parquet").get_fragments()
             fragment.ensure_complete_metadata()
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})") from error
+        except PARQUET_ERRORS as error:
+            raise unreadable(file, error) from error
         conform(fragment.physical_schema.empty_table(), file)
         return fragment
 
@@ -166,12 +177,22 @@ def _fragments(files: Sequence[Path]) -> list[ds.ParquetFileFragment]:
         return list(pool.map(one, files))
 
 
-def _codes(fragment: ds.ParquetFileFragment, column: str) -> tuple[list[str | None], np.ndarray]:
-    """Different values of a text column, the last one None, and their numbers by row, int64 [rows]."""
-    values = fragment.to_table(columns=[column]).column(column).cast(pa.string()).combine_chunks().dictionary_encode()
+def _columns(file: Path, fragment: ds.ParquetFileFragment, names: Sequence[str]) -> pa.Table:
+    """Some columns of a file. Raises UserError when they cannot be read, as of damaged bytes."""
+    try:
+        return fragment.to_table(columns=list(names))
+    except PARQUET_ERRORS as error:
+        raise unreadable(file, error) from error
+
+
+def _codes(file: Path, fragment: ds.ParquetFileFragment, column: str) -> tuple[list[bytes | None], np.ndarray]:
+    """Different values of a text column as they are stored, None among them if there is one, and their numbers by row,
+    int64 [rows]."""
+    text = as_type(_columns(file, fragment, [column]).column(column), pa.string())
+    values = text.cast(pa.binary()).combine_chunks().dictionary_encode()
     if isinstance(values, pa.ChunkedArray):
         values = values.combine_chunks()
-    names = [*values.dictionary.to_pylist(), None]
+    names = values.dictionary.to_pylist() + [None] * bool(values.null_count)
     return names, values.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
@@ -179,7 +200,7 @@ def _sizes(file: Path, fragment: ds.ParquetFileFragment) -> list[np.ndarray]:
     """Pixels (width, height), int32 [rows, 2], of the target, the first reference, ...; 0 where the file says none."""
     rows = fragment.count_rows()
     present = [field for field in SIZES if field.name in fragment.physical_schema.names]
-    table = fragment.to_table(columns=[field.name for field in present])
+    table = _columns(file, fragment, [field.name for field in present])
     columns = {}
     for field in present:
         try:
@@ -214,10 +235,13 @@ def _numbers(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 def _read_tasks(file: Path, fragment: ds.ParquetFileFragment) -> np.ndarray:
     """The task column as uint8 [rows]. Raises UserError naming the first row with an unknown task."""
-    names, codes = _codes(fragment, "task")
-    found = np.array([TASKS.index(name) if name in TASKS else len(TASKS) for name in names])[codes]
+    names, codes = _codes(file, fragment, "task")
+    known = {task.encode(): number for number, task in enumerate(TASKS)}
+    found = np.array([len(TASKS) if name is None else known.get(name, len(TASKS)) for name in names])[codes]
     wrong = np.flatnonzero(found == len(TASKS))
     if len(wrong):
         row = int(wrong[0])
-        raise UserError(f"{file}, row {row + 1}: task {names[codes[row]]!r}; allowed: {', '.join(TASKS)}")
+        name = names[codes[row]]
+        shown = None if name is None else name.decode(errors="replace")
+        raise UserError(f"{file}, row {row + 1}: task {shown!r}; allowed: {', '.join(TASKS)}")
     return found.astype(np.uint8)

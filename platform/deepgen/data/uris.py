@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import http.client
 import re
+import time
 import urllib.request
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
 MAX_BYTES = 256 << 20  # of one encoded image
-HTTP_DEADLINE_S = 30.0
+HTTP_DEADLINE_S = 30.0  # for the whole image, and for each silence of the server
+_PIECE = 1 << 20
 _REMOTE = ("s3", "gs", "gcs")
 _CREDENTIALS = re.compile(r"//[^/@]*@")  # s3://key:secret@bucket: not for messages and files
+_LEGAL = "!#$%&'()*+,/:;=?@[]~"  # in a URL beside letters, digits and "-._"; what is quoted already stays
 SCHEMES = ("file", *_REMOTE, "http", "https")
 
 
@@ -43,24 +46,53 @@ def read_uri(uri: str) -> bytes:
     shown = _CREDENTIALS.sub("//", uri)
     try:
         if scheme in ("http", "https"):
-            with urllib.request.urlopen(uri, timeout=HTTP_DEADLINE_S) as answer:
-                data: bytes = answer.read(MAX_BYTES + 1)
+            data = _read_http(uri)
         elif scheme in _REMOTE:
             system, path = fs.FileSystem.from_uri(uri)
             with system.open_input_file(path) as remote:
                 data = remote.read(MAX_BYTES + 1)
         elif scheme in ("", "file"):
-            with Path(unquote(urlsplit(uri).path) if scheme else uri).open("rb") as local:
+            with _local(uri).open("rb") as local:
                 data = local.read(MAX_BYTES + 1)
         else:
             allowed = ", ".join(f"{name}://" for name in SCHEMES)
-            raise UriError(shown, f"unknown scheme {scheme}://; allowed: a path, {allowed}")
-    except (OSError, pa.ArrowException, http.client.HTTPException) as error:
+            raise ValueError(f"unknown scheme {scheme}://; allowed: a path, {allowed}")
+    # ValueError: a URI or path that cannot be one, as of a host in half a bracket or with a zero byte
+    except (OSError, OverflowError, ValueError, pa.ArrowException, http.client.HTTPException) as error:
         why = " ".join(str(getattr(error, "strerror", None) or error).split())[:160]
         raise UriError(shown, why) from error
     if len(data) > MAX_BYTES:
         raise UriError(shown, f"more than {MAX_BYTES >> 20} MiB")
     return data
+
+
+def _read_http(url: str) -> bytes:
+    """The body, up to one byte more than is allowed. Raises OSError when it does not come whole, or not in time."""
+    deadline = time.monotonic() + HTTP_DEADLINE_S
+    with urllib.request.urlopen(_quoted(url), timeout=HTTP_DEADLINE_S) as answer:
+        if not isinstance(answer, http.client.HTTPResponse):
+            raise OSError(f"leads to {urlsplit(answer.url).scheme}://; allowed: http:// and https://")
+        expected, data = answer.length, bytearray()
+        while len(data) <= MAX_BYTES and (piece := answer.read1(_PIECE)):  # read() would wait until it is full
+            data += piece
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not read within {HTTP_DEADLINE_S:g} s ({len(data):,} bytes were)")
+    if expected is not None and len(data) < min(expected, MAX_BYTES):
+        raise OSError(f"ends after {len(data):,} of {expected:,} bytes")
+    return bytes(data)
+
+
+def _quoted(url: str) -> str:
+    """`url` with what a path may not hold as it stands, like letters beyond ASCII, in percent signs."""
+    parts = urlsplit(url)
+    if not parts.netloc:
+        raise ValueError("names no host")
+    path, query = (quote(part, safe=_LEGAL) for part in (parts.path, parts.query))
+    return urlunsplit(parts._replace(path=path, query=query))
+
+
+def _local(uri: str) -> Path:
+    return Path(unquote(urlsplit(uri).path) if _scheme(uri) else uri)
 
 
 def version_of(uri: str) -> bytes | None:
@@ -71,10 +103,13 @@ def version_of(uri: str) -> bytes | None:
     scheme = _scheme(uri)
     if scheme not in ("", "file"):
         return uri.encode()
-    path = Path(unquote(urlsplit(uri).path) if scheme else uri)
-    if not path.is_file():
+    try:
+        path = _local(uri)
+        if not path.is_file():
+            return None
+        found = path.stat()
+    except ValueError:  # no path at all, as `read_uri` will say
         return None
-    found = path.stat()
     return f"{uri}:{found.st_size}:{found.st_mtime_ns}".encode()
 
 
