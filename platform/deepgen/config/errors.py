@@ -17,10 +17,11 @@ class UserError(Exception):
     """A mistake the user can repair. The message is one line: what, what was given, what is allowed."""
 
 
-def run_program(main: Callable[[], int | None]) -> NoReturn:
+def run_program(main: Callable[[], int | None], *, resumes: bool = True) -> NoReturn:
     """Run a stage's `main` and leave the process with its exit code.
 
-    `UserError` ends with 2 and one line on stderr; Ctrl-C with 130 and the command that continues the run.
+    `UserError` ends with 2 and one line on stderr; Ctrl-C with 130 and the command that continues the run: the
+    same one with --resume, or, of a program that goes on by itself (`resumes` False), without.
     Every other exception passes through with its traceback: it is a bug, and hiding it helps nobody.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background programs with Ctrl-C ignored
@@ -32,8 +33,9 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(USAGE_EXIT_CODE)
     except KeyboardInterrupt:
-        arguments = [a for a in sys.argv if a != "--resume"]
-        print(f"\nstopped; to continue: {shlex.join(['python', *arguments, '--resume'])}", file=sys.stderr)
+        arguments = [*(a for a in sys.argv if a != "--resume"), *(["--resume"] if resumes else [])]
+        again = "" if resumes else ", run the same command again"
+        print(f"\nstopped; to continue{again}: {shlex.join(['python', *arguments])}", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT_CODE)
     sys.exit(code or 0)
 
