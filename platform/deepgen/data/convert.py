@@ -353,7 +353,9 @@ def draw_histograms(tally: Tally, path: Path) -> None:
         sides[bisect(_SIDE_EDGES, side) - 1] += count
     ranges = [f"{low}-{high - 1}" for low, high in itertools.pairwise(_SIDE_EDGES)]
     ranges = [f"<{_SIDE_EDGES[1]}", *ranges[1:], f">={_SIDE_EDGES[-1]}"]
-    reasons = {textwrap.fill(textwrap.shorten(k, 90), 36): v for k, v in tally.top_reasons().items()}
+    reasons = Counter[str]()
+    for reason, count in tally.top_reasons().items():  # two lines fit beside a bar; equally short ones are one
+        reasons[textwrap.fill(textwrap.shorten(reason, 62, placeholder=" ..."), 34, max_lines=2)] += count
     panels = [
         ("edge of the square of equal area (px)", {ranges[k]: v for k, v in sorted(sides.items())}),
         ("width / height", {edges[k]: v for k, v in sorted(tally.aspects.items())}),
