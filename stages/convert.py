@@ -12,10 +12,11 @@ samples.png show what came out.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
@@ -25,12 +26,34 @@ from deepgen.config.settings import TASKS  # noqa: E402
 from deepgen.data import convert  # noqa: E402
 from deepgen.data.convert import Limits, Tally  # noqa: E402
 from deepgen.data.raw import FORMS, Source, Unit, guess_form, plan_units  # noqa: E402
+from deepgen.data.records import MAX_ASPECT, MAX_PIXELS  # noqa: E402
 
 LOOK_AFTER = 200  # samples before the share of bad ones says anything
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)  # one line, as of every other mistake
+
+
+def number(kind: type[int] | type[float], low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """A type of arguments: a number from low to high."""
+
+    def parsed(text: str) -> float:
+        allowed = f"from {low:,} to {high:,}" if high < float("inf") else f"from {low:,} on"
+        try:
+            value = kind(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}; allowed: {kind.__name__} {allowed}")
+        return value
+
+    return parsed
+
+
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--form", choices=FORMS)
@@ -41,11 +64,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--column", action="append", default=[], metavar="ROLE=NAME", help="hf: image, prompt or references"
     )
-    parser.add_argument("--min-side", type=int, default=Limits.min_side, help="pixels, both sides")
-    parser.add_argument("--max-aspect", type=float, default=Limits.max_aspect, help="longer by shorter side")
-    parser.add_argument("--max-pixels", type=int, default=Limits.max_pixels, help="of one image")
-    parser.add_argument("--rows", type=int, default=1000, help="samples of a shard")
-    parser.add_argument("--max-bad-share", type=float, default=0.1, help="stop above this share of unusable samples")
+    parser.add_argument("--min-side", type=number(int, 1), default=Limits.min_side, help="pixels, both sides")
+    parser.add_argument(
+        "--max-aspect",
+        type=number(float, 1, MAX_ASPECT),
+        default=Limits.max_aspect,
+        help=f"longer by shorter side; training takes up to {MAX_ASPECT:g}",
+    )
+    parser.add_argument("--max-pixels", type=number(int, 1, MAX_PIXELS), default=Limits.max_pixels, help="of one image")
+    parser.add_argument("--rows", type=number(int, 1), default=1000, help="samples of a shard")
+    parser.add_argument(
+        "--max-bad-share",
+        type=number(float, 0, 1),
+        default=0.1,
+        help="stop above this share of unusable samples",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the order within shards")
     parser.add_argument("--address", default="auto-local", help="Ray cluster, as cluster.address")
     return parser.parse_args()
@@ -53,6 +86,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    convert.check_folders(args.source, args.out)
     source = Source(
         args.source,
         args.form or guess_form(args.source),
@@ -64,16 +98,29 @@ def main() -> int:
     )
     limits = convert.Limits(args.min_side, args.max_aspect, args.max_pixels)
     units = plan_units(source, args.rows)
-    convert.write_plan(args.out, source, limits, args.rows, args.seed, len(units))
+    convert.write_plan(args.out, source, limits, args.rows, args.seed, units)
     todo = convert.unfinished(args.out, units)
     print(f"{args.source}: form {source.form}, {len(units)} units, {len(units) - len(todo)} already done", flush=True)
     run(source, todo, args.out.resolve(), limits, args)
     total = convert.write_report(args.out)
     print(f"kept {total.kept:,} of {total.total:,} samples: {dict(total.tasks)}")
-    for reason, count in total.dropped.most_common():
+    for reason, count in total.top_reasons().items():
         print(f"  dropped {count:,}: {reason}")
+    check_share(total, args, least=0)
+    if not total.kept:
+        raise UserError(f"{args.source}: not one of {total.total:,} samples can be used; see {args.out / 'quarantine'}")
     print(f"the stages take data.train={args.out}; look at {args.out / 'samples.png'} and histograms.png")
     return 0
+
+
+def check_share(total: Tally, args: argparse.Namespace, least: int) -> None:
+    """Raise UserError when, of at least `least` samples, too many cannot be used."""
+    if total.total >= least and total.bad_share > args.max_bad_share:
+        raise UserError(
+            f"{args.source}: {total.bad_share:.1%} of {total.total} samples cannot be used "
+            f"(mostly: {total.dropped.most_common(1)[0][0]}; see {args.out / 'quarantine'}); allowed: "
+            f"{args.max_bad_share:.1%} (--max-bad-share)"
+        )
 
 
 def columns(given: Sequence[str]) -> dict[str, str]:
@@ -89,16 +136,12 @@ def run(source: Source, units: Sequence[Unit], out: Path, limits: Limits, args: 
         return
     from deepgen.cluster.connect import connect
 
-    connect(load_settings(None, [f"cluster.address={args.address}"]), no_needs, code_root=ROOT)
     total = convert.total_tally(out)
+    check_share(total, args, LOOK_AFTER)  # what stopped the last run stops this one
+    connect(load_settings(None, [f"cluster.address={args.address}"]), no_needs, code_root=ROOT)
     for tally in progress(converted(source, units, out, limits, args.seed), len(units)):
         total.add(tally)
-        if total.total >= LOOK_AFTER and total.bad_share > args.max_bad_share:
-            raise UserError(
-                f"{source.path}: {total.bad_share:.1%} of {total.total} samples cannot be used "
-                f"(mostly: {total.dropped.most_common(1)[0][0]}; see {out / 'quarantine'}); allowed: "
-                f"{args.max_bad_share:.1%} (--max-bad-share)"
-            )
+        check_share(total, args, LOOK_AFTER)
 
 
 def no_needs(settings: Any, *, gpus: bool) -> list[Any]:
@@ -112,11 +155,17 @@ def converted(source: Source, units: Sequence[Unit], out: Path, limits: Limits, 
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts what people count: units
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
-        return {"tally": convert.convert_unit(source, row["item"], out, limits, seed)}
+        try:
+            tally = convert.convert_unit(source, row["item"], out, limits, seed)
+            return {"tally": json.dumps(tally.to_dict()), "error": ""}  # Ray warns about objects that are not Arrow's
+        except UserError as error:  # as data: Ray would bury it in its own tracebacks
+            return {"tally": "", "error": str(error).encode(errors="backslashreplace").decode()}
 
     rows = ray.data.from_items(list(units), override_num_blocks=len(units)).map(one, num_cpus=1)
     for row in rows.iter_rows():
-        yield row["tally"]
+        if row["error"]:
+            raise UserError(row["error"])
+        yield Tally.from_dict(json.loads(row["tally"]))
 
 
 def progress(tallies: Iterator[Tally], count: int) -> Iterator[Tally]:
@@ -131,4 +180,4 @@ def progress(tallies: Iterator[Tally], count: int) -> Iterator[Tally]:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, resumes=False)

@@ -45,7 +45,7 @@ def convert(path: Path, out: Path, **options) -> list[Record]:
     form = options.pop("form", None) or guess_form(path)
     source = Source(path, form, **options)
     units = plan_units(source, rows=3)
-    write_plan(out, source, LIMITS, 3, 0, len(units))
+    write_plan(out, source, LIMITS, 3, 0, units)
     for unit in unfinished(out, units):
         convert_unit(source, unit, out, LIMITS, seed=0)
     return sorted(read_records(out), key=lambda r: r.id) if any(out.glob("*.parquet")) else []

@@ -33,11 +33,11 @@ def stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
-def run_program(main: Callable[[], int | None]) -> NoReturn:
+def run_program(main: Callable[[], int | None], *, resumes: bool = True) -> NoReturn:
     """Run a stage's `main` and leave the process with its exit code.
 
     `UserError` ends with 2 and one line on stderr; Ctrl-C with 130, SIGTERM with 143, and the command that continues
-    the run. Who reads the output may stop reading (`--help | head`). Every other exception passes through with its
+    the run: the same one with --resume, or, of a program that goes on by itself (`resumes` False), without. Who reads the output may stop reading (`--help | head`). Every other exception passes through with its
     traceback: it is a bug, and hiding it helps nobody.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background programs with Ctrl-C ignored
@@ -54,8 +54,9 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(USAGE_EXIT_CODE)
     except KeyboardInterrupt as interrupt:
-        arguments = [a for a in sys.argv if a != "--resume"]
-        print(f"\nstopped; to continue: {shlex.join(['python', *arguments, '--resume'])}", file=sys.stderr)
+        arguments = [*(a for a in sys.argv if a != "--resume"), *(["--resume"] if resumes else [])]
+        again = "" if resumes else ", run the same command again"
+        print(f"\nstopped; to continue{again}: {shlex.join(['python', *arguments])}", file=sys.stderr)
         sys.exit(TERMINATED_EXIT_CODE if isinstance(interrupt, Terminated) else INTERRUPTED_EXIT_CODE)
     sys.exit(code or 0)
 

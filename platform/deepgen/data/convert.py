@@ -6,30 +6,34 @@ last, its tally; a unit with a tally is done and never read again, so a conversi
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
 import random
 import re
+import textwrap
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
 from deepgen.data.raw import RawSample, Source, Unit, read_unit
-from deepgen.data.records import MAX_ASPECT, MAX_PIXELS, Record, header_size, read_records, write_records
+from deepgen.data.records import MAX_ASPECT, MAX_PIXELS, Record, header_size, open_image, read_records, write_records
 from deepgen.data.uris import UriError
 
 ROW_GROUP = 64  # rows that are read together in training
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")  # names in an error: each would be a reason of its own
 _ASPECT_EDGES = [0.1, 0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0, 10.0]
+_SIDE_EDGES = [0, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192]
+_SHOWN_REASONS = 10
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,25 @@ class Tally:
             for name in ("dropped", "sides", "aspects", "tasks")
         }
 
+    def top_reasons(self) -> dict[str, int]:
+        """Most frequent reasons of dropping, the rest as one."""
+        shown = dict(self.dropped.most_common(_SHOWN_REASONS))
+        if others := len(self.dropped) - len(shown):
+            shown[f"{others} other reasons"] = sum(self.dropped.values()) - sum(shown.values())
+        return shown
+
     @classmethod
-    def load(cls, path: Path) -> Tally:
-        content = json.loads(path.read_text())
+    def from_dict(cls, content: dict[str, Any]) -> Tally:
         numbers = {name: Counter({int(k): v for k, v in content[name].items()}) for name in ("sides", "aspects")}
         words = {name: Counter(content[name]) for name in ("dropped", "tasks")}
         return cls(content["kept"], words["dropped"], numbers["sides"], numbers["aspects"], words["tasks"])
+
+    @classmethod
+    def load(cls, path: Path) -> Tally:
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: damaged; delete it, and the same command converts its unit again") from error
 
 
 # ---------------------------------------------------------------- one sample
@@ -88,10 +105,14 @@ class Tally:
 
 def check_sample(sample: RawSample, limits: Limits) -> tuple[Record | None, str]:
     """The record a sample becomes, or None and the reason it cannot be used, in words that many samples share."""
+    if sample.fault:
+        return None, sample.fault
     if sample.task not in TASKS:
         return None, f"task is not one of {', '.join(TASKS)}"
     if not isinstance(sample.prompt, str) or not sample.prompt.strip():
         return None, "empty caption" if sample.prompt is None or isinstance(sample.prompt, str) else "caption: no text"
+    if not _valid(sample.prompt) or (isinstance(sample.answer, str) and not _valid(sample.answer)):
+        return None, "caption: not valid text"
     if sample.task == "edit" and not sample.references:
         return None, "edit without source image"
     if sample.task != "edit" and sample.references:
@@ -103,7 +124,21 @@ def check_sample(sample: RawSample, limits: Limits) -> tuple[Record | None, str]
     assert isinstance(sample.image, bytes)  # checked
     answer = sample.answer if isinstance(sample.answer, str) and sample.answer.strip() else sample.prompt
     references = tuple(data for data in sample.references if isinstance(data, bytes))
-    return Record(sample.id, sample.task, sample.prompt, answer, sample.image, references, sample.source), ""
+    id, own = _cleaned(sample.id), _cleaned(sample.source)
+    return Record(id, sample.task, sample.prompt, answer, sample.image, references, own), ""
+
+
+def _valid(text: str) -> bool:
+    """Whether it can be written at all: lone surrogates, as from damaged JSON, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _cleaned(name: str) -> str:
+    return name.encode(errors="backslashreplace").decode()
 
 
 def image_fault(data: bytes | UriError | None, limits: Limits) -> str:
@@ -114,21 +149,22 @@ def image_fault(data: bytes | UriError | None, limits: Limits) -> str:
         return "file missing"
     if not data:
         return "no bytes"
+    width, height = header_size(data)
+    if width is not None and height is not None:
+        if width * height > limits.max_pixels:
+            return "too many pixels"
+        if min(width, height) < limits.min_side:
+            return f"a side below {limits.min_side} px"
+        if max(width, height) > limits.max_aspect * min(width, height):
+            return f"sides in a ratio above {limits.max_aspect:g}"
     try:
-        image = Image.open(io.BytesIO(data))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return "too many pixels" if isinstance(error, Image.DecompressionBombError) else "not an image"
-    width, height = image.size
-    if width * height > limits.max_pixels:
-        return "too many pixels"
-    if min(width, height) < limits.min_side:
-        return f"a side below {limits.min_side} px"
-    if max(width, height) > limits.max_aspect * min(width, height):
-        return f"sides in a ratio above {limits.max_aspect:g}"
-    try:
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        return "truncated" if "truncated" in str(error) else "damaged"
+        open_image(data)
+    except ValueError as error:
+        if isinstance(error.__cause__, Image.DecompressionBombError):
+            return "too many pixels"
+        if width is None:
+            return "not an image"
+        return "truncated" if "truncated" in str(error).lower() else "damaged"
     return ""
 
 
@@ -145,6 +181,23 @@ def tally_path(out: Path, number: int) -> Path:
 
 def convert_unit(source: Source, unit: Unit, out: Path, limits: Limits, seed: int) -> Tally:
     """Convert one unit, its samples in a random order that follows from (seed, unit)."""
+    with writing(out):
+        return _convert_unit(source, unit, out, limits, seed)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turns what the file system says while a conversion is written to `out` into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        why = " ".join(str(error.strerror or error).split())
+        raise UserError(
+            f"{out}: cannot write ({why}); make room or mend the folder, and run the same command again"
+        ) from error
+
+
+def _convert_unit(source: Source, unit: Unit, out: Path, limits: Limits, seed: int) -> Tally:
     tally, kept = Tally(), list[Record]()
     quarantine = out / "quarantine" / f"{unit.number:06d}.jsonl"
     quarantine.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +209,7 @@ def convert_unit(source: Source, unit: Unit, out: Path, limits: Limits, seed: in
             if record is not None and record.id in seen:
                 record, reason = None, "id used twice"
             if record is None:
-                tally.dropped[reason] += 1
+                tally.dropped[reason.partition(":")[0] if sample.fault else reason] += 1
                 line = {"place": sample.place, "id": str(sample.id), "reason": reason} | _unread(sample)
                 bad.write(json.dumps(line) + "\n")
                 continue
@@ -191,32 +244,77 @@ def _count(tally: Tally, record: Record) -> None:
 # ---------------------------------------------------------------- all units
 
 
-def write_plan(out: Path, source: Source, limits: Limits, rows: int, seed: int, units: int) -> None:
+def check_folders(source: Path, out: Path) -> None:
+    """Raise UserError when `out` cannot be a folder, or one of the two lies in the other."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give a folder to write to")
+    given, made = source.resolve(), out.resolve()
+    if given.is_relative_to(made) or made.is_relative_to(given):
+        inner, outer = (source, out) if given.is_relative_to(made) else (out, source)
+        raise UserError(f"{inner} lies in {outer}, whose files would be mixed with it; give a folder elsewhere")
+
+
+def write_plan(out: Path, source: Source, limits: Limits, rows: int, seed: int, units: list[Unit]) -> None:
     """Note what is converted and how; raises UserError when `out` holds a conversion of something else."""
     plan = {
         "source": str(source.path.resolve()),
         "name": source.name,
         "form": source.form,
         "task": source.task,
+        "images": str(source.images.resolve()) if source.images else None,
+        "caption_key": source.caption_key,
+        "columns": dict(source.columns),
         "limits": vars(limits),
         "rows": rows,
         "seed": seed,
-        "units": units,
+        "units": [_unit_plan(source, unit) for unit in units],
     }
     path = out / "plan.json"
     if path.exists():
-        before = json.loads(path.read_text())
-        if before != plan:
-            changed = [key for key in plan if before.get(key) != plan[key]]
-            raise UserError(
-                f"{out} holds another conversion ({changed[0]}: {before.get(changed[0])!r}, now {plan[changed[0]]!r}); "
-                "give another folder"
-            )
+        _compare_plans(out, _read_plan(path), plan)
         return
-    if out.exists() and any(out.iterdir()):
+    partial = path.with_name("plan.json.partial")
+    if out.exists() and any(entry != partial for entry in out.iterdir()):
         raise UserError(f"{out} is not empty and not a conversion; give another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plan, indent=1) + "\n")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in plan.items())
+        partial.write_text("{\n" + lines + "\n}\n")
+        partial.replace(path)
+
+
+def _unit_plan(source: Source, unit: Unit) -> list[Any]:
+    """What a unit is read from: file, its size, and which of its rows."""
+    file = Path(unit.file)
+    name = file.relative_to(source.path).as_posix() if source.path.is_dir() else file.name
+    try:
+        return [name, file.stat().st_size, unit.first, unit.last]
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        plan = json.loads(path.read_text())
+    except ValueError:
+        plan = None
+    if not isinstance(plan, dict):
+        raise UserError(f"{path}: damaged; delete {path.parent} and convert again, or give another folder")
+    return plan
+
+
+def _compare_plans(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UserError naming the first thing in which a conversion that is there differs from the one asked for."""
+    changed = next((key for key in now if key not in before or before[key] != now[key]), None)
+    if changed is None:
+        return
+    was, new = before.get(changed), now[changed]
+    if changed == "units" and isinstance(was, list):
+        pairs = enumerate(itertools.zip_longest(was, new), start=1)
+        number, was, new = next((number, was, new) for number, (was, new) in pairs if was != new)
+        changed = f"SOURCE has changed, unit {number}"
+        was, new = (f"{unit[0]} of {unit[1]:,} bytes, {unit[2:]}" if unit else "none" for unit in (was, new))
+    raise UserError(f"{out} holds another conversion ({changed}: {was!r}, now {new!r}); give another folder")
 
 
 def unfinished(out: Path, units: Iterable[Unit]) -> list[Unit]:
@@ -236,10 +334,11 @@ def total_tally(out: Path) -> Tally:
 def write_report(out: Path) -> Tally:
     """report.json, histograms.png and samples.png (random kept records) in `out`."""
     total = total_tally(out)
-    (out / "report.json").write_text(json.dumps(total.to_dict(), indent=1) + "\n")
-    if total.kept:
-        draw_histograms(total, out / "histograms.png")
-        draw_samples(out, out / "samples.png")
+    with writing(out):
+        (out / "report.json").write_text(json.dumps(total.to_dict(), indent=1) + "\n")
+        if total.kept:
+            draw_histograms(total, out / "histograms.png")
+            draw_samples(out, out / "samples.png")
     return total
 
 
@@ -249,10 +348,18 @@ def draw_histograms(tally: Tally, path: Path) -> None:
     from matplotlib.figure import Figure
 
     edges = ["<0.1", *(f"{a:g}-{b:g}" for a, b in itertools.pairwise(_ASPECT_EDGES)), ">10"]
+    sides = Counter[int]()
+    for side, count in tally.sides.items():
+        sides[bisect(_SIDE_EDGES, side) - 1] += count
+    ranges = [f"{low}-{high - 1}" for low, high in itertools.pairwise(_SIDE_EDGES)]
+    ranges = [f"<{_SIDE_EDGES[1]}", *ranges[1:], f">={_SIDE_EDGES[-1]}"]
+    reasons = Counter[str]()
+    for reason, count in tally.top_reasons().items():  # two lines fit beside a bar; equally short ones are one
+        reasons[textwrap.fill(textwrap.shorten(reason, 62, placeholder=" ..."), 34, max_lines=2)] += count
     panels = [
-        ("edge of the square of equal area (px)", {str(k): v for k, v in sorted(tally.sides.items())}),
+        ("edge of the square of equal area (px)", {ranges[k]: v for k, v in sorted(sides.items())}),
         ("width / height", {edges[k]: v for k, v in sorted(tally.aspects.items())}),
-        (f"dropped: {tally.bad_share:.1%} of {tally.total:,}", dict(tally.dropped.most_common())),
+        (f"dropped: {tally.bad_share:.1%} of {tally.total:,}", reasons),
     ]
     panels = [(title, bars) for title, bars in panels if bars]
     figure = Figure(figsize=(5.2 * len(panels), 3.8), dpi=110, layout="constrained")

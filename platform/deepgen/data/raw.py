@@ -5,7 +5,7 @@
 | records     | our parquet (`deepgen.data.records`)                                                                |
 | hf          | parquet of Hugging Face datasets: image structs {bytes, path}, text columns                         |
 | webdataset  | tars; files of one sample share the name before the first dot: 07.jpg, 07.txt (or 07.json), and for |
-|             | editing 07.source.jpg, 07.target.jpg                                                                |
+|             | editing 07.source.jpg (or input, src) and 07.target.jpg (or output)                                 |
 | captions    | JSON list, or a folder of them: {image, annotation}; the caption stands in the annotation's JSON    |
 | blip3o      | JSON list: {type, txt, image or image_path}                                                         |
 | edits       | JSON list: {input_image: [...], output_image, instruction}                                          |
@@ -16,9 +16,14 @@ process converts at a time; the same source and settings always give the same un
 
 from __future__ import annotations
 
+import codecs
 import json
+import lzma
+import re
 import tarfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +35,12 @@ from deepgen.config.errors import UserError
 from deepgen.data.uris import UriError, absolute, read_uri
 
 FORMS = ("records", "hf", "webdataset", "captions", "blip3o", "edits")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+FILE_SUFFIX = {"records": ".parquet", "hf": ".parquet", "webdataset": ".tar"}  # of the others: .json
+IMAGE_SUFFIXES = (
+    *(".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".png", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
+)
+_SOURCES, _TARGETS = ("source", "input", "src"), ("target", "output")  # beginnings of names in edits' tars
 HF_IMAGE, HF_TEXT = ("image", "jpg", "png", "webp"), ("caption", "text", "prompt", "txt", "instruction")
 
 
@@ -63,7 +73,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class RawSample:
-    """One sample as found and where: encoded images, None for an absent one, or why one cannot be read."""
+    """One sample as found and where: encoded images, None for an absent one, or why one cannot be read.
+
+    `id` is unique among those of a source, except that of `records`, which is their own. `fault`: why the sample cannot
+    be told from its files, "kind: details".
+    """
 
     id: str
     task: str
@@ -73,6 +87,7 @@ class RawSample:
     references: tuple[bytes | UriError | None, ...]
     place: str
     source: str
+    fault: str = ""
 
 
 # ---------------------------------------------------------------- what form it is
@@ -80,17 +95,19 @@ class RawSample:
 
 def guess_form(path: Path) -> str:
     """One of FORMS. Raises UserError when the form cannot be told, naming what was seen."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
     files = _files(path)
-    suffix = files[0].suffix if files else ""
+    kinds = Counter(file.suffix.lower() for file in files)
+    if len(kinds) > 1:
+        seen = " and ".join(f"{count} {suffix}" for suffix, count in kinds.most_common())
+        raise UserError(f"{path}: holds {seen}; say --form (one of {', '.join(FORMS)}) or name the file")
+    suffix = next(iter(kinds), "")
     if suffix == ".tar":
         return "webdataset"
     if suffix == ".parquet":
         names = set(_schema(files[0]).names)
         return "records" if {"task", "prompt", "references"} <= names else "hf"
     if suffix == ".json":
-        first = next(iter(_json_list(files[0])), None)
+        first = next(iter(_json_list(files[0], path)), None)
         if isinstance(first, dict):
             for key, form in (("annotation", "captions"), ("txt", "blip3o"), ("input_image", "edits")):
                 if key in first:
@@ -99,14 +116,13 @@ def guess_form(path: Path) -> str:
     raise UserError(f"{path}: no .parquet, .tar or .json in it")
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, suffixes: Sequence[str] = (".parquet", ".tar", ".json")) -> list[Path]:
+    """The file itself, whatever its name, or all files in the folder, at any depth, with one of the suffixes."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
     if path.is_file():
         return [path]
-    for suffix in (".parquet", ".tar", ".json"):
-        files = sorted(path.rglob(f"*{suffix}"))
-        if files:
-            return files
-    return []
+    return sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and not file.is_dir())
 
 
 # ---------------------------------------------------------------- units
@@ -115,17 +131,18 @@ def _files(path: Path) -> list[Path]:
 def plan_units(source: Source, rows: int) -> list[Unit]:
     """Split the source into units of about `rows` samples (a tar is one unit, a parquet row group is never split)."""
     parts: list[tuple[str, int, int, tuple[Any, ...]]] = []
-    for file in _files(source.path):
+    suffix = FILE_SUFFIX.get(source.form, ".json")
+    for file in _files(source.path, [suffix]):
         if source.form == "webdataset":
             parts.append((str(file), 0, 0, ()))
         elif source.form in ("records", "hf"):
             parts += [(str(file), first, last, ()) for first, last in _row_groups(file, rows)]
         else:
-            entries = _json_list(file)
+            entries = _json_list(file, source.path)
             starts = range(0, len(entries), rows)
             parts += [(str(file), s, min(s + rows, len(entries)), tuple(entries[s : s + rows])) for s in starts]
     if not parts:
-        raise UserError(f"{source.path}: nothing to convert in it")
+        raise UserError(f"{source.path}: nothing to convert in it (form {source.form}: no samples in {suffix} files)")
     return [Unit(number, *part) for number, part in enumerate(parts)]
 
 
@@ -154,13 +171,17 @@ def _schema(file: Path) -> pa.Schema:
         return parquet.schema_arrow
 
 
-def _json_list(file: Path) -> list[Any]:
+def _json_list(file: Path, given: Path) -> list[Any]:
+    """The list in a file that stands in, or is, the path `given`."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({error})") from error
     if not isinstance(content, list):
-        raise UserError(f"{file}: holds a {type(content).__name__}; expected a list")
+        hint = "" if given == file else "; where lists and annotations share a folder, give the list's file as SOURCE"
+        raise UserError(f"{file}: holds a {type(content).__name__}; expected a list{hint}")
     return content
 
 
@@ -185,25 +206,54 @@ def _read_parquet(source: Source, unit: Unit) -> Iterator[RawSample]:
         names = parquet.schema_arrow.names
         pick = _records_row if source.form == "records" else _hf_picker(source, names, file)
         for group in range(unit.first, unit.last):
-            for row in parquet.read_row_group(group).to_pylist():
+            for row in _group_rows(parquet, group, file):
                 before += 1
-                yield pick(row, f"{file.stem}-{before}", f"{file}, row {before}", source)
+                yield pick(row, f"{_stem(source, file)}-{before}", f"{file}, row {before}", source)
+
+
+def _group_rows(parquet: pq.ParquetFile, group: int, file: Path) -> list[dict[str, Any]]:
+    """Rows of a row group. Text that is not UTF-8 comes with lone surrogates, which no valid text has."""
+    try:
+        table = parquet.read_row_group(group)
+        try:
+            return table.to_pylist()
+        except UnicodeDecodeError:
+            texts = [field.name for field in table.schema if field.type in (pa.string(), pa.large_string())]
+            for name in texts:
+                at = table.column_names.index(name)
+                table = table.set_column(at, name, table.column(at).cast(pa.large_binary()))
+            rows = table.to_pylist()
+            for row in rows:
+                row |= {name: row[name].decode("utf-8", "surrogateescape") for name in texts if row[name] is not None}
+            return rows
+    except (pa.ArrowException, OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{file}: row group {group + 1} of {parquet.num_row_groups} can't be read ({why}); fetch the file again"
+        ) from error
+
+
+def _stem(source: Source, file: Path) -> str:
+    """The file's name in ids: from SOURCE on, so that ids of equally named files differ."""
+    return (file.relative_to(source.path) if source.path.is_dir() else Path(file.name)).with_suffix("").as_posix()
 
 
 def _records_row(row: dict[str, Any], name: str, place: str, source: Source) -> RawSample:
     folder = Path(place.rpartition(", row ")[0]).parent
-    references = tuple(_record_image(value, folder) for value in row.get("references") or ())
+    given = row.get("references")
+    values = given if isinstance(given, list) else [] if given is None else [given]
+    references = tuple(_record_image(value, folder) for value in values)
     image = _record_image(row.get("image"), folder)
     own = str(row.get("source") or source.name)
-    return RawSample(
-        row.get("id") or name, str(row.get("task")), row.get("prompt"), row.get("answer"), image, references, place, own
-    )
+    id = name if row.get("id") in (None, "") else str(row["id"])
+    return RawSample(id, str(row.get("task")), row.get("prompt"), row.get("answer"), image, references, place, own)
 
 
-def _record_image(value: bytes | str | None, folder: Path) -> bytes | UriError | None:
-    """Bytes as they are, or what lies at a path or URI, or why that cannot be read."""
+def _record_image(value: Any, folder: Path) -> bytes | UriError | None:
+    """Bytes as they are, or what lies at a path or URI, or why that cannot be read. Structs as those of `hf`."""
+    value = _unpacked(value)
     if not isinstance(value, str):
-        return value
+        return _image_bytes(value, folder)
     try:
         return read_uri(absolute(value, folder))
     except UriError as error:
@@ -220,8 +270,10 @@ def _hf_picker(source: Source, names: list[str], file: Path) -> Any:
 
     def pick(row: dict[str, Any], name: str, place: str, source: Source) -> RawSample:
         values = row[references] if references else []
-        sources = tuple(_hf_image(v, file) for v in (values if isinstance(values, list) else [values]))
-        text, target = row[prompt], _hf_image(row[image], file)
+        sources = tuple(
+            _image_bytes(_unpacked(v), file.parent) for v in (values if isinstance(values, list) else [values])
+        )
+        text, target = row[prompt], _image_bytes(_unpacked(row[image]), file.parent)
         return RawSample(name, source.task, text, text, target, sources, place, source.name)
 
     return pick
@@ -235,81 +287,153 @@ def _column(source: Source, role: str, usual: tuple[str, ...], names: list[str],
     return found
 
 
-def _hf_image(value: Any, file: Path) -> bytes | None:
-    """An image struct {bytes, path}, bare bytes, or a path."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    return value if isinstance(value, bytes) else _file_bytes(file.parent, value)
+def _unpacked(value: Any) -> Any:
+    """What an image struct {bytes, path} holds; anything else as it is."""
+    return value.get("bytes") or value.get("path") if isinstance(value, Mapping) else value
+
+
+def _image_bytes(value: Any, folder: Path) -> bytes | UriError | None:
+    """Bytes as they are, or the content of a named file; None where none is named or there is no such file."""
+    if value is None or isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        return UriError("image", f"{type(value).__name__}; allowed: bytes, a name or a struct of bytes and path")
+    return _file_bytes(folder, value)
 
 
 def _read_entry(source: Source, file: Path, row: int, entry: Any) -> RawSample:
     """One row of the JSON forms (M2.6)."""
-    place, name = f"{file}, row {row}", f"{file.stem}-{row}"
+    place, name = f"{file}, row {row}", f"{_stem(source, file)}-{row}"
     root = source.images or (source.path if source.path.is_dir() else source.path.parent)
     entry = entry if isinstance(entry, Mapping) else {}
     if source.form == "edits":
         given = entry.get("input_image") or []
-        sources = tuple(_file_bytes(root, v) for v in (given if isinstance(given, list) else [given]))
+        sources = tuple(_image_bytes(v, root) for v in (given if isinstance(given, list) else [given]))
         text, image = entry.get("instruction"), entry.get("output_image")
-        return RawSample(name, "edit", text, text, _file_bytes(root, image), sources, place, source.name)
+        return RawSample(name, "edit", text, text, _image_bytes(image, root), sources, place, source.name)
     if source.form == "blip3o":
         text, image = entry.get("txt"), entry.get("image") or entry.get("image_path")
     else:
         text, image = _annotation(root, entry.get("annotation"), source.caption_key), entry.get("image")
-    return RawSample(name, source.task, text, text, _file_bytes(root, image), (), place, source.name)
+    return RawSample(name, source.task, text, text, _image_bytes(image, root), (), place, source.name)
 
 
 def _annotation(root: Path, name: Any, key: str) -> Any:
-    data = _file_bytes(root, name)
+    """The caption in an annotation's file; None where there is none."""
+    data = _image_bytes(name, root)
+    content = _json_or_none(data) if isinstance(data, bytes) else None
+    return content.get(key) if isinstance(content, Mapping) else None
+
+
+def _json_or_none(data: bytes) -> Any:
     try:
-        return json.loads(data)[key] if data else None
-    except (ValueError, KeyError, TypeError):
+        return json.loads(data)
+    except (ValueError, RecursionError):
         return None
 
 
-def _file_bytes(root: Path, name: Any) -> bytes | None:
-    """A named file's content, or None: what is absent is counted, it does not end the conversion."""
-    if not isinstance(name, str) or not name:
-        return None
+def _file_bytes(root: Path, name: str) -> bytes | UriError | None:
+    """A named file's content, None where there is none: what is absent is counted, it does not end the conversion."""
     path = root / name
-    return path.read_bytes() if path.is_file() else None
+    try:
+        return path.read_bytes() if name and path.is_file() else None
+    except OSError as error:  # a name of over 255 bytes, or no permission
+        return UriError(str(path), str(error.strerror))
+
+
+# ---------------------------------------------------------------- tars
 
 
 def _read_tar(source: Source, file: Path) -> Iterator[RawSample]:
     """Samples of one tar. Raises UserError when the archive is cut or damaged."""
+    key, parts = "", list[tuple[str, bytes]]()
+    for name, content in _members(file):
+        folder, _, base = name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        if not stem:  # .hidden, ._0.png of macOS: belongs to no sample
+            continue
+        if f"{folder}/{stem}" != key and parts:
+            yield _tar_sample(source, file, key, parts)
+            parts = []
+        key = f"{folder}/{stem}"
+        parts.append((extension.lower(), content))
+    if parts:
+        yield _tar_sample(source, file, key, parts)
+
+
+def _members(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a tar's files. Raises UserError when the archive is cut or damaged."""
+    count = 0
     try:
         with tarfile.open(file) as tar:
-            key, parts = "", dict[str, bytes]()
             for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                if f"{folder}/{stem}" != key and parts:
-                    yield _tar_sample(source, file, key, parts)
-                    parts = {}
-                key = f"{folder}/{stem}"
-                content = tar.extractfile(member)
-                parts[extension.lower()] = content.read() if content else b""
-            if parts:
-                yield _tar_sample(source, file, key, parts)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{file}: damaged archive ({error})") from error
+                count += 1
+                if member.isfile():
+                    content = tar.extractfile(member)
+                    yield member.name, content.read() if content else b""
+            _require_end(tar)
+    except OSError as error:
+        if error.errno is not None:  # the file system's; decompressors raise some without
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        raise _damaged(file, count, str(error)) from error
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError) as error:
+        raise _damaged(file, count, str(error)) from error
 
 
-def _tar_sample(source: Source, file: Path, key: str, parts: Mapping[str, bytes]) -> RawSample:
+def _damaged(file: Path, count: int, why: str) -> UserError:
+    repair = "fetch it again, or unpack what is left and pack that anew"
+    return UserError(f"{file}: damaged archive ({why} after {count} members); {repair}")
+
+
+def _require_end(tar: tarfile.TarFile) -> None:
+    """Raise TarError unless zeros, and nothing else, follow the last member to the end of the file.
+
+    tarfile takes a damaged or missing header for the end. Reading on also has compressed files check their sums.
+    """
+    assert tar.fileobj is not None  # open
+    tar.fileobj.seek(tar.offset)
+    found = 0
+    while chunk := tar.fileobj.read(1 << 20):
+        if chunk.count(0) != len(chunk):
+            raise tarfile.ReadError(f"no header at byte {tar.offset}")
+        found += len(chunk)
+    if found < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"ends without its closing block at byte {tar.offset}")
+
+
+def _tar_sample(source: Source, file: Path, key: str, files: Sequence[tuple[str, bytes]]) -> RawSample:
+    parts = dict(files)
     images = {name: data for name, data in parts.items() if f".{name.rpartition('.')[2]}" in IMAGE_SUFFIXES}
-    sources = tuple(data for name, data in sorted(images.items()) if name.startswith(("source", "input", "src")))
-    targets = [data for name, data in images.items() if not name.startswith(("source", "input", "src"))]
-    text: Any = parts["txt"].decode("utf-8", "replace").strip() if "txt" in parts else None
-    if text is None and "json" in parts:
-        try:
-            content = json.loads(parts["json"])
-        except ValueError:
-            content = None
+    sources = tuple(images[name] for name in sorted(images, key=_natural) if name.startswith(_SOURCES))
+    targets = _targets([name for name in images if not name.startswith(_SOURCES)])
+    text: Any = None
+    if "txt" in parts:  # what is not UTF-8 stays invalid, so that the sample is refused
+        text = parts["txt"].removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").strip()
+    elif "json" in parts:
+        content = _json_or_none(parts["json"])
         if isinstance(content, Mapping):
             text = next((content[k] for k in (source.caption_key, *HF_TEXT) if k in content), None)
-    place = f"{file}, sample {key.lstrip('/')}"
-    name = f"{file.stem}-{key.strip('/').replace('/', '-')}"
+    repeated = [name for name, count in Counter(name for name, _ in files).items() if count > 1]
+    fault = f"a name twice: {_some(repeated)}" if repeated else ""
+    if not fault and len(targets) > 1:
+        fault = f"more than one target image: {_some(targets)}"
+    place, key = f"{file}, sample {key.lstrip('/')}", key.lstrip("/")
+    name = f"{file.relative_to(source.path).as_posix() if source.path.is_dir() else file.name}/{key}"
     task = "edit" if sources else source.task
-    return RawSample(name, task, text, text, targets[0] if targets else None, sources, place, source.name)
+    image = images[targets[0]] if targets else None
+    return RawSample(name, task, text, text, image, sources, place, source.name, fault)
+
+
+def _targets(names: list[str]) -> list[str]:
+    """Those that may be the target: named so, or else with nothing before their extension, or else all."""
+    said = [name for name in names if name.startswith(_TARGETS)]
+    return said or [name for name in names if "." not in name] or names
+
+
+def _natural(name: str) -> list[Any]:
+    """Sorts source.2.png before source.10.png."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
