@@ -37,8 +37,9 @@ def run_program(main: Callable[[], int | None], *, resumes: bool = True) -> NoRe
     """Run a stage's `main` and leave the process with its exit code.
 
     `UserError` ends with 2 and one line on stderr; Ctrl-C with 130, SIGTERM with 143, and the command that continues
-    the run: the same one with --resume, or, of a program that goes on by itself (`resumes` False), without. Who reads the output may stop reading (`--help | head`). Every other exception passes through with its
-    traceback: it is a bug, and hiding it helps nobody.
+    the run: the same one with --resume, or, of a program that goes on by itself (`resumes` False), without. Who reads
+    the output may stop reading (`--help | head`). Every other exception passes through with its traceback: it is a
+    bug, and hiding it helps nobody.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background programs with Ctrl-C ignored
     stop_on_sigterm()
