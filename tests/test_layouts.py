@@ -23,15 +23,20 @@ from tests.factories import make_tiny_model
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def model():
+def adapted_model(alpha: float = 8) -> UnifiedModel:
     """A model as stage 2 leaves it: LoRA on every module, with values."""
     model = make_tiny_model()
-    add_lora(model.vlm, LoraSettings(rank=4, alpha=8, dropout=0.0, modules="all"), model.architecture.fusion_layers[0])
+    settings = LoraSettings(rank=4, alpha=alpha, dropout=0.0, modules="all")
+    add_lora(model.vlm, settings, model.architecture.fusion_layers[0])
     torch.manual_seed(1)
     for parameter in lora_parameters(model.vlm).values():
         torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return adapted_model()
 
 
 @pytest.fixture(scope="module")

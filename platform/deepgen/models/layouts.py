@@ -15,6 +15,7 @@ whatever wrote it. Nothing is unpickled but tensors and plain containers.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 from zipfile import is_zipfile
 
 import torch
@@ -44,6 +45,9 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _WRAPPERS = ("state_dict", "module", "model")  # keys under which a file may hold the tensors
+_OUTER = re.compile(r"^(?:(?:module|model)\.)+")  # what wrappers of the whole model put before its names
+_OTHER_MATHS = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out")  # peft's, not M1.10's
+ALPHA_KEY = "lora_alpha"  # in the metadata of a native .safetensors file, whose tensors cannot say it
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class LazyTensor:
 
 
 State = dict[str, LazyTensor]
+Name = TypeVar("Name")
 
 
 @dataclass
@@ -78,7 +83,11 @@ class Weights:
 
     @property
     def lora_rank(self) -> int:
-        return next(tensor.shape[0] for name, tensor in self.lora.items() if "lora_A" in name or "embedding_A" in name)
+        ranks = (t.shape[0] for name, t in self.lora.items() if ("lora_A" in name or "embedding_A" in name) and t.shape)
+        rank = next(ranks, 0)
+        if not rank:
+            raise UserError(f"{self.where}: {next(iter(self.lora))} has no lora_A beside it that tells the LoRA's rank")
+        return rank
 
 
 def detect_layout(path: Path) -> str:
@@ -114,55 +123,72 @@ def read_weights(path: Path) -> Weights:
         _read_folder(weights)
     elif layout == "deepspeed":
         _sort(weights, read_deepspeed(path))
+    elif path.is_dir() or path.suffix == ".safetensors":
+        _sort(weights, read_safetensors(path))
+        weights.lora_alpha = _alpha_in_metadata(path) if weights.lora else None
     else:
-        _sort(weights, read_safetensors(path) if path.is_dir() or path.suffix == ".safetensors" else read_torch(path))
+        _sort(weights, read_torch(path))
     return weights
 
 
 def _read_folder(weights: Weights) -> None:
+    """Every part that has a folder; the others are left to the bases."""
     folder = weights.where
-    weights.transformer = read_safetensors(folder / "transformer")
-    weights.vae = read_safetensors(folder / "vae")
-    vlm = {vlm_name(name): tensor for name, tensor in read_safetensors(folder / "vlm").items()}
-    weights.vlm = vlm
-    if weights.layout == "diffusers":
-        weights.bridge, weights.merged = read_safetensors(folder / "connector"), True
-        return
-    weights.bridge = read_safetensors(folder / "bridge")
-    adapter = folder / "vlm_lora"
-    if adapter.is_dir():
-        weights.lora = {lora_name(name): tensor for name, tensor in read_safetensors(adapter).items()}
-        weights.lora_alpha = float(read_json(adapter / "adapter_config.json")["lora_alpha"])
-    weights.merged = not weights.lora
+
+    def part(name: str) -> State:
+        return read_safetensors(folder / name) if (folder / name).is_dir() else {}
+
+    weights.transformer, weights.vae = part("transformer"), part("vae")
+    weights.vlm = renamed(folder / "vlm", part("vlm"), vlm_name)
+    weights.bridge = part("connector" if weights.layout == "diffusers" else "bridge")
+    if weights.layout == "components" and (folder / "vlm_lora").is_dir():
+        weights.lora, weights.lora_alpha = read_adapter(folder / "vlm_lora")
+    weights.merged = bool(weights.vlm) and not weights.lora
+
+
+def read_adapter(folder: Path) -> tuple[State, float]:
+    """A peft folder's parameters by their names in the VLM, and its alpha.
+
+    Raises UserError at options under which a module's delta is not alpha / rank · B·A.
+    """
+    path = folder / "adapter_config.json"
+    config = read_json(path)
+    for key in _OTHER_MATHS:
+        if config.get(key):
+            raise UserError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be read, where it is not set")
+    return renamed(folder, read_safetensors(folder), lora_name), _alpha_of(config.get("lora_alpha"), path)
+
+
+def _alpha_of(given: object, where: Path) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
+        raise UserError(f"{where}: lora_alpha is {given!r}, expected a number")
+    return float(given)
 
 
 def _sort(weights: Weights, state: State) -> None:
     """Give the tensors of a native state dict to the parts they belong to (M6.2)."""
-    strange = []
-    for name, tensor in state.items():
-        key = name.removeprefix("module.")
-        if key.startswith(BRIDGE_PREFIXES):
-            weights.bridge[key] = tensor
-        elif key.startswith("transformer."):
-            weights.transformer[key.removeprefix("transformer.")] = tensor
-        elif key.startswith("vae."):
-            weights.vae[key.removeprefix("vae.")] = tensor
-        elif key.startswith(("lmm.", "vlm.")):
-            inner = key.partition(".")[2]
-            if ".lora_" in inner:
-                weights.lora[lora_name(inner)] = tensor
-            else:
-                weights.vlm[vlm_name(inner)] = tensor
-        else:
-            strange.append(name)
-    if strange:
-        raise UserError(
-            f"{weights.where}: {len(strange)} tensors belong to no part of the model: "
-            f"{', '.join(sorted(strange)[:3])}; "
-            "known: meta_queries, projector_*, connector.*, transformer.*, vae.*, lmm.*"
-        )
     if not state:
         raise UserError(f"{weights.where}: no tensors in it")
+    if strange := sorted(name for name in state if not _place(name)[0]):
+        raise UserError(
+            f"{weights.where}: {len(strange)} tensors belong to no part of the model: {', '.join(strange[:3])}; "
+            "known: meta_queries, projector_*, connector.*, transformer.*, vae.*, lmm.*"
+        )
+    for (part, name), tensor in renamed(weights.where, state, _place).items():
+        getattr(weights, part)[name] = tensor
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The part a native tensor belongs to, and its name in it; a strange one belongs to ""."""
+    name = _OUTER.sub("", name)
+    head, _, inner = name.partition(".")
+    if name.startswith(BRIDGE_PREFIXES):
+        return "bridge", name
+    if head in ("transformer", "vae"):
+        return head, inner
+    if head in ("lmm", "vlm"):
+        return ("lora", lora_name(inner)) if ".lora_" in inner else ("vlm", vlm_name(inner))
+    return "", name
 
 
 # ---------------------------------------------------------------- names
@@ -186,31 +212,39 @@ def lora_name(name: str) -> str:
     return name.removesuffix(".weight") + ".default.weight"
 
 
+def renamed(where: Path, state: State, rename: Callable[[str], Name]) -> dict[Name, LazyTensor]:
+    """The tensors under their new names. Raises UserError when two of them come to the same one."""
+    result: dict[Name, LazyTensor] = {}
+    before: dict[Name, str] = {}
+    for name, tensor in state.items():
+        key = rename(name)
+        if key in result:
+            raise UserError(f"{where}: {before[key]} and {name} are two names of one tensor; leave one of them out")
+        result[key], before[key] = tensor, name
+    return result
+
+
 # ---------------------------------------------------------------- files
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected an object {{...}}")
+    return content
 
 
 def read_safetensors(path: Path) -> State:
     """Tensors of one .safetensors file, or of all in a folder; with an index, of exactly the files it names."""
-    if path.is_file():
-        return open_safetensors(path)
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if indices:
-        files = sorted({path / name for index in indices for name in read_json(index)["weight_map"].values()})
-    else:
-        files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{path}: no .safetensors file in it")
     state: State = {}
-    for file in files:
+    for file in _safetensors_files(path):
         tensors = open_safetensors(file)
         if twice := state.keys() & tensors.keys():
             raise UserError(f"{file}: {sorted(twice)[0]} stands in another file of the folder too")
@@ -218,14 +252,53 @@ def read_safetensors(path: Path) -> State:
     return state
 
 
-def open_safetensors(path: Path) -> State:
-    """Tensors of one file, none read yet. Raises UserError when it is absent or damaged."""
+def _safetensors_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if indices:
+        files = {path / name for index in indices for name in _indexed(index)}
+    else:
+        files = set(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path}: no .safetensors file in it")
+    return sorted(files)
+
+
+def _indexed(index: Path) -> set[str]:
+    """Names of the files an index of shards names."""
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise UserError(f"{index}: weight_map is {files!r:.40}, expected an object of tensor: file")
+    return set(files.values())
+
+
+def _alpha_in_metadata(path: Path) -> float | None:
+    """The adapter's alpha, if the writer of the files said it."""
+    for file in _safetensors_files(path):
+        given = (_open(file).metadata() or {}).get(ALPHA_KEY)
+        if given is not None:
+            try:
+                return _alpha_of(float(given), file)
+            except ValueError:
+                raise UserError(f"{file}: {ALPHA_KEY} in its metadata is {given!r}, expected a number") from None
+    return None
+
+
+def _open(path: Path) -> Any:
     try:
-        handle = safe_open(path, framework="pt")
+        return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
     except SafetensorError as error:
         raise UserError(f"{path}: damaged weights file ({error})") from None
+
+
+def open_safetensors(path: Path) -> State:
+    """Tensors of one file, none read yet. Raises UserError when it is absent or damaged."""
+    handle = _open(path)
     state = {}
     for name in handle.keys():  # noqa: SIM118  not a dict
         piece = handle.get_slice(name)
@@ -239,17 +312,20 @@ def open_safetensors(path: Path) -> State:
 def read_torch(path: Path) -> State:
     """Tensors of a torch file, mapped and not loaded (but of torch before 1.6). Only they are unpickled, never code."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except (RuntimeError, UnpicklingError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: not a file of weights ({_reason(error)})") from None
+        with torch.serialization.safe_globals(_stand_ins()):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except Exception as error:  # a page of text, read as a pickle, can raise anything
+        raise UserError(f"{path}: not a file of weights ({_reason(error)})") from error
     for key in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected tensors by name")
-    wrong = [name for name, value in content.items() if not isinstance(value, Tensor)]
-    if wrong:
-        raise UserError(f"{path}: {wrong[0]!r} is a {type(content[wrong[0]]).__name__}, expected tensors by name")
+    for name, value in content.items():
+        if not isinstance(name, str):
+            raise UserError(f"{path}: {name!r} is the name of a {type(value).__name__}, expected tensors by name")
+        if not isinstance(value, Tensor):
+            raise UserError(f"{path}: {name!r} is a {type(value).__name__}, expected tensors by name")
     return {name: _known(t) for name, t in content.items()}
 
 
@@ -261,23 +337,26 @@ def read_deepspeed(path: Path) -> State:
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    folder, tag = (path, None) if (path / "latest").exists() else (path.parent, path.name)
+    real = path.resolve()  # "." has neither a parent nor a name
+    folder, tag = (real, None) if (real / "latest").exists() else (real.parent, real.name)
     try:
         with _only_tensors():
             gathered = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=True)
-    except (ValueError, FileNotFoundError, RuntimeError, UnpicklingError, KeyError) as error:
-        raise UserError(f"{path}: DeepSpeed cannot put this checkpoint together ({_reason(error)})") from None
-    state = {name: LazyTensor(tuple(t.shape), t.dtype, t.contiguous) for name, t in gathered.items()}
-    return _frozen_of_stage_1(folder / (tag or (folder / "latest").read_text().strip())) | state
+            frozen = _frozen_of_stage_1(folder / (tag or (folder / "latest").read_text().strip()))
+    except Exception as error:  # its tool checks little: what a damaged file makes it raise has no end
+        raise UserError(f"{path}: DeepSpeed cannot put this checkpoint together ({_reason(error)})") from error
+    return frozen | {name: LazyTensor(tuple(t.shape), t.dtype, t.contiguous) for name, t in gathered.items()}
 
 
 def _frozen_of_stage_1(folder: Path) -> State:
-    """Parameters that ZeRO 1 saved with the module only, which DeepSpeed's tool passes over: the frozen ones."""
+    """Parameters that ZeRO 1 saved with the module only, which DeepSpeed's tool passes over: the frozen ones.
+
+    To be called in `_only_tensors`.
+    """
     path = folder / "mp_rank_00_model_states.pt"
     if not path.exists():  # ZeRO 3
         return {}
-    with _only_tensors():
-        module = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["module"]
+    module = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["module"]
     return {name: _known(t) for name, t in module.items()}
 
 
@@ -292,12 +371,30 @@ def _zero_stage(enum: Any, name: str) -> Any:
 
 def _reason(error: Exception) -> str:
     """The line of an error that says what was wrong; torch puts advice before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if "WeightsUnpickler error" in line), lines[0])[:200]
+    text = repr(error) if isinstance(error, KeyError) else str(error)  # a KeyError's text is the bare key
+    text = text.rpartition("WeightsUnpickler error:")[2]
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 def _known(tensor: Tensor) -> LazyTensor:
     return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+class _NotATensor:
+    """Stands in for what training code writes beside the tensors (logs, NumPy values): takes anything, does nothing."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+def _stand_ins() -> list[Any]:
+    """For `safe_globals`: mmengine writes its `message_hub` of logs and NumPy scalars into every checkpoint."""
+    array = [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")]
+    names = ("mmengine.logging.history_buffer.HistoryBuffer", "numpy.ndarray", "numpy.dtype", *array)
+    return [(_NotATensor, name) for name in names]
 
 
 @contextmanager
@@ -312,7 +409,7 @@ def _only_tensors() -> Iterator[None]:
     try:
         known = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
         # Python 3.11.0 to 3.11.3 pickle a member of an enum as getattr(enum, name); nothing else may be looked up so.
-        with torch.serialization.safe_globals([*known, (_zero_stage, "builtins.getattr")]):
+        with torch.serialization.safe_globals([*known, (_zero_stage, "builtins.getattr"), *_stand_ins()]):
             yield
     finally:
         if before is None:
