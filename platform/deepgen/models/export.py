@@ -117,7 +117,10 @@ def _bridge_sizes(weights: Weights, bases: Bases, preset: str) -> dict[str, int]
     known = PRESETS[preset].bridge_config()
     if path is None:
         return known
-    sizes = {"max_prompt_tokens": Architecture.max_prompt_tokens} | read_json(path)
+    written = read_json(path)
+    if not written.keys() & known.keys():
+        return known  # a file of another program: the shapes of the tensors are compared in any case
+    sizes = {"max_prompt_tokens": Architecture.max_prompt_tokens} | written
     if strange := sorted(key for key in sizes.keys() - known.keys() if not key.startswith("_")):
         raise UserError(
             f"{path}: {strange[0]!r} is no size of the bridge; known: {', '.join(known)} (without the file, --preset's)"
