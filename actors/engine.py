@@ -229,12 +229,7 @@ def _swapped(parameters: NamedParameters, replaced: Weights) -> Iterator[None]:
 
 def _configuration(settings: Settings, device: torch.device) -> dict[str, Any]:
     train = settings.train
-    # Gradients are copied side by side against fragmentation of a GPU's memory; on a CPU it only costs time.
-    zero: dict[str, Any] = {
-        "stage": train.zero_stage,
-        "overlap_comm": False,
-        "contiguous_gradients": device.type == "cuda",
-    }
+    zero: dict[str, Any] = {"stage": train.zero_stage, "overlap_comm": False}
     if train.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     return {

@@ -313,7 +313,11 @@ def test_damaged_adapter_config(copied, content):
 @pytest.mark.parametrize(
     ("part", "keys", "message"),
     [
-        ("bridge", {"num_queries": 4, "hidden_size": 8}, "'hidden_size' is no size of the bridge; known: num_queries, "),
+        (
+            "bridge",
+            {"num_queries": 4, "hidden_size": 8},
+            "'hidden_size' is no size of the bridge; known: num_queries, ",
+        ),
         ("bridge", {"num_queries": "4"}, "num_queries is '4', expected a whole number"),
         ("transformer", {"new_option": 1}, "new_option"),
         ("transformer", {"num_layers": "x"}, "no transformer has this configuration"),
