@@ -147,6 +147,8 @@ def _prepare_process() -> None:
     }
     for key, value in wanted.items():
         os.environ.setdefault(key, value)
+    # Says at every start on a CPU that there is no Triton for it, before vLLM has set the level above.
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
 
 def _engine(folder: Path, batch_size: int, max_pixels: int) -> Any:

@@ -91,6 +91,15 @@ def test_prompt_lists(tmp_path: Path) -> None:
         read_records(file)
 
 
+def test_lines_end_where_they_end_and_the_text_is_utf_8(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa cat\r\na dog\u2028beside a cat\x0c\r\n".encode())
+    assert [record.prompt for record in read_records(file)] == ["a cat", "a dog\u2028beside a cat"]
+    file.write_bytes(b"a cat\na caf\xe9\n")
+    with pytest.raises(UserError, match=r"prompts\.txt, row 2: not UTF-8 text .*; allowed: a file saved as UTF-8"):
+        read_records(file)
+
+
 def test_quoted_words() -> None:
     assert quoted_words('a sign "NO" and "GO ON"') == ["NO", "GO ON"]
     assert quoted_words("it's") == quoted_words('an open " quote') == []

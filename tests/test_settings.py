@@ -178,7 +178,7 @@ def test_yaml_scalars(text: str, value: object) -> None:
         ("train: {steps: '3'}", ["train.steps: got '3' in mine.yaml; allowed: whole number >= 1"]),
         ("train: {steps: true}", ["train.steps: got True"]),
         ("rewards: {weights: {t2i: 5}}", ["rewards.weights.t2i: got 5 in mine.yaml", "a weight >= 0"]),
-        ("rewards: {weights: }", ["rewards.weights: got None"]),
+        ("rewards: {weights: }", ["rewards.weights: got nothing"]),
         ("run: {name: ../x}", ["run.name: got '../x'", "letters"]),
     ],
 )

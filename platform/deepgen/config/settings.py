@@ -162,10 +162,11 @@ def _describe(error: ValidationError, origin: Mapping[str, str]) -> str:
         else:
             key = dotted if leaf.endswith(".weights") else leaf
             given = problem["input"]
+            said = "nothing" if given is None else repr(given)
             place = next((f" {origin[k]}" for k in (key, leaf) if k in origin), "")
             options = [str(o) for o in _literals(leaves[leaf].annotation)]
             hint = nearest(given, options) if isinstance(given, str) else ""
-            lines.setdefault(key, f"{key}: got {given!r}{place}; allowed: {allowed_values(leaves[leaf])}{hint}")
+            lines.setdefault(key, f"{key}: got {said}{place}; allowed: {allowed_values(leaves[leaf])}{hint}")
     first, *others = lines.values()
     return first + (f" (and {len(others)} more)" if others else "")
 

@@ -368,11 +368,15 @@ def _image_type(given: pa.DataType) -> pa.DataType:
 
 def _read_prompt_lines(file: Path) -> list[Record]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        row = file.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{file}, row {row}: not UTF-8 text ({error.reason}); allowed: a file saved as UTF-8"
+        ) from error
     records = []
-    for number, line in enumerate(lines, start=1):
+    # Not splitlines(): a form feed or a line separator inside a prompt begins no new one.
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         prompt = line.strip()
         if not prompt:
             raise UserError(f"{file}, row {number}: empty line; allowed: one prompt a line")
