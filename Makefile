@@ -44,7 +44,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-rl: setup  ## reinforcement learning on the tiny world: about ten minutes, ends with a table and a picture
+rl: setup  ## reinforcement learning on the tiny world: about nine minutes, ends with a table and a picture
 	$(RUN) stages/rl.py --recipe tiny-rl $(ARGS)
 
 # Two files side by side: most of a test's time is waiting for processes to start.
