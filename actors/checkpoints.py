@@ -143,7 +143,12 @@ class CheckpointStore:
 
     def load(self, manifest: Manifest, engine: TrainingEngine, ema: Ema | None) -> None:
         """Put the checkpoint into engine and averages. Raises UserError when it does not fit."""
+        import torch.distributed as dist
+
+        from actors.shards import check_shards
+
         self.check_fits(manifest)
+        check_shards(self.path(manifest.step), engine.rank, dist.get_world_size())
         engine.load(self.path(manifest.step), manifest.step)
         if ema:
             ema.load(self.path(manifest.step), engine)

@@ -95,18 +95,16 @@ def weighted_total(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.divide(weighted, total, out=np.full(len(total), np.nan), where=total > 0)
 
 
-def heldout_records(settings: Settings, *, judged: bool, say: Callable[[str], None] = print) -> list[Record]:
+def heldout_records(settings: Settings, *, say: Callable[[str], None] = print) -> list[Record]:
     """The held-out prompts of a run, at most evaluation.prompts, as many of each task as there are; [] for none.
 
     The choice depends on the file and evaluation.seed only, so runs that are compared draw the same prompts. One that
-    cannot be used is left out; judged, say: see `usable_records`.
+    cannot be used is left out, see `usable_records`.
     """
     count, seed = settings.evaluation.prompts, settings.evaluation.seed
     if not count:
         return []
-    found = usable_records(
-        settings, "data.heldout", judged=judged, choose=lambda records: choose_records(records, count, seed), say=say
-    )
+    found = usable_records(settings, "data.heldout", lambda records: choose_records(records, count, seed), say)
     return [record for _, record in found]
 
 

@@ -68,8 +68,7 @@ class RolloutFleet:
                 return (await asyncio.wait_for(first, self._call_deadline_s), *others)
             except (RayActorError, TimeoutError) as error:
                 reusable = False
-                age = time.monotonic() - begin
-                failures.append(f"actor {name}, call {method}, after {age:.0f} s: {_reason(error)}")
+                failures.append(_failure(name, method, begin, error))
                 self._replace(name, failures[-1], kill=isinstance(error, TimeoutError))
             finally:
                 self._busy.pop(name, None)
@@ -88,8 +87,7 @@ class RolloutFleet:
             except RayActorError:
                 return
             except TimeoutError as error:
-                age = time.monotonic() - begin
-                raise RolloutError(f"actor {name}, call prefetch, after {age:.0f} s: {_reason(error)}") from error
+                raise RolloutError(_failure(name, "prefetch", begin, error)) from error
 
         await asyncio.gather(*(one(name) for name in self._actors))
 
@@ -118,8 +116,7 @@ class RolloutFleet:
                 await asyncio.sleep(_PAUSE_S)
                 left = self._start_deadline_s - (time.monotonic() - begin)
         except (RayActorError, TimeoutError) as error:
-            age = time.monotonic() - begin
-            raise RolloutError(f"actor {name}, call ready, after {age:.0f} s: {_reason(error)}") from error
+            raise RolloutError(_failure(name, "ready", begin, error)) from error
         self._idle.put_nowait(name)
 
     async def _answers(self, name: str, deadline_s: float) -> bool:
@@ -145,6 +142,10 @@ class RolloutFleet:
             self._lost[name] = f"{failure}; {error}"
             if len(self._lost) == len(self._actors):
                 self._idle.put_nowait(_NOBODY)
+
+
+def _failure(name: str, call: str, begin: float, error: BaseException) -> str:
+    return f"actor {name}, call {call}, after {time.monotonic() - begin:.0f} s: {_reason(error)}"
 
 
 def _reason(error: BaseException) -> str:

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from actors.evaluation import GRID_PROMPTS, Evaluation, choose_records, grid, heldout_records
-from actors.learner import Evaluate, gather
+from actors.learner import Evaluate
 from actors.prompts import left_out
+from actors.ranks import gather
 from actors.rollout import EvaluationRequest
 from actors.sampling import PolicySampler
 from deepgen.data.collate import MicroBatch
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
     from deepgen.config.settings import Settings
     from deepgen.models.unified import UnifiedModel
 
-ALL = "all"  # beside the tasks: the mean over all records
-RECORDS = "heldout_loss/records"
-
 
 @dataclass(frozen=True)
 class Timed:
@@ -49,7 +47,7 @@ class HeldoutLoss:
     """Flow-matching loss of held-out records by task. The records of a task lie evenly over the noise schedule.
 
     The work is split over the ranks, micro-batch by micro-batch; every rank has as many of each kind, empty ones at the
-    end (ZeRO-3 would hang). Records without a usable target take no part; ``heldout_loss/records`` counts the others.
+    end (ZeRO-3 would hang). Records without a usable target take no part.
     """
 
     def __init__(self, context: WorkerContext, records: Sequence[Record], objective: FlowMatching) -> None:
@@ -57,8 +55,8 @@ class HeldoutLoss:
         self._chunks = share_out(records, context.settings.data.micro_batch, context.rank, context.world)
         self._micros: list[tuple[FlowMatchingMicro, list[str]]] | None = None  # made once: the model must be there
 
-    def measure(self, model: UnifiedModel, context: StepContext, suffix: str) -> dict[str, float]:
-        """Mean loss as ``heldout_loss<suffix>/<task>``, equal on all ranks. Collective."""
+    def measure(self, model: UnifiedModel, context: StepContext) -> dict[str, list[float]]:
+        """Losses of the records by task, equal on all ranks. Collective."""
         if self._micros is None:
             self._micros = [self._prepare(kind, chunk, context.device) for kind, chunk in self._chunks]
         mine: list[tuple[str, float]] = []
@@ -68,13 +66,7 @@ class HeldoutLoss:
         found: dict[str, list[float]] = {}
         for task, error in (pair for rank in gather(mine, context.world) for pair in rank):
             found.setdefault(task, []).append(error)
-        everything = [error for errors in found.values() for error in errors]
-        if not everything:
-            return {}
-        figures = {task: float(np.mean(errors)) for task, errors in (found | {ALL: everything}).items()}
-        return {f"heldout_loss{suffix}/{name}": value for name, value in figures.items()} | {
-            RECORDS: float(len(everything))
-        }
+        return dict(sorted(found.items()))
 
     def _prepare(self, kind: str, chunk: Sequence[Timed], device: torch.device) -> tuple[FlowMatchingMicro, list[str]]:
         """A micro-batch and the tasks of its samples."""
@@ -160,7 +152,7 @@ class Heldout:
         settings = self._settings = context.settings
         self._say = context.say
         self._pictures: Pictures | None = None
-        records = heldout_records(settings, judged=True, say=context.say)  # by the program that started this one
+        records = heldout_records(settings, say=context.say)
         self._loss = HeldoutLoss(context, records, objective) if records else None
         if context.tracker and records and settings.tracking.grid_every and settings.train.zero_stage < 3:
             self._pictures = Pictures(context, records)
@@ -170,7 +162,8 @@ class Heldout:
     def evaluation(self, step: int) -> Evaluate | None:
         """What to do after ``step`` steps; None for nothing. The same on all ranks, but that rank 0 draws."""
         loss = self._loss is not None and self._due(step, self._settings.evaluation.every)
-        pictures = self._loss is not None and self._due(step, self._settings.tracking.grid_every, never=0)
+        grid_every = self._settings.tracking.grid_every
+        pictures = self._loss is not None and grid_every > 0 and self._due(step, grid_every)
         return partial(self._evaluate, loss, pictures) if loss or pictures else None
 
     def _evaluate(
@@ -180,16 +173,16 @@ class Heldout:
             self._pictures.draw(context.step, suffix)
         if not (loss and self._loss):
             return {}
-        figures = self._loss.measure(model, context, suffix)
-        by_task = {name.partition("/")[2]: value for name, value in figures.items() if name != RECORDS}
-        if by_task:
-            whole = by_task.pop(ALL)
-            tasks = ", ".join(f"{task} {value:.4f}" for task, value in sorted(by_task.items()))
-            weights = " of the averaged weights" if suffix else ""
-            self._say(f"held-out loss{weights} after {context.step} steps: {whole:.4f} ({tasks})")
-        return figures
+        losses = self._loss.measure(model, context)
+        if not losses:
+            return {}
+        means = {task: float(np.mean(own)) for task, own in losses.items()}
+        everything = [loss for own in losses.values() for loss in own]
+        whole, tasks = float(np.mean(everything)), ", ".join(f"{task} {mean:.4f}" for task, mean in means.items())
+        weights = " of the averaged weights" if suffix else ""
+        self._say(f"held-out loss{weights} after {context.step} steps: {whole:.4f} ({tasks})")
+        figures = {f"heldout_loss{suffix}/{name}": mean for name, mean in (means | {"all": whole}).items()}
+        return figures | {"heldout_loss/records": float(len(everything))}
 
-    def _due(self, step: int, every: int, never: int | None = None) -> bool:
-        if every == never:
-            return False
+    def _due(self, step: int, every: int) -> bool:
         return step in (0, self._settings.train.steps) or (every > 0 and step % every == 0)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.checkpoints import RESULT, SPARE_BYTES, CheckpointStore, Manifest, megabytes
+from actors.prompts import JUDGED
 from deepgen.cluster.resources import process_resources
 from deepgen.config import Settings, UserError
 from deepgen.models.presets import check_width
@@ -76,7 +77,12 @@ def own_folder(settings: Settings) -> Iterator[None]:
     """A new run never writes into the folder of an older one that has checkpoints: the older one is renamed to
     ``<name>.1`` (.2, ...). If the start fails inside this context, everything is as it was."""
     folder = settings.run.folder
-    if settings.run.resume or not (folder / "checkpoints").exists():
+    if settings.run.resume:
+        yield
+        return
+    if not (folder / "checkpoints").exists():
+        for judged in folder.glob(f"*{JUDGED}"):  # by a start that came to nothing: what was bad may be mended
+            judged.unlink()
         yield
         return
     kept = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
@@ -259,13 +265,18 @@ def _cause(error: Exception, kinds: tuple[type[Exception], ...]) -> BaseExceptio
         while inner is not None:
             if isinstance(inner, kinds):
                 return inner
-            inner = getattr(inner, "_base_exc", None) or getattr(inner, "cause", None) or inner.__cause__
+            inner = _wrapped(inner) or inner.__cause__
     return None
+
+
+def _wrapped(error: BaseException) -> BaseException | None:
+    """What an exception of Ray's or Ray Train's is about."""
+    return getattr(error, "_base_exc", None) or getattr(error, "cause", None)
 
 
 def _first_line(error: BaseException) -> str:
     """What went wrong, from the inside of the exceptions that Ray wraps around it."""
-    while (inner := getattr(error, "_base_exc", None) or getattr(error, "cause", None)) is not None:
+    while (inner := _wrapped(error)) is not None:
         error = inner
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 

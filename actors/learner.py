@@ -15,15 +15,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from actors.checkpoints import AVERAGED, RESULT, CheckpointStore, Manifest
 from actors.ema import Ema
 from actors.engine import TrainingEngine, Weights, learning_rate
+from actors.ranks import gather
 from deepgen.config.errors import UserError
 from deepgen.diffusion.rollout import stable_seed
 from deepgen.tracking.progress import Phases, Progress
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 Metrics = Mapping[str, float | Tensor]
 # (model, context, suffix of the names) -> figures; see `Objective.evaluation`
 Evaluate = Callable[["UnifiedModel", "StepContext", str], dict[str, float]]
-T = TypeVar("T")
 _SAY_EVERY_S = 1.0
 _RL_FIGURES = {"policy/kl": "kl", "policy/clip_share": "clipped"}
 _RL_PHASES = {"time/rollout_s": "rollout", "time/reward_s": "scoring", "time/update_s": "update", "time/sync_s": "sync"}
@@ -275,14 +274,6 @@ def reduce_metrics(reported: Iterable[Metrics], world: int) -> dict[str, float]:
         for key, values in metrics_of_rank.items():
             merged.setdefault(key, []).extend(values)
     return {key: _reduce(key, values) for key, values in merged.items()}
-
-
-def gather(mine: T, world: int) -> list[T]:
-    """What every rank has given, by rank; collective."""
-    everyone = [mine] * world
-    if world > 1:
-        dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _reduce(key: str, values: list[float]) -> float:

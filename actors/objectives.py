@@ -17,7 +17,8 @@ from torch import Tensor
 from actors.engine import Weights
 from actors.frozen import make_cache
 from actors.heldout import Heldout
-from actors.learner import Evaluate, Metrics, Parts, StepContext, WorkerContext, gather
+from actors.learner import Evaluate, Metrics, Parts, StepContext, WorkerContext
+from actors.ranks import gather
 from deepgen.algorithms.losses import FlowMatchingLoss, flow_matching_loss, interpolate
 from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS

@@ -18,17 +18,18 @@ from deepgen.config import Settings, UserError
 from deepgen.data.quarantine import FILES, BadRow, Quarantine, rows_in
 from deepgen.data.records import Record, RecordError, check_prompt, read_rows, usable_image
 
+JUDGED = ".judged"  # suffix of the file beside a quarantine that says what has been judged
 Place = tuple[str, int]  # file and row, from 1
 Choose = Callable[[Sequence[Record]], Sequence[Record]]
 
 
 def usable_records(
-    settings: Settings, key: str, *, judged: bool, choose: Choose | None = None, say: Callable[[str], None] = print
+    settings: Settings, key: str, choose: Choose | None = None, say: Callable[[str], None] = print
 ) -> list[tuple[Place, Record]]:
     """Records of data.prompts or data.heldout (``key``) that can be used, in order, and where they stand.
 
-    choose: picks those that are wanted at all; only their images are looked at. judged: this run may have done it
-    before; if so with these files, what it has left out stays out and no image is opened.
+    choose: picks those that are wanted at all; only their images are looked at. What this run has judged before, be it
+    in another process or before a resume, it does not judge again: no image is opened, and what was left out stays out.
     Raises UserError when too many rows are bad (``deepgen.data.quarantine``), when none can be used, or when the file
     is no such file.
     """
@@ -38,8 +39,8 @@ def usable_records(
     wanted = {record.id for record in choose([record for _, record in found])} if choose else None
     chosen = [(place, record) for place, record in found if wanted is None or record.id in wanted]
     path = settings.run.folder / FILES[key]
-    marker, state = path.with_suffix(".judged"), _state(source, [record.id for _, record in chosen])
-    if judged and marker.exists() and marker.read_text() == state:
+    marker, state = path.with_suffix(JUDGED), _state(settings, source, [record.id for _, record in chosen])
+    if marker.exists() and marker.read_text() == state:
         out = rows_in(path)
         return [(place, record) for place, record in chosen if place not in out]
     reserved = _special_tokens(settings.model.weights)
@@ -58,11 +59,12 @@ def usable_records(
     return usable
 
 
-def _state(source: Path, ids: Sequence[str]) -> str:
-    """Changes when the files or the choice of records do."""
+def _state(settings: Settings, source: Path, ids: Sequence[str]) -> str:
+    """Changes when the files, the choice of records or what they are judged by do."""
     files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.blake2b(json.dumps([str(source), facts, list(ids)]).encode(), digest_size=16).hexdigest()
+    judged_by = [str(settings.model.weights), settings.data.max_bad_share]
+    return hashlib.blake2b(json.dumps([str(source), facts, list(ids), judged_by]).encode(), digest_size=16).hexdigest()
 
 
 def left_out(settings: Settings, *keys: str) -> dict[str, float]:

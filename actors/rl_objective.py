@@ -106,7 +106,7 @@ class Observer:
     def __init__(self, context: WorkerContext, stream: Any) -> None:
         settings = context.settings
         self._context, self._stream, self._settings = context, stream, settings
-        self._heldout = heldout_records(settings, judged=True)  # by the program that started this one
+        self._heldout = heldout_records(settings)
         self._quarantined = left_out(settings, "data.prompts", "data.heldout")
         self._grid = choose_records(self._heldout, GRID_PROMPTS, settings.evaluation.seed) if self._heldout else []
         self._pending: list[tuple[int, str, Any]] = []

@@ -1,7 +1,7 @@
 """Flat tensors in pieces: every worker writes the pieces it holds, any number of workers reads the ranges it wants.
 
     <folder>/<name>-<rank>.safetensors      pieces of that rank, each called <key>@<its first element>
-    <folder>/<name>-<rank>.blake2b          checksum of that file, compared when it is opened
+    <folder>/<name>-<rank>.blake2b          checksum of that file, see `check_shards`
 
 Each element is written by one rank. That is what lets a run go on with other workers than it was written by: who wrote
 an element does not matter, and nobody ever holds a whole model to find it.
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from actors.ranks import gather
 from deepgen.config.errors import UserError
 
 CHECKSUM = ".blake2b"
-_GO_ON = "remove its folder to go on from the checkpoint before, then continue with --resume"
 
 
 def write_shard(folder: Path, name: str, rank: int, pieces: Iterable[tuple[str, int, Tensor]]) -> None:
@@ -74,18 +74,31 @@ class ShardReader:
         return result
 
     def _open(self, file: Path) -> None:
-        try:
-            written = file.with_suffix(CHECKSUM).read_text()
-            opened = safe_open(file, framework="pt") if written == _checksum(file) else None
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())[:160]}); {_GO_ON}") from error
-        if opened is None:
-            raise UserError(f"{file}: has changed since it was written; {_GO_ON}")
+        opened = safe_open(file, framework="pt")
         for name in opened.keys():  # noqa: SIM118  # not a dict: it has no iterator
             key, _, start = name.rpartition("@")
             values = opened.get_slice(name)
             first = int(start)
             self._pieces.setdefault(key, []).append(_Piece(first, first + values.get_shape()[0], values))
+
+
+def check_shards(folder: Path, rank: int, world: int) -> None:
+    """Raise UserError on all ranks when a file is not what was written. Collective: each file is read by one rank."""
+    files = sorted(folder.glob("*.safetensors"))
+    mine = [file.name for file in files[rank::world] if not _is_as_written(file)]
+    changed = sorted(name for names in gather(mine, world) for name in names)
+    if changed:
+        raise UserError(
+            f"{folder / changed[0]}: has changed since it was written; remove its folder to go on from the checkpoint "
+            "before, then continue with --resume"
+        )
+
+
+def _is_as_written(file: Path) -> bool:
+    try:
+        return file.with_suffix(CHECKSUM).read_text() == _checksum(file)
+    except OSError:
+        return False
 
 
 def _checksum(file: Path) -> str:

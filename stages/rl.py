@@ -40,7 +40,7 @@ def main() -> int:
     checkpoint = CheckpointStore(settings, "rl").newest() if settings.run.resume else None
     resumes = checkpoint is not None
     with own_folder(settings):
-        prompts, heldout = read_prompts(settings, judged=resumes), heldout_records(settings, judged=resumes)
+        prompts, heldout = read_prompts(settings), heldout_records(settings)
         if settings.algorithm.sft_coef:
             check_training_data(settings)
         gpus = connect(settings, rl_needs, code_root=ROOT)
@@ -89,10 +89,10 @@ def end(stream: Any) -> None:
         ray.get(stream.stop.remote(), timeout=END_S)
 
 
-def read_prompts(settings: Settings, *, judged: bool) -> list[Record]:
+def read_prompts(settings: Settings) -> list[Record]:
     """RL prompts that can be used (`usable_records`), each of a task that has rewards. UserError names file and row."""
     prompts = []
-    for (file, row), record in usable_records(settings, "data.prompts", judged=judged):
+    for (file, row), record in usable_records(settings, "data.prompts"):
         if not any(weight > 0 for weight in settings.rewards.weights.get(record.task, {}).values()):
             raise UserError(
                 f"{file}, row {row}: task {record.task} has no weight above 0 in rewards.weights; "

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from actors.heldout import HeldoutLoss, share_out
+from actors.heldout import Heldout, share_out
 from actors.learner import StepContext
 from actors.objectives import FlowMatching
 from deepgen.config import load_settings
@@ -55,16 +55,18 @@ class Model:
         return [torch.zeros_like(x) for x in latents]
 
 
-def test_records_without_usable_target_take_no_part_and_are_not_counted(tmp_path: Any) -> None:
+def test_records_without_usable_target_take_no_part_and_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_settings(None, ["data.micro_batch=2", "data.image_size=64", "evaluation.seed=3"])
     cache = FrozenCache({LATENT: lambda image: image[:, ::4, ::4]}, MemoryStore())
     objective: Any = FlowMatching(settings, cache, SimpleNamespace())  # type: ignore[arg-type]
-    context: Any = SimpleNamespace(settings=settings, rank=0, world=1)
+    context: Any = SimpleNamespace(settings=settings, rank=0, world=1, tracker=None, say=lambda line: None)
     model: Any = Model()
     here = StepContext(1, 5, 0, 1, torch.device("cpu"))
 
     def measure(held: list[Record], suffix: str = "") -> dict[str, float]:
-        return HeldoutLoss(context, held, objective).measure(model, here, suffix)
+        monkeypatch.setattr("actors.heldout.heldout_records", lambda *_, **__: held)
+        evaluate = Heldout(context, objective).evaluation(0)
+        return evaluate(model, here, suffix) if evaluate else {}
 
     good = records(4, 2)
     expected = measure(good)

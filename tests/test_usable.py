@@ -52,7 +52,7 @@ def test_bad_rows_are_left_out_with_their_reasons(
 ) -> None:
     write_records(tmp_path / "x.parquet", [*prompts(5), *(record for record, _ in BAD), EDIT])
     run = settings(tmp_path, weights, "data.max_bad_share=1")
-    usable = [record for _, record in usable_records(run, "data.prompts", judged=False)]
+    usable = [record for _, record in usable_records(run, "data.prompts")]
     assert [record.id for record in usable] == ["p0", "p1", "p2", "p3", "p4", "b"]
     lines = [json.loads(line) for line in (tmp_path / "runs/a/quarantine-prompts.jsonl").read_text().splitlines()]
     assert [(line["row"], line["id"]) for line in lines] == [(6 + i, record.id) for i, (record, _) in enumerate(BAD)]
@@ -62,42 +62,42 @@ def test_bad_rows_are_left_out_with_their_reasons(
     assert left_out(run, "data.prompts", "data.heldout") == {"data/quarantined_prompts": len(BAD)}
 
     monkeypatch.setattr("actors.prompts.usable_image", lambda *_: pytest.fail("judged before"))
-    assert [record for _, record in usable_records(run, "data.prompts", judged=True)] == usable
+    assert [record for _, record in usable_records(run, "data.prompts")] == usable
 
 
 def test_the_share_is_that_of_training_data(tmp_path: Path, weights: Path) -> None:
     """One bad prompt of a few is no reason to stop, unless no share is allowed; more than 1 % of many is."""
     bad = replace(PROMPT, id="bad", prompt=" ")
     write_records(tmp_path / "x.parquet", [*prompts(9), bad])
-    assert len(usable_records(settings(tmp_path, weights), "data.prompts", judged=False)) == 9
+    assert len(usable_records(settings(tmp_path, weights), "data.prompts")) == 9
     with pytest.raises(UserError, match=r"data\.prompts: 10\.0% of 10 records read cannot be used; allowed: 0\.0%"):
-        usable_records(settings(tmp_path, weights, "data.max_bad_share=0"), "data.prompts", judged=False)
+        usable_records(settings(tmp_path, weights, "data.max_bad_share=0"), "data.prompts")
     write_records(tmp_path / "x.parquet", [*prompts(300), *(replace(bad, id=f"bad{i}") for i in range(6))])
     with pytest.raises(UserError, match=r"data\.prompts: 2\.0% of 306 records .*quarantine-prompts\.jsonl lists them"):
-        usable_records(settings(tmp_path, weights), "data.prompts", judged=False)
+        usable_records(settings(tmp_path, weights), "data.prompts")
     write_records(tmp_path / "x.parquet", [bad])
     with pytest.raises(UserError, match=r"data\.prompts: no record of .*x\.parquet can be used; see "):
-        usable_records(settings(tmp_path, weights), "data.prompts", judged=False)
+        usable_records(settings(tmp_path, weights), "data.prompts")
 
 
 def test_a_prompt_list_with_an_empty_line_is_refused(tmp_path: Path, weights: Path) -> None:
     (tmp_path / "x.txt").write_text("a cat\n\na dog\n")
     with pytest.raises(UserError, match=r"x\.txt, row 2: empty line; allowed: one prompt a line"):
-        usable_records(settings(tmp_path, weights, f"data.prompts={tmp_path / 'x.txt'}"), "data.prompts", judged=False)
+        usable_records(settings(tmp_path, weights, f"data.prompts={tmp_path / 'x.txt'}"), "data.prompts")
 
 
 def test_a_task_without_reward_is_named_by_its_row(tmp_path: Path, weights: Path) -> None:
     write_records(tmp_path / "x.parquet", [prompts(1)[0], BAD[0][0], replace(EDIT, image=None)])
     run = settings(tmp_path, weights, "rewards.weights.edit={}")
     with pytest.raises(UserError, match=r"x\.parquet, row 3: task edit has no weight above 0 in rewards\.weights"):
-        read_prompts(run, judged=False)
+        read_prompts(run)
 
 
 def test_held_out_records_are_chosen_first_and_not_replaced(tmp_path: Path, weights: Path) -> None:
     records = [*prompts(20), *(replace(BAD[5][0], id=f"e{i}") for i in range(2))]
     write_records(tmp_path / "x.parquet", records)
     run = settings(tmp_path, weights, "evaluation.prompts=6")
-    found = heldout_records(run, judged=False)
+    found = heldout_records(run)
     assert len(found) == 4 and all(record.task == "t2i" for record in found)
-    assert heldout_records(run, judged=True) == found
+    assert heldout_records(run) == found
     assert left_out(run, "data.heldout") == {"data/quarantined_heldout": 2}

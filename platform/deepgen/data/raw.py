@@ -32,6 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deepgen.config.errors import UserError
+from deepgen.data.records import decoded_rows
 from deepgen.data.uris import UriError, absolute, read_uri
 
 FORMS = ("records", "hf", "webdataset", "captions", "blip3o", "edits")
@@ -214,18 +215,7 @@ def _read_parquet(source: Source, unit: Unit) -> Iterator[RawSample]:
 def _group_rows(parquet: pq.ParquetFile, group: int, file: Path) -> list[dict[str, Any]]:
     """Rows of a row group. Text that is not UTF-8 comes with lone surrogates, which no valid text has."""
     try:
-        table = parquet.read_row_group(group)
-        try:
-            return table.to_pylist()
-        except UnicodeDecodeError:
-            texts = [field.name for field in table.schema if field.type in (pa.string(), pa.large_string())]
-            for name in texts:
-                at = table.column_names.index(name)
-                table = table.set_column(at, name, table.column(at).cast(pa.large_binary()))
-            rows = table.to_pylist()
-            for row in rows:
-                row |= {name: row[name].decode("utf-8", "surrogateescape") for name in texts if row[name] is not None}
-            return rows
+        return decoded_rows(parquet.read_row_group(group), lambda text: text.decode("utf-8", "surrogateescape"))
     except (pa.ArrowException, OSError, ValueError) as error:
         why = " ".join(str(error).split())[:160]
         raise UserError(

@@ -11,7 +11,7 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -331,16 +331,22 @@ def as_type(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
 
 def to_rows(table: pa.Table, file: Path) -> list[dict[str, Any]]:
     """Rows for `check_row`, which names text that is not UTF-8. Raises UserError as `conform` does."""
-    table = conform(table, file)
+    return decoded_rows(conform(table, file), _decoded)
+
+
+def decoded_rows(table: pa.Table, decode: Callable[[bytes], Any]) -> list[dict[str, Any]]:
+    """Rows of a table, with `decode` for its text where some is not UTF-8: to_pylist gives all or nothing."""
+    rows: list[dict[str, Any]]
     try:
-        return table.to_pylist()
+        rows = table.to_pylist()
     except UnicodeDecodeError:
-        return _decoded_rows(table)
+        rows = _decoded_value_by_value(table, decode)
+    return rows
 
 
-def _decoded_rows(table: pa.Table) -> list[dict[str, Any]]:
-    """The rows of a table of which some text cannot be decoded, value by value: to_pylist gives all or nothing."""
-    kinds = {pa.string(): pa.binary(), pa.list_(pa.string()): pa.list_(pa.binary())}
+def _decoded_value_by_value(table: pa.Table, decode: Callable[[bytes], Any]) -> list[dict[str, Any]]:
+    texts = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    kinds = texts | {pa.list_(text): pa.list_(binary) for text, binary in texts.items()}
     text = [field for field in table.schema if field.type in kinds]
     for field in text:
         number = table.column_names.index(field.name)
@@ -349,13 +355,14 @@ def _decoded_rows(table: pa.Table) -> list[dict[str, Any]]:
     for row in rows:
         for field in text:
             value = row[field.name]
-            row[field.name] = [*map(_decoded, value)] if isinstance(value, list) else _decoded(value)
+            values = [None if one is None else decode(one) for one in (value if isinstance(value, list) else [value])]
+            row[field.name] = values if isinstance(value, list) else values[0]
     return rows
 
 
-def _decoded(value: bytes | None) -> Any:
+def _decoded(value: bytes) -> Any:
     try:
-        return None if value is None else value.decode()
+        return value.decode()
     except UnicodeDecodeError:
         return NOT_UTF8
 

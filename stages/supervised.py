@@ -1,0 +1,29 @@
+"""What pretrain and sft do alike: check everything, connect, train on records, draw the curves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from actors.evaluation import heldout_records
+from actors.launch import LearnerJob, own_folder, prepare_run, run_learner
+from actors.plan import plan_text
+from deepgen.cluster.connect import connect
+from deepgen.config import parse_command_line
+from deepgen.config.cli import Stage
+from deepgen.data.mixture import check_training_data
+
+
+def main(stage: Stage) -> int:
+    settings = prepare_run(parse_command_line(stage, sys.argv[1:], plan_text), stage)
+    with own_folder(settings):
+        check_training_data(settings)
+        heldout_records(settings)
+        gpus = connect(settings, code_root=Path(__file__).resolve().parents[1])
+    from actors.objectives import build_flow_matching  # torch and DeepSpeed: not for --help
+    from deepgen.tracking.curves import record_curves
+
+    result = run_learner(LearnerJob(stage, settings, build_flow_matching, gpus))
+    print(record_curves(settings, stage))
+    print(f"done; the next stage takes model.weights={result}")
+    return 0
