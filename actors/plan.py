@@ -1,7 +1,7 @@
 """What `--plan` prints: memory of a learner GPU by part, and the smallest clusters that have it.
 
 Reads settings and presets only: starts no Ray, loads no weights, and takes parameter counts from a model on torch's
-meta device. The arithmetic is `deepgen.models.memory`; here it meets the settings. Memory is in GiB, for a GPU sold as
+meta device. The arithmetic is `planning.memory`; here it meets the settings. Memory is in GiB, for a GPU sold as
 80 GB has about 80 GiB.
 """
 
@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from deepgen.config import Settings
 from deepgen.config.cli import Stage
-from deepgen.models import memory
-from deepgen.models.memory import FP32, GIB, Numbers, Parameters, States
 from deepgen.models.presets import PRESETS, Architecture
+from deepgen.planning import memory
+from deepgen.planning.memory import FP32, GIB, Numbers, Parameters, States
 
 PROMPT_TOKENS = 256  # of a prompt with its chat wrapper; the limit is Architecture.max_prompt_tokens
 GPU_GIB = (24, 40, 48, 80, 96, 141)
@@ -248,8 +248,8 @@ def _other_processes(job: Job) -> Iterator[str]:
 
 
 def _notes(job: Job) -> Iterator[str]:
-    from deepgen.data.frozen import MEMORY_BYTES
-    from deepgen.data.frozen_store import PENDING_BYTES
+    from deepgen.data.cache.disk_store import PENDING_BYTES
+    from deepgen.data.cache.encoded import MEMORY_BYTES
 
     limit = job.architecture.max_prompt_tokens
     longer = replace(job, prompt_tokens=limit).total() - job.total()

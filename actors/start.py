@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.experience import ExperienceStream
-from actors.fleet import RESTARTS, WEIGHTS_GROUP
-from actors.rollout import RolloutActor
+from actors.experience.rollout_actor import RolloutActor
+from actors.experience.rollout_fleet import RESTARTS, WEIGHTS_GROUP
+from actors.experience.stream import ExperienceStream
 from deepgen.cluster.resources import process_resources
 from deepgen.config import Settings
 from deepgen.data.records import Record
 
 if TYPE_CHECKING:
-    from actors.learner import Parts, WorkerContext
+    from actors.learner.loop import Parts, WorkerContext
 
 
 def start_rollouts(settings: Settings, *, gpus: bool) -> dict[str, Any]:
@@ -41,12 +41,12 @@ def start_stream(
 
 
 def learner_parts(stream: Any) -> Callable[[WorkerContext], Parts]:
-    """What `actors.launch.LearnerJob` wants: makes source and objective inside a learner worker."""
+    """What `actors.learner.ray_train.LearnerJob` wants: makes source and objective inside a learner worker."""
     return functools.partial(_learner_parts, stream)
 
 
 def _learner_parts(stream: Any, context: WorkerContext) -> Parts:
-    from actors.rl_objective import build_rl
+    from actors.objectives.mr_grpo import build_rl
 
     return build_rl(context, stream)
 

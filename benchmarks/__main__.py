@@ -27,7 +27,7 @@ def main() -> int:
 
     import torch  # after the arguments: --help need not wait for it
 
-    from benchmarks.common import HEADER, save_random_model, start_process_group
+    from benchmarks.timing import HEADER, save_random_model, start_process_group
 
     torch.set_num_threads(arguments.threads)
     print(HEADER, flush=True)

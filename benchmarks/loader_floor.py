@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.common import Result, compare, recipe
-from deepgen.data.buckets import fixed_area_size
-from deepgen.data.collate import collate
-from deepgen.data.convert import ROW_GROUP
-from deepgen.data.dataset import TrainingSet
-from deepgen.data.mixture import Mixture
+from benchmarks.timing import Result, compare, recipe
+from deepgen.data.conversion.convert_units import ROW_GROUP
+from deepgen.data.loading.buckets import fixed_area_size
+from deepgen.data.loading.collate import collate
+from deepgen.data.loading.dataset import TrainingSet
+from deepgen.data.loading.mixture import Mixture
+from deepgen.data.loading.parquet_store import ParquetStore
 from deepgen.data.records import Record, write_records
-from deepgen.data.store import ParquetStore
 
 RECORDS, IMAGE_SIZE, STEPS = 256, 512, 8
 SIDES = ((640, 480), (480, 640), (768, 512), (600, 600))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from actors.rollout import GroupRequest
-from actors.sampling import PolicySampler
-from benchmarks.common import Result, Shape, bare_dit, bare_inputs, compare, joined_size, recipe
-from deepgen.data.dataset import image_to_tensor
+from actors.experience.policy_sampler import PolicySampler
+from actors.experience.rollout_actor import GroupRequest
+from benchmarks.timing import Result, Shape, bare_dit, bare_inputs, compare, joined_size, recipe
+from deepgen.data.loading.dataset import image_to_tensor
 from deepgen.data.records import Record, decode_image, read_records
 from deepgen.models.unified import UnifiedModel
 

@@ -20,17 +20,17 @@ from typing import Any
 
 import torch
 
-from actors.engine import TrainingEngine, parameter_groups
-from actors.launch import load_model, prepare_process
-from actors.learner import BatchSource, StepContext, WorkerContext, update
-from actors.objectives import FlowMatching, FlowMatchingMicro, build_flow_matching
-from benchmarks.common import ROOT, Result, recipe, seconds
+from actors.learner.engine import TrainingEngine, parameter_groups
+from actors.learner.loop import BatchSource, StepContext, WorkerContext, update
+from actors.learner.ray_train import load_model, prepare_process
+from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro, build_flow_matching
+from benchmarks.timing import ROOT, Result, recipe, seconds
 from deepgen.algorithms.losses import flow_matching_loss, interpolate
 from deepgen.config.settings import Settings
-from deepgen.data.collate import MicroBatch
-from deepgen.data.convert import ROW_GROUP
-from deepgen.data.frozen import FrozenCache, MemoryStore, Store
-from deepgen.data.frozen_store import DiskStore
+from deepgen.data.cache.disk_store import DiskStore
+from deepgen.data.cache.encoded import FrozenCache, MemoryStore, Store
+from deepgen.data.conversion.convert_units import ROW_GROUP
+from deepgen.data.loading.collate import MicroBatch
 from deepgen.data.records import Record, read_records, write_records
 from deepgen.diffusion.schedule import timesteps
 from deepgen.models.unified import UnifiedModel

@@ -1,6 +1,6 @@
 """What an optimizer step costs above its DiT: the learner's update against bare forward, backward and AdamW.
 
-Ours: `actors.learner.update` with DeepSpeed's engine, the objective and everything it computes besides the DiT (text
+Ours: `learner.loop.update` with DeepSpeed's engine, the objective and everything it computes besides the DiT (text
 and vision path, bridge, reference velocities). Floor: diffusers' SD3 transformer on inputs of the same shapes, one
 AdamW step at the end. Left out: Ray Train, checkpoints, waiting for batches.
 """
@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.engine import TrainingEngine
-from actors.experience import GroupBatch
-from actors.launch import load_model, prepare_process
-from actors.learner import Objective, StepContext, WorkerContext, update
-from actors.objectives import FlowMatching, FlowMatchingMicro, build_flow_matching
-from actors.policy_terms import PolicyMicro
-from actors.rl_objective import MRGRPO, RLBatch, auxiliary_records
-from actors.rollout import GroupRequest
-from actors.sampling import PolicySampler
-from benchmarks.common import Result, Shape, bare_dit, bare_inputs, compare, joined_size, recipe
+from actors.experience.policy_sampler import PolicySampler
+from actors.experience.rollout_actor import GroupRequest
+from actors.experience.stream import GroupBatch
+from actors.learner.engine import TrainingEngine
+from actors.learner.loop import Objective, StepContext, WorkerContext, update
+from actors.learner.ray_train import load_model, prepare_process
+from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro, build_flow_matching
+from actors.objectives.mr_grpo import MRGRPO, RLBatch, auxiliary_records
+from actors.objectives.policy_losses import PolicyMicro
+from benchmarks.timing import Result, Shape, bare_dit, bare_inputs, compare, joined_size, recipe
 from deepgen.data.records import TASKS, read_records
 from deepgen.models.unified import UnifiedModel
 

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from deepgen.config.errors import UserError
+from deepgen.errors import UserError
 from rewards.base import Reward, RewardRequest, RewardUnavailable
 
 __all__ = ["REWARDS", "Reward", "RewardRequest", "RewardUnavailable", "build_reward", "reward_class", "reward_path"]

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from deepgen.config.errors import UserError
+from deepgen.errors import UserError
 from rewards.base import RewardRequest, existing_folder
 from rewards.clip import ClipEncoder
 

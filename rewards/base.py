@@ -1,6 +1,6 @@
 """What a reward is: a plain class that turns requests into scores.
 
-A reward knows nothing of Ray, pools, retries or caches; `actors/reward_pool.py` adds those. It is built in the process
+A reward knows nothing of Ray, pools, retries or caches; `RewardPool` adds those. It is built in the process
 that runs it, so its heavy imports belong into its constructor, and the module itself stays light enough for the
 process that only routes requests.
 """
@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from deepgen.config.errors import UserError
+from deepgen.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from deepgen.config.errors import UserError
+from deepgen.errors import UserError
 from rewards.base import RewardRequest, existing_folder
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

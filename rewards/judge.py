@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from PIL import Image
 
-from deepgen.config.errors import UserError
+from deepgen.errors import UserError
 from rewards.base import RewardRequest, existing_folder
 
 if TYPE_CHECKING:

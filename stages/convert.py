@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is c
 
 from deepgen.config import UserError, load_settings, run_program  # noqa: E402
 from deepgen.config.settings import TASKS  # noqa: E402
-from deepgen.data import convert  # noqa: E402
-from deepgen.data.convert import Limits, Tally  # noqa: E402
-from deepgen.data.raw import FORMS, Source, Unit, guess_form, plan_units  # noqa: E402
+from deepgen.data.conversion import convert_units as convert  # noqa: E402
+from deepgen.data.conversion.convert_units import Limits, Tally  # noqa: E402
+from deepgen.data.conversion.sources import FORMS, Source, Unit, guess_form, plan_units  # noqa: E402
 from deepgen.data.records import MAX_ASPECT, MAX_PIXELS  # noqa: E402
 
 LOOK_AFTER = 200  # samples before the share of bad ones says anything

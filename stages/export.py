@@ -40,8 +40,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    from deepgen.models import export  # torch, transformers, diffusers: not for --help
-    from deepgen.models.layouts import read_weights
+    from deepgen.models.weights_io import layout_writer as export  # torch, transformers, diffusers: not for --help
+    from deepgen.models.weights_io.layout_reader import read_weights
 
     bases = export.Bases(args.base, args.vlm, args.dit)
     weights = export.complete(read_weights(args.source), bases, without_lora=args.without_lora)

@@ -19,16 +19,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
-from actors.checkpoints import AVERAGED, CheckpointStore  # noqa: E402
-from actors.evaluation import Evaluation, grid_rows, heldout_records  # noqa: E402
-from actors.launch import LearnerJob, own_folder, prepare_run, run_learner  # noqa: E402
+from actors.learner.checkpoint_store import AVERAGED, CheckpointStore  # noqa: E402
+from actors.learner.ray_train import LearnerJob, own_folder, prepare_run, run_learner  # noqa: E402
 from actors.plan import plan_text  # noqa: E402
-from actors.prompts import usable_records  # noqa: E402
 from deepgen.cluster.connect import connect  # noqa: E402
 from deepgen.cluster.resources import rl_needs  # noqa: E402
 from deepgen.config import Settings, UserError, parse_command_line, run_program  # noqa: E402
-from deepgen.data.mixture import check_training_data  # noqa: E402
+from deepgen.data.loading.mixture import check_training_data  # noqa: E402
 from deepgen.data.records import Record  # noqa: E402
+from deepgen.data.usable import usable_records  # noqa: E402
+from deepgen.evaluation.results import Evaluation, grid_rows, heldout_records  # noqa: E402
 
 BEFORE, AFTER = "evaluation-before.npz", "evaluation-after.npz"
 MARGIN_S = 30.0  # an actor's own error, which says more, comes first
@@ -44,7 +44,7 @@ def main() -> int:
         if settings.algorithm.sft_coef:
             check_training_data(settings)
         gpus = connect(settings, rl_needs, code_root=ROOT)
-        from actors.experience import check_state
+        from actors.experience.stream import check_state
 
         if checkpoint:
             check_state(settings, prompts, checkpoint.source)
@@ -155,7 +155,7 @@ def report(settings: Settings, before: Evaluation, after: Evaluation, averaged: 
     from deepgen.tracking.curves import CURVES, draw_curves
     from deepgen.tracking.grids import before_after_grid
     from deepgen.tracking.journal import FILE_NAME
-    from deepgen.tracking.report import paired_table
+    from deepgen.tracking.paired_table import paired_table
     from deepgen.tracking.tracker import Tracker
 
     folder, seed = settings.run.folder, settings.evaluation.seed

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from actors.evaluation import heldout_records
-from actors.launch import LearnerJob, own_folder, prepare_run, run_learner
+from actors.learner.ray_train import LearnerJob, own_folder, prepare_run, run_learner
 from actors.plan import plan_text
 from deepgen.cluster.connect import connect
 from deepgen.config import parse_command_line
 from deepgen.config.cli import Stage
-from deepgen.data.mixture import check_training_data
+from deepgen.data.loading.mixture import check_training_data
+from deepgen.evaluation.results import heldout_records
 
 
 def main(stage: Stage) -> int:
@@ -20,7 +20,7 @@ def main(stage: Stage) -> int:
         check_training_data(settings)
         heldout_records(settings)
         gpus = connect(settings, code_root=Path(__file__).resolve().parents[1])
-    from actors.objectives import build_flow_matching  # torch and DeepSpeed: not for --help
+    from actors.objectives.flow_matching import build_flow_matching  # torch and DeepSpeed: not for --help
     from deepgen.tracking.curves import record_curves
 
     result = run_learner(LearnerJob(stage, settings, build_flow_matching, gpus))

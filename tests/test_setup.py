@@ -168,7 +168,7 @@ def test_wheel_holds_the_packages_and_not_the_shim(root: Path, tmp_path: Path) -
     subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(source)], check=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for expected in ("deepgen/__init__.py", "deepgen/config/errors.py", "deepgen/py.typed", "actors/__init__.py"):
+    for expected in ("deepgen/__init__.py", "deepgen/errors.py", "deepgen/py.typed", "actors/__init__.py"):
         assert expected in names
     for expected in (
         "rewards/__init__.py",

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from deepgen.models.unified import UnifiedModel
-from stages.base.common import MODEL
+from stages.base.training import MODEL
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from deepgen.data.records import Record, decode_image, write_records
-from stages.base.common import DATA, FADED, load_split
+from stages.base.training import DATA, FADED, load_split
 from stages.base.world import encode
 
 COPIES = {"t2i": 750, "reasoning": 400, "text": 600, "edit": 300}

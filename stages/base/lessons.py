@@ -16,7 +16,7 @@ from PIL import ImageFont
 
 from deepgen.data.records import Record, write_records
 from stages.base import concepts as C
-from stages.base.common import LESSONS, load_split
+from stages.base.training import LESSONS, load_split
 from stages.base.world import Icons, World, dejavu, draw_word, encode
 
 WORDS = 5000

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from deepgen.config import UserError, load_settings, run_program
 from deepgen.config.recipes import find_recipe
-from stages.base.common import DATA, MODEL
+from stages.base.training import DATA, MODEL
 
 WORK = Path("runs/base")
 PACKAGES = {"fluent-emoji-flat": "@iconify-json/fluent-emoji-flat@1.2.6", "emojibase-data": "emojibase-data@17.0.0"}
@@ -75,23 +75,23 @@ def steps() -> dict[str, Step]:
     drawn = ("--packages", str(WORK / "packages"))
     return {
         "world": Step(module("world", *drawn)),
-        "tokenizer": Step(module("tokenizer"), ("world",)),
-        "vae": Step(module("vae"), ("world",)),
+        "tokenizer": Step(module("train_tokenizer"), ("world",)),
+        "vae": Step(module("train_vae"), ("world",)),
         "lessons": Step(module("lessons", *drawn), ("world",)),
-        "dit": Step(module("dit"), ("vae", "tokenizer")),
-        "tower": Step(module("tower"), ("tokenizer", "lessons")),
-        "vlm": Step(module("vlm"), ("tower",)),
-        "bridge": Step(module("bridge"), ("dit", "vlm")),
+        "dit": Step(module("train_dit"), ("vae", "tokenizer")),
+        "tower": Step(module("train_tower"), ("tokenizer", "lessons")),
+        "vlm": Step(module("train_vlm"), ("tower",)),
+        "bridge": Step(module("train_bridge"), ("dit", "vlm")),
         "pretrain": Step(stage("pretrain", "model.fresh_bridge=false"), ("bridge",)),
-        "judge": Step(module("judge"), ("vlm",)),
-        "clip": Step(module("clip"), ("tokenizer", "lessons")),
-        "decoder": Step(module("vae", "--decoder"), ("dit",)),
-        "aesthetic": Step(module("aesthetic"), ("clip", "decoder")),
+        "judge": Step(module("train_judge"), ("vlm",)),
+        "clip": Step(module("train_clip"), ("tokenizer", "lessons")),
+        "decoder": Step(module("train_vae", "--decoder"), ("dit",)),
+        "aesthetic": Step(module("train_aesthetic"), ("clip", "decoder")),
         "sft": Step(stage("sft", "model.weights=runs/tiny-pretrain/model"), ("pretrain",)),
         "fade": Step(module("fade"), ("sft",)),
         "mixed": Step(stage("sft", *MIXED), ("fade",)),
         "collect": Step(module("collect", "runs/tiny-mixed/model"), ("mixed", "decoder")),
-        "report": Step(module("report"), ("collect", "judge", "clip")),
+        "report": Step(module("base_report"), ("collect", "judge", "clip")),
     }
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepgen.algorithms.registry import lookup
-from deepgen.config.errors import UserError
+from deepgen.errors import UserError
+from deepgen.registry import lookup
 
 WHITEN = {"global": "the whole batch", "rank": "each rank's samples", "none": "not at all"}
 

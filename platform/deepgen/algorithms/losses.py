@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepgen.algorithms.registry import lookup
+from deepgen.registry import lookup
 
 _VARIANCE_EPS = 1e-7  # added to 2 std^2 in the reference's KL terms
 _SMALLEST_ERROR = 1e-5  # below it an image counts as hit, and its error is not blown up any further

@@ -17,7 +17,7 @@ from typing import Any
 
 from deepgen.cluster.resources import Need, check_capacity, cluster_capacity, learner_needs
 from deepgen.config import Settings, UserError
-from deepgen.config.errors import stop_on_sigterm
+from deepgen.errors import stop_on_sigterm
 
 AUTO_LOCAL = "auto-local"
 # Ray puts sockets under its temporary folder; Linux allows 107 characters for a socket's whole path.

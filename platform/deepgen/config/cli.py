@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import yaml
 
-from deepgen.config.errors import UserError, nearest
 from deepgen.config.paths import CHECKOUT, exists, resolve_path
 from deepgen.config.recipes import find_recipe, read_recipe
 from deepgen.config.settings import Settings, allowed_values, leaf_keys, load_settings, sections
+from deepgen.errors import UserError, nearest
 
 Stage = Literal["pretrain", "sft", "rl"]
 WIDTH = 100

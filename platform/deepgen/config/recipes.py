@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from deepgen.config.errors import UserError, nearest
 from deepgen.config.paths import CHECKOUT, exists, expanded
+from deepgen.errors import UserError, nearest
 
 _SCALARS = (
     ("null", r"~|null|", "~n"),

@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from deepgen.config.errors import nearest
 from deepgen.config.paths import InputPath, OptionalOutputPath, OutputPath
+from deepgen.errors import nearest
 
 TASKS = ("t2i", "reasoning", "text", "edit")
 Weight = Annotated[float, Field(ge=0)]

@@ -16,7 +16,6 @@ import yaml
 from pydantic import ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from deepgen.config.errors import UserError, nearest
 from deepgen.config.recipes import describe_yaml_error, parse_value, read_recipe
 from deepgen.config.sections import (
     TASKS,
@@ -33,6 +32,7 @@ from deepgen.config.sections import (
     TrackingSettings,
     TrainSettings,
 )
+from deepgen.errors import UserError, nearest
 
 _NO_HINT = "; --help lists all keys"
 

@@ -1,7 +1,7 @@
 """Records that cannot be used: listed in a file of the run, counted, and too many of them end the run.
 
-Such a training record's place in the batch stays empty (``deepgen.data.collate``); such a prompt is not drawn
-(``actors.prompts``). No other record takes its place.
+Such a training record's place in the batch stays empty (``deepgen.data.loading.collate``); such a prompt is not drawn
+(``deepgen.data.usable``). No other record takes its place.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deepgen.config.errors import UserError
+from deepgen.errors import UserError
 
 FILE = "quarantine.jsonl"
 FILES = {"data.train": FILE, "data.prompts": "quarantine-prompts.jsonl", "data.heldout": "quarantine-heldout.jsonl"}

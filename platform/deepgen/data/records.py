@@ -1,8 +1,8 @@
 """The record schema of every stage, and its files: parquet in and out, and prompt lists as plain text.
 
 One record is one training pair or one prompt. ``read_records`` reads files whole and checks them row by row; training
-reads its rows when they are needed (``deepgen.data.store``). Images are encoded bytes, or paths and URIs that are read
-when the image is. Left out on purpose: resizing and tensors (``deepgen.data.dataset``).
+reads its rows when they are needed (``loading.parquet_store``). Images are encoded bytes, or paths and URIs that are
+read when the image is. Left out on purpose: resizing and tensors (``loading.dataset``).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from deepgen.config.errors import UserError
 from deepgen.config.settings import TASKS
 from deepgen.data.uris import absolute, read_uri
+from deepgen.errors import UserError
 
 SCHEMA = pa.schema(
     [
@@ -39,7 +39,7 @@ SCHEMA = pa.schema(
     ]
 )
 # May be absent or null: pixels of the target and, in turn, width and height of every reference. Training then knows
-# which records become equally large (``deepgen.data.buckets``) without opening an image.
+# which records become equally large (``deepgen.data.loading.buckets``) without opening an image.
 SIZES = pa.schema([("width", pa.int32()), ("height", pa.int32()), ("reference_sizes", pa.list_(pa.int32()))])
 _TEXT_COLUMNS = ("id", "task", "prompt", "answer", "source")
 MAX_ASPECT = 8.0  # longer by shorter side of an image that can be trained on

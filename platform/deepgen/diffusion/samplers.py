@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepgen.algorithms.registry import lookup
-from deepgen.config.errors import UserError
+from deepgen.errors import UserError
+from deepgen.registry import lookup
 
 _EPS = 1e-8  # of the Gaussian density, as in the reference; it matters once std is about 1e-3
 

@@ -7,7 +7,7 @@ Time as the transformer sees it is 1000 * sigma. Left out: resolution-dependent 
 import torch
 from torch import Tensor
 
-from deepgen.config.errors import UserError
+from deepgen.errors import UserError
 
 TRAIN_STEPS = 1000
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepgen.config.errors import UserError
+from deepgen.errors import UserError
 
 LARGEST_TINY_WIDTH = 512
 

@@ -12,12 +12,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from deepgen.config.errors import UserError
-from deepgen.models import checkpoint
+from deepgen.errors import UserError
 from deepgen.models.bridge import BRIDGE_PREFIXES, Bridge
+from deepgen.models.chat_template import check_tokenizer, tokenize
 from deepgen.models.dit import DeepGenTransformer
 from deepgen.models.presets import Architecture, check_preset
-from deepgen.models.prompts import check_tokenizer, tokenize
 from deepgen.models.vlm import (
     LoraSettings,
     SeenImage,
@@ -28,6 +27,7 @@ from deepgen.models.vlm import (
     lora_parameters,
     see,
 )
+from deepgen.models.weights_io import folder as weights_folder
 
 References = Sequence[Sequence[Tensor | SeenImage]]
 PADDINGS = ("masked", "reference")
@@ -144,27 +144,27 @@ class UnifiedModel(Bridge):
             UserError: something is absent, damaged, or does not fit; the message names it.
         """
         folder = Path(path)
-        architecture = checkpoint.read_architecture(folder, preset if fresh_bridge else None)
+        architecture = weights_folder.read_architecture(folder, preset if fresh_bridge else None)
         if preset is not None:
             check_preset(preset, architecture, folder)
-        tokenizer = checkpoint.load_tokenizer(folder / "tokenizer")
+        tokenizer = weights_folder.load_tokenizer(folder / "tokenizer")
         vlm_config = architecture.vlm
         check_tokenizer(tokenizer, vlm_config["image_token_id"], vlm_config["text_config"]["vocab_size"])
         model = cls(
             architecture,
-            checkpoint.load_vlm(folder / "vlm", dtype),
-            checkpoint.load_transformer(folder / "transformer", dtype),
-            checkpoint.load_vae(folder / "vae", dtype),
+            weights_folder.load_vlm(folder / "vlm", dtype),
+            weights_folder.load_transformer(folder / "transformer", dtype),
+            weights_folder.load_vae(folder / "vae", dtype),
             tokenizer,
             padding,
         )
         if not fresh_bridge:
-            checkpoint.load_bridge(model, folder / "bridge")
+            weights_folder.load_bridge(model, folder / "bridge")
         for name, parameter in model.named_parameters():
             if name.startswith(BRIDGE_PREFIXES):
                 parameter.data = parameter.data.to(dtype)
-        if (folder / checkpoint.LORA_FOLDER).is_dir():
-            checkpoint.load_lora(model.vlm, folder / checkpoint.LORA_FOLDER, lora)
+        if (folder / weights_folder.LORA_FOLDER).is_dir():
+            weights_folder.load_lora(model.vlm, folder / weights_folder.LORA_FOLDER, lora)
         elif lora is not None:
             add_lora(model.vlm, lora, architecture.fusion_layers[0])
         return model.eval()
@@ -172,13 +172,13 @@ class UnifiedModel(Bridge):
     def save_folder(self, path: str | Path) -> None:
         """Write every component; the caller makes it atomic (write beside, then rename)."""
         folder = Path(path)
-        checkpoint.save_vlm(self.vlm, folder / "vlm")
+        weights_folder.save_vlm(self.vlm, folder / "vlm")
         if lora_parameters(self.vlm):
-            checkpoint.save_lora(self.vlm, folder / checkpoint.LORA_FOLDER)
-        checkpoint.save_transformer(self.transformer, folder / "transformer")
+            weights_folder.save_lora(self.vlm, folder / weights_folder.LORA_FOLDER)
+        weights_folder.save_transformer(self.transformer, folder / "transformer")
         self.vae.save_pretrained(folder / "vae")
-        checkpoint.save_bridge(self, self.architecture, folder / "bridge")
-        checkpoint.save_scheduler(folder / "scheduler")
+        weights_folder.save_bridge(self, self.architecture, folder / "bridge")
+        weights_folder.save_scheduler(folder / "scheduler")
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder / "tokenizer")
             self.tokenizer.save_pretrained(folder / "vlm")

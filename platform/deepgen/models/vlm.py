@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.masking_utils import create_causal_mask
 
-from deepgen.config.errors import UserError
-from deepgen.models.prompts import TokenBatch
+from deepgen.errors import UserError
+from deepgen.models.chat_template import TokenBatch
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -1,0 +1,1 @@
+"""Generate, score, advantage: from prompts to batches with advantages."""

@@ -1,0 +1,218 @@
+"""Sampling groups and evaluation images with the model, and the form in which a group travels to the learner.
+
+A group brings along the conditioning it was sampled with, so no prompt is encoded twice and the learner scores the
+transitions under the very numbers they were drawn under.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.experience.rollout_actor import Arrays, EvaluationRequest, GroupRequest
+from deepgen.config import Settings
+from deepgen.data.loading.dataset import image_to_tensor
+from deepgen.data.records import Record, decode_image
+from deepgen.diffusion.schedule import rollout_sigmas
+from deepgen.diffusion.trajectory import Trajectory, VelocityFn, choose_sde_steps, sample, start_group, step_seed
+from deepgen.models.unified import Conditioning, UnifiedModel
+
+_EVALUATION_BATCH = 16  # images in one forward of an evaluation
+
+
+@dataclass(frozen=True)
+class LearnerGroup:
+    """A group as the learner uses it. `conditioning` and `unconditional` (None without guidance) have batch size 1."""
+
+    trajectory: Trajectory
+    conditioning: Conditioning
+    unconditional: Conditioning | None
+    references: list[Tensor]  # latents [c, h, w] of an edit's source images
+
+
+class PolicySampler:
+    """The policy, without gradients, on this process's device."""
+
+    def __init__(self, settings: Settings) -> None:
+        torch.set_num_threads(settings.rollout.threads)
+        self._settings = settings
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.load(settings.model.weights)
+
+    def load(self, folder: Path) -> None:
+        """Read the model from a component folder."""
+        model = UnifiedModel.from_folder(folder, padding=self._settings.model.padding)
+        self.model = model.to(self._device).eval().requires_grad_(False)
+
+    # -- sampling ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample_group(self, request: GroupRequest) -> tuple[np.ndarray, Arrays]:
+        """Images uint8 [G, H, W, 3] and the packed group (`unpack_group`)."""
+        settings, rollout, record = self._settings, self._settings.rollout, request.record
+        conditioning, unconditional, references, shape = self._encode(record)
+        noise, generators = start_group(
+            shape,
+            run_seed=settings.run.seed,
+            prompt_id=record.id,
+            epoch=request.epoch,
+            indices=range(rollout.group_size),
+            same_noise=rollout.same_noise,
+        )
+        trajectory = sample(
+            self._velocity(conditioning, references),
+            noise.to(self._device),
+            rollout_sigmas(rollout.num_steps, rollout.shift),
+            sampler=rollout.sampler,
+            eta=rollout.eta,
+            sde_steps=trained_steps(settings, request.step) if rollout.sampler != "ode" else [],
+            generators=generators,
+            window=rollout.sde_window,
+            same_noise=rollout.same_noise,
+            guidance_scale=rollout.guidance_scale,
+            velocity_uncond_fn=None if unconditional is None else self._velocity(unconditional, references),
+        )
+        images = np.stack([to_pixels(image) for image in self.model.decode_latents(trajectory.final)])
+        return images, pack_group(LearnerGroup(trajectory, conditioning, unconditional, references))
+
+    def _encode(self, record: Record) -> tuple[Conditioning, Conditioning | None, list[Tensor], tuple[int, ...]]:
+        """Conditioning and unconditional one (None without guidance), reference latents, latent shape of the target."""
+        size = self._settings.data.image_size
+        images = [image_to_tensor(decode_image(data), size).to(self._device) for data in record.references]
+        with self._autocast():
+            conditioning = _in_fp32(self.model.encode_prompts([record.prompt], [images]))
+            unconditional = None
+            if self._settings.rollout.guidance_scale != 1:
+                unconditional = _in_fp32(self.model.encode_prompts([""], [images]))
+        references = [latent.float() for latent in self.model.encode_images(images, None)] if images else []
+        return conditioning, unconditional, references, self._latent_shape(images)
+
+    def _latent_shape(self, images: Sequence[Tensor]) -> tuple[int, ...]:
+        """Latent [c, h, w] of the target: as large as the first source image, else square."""
+        height, width = images[0].shape[-2:] if images else (self._settings.data.image_size,) * 2
+        config = self.model.vae.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        return config.latent_channels, height // factor, width // factor
+
+    def _velocity(self, conditioning: Conditioning, references: list[Tensor]) -> VelocityFn:
+        """Velocity of latents, one for each conditioning, or any number [B, c, h, w] for a single one."""
+
+        def velocity(latents: Tensor, timesteps: Tensor) -> Tensor:
+            batch = len(latents)
+            per_sample = [references] * batch if references else None
+            with self._autocast():
+                v = self.model.velocity(latents, timesteps, conditioning.expand(batch), per_sample)
+            assert isinstance(v, Tensor)  # a batch of one size stays a tensor
+            return v.float()
+
+        return velocity
+
+    def _autocast(self) -> torch.autocast:
+        bf16 = self._settings.model.precision == "bf16"
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16)
+
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluate(self, request: EvaluationRequest) -> list[np.ndarray]:
+        """Images uint8 [samples, H, W, 3] of each prompt, in order."""
+        images: list[list[np.ndarray]] = [[] for _ in request.records]
+        for batch in self._evaluation_batches(request):
+            for (i, _), image in zip(batch, self._draw(request, batch), strict=True):
+                images[i].append(image)
+        return [np.stack(own) for own in images]
+
+    def _evaluation_batches(self, request: EvaluationRequest) -> Iterator[list[tuple[int, int]]]:
+        """(prompt, sample) pairs to draw together. Only generation in masked padding shares a forward across prompts:
+        edits differ in size, and unmasked padding would let prompts change each other."""
+        together: list[tuple[int, int]] = []
+        for i, record in enumerate(request.records):
+            own = [(i, j) for j in range(request.samples)]
+            if record.references or self._settings.model.padding != "masked":
+                yield from _chunks(own)
+            else:
+                together += own
+        yield from _chunks(together)
+
+    @torch.no_grad()
+    def _draw(self, request: EvaluationRequest, batch: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        rollout = self._settings.rollout
+        encoded = {i: self._encode(request.records[i]) for i in dict.fromkeys(i for i, _ in batch)}
+        first = encoded[batch[0][0]]
+        noise = [
+            start_group(first[3], run_seed=request.seed, prompt_id=request.records[i].id, epoch=0, indices=[j])
+            for i, j in batch
+        ]
+        conditioning = Conditioning.cat([encoded[i][0] for i, _ in batch])
+        unconditional = [encoded[i][1] for i, _ in batch]
+        guide = [item for item in unconditional if item is not None]
+        trajectory = sample(
+            self._velocity(conditioning, first[2]),
+            torch.cat([start for start, _ in noise]).to(self._device),
+            rollout_sigmas(request.num_steps, rollout.shift),
+            sampler="ode",
+            eta=0.0,
+            sde_steps=[],
+            generators=[generator for _, generators in noise for generator in generators],
+            guidance_scale=rollout.guidance_scale,
+            velocity_uncond_fn=self._velocity(Conditioning.cat(guide), first[2]) if guide else None,
+        )
+        return [to_pixels(image) for image in self.model.decode_latents(trajectory.final)]
+
+
+def trained_steps(settings: Settings, step: int) -> list[int]:
+    """Sampler steps that are kept and trained in a training step: the same for all its groups (M3.4)."""
+    rollout = settings.rollout
+    return choose_sde_steps(
+        rollout.num_steps, rollout.sde_steps, rollout.sde_window, step_seed(settings.run.seed, step)
+    )
+
+
+def to_pixels(image: Tensor) -> np.ndarray:
+    """[3, H, W] in [-1, 1] -> uint8 [H, W, 3], rounded as the published scripts do (M1.7)."""
+    return (image.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+def pack_group(group: LearnerGroup) -> Arrays:
+    """A group as named arrays, which travel through the object store without copies."""
+    tensors = {f"trajectory/{name}": tensor for name, tensor in vars(group.trajectory).items()}
+    for branch in ("conditioning", "unconditional"):
+        conditioning = getattr(group, branch)
+        if conditioning is not None:
+            named = {field.name: getattr(conditioning, field.name) for field in fields(conditioning)}
+            tensors |= {f"{branch}/{name}": tensor for name, tensor in named.items() if tensor is not None}
+    tensors |= {f"reference/{i}": latent for i, latent in enumerate(group.references)}
+    return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+
+
+def unpack_group(arrays: Mapping[str, np.ndarray], device: torch.device) -> LearnerGroup:
+    """The group that `pack_group` packed, copied to `device`."""
+
+    def part(prefix: str) -> dict[str, Any]:
+        names = [name for name in arrays if name.startswith(f"{prefix}/")]
+        return {name.partition("/")[2]: torch.tensor(arrays[name], device=device) for name in names}
+
+    def conditioning(prefix: str) -> Conditioning:
+        return Conditioning(**{"mask": None, **part(prefix)})
+
+    return LearnerGroup(
+        trajectory=Trajectory(**part("trajectory")),
+        conditioning=conditioning("conditioning"),
+        unconditional=conditioning("unconditional") if part("unconditional") else None,
+        references=list(part("reference").values()),
+    )
+
+
+def _in_fp32(conditioning: Conditioning) -> Conditioning:
+    """Rollout and learner get the same numbers, whatever autocast made of them on the way."""
+    return replace(conditioning, context=conditioning.context.float(), pooled=conditioning.pooled.float())
+
+
+def _chunks(pairs: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    for start in range(0, len(pairs), _EVALUATION_BATCH):
+        yield pairs[start : start + _EVALUATION_BATCH]

@@ -1,0 +1,431 @@
+"""A pool of actors that all run one reward: batches, deadlines, retries, restarts and a cache around a plain class.
+
+    score(requests) ─▶ cache ─▶ queue ─▶ replica 0 ┐  each takes what waits, at most batch_size at a time,
+                                    └──▶ replica 1 ┘  so requests of several groups share a call
+
+A call that fails (deadline passed, actor dead, `RewardUnavailable`) is tried again, on whichever replica is free; after
+the last attempt its scores are missing: None, a reason and a counter, never 0. A replica that died or did not answer is
+replaced by a new one. Any other exception of the reward is a bug and is raised by `score`.
+
+Left out: batches that shrink to find one poisonous request, and autoscaling of replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from pydantic import BaseModel
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from deepgen.errors import UserError
+from rewards import RewardRequest, RewardUnavailable, build_reward, reward_class, reward_path
+
+log = logging.getLogger(__name__)
+
+COUNTERS = ("calls", "retries", "timeouts", "missing", "cache_hits", "restarts", "seconds")
+NOT_APPLICABLE = "the reward does not apply to this prompt"
+MAX_BACKOFF_S = 10.0
+
+
+class CallTimeout(TimeoutError):
+    """A remote call passed its deadline; the message names actor, call and age."""
+
+
+class RewardPoolError(RuntimeError):
+    """The pool has no replica left and can't make one."""
+
+
+@dataclass(frozen=True)
+class BatchReply:
+    """What a replica answers: a score a request, or the reason why there are none."""
+
+    values: list[float | None]
+    unavailable: str | None = None
+
+
+@dataclass(frozen=True)
+class RewardScores:
+    """Scores of one call of `RewardPool.score`, in the order of its requests.
+
+    Attributes:
+        values: None where there is no score.
+        reasons: why there is none; None where there is one.
+        counters: of this call, keys as in COUNTERS. `calls` are calls of replicas that carried one of its requests;
+            `missing` leaves out requests that the reward does not apply to; `seconds` is wall time.
+    """
+
+    values: list[float | None]
+    reasons: list[str | None]
+    counters: dict[str, float]
+
+
+class RewardActor:
+    """Hosts one reward in a Ray process of its own. Built by `start`, so that its errors arrive as they were raised."""
+
+    def __init__(self, path: str, settings: Mapping[str, Any]) -> None:
+        self._path, self._settings = path, settings
+
+    def start(self) -> None:
+        """Load the reward and score one grey image, which pays for whatever the first call costs."""
+        self._reward = build_reward(self._path, self._settings)
+        grey = np.full((64, 64, 3), 128, dtype=np.uint8)
+        self._reward.score([RewardRequest('a sign with the word "ok"', "a sign", "t2i", grey)])
+
+    def score(self, picks: list[tuple[int, int]], *sources: list[RewardRequest]) -> BatchReply:
+        """Score `sources[s][i]` for each (s, i) of `picks`."""
+        requests = [sources[source][index] for source, index in picks]
+        try:
+            values = self._reward.score(requests)
+        except RewardUnavailable as error:
+            return BatchReply([], str(error) or "unavailable")
+        if len(values) != len(requests):
+            raise ValueError(f"{self._path} returned {len(values)} scores for {len(requests)} requests")
+        # A score that is not a number can't be had either; NaN must not reach the cache or the mean of a group.
+        return BatchReply([None if value is None or not math.isfinite(value) else float(value) for value in values])
+
+
+@dataclass(eq=False)
+class _Item:
+    """A request on its way through the pool."""
+
+    source: Any  # list[RewardRequest], or the ObjectRef of one
+    index: int  # in source
+    future: asyncio.Future[tuple[float | None, str | None]]  # score, or None and the reason
+    counters: dict[str, float]  # of the `score` call it belongs to
+    failures: int = 0
+
+
+@dataclass(eq=False)
+class _Replica:
+    label: str
+    actor: Any
+    failures: int = 0  # in a row, without a good call in between
+
+
+class RewardPool:
+    """The replicas of one reward. Lives in one asyncio event loop: call `start` there first, `stop` at the end.
+
+    Args:
+        name: a reward of `rewards.REWARDS`, or "module:Class".
+        settings: `rewards.<name>`: the pool's replicas, batch_size, deadline_s (seconds, one call) and retries, and
+            what the reward itself reads.
+        num_cpus, num_gpus: of one replica, in Ray's units.
+        start_deadline_s: for placing, loading and warming up one replica.
+        max_restarts: of one replica without a good call in between; after that it is given up.
+        backoff_s: pause before the first retry; doubles with each, up to 10 s.
+        cache_size: scores remembered, the least recently used go first; 0 = none.
+
+    Raises:
+        UserError: unknown reward.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: Mapping[str, Any] | BaseModel,
+        *,
+        num_cpus: float = 0.05,
+        num_gpus: float = 0.0,
+        start_deadline_s: float = 300.0,
+        max_restarts: int = 3,
+        backoff_s: float = 0.5,
+        cache_size: int = 1 << 16,
+    ) -> None:
+        self.name, self._path = name, reward_path(name)
+        self._settings = settings.model_dump() if isinstance(settings, BaseModel) else dict(settings)
+        self._batch_size: int = self._settings["batch_size"]
+        self._deadline_s: float = self._settings["deadline_s"]
+        self._retries: int = self._settings["retries"]
+        self._resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+        self._start_deadline_s, self._max_restarts, self._backoff_s = start_deadline_s, max_restarts, backoff_s
+        self._cache_size = cache_size
+        self._cache: OrderedDict[bytes, float] = OrderedDict()
+        self._replicas: list[_Replica] = []
+        self._workers: list[asyncio.Task[None]] = []
+        self._queue: asyncio.Queue[_Item] = asyncio.Queue()
+        self._open: set[_Item] = set()  # every request without an answer, queued or not
+        self._broken: BaseException | None = None
+        self._totals = dict.fromkeys(COUNTERS, 0.0)
+
+    async def start(self) -> None:
+        """Create and warm up all replicas; returns when every one can score.
+
+        Raises:
+            UserError: the reward refuses its settings.
+            CallTimeout: a replica was not ready within start_deadline_s.
+        """
+        if self._workers:
+            raise RuntimeError(f"reward pool {self.name}: started twice")
+        labels = [f"{self.name} reward #{index}" for index in range(self._settings["replicas"])]
+        self._replicas = [_Replica(label, self._create()) for label in labels]
+        try:
+            await asyncio.gather(*(self._warm_up(replica) for replica in self._replicas))
+        except BaseException:
+            self.stop()
+            raise
+        for replica in self._replicas:
+            worker = asyncio.get_running_loop().create_task(self._serve(replica), name=replica.label)
+            worker.add_done_callback(self._worker_ended)
+            self._workers.append(worker)
+
+    def stop(self) -> None:
+        """End all replicas. Requests that are still open fail with `RewardPoolError`."""
+        for worker in self._workers:
+            worker.cancel()
+        self._break(RewardPoolError(f"reward pool {self.name} was stopped"))
+        for replica in self._replicas:
+            ray.kill(replica.actor)
+        self._workers, self._replicas = [], []
+
+    def counters(self) -> dict[str, float]:
+        """Totals since the start, keys as in COUNTERS; `seconds` are those that replicas spent in calls."""
+        return dict(self._totals)
+
+    def replica_actors(self) -> list[Any]:
+        """Ray handles of the replicas there are now, for operations and tests."""
+        return [replica.actor for replica in self._replicas]
+
+    async def score(self, requests: Sequence[RewardRequest] | ray.ObjectRef) -> RewardScores:
+        """Score requests, given as they are or as the ObjectRef of a list of them.
+
+        With an ObjectRef replicas read the images from the object store; this process reads them once for the cache.
+
+        Raises:
+            CallTimeout: the ObjectRef could not be read within the deadline.
+            RewardPoolError: no replica is left, or the pool is not running.
+            Exception: whatever the reward raised, other than `RewardUnavailable`.
+        """
+        began = time.monotonic()
+        if self._broken is not None or not self._workers:
+            raise self._broken or RewardPoolError(f"reward pool {self.name}: start() comes first")
+        listed = await self._listed(requests)
+        counters = dict.fromkeys(COUNTERS, 0.0)
+        values: list[float | None] = [None] * len(listed)
+        reasons: list[str | None] = [NOT_APPLICABLE] * len(listed)
+        applies = reward_class(self._path).applies
+        asked = [index for index, request in enumerate(listed) if applies(request)]
+        keys = {index: request_key(listed[index]) for index in asked} if self._cache_size else {}
+        waiting: dict[int, _Item] = {}
+        for index in asked:
+            if (known := self._recall(keys.get(index))) is not None:
+                values[index], reasons[index] = known, None
+                self._count("cache_hits", counters)
+            else:
+                waiting[index] = self._submit(requests, index, counters)
+        outcomes = await asyncio.gather(*(item.future for item in waiting.values()))
+        for index, (value, reason) in zip(waiting, outcomes, strict=True):
+            values[index], reasons[index] = value, reason
+            if value is None:
+                self._count("missing", counters)
+            else:
+                self._remember(keys.get(index), value)
+        counters["seconds"] = time.monotonic() - began
+        return RewardScores(values, reasons, counters)
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    async def _listed(self, requests: Sequence[RewardRequest] | ray.ObjectRef) -> Sequence[RewardRequest]:
+        if not isinstance(requests, ray.ObjectRef):
+            return requests
+        listed: Sequence[RewardRequest] = await _answer(
+            requests, f"reward pool {self.name}", "read requests from the object store", self._deadline_s
+        )
+        return listed
+
+    def _submit(self, source: Any, index: int, counters: dict[str, float]) -> _Item:
+        item = _Item(source, index, asyncio.get_running_loop().create_future(), counters)
+        self._open.add(item)
+        item.future.add_done_callback(lambda _: self._open.discard(item))
+        self._queue.put_nowait(item)
+        return item
+
+    def _recall(self, key: bytes | None) -> float | None:
+        if key is None or key not in self._cache:
+            return None
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def _remember(self, key: bytes | None, value: float) -> None:
+        if key is None:
+            return
+        self._cache[key] = value
+        if len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+
+    def _count(self, key: str, *calls: dict[str, float]) -> None:
+        """Count an event in the totals, and for the `score` calls it belongs to."""
+        for counters in (self._totals, *calls):
+            counters[key] += 1
+
+    # ---- replicas ----------------------------------------------------------------------------------------------------
+
+    def _create(self) -> Any:
+        remote = ray.remote(RewardActor).options(**self._resources)
+        return remote.remote(self._path, self._settings)
+
+    async def _warm_up(self, replica: _Replica) -> None:
+        try:
+            await _answer(replica.actor.start.remote(), replica.label, "start", self._start_deadline_s)
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):  # without the remote traceback: it is not a bug
+                raise error.cause from None
+            raise
+
+    async def _serve(self, replica: _Replica) -> None:
+        """Score batches on one replica until it is given up."""
+        while True:
+            batch = await self._take()
+            failure = await self._attempt(replica, batch)
+            if failure is None:
+                continue
+            reason, lost = failure
+            self._fail(batch, reason)
+            if lost and not await self._replace(replica, reason):
+                return
+
+    async def _take(self) -> list[_Item]:
+        """Wait for work and take a fair share of it, so that other replicas have some too."""
+        batch = [await self._queue.get()]
+        share = math.ceil((self._queue.qsize() + 1) / len(self._replicas))
+        while len(batch) < min(share, self._batch_size):
+            batch.append(self._queue.get_nowait())
+        return [item for item in batch if not item.future.done()]  # whoever asked may have gone
+
+    async def _attempt(self, replica: _Replica, batch: list[_Item]) -> tuple[str, bool] | None:
+        """One call of a replica. Returns None, or why it failed and whether the replica is lost."""
+        if not batch:
+            return None
+        self._count_batch(batch, "calls")
+        began = time.monotonic()
+        try:
+            reply: BatchReply = await _answer(self._call(replica, batch), replica.label, "score", self._deadline_s)
+        except CallTimeout as error:
+            self._count_batch(batch, "timeouts")
+            return str(error), True
+        except RayActorError as error:
+            age = time.monotonic() - began
+            return f"{replica.label}: died during score, {age:.1f} s after the call: {_first_line(error)}", True
+        except RayError as error:  # a bug in the reward, raised where its scores were asked for
+            for item in batch:
+                _settle(item, error=error)
+            return None
+        finally:
+            self._totals["seconds"] += time.monotonic() - began
+        if reply.unavailable is not None:
+            return f"{replica.label}: {reply.unavailable}", False
+        replica.failures = 0
+        for item, value in zip(batch, reply.values, strict=True):
+            _settle(item, value, None if value is not None else f"{replica.label}: the reward gave no score")
+        return None
+
+    def _call(self, replica: _Replica, batch: list[_Item]) -> ray.ObjectRef:
+        """Send a batch: references as they are, single requests as one list."""
+        inline = [item.source[item.index] for item in batch if not isinstance(item.source, ray.ObjectRef)]
+        references = list(dict.fromkeys(item.source for item in batch if isinstance(item.source, ray.ObjectRef)))
+        picks, sent = [], 0
+        for item in batch:
+            if isinstance(item.source, ray.ObjectRef):
+                picks.append((1 + references.index(item.source), item.index))
+            else:
+                picks.append((0, sent))
+                sent += 1
+        return replica.actor.score.remote(picks, inline, *references)
+
+    def _count_batch(self, batch: list[_Item], key: str) -> None:
+        self._count(key, *{id(item.counters): item.counters for item in batch}.values())
+
+    def _fail(self, batch: list[_Item], reason: str) -> None:
+        """Queue a failed batch again, after a pause; requests out of attempts are missing."""
+        again: list[_Item] = []
+        for item in batch:
+            item.failures += 1
+            if item.failures > self._retries:
+                _settle(item, None, f"{reason} (attempt {item.failures}, the last)")
+            else:
+                again.append(item)
+        log.warning("%s; %d requests are tried again, %d are missing", reason, len(again), len(batch) - len(again))
+        if again:
+            self._count_batch(again, "retries")
+        for item in again:
+            pause = min(self._backoff_s * 2 ** (item.failures - 1), MAX_BACKOFF_S)
+            asyncio.get_running_loop().call_later(pause, self._queue.put_nowait, item)
+
+    async def _replace(self, replica: _Replica, reason: str) -> bool:
+        """Put a new actor in the place of a lost one; False when the replica is given up."""
+        while replica.failures < self._max_restarts:
+            replica.failures += 1
+            self._count("restarts")
+            ray.kill(replica.actor)  # one that only hangs still holds memory
+            replica.actor = self._create()
+            try:
+                await self._warm_up(replica)
+            except (CallTimeout, RayActorError) as error:
+                reason = f"{replica.label}: {_first_line(error)}"
+                log.warning("restart %d failed: %s", replica.failures, reason)
+                continue
+            return True
+        ray.kill(replica.actor)
+        self._replicas.remove(replica)
+        log.error("%s is given up after %d restarts in a row; last: %s", replica.label, replica.failures, reason)
+        if not self._replicas:
+            raise RewardPoolError(f"reward pool {self.name} has no replica left; last: {reason}")
+        return False
+
+    def _worker_ended(self, worker: asyncio.Task[None]) -> None:
+        if not worker.cancelled() and (error := worker.exception()) is not None:
+            self._break(error)
+
+    def _break(self, error: BaseException) -> None:
+        """Nothing can be scored any more: whoever waits is told, and so is whoever asks later."""
+        self._broken = self._broken or error
+        for item in list(self._open):
+            _settle(item, error=error)
+
+
+def request_key(request: RewardRequest) -> bytes:
+    """Cache key: a hash of everything a reward may look at."""
+    key = hashlib.blake2b(digest_size=16)
+    for text in (request.prompt, request.answer, request.task):
+        key.update(f"{len(text)}:{text}".encode())
+    for image in (request.image, *request.references):
+        key.update(repr(image.shape).encode())
+        key.update(np.ascontiguousarray(image).data)
+    return key.digest()
+
+
+async def _answer(reference: ray.ObjectRef, actor: str, call: str, deadline_s: float) -> Any:
+    """The result of a remote call, or `CallTimeout`."""
+    future = asyncio.wrap_future(reference.future())
+    # Once it is late nobody waits for it any more, but asyncio reports exceptions that nobody fetched.
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    began = time.monotonic()
+    finished, _ = await asyncio.wait({future}, timeout=deadline_s)
+    if not finished:
+        age = time.monotonic() - began
+        raise CallTimeout(f"{actor}: call {call!r} has not answered after {age:.1f} s (deadline {deadline_s:g} s)")
+    return future.result()
+
+
+def _settle(
+    item: _Item, value: float | None = None, reason: str | None = None, *, error: BaseException | None = None
+) -> None:
+    if item.future.done():
+        return
+    if error is not None:
+        item.future.set_exception(error)
+    else:
+        item.future.set_result((value, reason))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,362 @@
+"""The experience stream: prompts in, batches with advantages out. One async Ray actor, the only owner of RL state.
+
+The path of a group: a prompt is admitted when the policy is fresh enough, sampled by a rollout actor, scored by all
+its rewards at once while other groups are still being sampled, and waits for the rest of its step; then the advantages
+of the whole step are computed together and split over the learner's ranks. Images pass through here, trajectories do
+not: they stay in the object store until a rank reads them.
+
+Left out: dropping samples (staleness is bounded by when a group may begin), batches that mix steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.experience.reward_router import RewardRouter
+from actors.experience.rollout_actor import EvaluationRequest, GroupImages, GroupRequest
+from actors.experience.rollout_fleet import ATTEMPTS, RolloutFleet
+from actors.experience.weight_sync import PublishedWeights
+from deepgen.config import Settings, UserError
+from deepgen.data.records import Record
+from deepgen.evaluation.results import Evaluation, weighted_total
+
+if TYPE_CHECKING:
+    from deepgen.algorithms.advantages import AdvantageResult
+
+_EVALUATION_IMAGES = 16  # drawn by one call of an evaluation
+
+
+class BatchLateError(RuntimeError):
+    """The batch of a step was not ready in time; names the call that was waited for, and its age."""
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """One group of G samples for a learner rank."""
+
+    number: int
+    prompt_id: str
+    task: str
+    version: int  # of the policy that drew the samples
+    advantages: np.ndarray  # float32 [G]
+    trajectory: Any  # Ray reference of the packed trajectory (`actors.experience.policy_sampler.unpack_group`)
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """One rank's share of a step, and figures of the whole step."""
+
+    groups: tuple[GroupBatch, ...]
+    metrics: dict[str, float]
+    tally: dict[str, tuple[int, int, float]]  # reward -> scores had, scores missing, their sum
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A sampled and scored group. Times are of time.monotonic."""
+
+    request: GroupRequest
+    version: int
+    scores: np.ndarray  # float32 [G, K], NaN where missing or not asked
+    trajectory: Any
+    begun: float
+    sampled: float
+    scored: float
+
+
+@dataclass
+class PromptOrder:
+    """Every prompt once an epoch, in an order that follows from (seed, epoch) alone."""
+
+    records: Sequence[Record]
+    seed: int
+    _orders: dict[int, list[int]] = field(default_factory=dict)
+
+    def at(self, number: int) -> tuple[int, Record]:
+        """Epoch and prompt of group `number` of the run."""
+        epoch, position = divmod(number, len(self.records))
+        if epoch not in self._orders:
+            order = list(range(len(self.records)))
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            self._orders = {epoch: order, **{e: o for e, o in self._orders.items() if e == epoch - 1}}
+        return epoch, self.records[self._orders[epoch][position]]
+
+    def fingerprint(self) -> str:
+        """Changes when the prompts or their order do."""
+        content = json.dumps([self.seed, [record.id for record in self.records]])
+        return hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
+
+
+def check_state(settings: Settings, prompts: Sequence[Record], state: Mapping[str, Any]) -> None:
+    """Raise UserError when a stream with these prompts cannot continue from a saved state."""
+    per_step = settings.rollout.prompts_per_step
+    if state["cursor"]["group"] != state["step"] * per_step:
+        raise UserError(
+            f"rollout.prompts_per_step: got {per_step}, but the checkpoint has used {state['cursor']['group']} prompts "
+            f"in {state['step']} steps; allowed: the value it was written with"
+        )
+    if state["prompts"] != PromptOrder(prompts, settings.run.seed).fingerprint():
+        raise UserError("data.prompts: other prompts than the checkpoint was written with; allowed: the same")
+
+
+class ExperienceStream:
+    """See the module. `actors`: handles of rollout actors by name; with `resume` nothing begins before `publish`."""
+
+    def __init__(
+        self, settings: Settings, records: Sequence[Record], actors: dict[str, Any], *, resume: bool, gpus: bool = False
+    ) -> None:
+        self._settings = settings
+        self._prompts = PromptOrder(records, settings.run.seed)
+        self._fleet = RolloutFleet(
+            actors,
+            call_deadline_s=settings.experience.deadline_s / ATTEMPTS,
+            start_deadline_s=settings.cluster.start_deadline_s,
+        )
+        self._rewards = RewardRouter(settings, gpus=gpus)
+        self._weights: PublishedWeights | None = None  # None: the weights folder, version 0
+        self._version: int | None = None if resume else 0
+        self._fresher = asyncio.Condition()
+        self._next_step = 0  # the first step no rank has taken yet
+        self._steps: dict[int, asyncio.Task[list[RankBatch]]] = {}
+        self._statistics: dict[str, list[float]] = {}  # reward -> scores had, scores missing, their sum, over the run
+        self._sync_seconds = 0.0
+
+    async def start(self) -> None:
+        """Wait until rollout actors and reward pools are ready; raises after cluster.start_deadline_s."""
+        deadline = self._settings.cluster.start_deadline_s
+        try:
+            parts = self._fleet.start(), self._rewards.start(), asyncio.to_thread(_import_libraries)
+            await asyncio.wait_for(asyncio.gather(*parts), deadline)
+        except TimeoutError as error:
+            raise TimeoutError(f"rollout actors and reward pools were not ready within {deadline:.0f} s") from error
+
+    async def begin(self) -> None:
+        """Let the first steps be sampled; a resumed stream waits for `publish` instead."""
+        self._schedule_steps()
+
+    async def stop(self) -> None:
+        """End the reward pools and whatever is still being made; the rollout actors belong to whoever started them."""
+        await self._rewind(self._next_step)
+        self._rewards.stop()
+        await asyncio.sleep(0)  # lets the pools' cancelled tasks end
+
+    # -- one step: generate -> score -> advantage --------------------------------------------------------------------
+
+    async def next_batch(self, step: int, rank: int, world: int) -> RankBatch:
+        """This rank's share of a step, sampled and scored for all ranks once."""
+        if world != self._settings.train.workers:
+            raise ValueError(f"{world} ranks ask for batches that were planned for {self._settings.train.workers}")
+        self._consume(step)
+        batch = (await self._in_time(step))[rank]
+        if rank == 0:
+            for name, counts in batch.tally.items():
+                before = self._statistics.get(name, [0, 0, 0.0])
+                self._statistics[name] = [a + b for a, b in zip(before, counts, strict=True)]
+        return batch
+
+    async def _make_step(self, step: int) -> list[RankBatch]:
+        await self._fresh_enough(step)
+        groups = await asyncio.gather(*(self._make_group(request) for request in self._requests(step)))
+        return self._split(groups, self._advantages(groups))
+
+    async def _make_group(self, request: GroupRequest) -> _Group:
+        begun = time.monotonic()
+        images, trajectory = await self._generate(request)
+        sampled = time.monotonic()
+        scores = await self._rewards.score([(request.record, image) for image in images.images])
+        return _Group(request, images.version, scores, trajectory, begun, sampled, time.monotonic())
+
+    async def _generate(self, request: GroupRequest) -> tuple[GroupImages, Any]:
+        images, trajectory = await self._fleet.call("sample_group", request, lambda: self._weights, outputs=2)
+        return images, trajectory
+
+    def _advantages(self, groups: Sequence[_Group]) -> AdvantageResult:
+        """Over all groups of the step together, so that they do not depend on the number of ranks."""
+        import torch
+
+        from deepgen.algorithms.advantages import group_advantages
+
+        algorithm, size, world = self._settings.algorithm, len(groups[0].scores), self._settings.train.workers
+        weights = np.stack([self._rewards.weights(group.request.record) for group in groups])  # [groups, K]
+        return group_advantages(
+            algorithm.advantage,
+            torch.from_numpy(np.concatenate([group.scores for group in groups])),
+            torch.from_numpy(np.repeat(weights, size, axis=0)),
+            torch.arange(len(groups)).repeat_interleave(size),
+            whiten=algorithm.whiten,
+            rank_ids=(torch.arange(len(groups)) % world).repeat_interleave(size),
+            clip=algorithm.advantage_clip,
+        )
+
+    def _split(self, groups: Sequence[_Group], result: AdvantageResult) -> list[RankBatch]:
+        """Groups to ranks in turn; every rank gets as many."""
+        advantages = result.advantages.reshape(len(groups), -1).numpy()
+        batches = []
+        for group, row in zip(groups, advantages, strict=True):
+            number, record = group.request.number, group.request.record
+            batches.append(GroupBatch(number, record.id, record.task, group.version, row.copy(), group.trajectory))
+        metrics, tally = self._metrics(groups, result)
+        world = self._settings.train.workers
+        return [RankBatch(tuple(batches[rank::world]), metrics, tally) for rank in range(world)]
+
+    # -- admission ---------------------------------------------------------------------------------------------------
+
+    def _requests(self, step: int) -> list[GroupRequest]:
+        count = self._settings.rollout.prompts_per_step
+        numbers = range(step * count, (step + 1) * count)
+        return [GroupRequest(number, step, *self._prompts.at(number)) for number in numbers]
+
+    async def _fresh_enough(self, step: int) -> None:
+        """Wait for a policy at most max_staleness versions older than the one the update will start from."""
+        oldest = step - self._settings.experience.max_staleness
+        async with self._fresher:
+            await self._fresher.wait_for(lambda: self._version is not None and self._version >= oldest)
+
+    def _schedule_steps(self) -> None:
+        """Begin the steps that may begin now or as soon as the policy is fresh enough."""
+        if self._version is None:
+            return
+        last = min(self._version + self._settings.experience.max_staleness, self._settings.train.steps - 1)
+        for step in range(self._next_step, last + 1):
+            if step not in self._steps:
+                self._steps[step] = asyncio.create_task(self._make_step(step))
+
+    def _consume(self, step: int) -> None:
+        if step not in self._steps:
+            self._steps[step] = asyncio.create_task(self._make_step(step))
+        for done in [number for number in self._steps if number < step]:
+            del self._steps[done]  # every rank has it: they ask for a step after updating on the one before
+        self._next_step = step + 1
+
+    async def _in_time(self, step: int) -> list[RankBatch]:
+        deadline, begin = self._settings.experience.deadline_s, time.monotonic()
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._steps[step]), deadline)
+        except TimeoutError as error:
+            if time.monotonic() - begin < deadline:
+                raise  # one of the reward pools' own
+            waiting = self._fleet.oldest_call()
+            raise BatchLateError(f"batch of step {step} not ready after {deadline:.0f} s; {waiting}") from error
+
+    # -- policy versions ---------------------------------------------------------------------------------------------
+
+    async def publish(self, published: PublishedWeights) -> float:
+        """Bring a new policy version to the rollout actors; steps that waited for it begin. Returns seconds."""
+        begin = time.monotonic()
+        if self._version is not None and published.version < self._version:
+            await self._rewind(published.version)  # the learner was started again from an older checkpoint
+        await self._fleet.prefetch(published)
+        async with self._fresher:
+            self._weights, self._version = published, published.version
+            self._fresher.notify_all()
+        self._schedule_steps()
+        self._sync_seconds = time.monotonic() - begin
+        return self._sync_seconds
+
+    async def _rewind(self, step: int) -> None:
+        for task in self._steps.values():
+            task.cancel()
+        await asyncio.gather(*self._steps.values(), return_exceptions=True)
+        self._steps, self._next_step = {}, step
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    async def evaluate(
+        self, records: Sequence[Record], samples: int, *, folder: Path | None = None, averaged: bool = False
+    ) -> Evaluation:
+        """Draw and score held-out prompts with evaluation.num_steps and evaluation.seed, by the newest policy.
+
+        `folder`: by the policy in this component folder instead, which must be what was published, unless `averaged`
+        says that it holds the policy's averaged weights.
+        """
+        evaluation = self._settings.evaluation
+        per_call = max(1, _EVALUATION_IMAGES // samples)
+        parts = [tuple(records[i : i + per_call]) for i in range(0, len(records), per_call)]
+
+        async def one(part: tuple[Record, ...]) -> tuple[list[np.ndarray], np.ndarray, int]:
+            request = EvaluationRequest(part, samples, evaluation.num_steps, evaluation.seed, folder, averaged)
+            ((images, version),) = await self._fleet.call("evaluate", request, lambda: self._weights)
+            pairs = [(record, image) for record, own in zip(part, images, strict=True) for image in own]
+            return images, await self._rewards.score(pairs), version
+
+        drawn = await asyncio.gather(*(one(part) for part in parts))
+        return Evaluation(
+            records=tuple(records),
+            images=tuple(image for images, _, _ in drawn for image in images),
+            names=self._rewards.names,
+            scores=np.concatenate([scores for _, scores, _ in drawn]).reshape(len(records), samples, -1),
+            weights=np.stack([self._rewards.weights(record) for record in records]),
+            version=min(version for _, _, version in drawn),
+        )
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    async def state(self, step: int) -> dict[str, Any]:
+        """JSON-able state before `step`; everything else is sampled again from it."""
+        number = step * self._settings.rollout.prompts_per_step
+        epoch, position = divmod(number, len(self._prompts.records))
+        return {
+            "step": step,
+            "cursor": {"group": number, "epoch": epoch, "position": position},
+            "prompts": self._prompts.fingerprint(),
+            "version": self._version,
+            "in_flight": sorted(self._steps.keys() - range(step)),
+            "rewards": self._statistics,
+        }
+
+    async def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state. Raises UserError when the run's prompts have changed since."""
+        check_state(self._settings, self._prompts.records, state)
+        await self._rewind(state["step"])
+        self._statistics = state["rewards"]
+
+    # -- figures -----------------------------------------------------------------------------------------------------
+
+    def _metrics(
+        self, groups: Sequence[_Group], result: AdvantageResult
+    ) -> tuple[dict[str, float], dict[str, tuple[int, int, float]]]:
+        """Figures of a step (names in `deepgen.tracking`), and what is added to the run's reward statistics."""
+        size = len(groups[0].scores)
+        scores = np.concatenate([group.scores for group in groups])  # [N, K]
+        weights = np.repeat([self._rewards.weights(group.request.record) for group in groups], size, axis=0)
+        begun, sampled = min(g.begun for g in groups), max(g.sampled for g in groups)
+        metrics = {
+            "advantage/std": result.spread_after,
+            "policy/staleness_max": float(max(g.request.step - g.version for g in groups)),
+            "time/rollout_s": sampled - begun,
+            "time/reward_s": max(g.scored for g in groups) - sampled,  # waited for after the last image was drawn
+            "time/sync_s": self._sync_seconds,
+            "throughput/rollout_images_per_s": len(scores) / (sampled - begun),
+            "rollout/restarts": float(self._fleet.restarts),
+        }
+        total = weighted_total(scores, weights)
+        if np.isfinite(total).any():
+            metrics["reward/total"] = float(np.nanmean(total))
+        tally = {}
+        for k, name in enumerate(self._rewards.names):
+            asked = weights[:, k] > 0
+            had = asked & np.isfinite(scores[:, k])
+            if not asked.any():
+                continue  # no prompt of this step has a weight for it
+            tally[name] = int(had.sum()), int(asked.sum() - had.sum()), float(scores[had, k].sum())
+            metrics[f"reward_missing/{name}"] = float(tally[name][1])
+            metrics[f"advantage/zero_spread/{name}"] = float(result.zero_spread[k])
+            if had.any():
+                metrics[f"reward/{name}"] = float(scores[had, k].mean())
+                metrics[f"reward_normalised/{name}"] = float(np.abs(result.normalised[:, k].numpy()[had]).mean())
+        return metrics | self._rewards.counters(), tally
+
+
+def _import_libraries() -> None:
+    """Seconds of import, spent while models load instead of when the first scores are there."""
+    import deepgen.algorithms.advantages  # noqa: F401

@@ -1,0 +1,92 @@
+"""Policy weights on their way from the learner to the rollout actors, once a version, checked on both sides.
+
+The learner's rank 0 puts the arrays into the object store; every rollout node copies them from there once, however many
+actors it has. The object belongs to the learner's process: actors fetch it when it is published, not when they need it.
+Left out: direct GPU-to-GPU transfer, sending only what changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SHARD_BYTES = 512 << 20  # several objects of this size travel better than one of many gigabytes
+
+
+class WeightsMismatchError(RuntimeError):
+    """An actor does not hold the weights that were published."""
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """One policy version. `refs` are Ray references, each to a dict name -> float32 array; `names` are all of them."""
+
+    version: int
+    checksum: str
+    names: tuple[str, ...]
+    refs: tuple[Any, ...]
+
+
+def publish_weights(version: int, weights: Mapping[str, Tensor]) -> PublishedWeights:
+    """Put the policy's weights (name -> tensor, all of them on this rank) into the object store."""
+    import ray
+
+    from deepgen.models.weights_io.folder import weights_checksum
+
+    arrays = {name: tensor.detach().cpu().float().numpy() for name, tensor in weights.items()}
+    refs = tuple(ray.put(shard) for shard in _shards(arrays))
+    return PublishedWeights(version, weights_checksum(weights.items()), tuple(weights), refs)
+
+
+def fetch_weights(published: PublishedWeights, deadline_s: float) -> dict[str, np.ndarray]:
+    """The arrays of a version, read-only views into this node's object store."""
+    import ray
+
+    arrays: dict[str, np.ndarray] = {}
+    for shard in ray.get(list(published.refs), timeout=deadline_s):
+        arrays.update(shard)
+    return arrays
+
+
+def load_weights(model: nn.Module, arrays: Mapping[str, np.ndarray], published: PublishedWeights) -> None:
+    """Copy fetched arrays into the model's parameters of the same names and compare checksums."""
+    import torch
+
+    parameters = dict(model.named_parameters())
+    unknown = [name for name in arrays if name not in parameters]
+    if unknown:
+        raise WeightsMismatchError(f"weights of version {published.version}: the policy has no parameter {unknown[0]}")
+    for name, array in arrays.items():
+        parameters[name].data.copy_(torch.tensor(array))
+    verify_weights(model, published)
+
+
+def verify_weights(model: nn.Module, published: PublishedWeights) -> None:
+    """Raise WeightsMismatchError, naming both checksums, unless the model holds exactly the published version."""
+    from deepgen.models.weights_io.folder import weights_checksum
+
+    parameters = dict(model.named_parameters())
+    here = weights_checksum((name, parameters[name]) for name in published.names)
+    if here != published.checksum:
+        raise WeightsMismatchError(
+            f"weights of version {published.version}: the learner published checksum {published.checksum}, "
+            f"but the rollout policy has {here}"
+        )
+
+
+def _shards(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in arrays.items():
+        if shard and size + array.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = array
+        size += array.nbytes
+    yield shard

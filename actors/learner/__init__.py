@@ -1,0 +1,1 @@
+"""Update and sync: the one training loop and what it stands on."""

@@ -1,0 +1,115 @@
+"""Flat tensors in pieces: every worker writes the pieces it holds, any number of workers reads the ranges it wants.
+
+    <folder>/<name>-<rank>.safetensors      pieces of that rank, each called <key>@<its first element>
+    <folder>/<name>-<rank>.blake2b          checksum of that file, see `check_shards`
+
+Each element is written by one rank. That is what lets a run go on with other workers than it was written by: who wrote
+an element does not matter, and nobody ever holds a whole model to find it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from actors.learner.collectives import gather
+from deepgen.errors import UserError
+
+CHECKSUM = ".blake2b"
+
+
+def write_shard(folder: Path, name: str, rank: int, pieces: Iterable[tuple[str, int, Tensor]]) -> None:
+    """Write this rank's pieces: key, first element, values [n]. Without any there is no file.
+
+    Raises OSError or SafetensorError when the disk does not take them.
+    """
+    tensors = {f"{key}@{start}": values.detach() for key, start, values in pieces if values.numel()}
+    if tensors:
+        file = folder / f"{name}-{rank}.safetensors"
+        save_file(tensors, file)
+        file.with_suffix(CHECKSUM).write_text(_checksum(file))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    start: int
+    end: int
+    values: Any  # safetensors' slice: reads from the file what it is indexed with
+
+
+class ShardReader:
+    """Reads what ``write_shard`` wrote. ``rank``'s own file comes first and others are opened when something is not in
+    it, so a worker of an unchanged layout opens one file."""
+
+    def __init__(self, folder: Path, name: str, rank: int) -> None:
+        self._folder = folder
+        own = folder / f"{name}-{rank}.safetensors"
+        self._unopened = sorted(folder.glob(f"{name}-*.safetensors"), key=lambda file: file != own)
+        self._pieces: dict[str, list[_Piece]] = {}
+
+    def read(self, key: str, start: int, count: int) -> Tensor:
+        """Elements ``start`` to ``start + count`` of ``key``, [count] on the CPU. UserError when some are missing."""
+        result = torch.empty(count, dtype=torch.float32)
+        missing, looked = count, 0
+        while missing:
+            pieces = self._pieces.get(key, [])
+            if looked < len(pieces):
+                missing -= _copy(pieces[looked], start, result)
+                looked += 1
+            elif self._unopened:
+                self._open(self._unopened.pop(0))
+            else:
+                raise UserError(
+                    f"{self._folder}: {missing} of {count} elements of {key} from {start} on are not there; "
+                    "allowed: a checkpoint of the model that model.weights and model.preset name"
+                )
+        return result
+
+    def _open(self, file: Path) -> None:
+        opened = safe_open(file, framework="pt")
+        for name in opened.keys():  # noqa: SIM118  # not a dict: it has no iterator
+            key, _, start = name.rpartition("@")
+            values = opened.get_slice(name)
+            first = int(start)
+            self._pieces.setdefault(key, []).append(_Piece(first, first + values.get_shape()[0], values))
+
+
+def check_shards(folder: Path, rank: int, world: int) -> None:
+    """Raise UserError on all ranks when a file is not what was written. Collective: each file is read by one rank."""
+    files = sorted(folder.glob("*.safetensors"))
+    mine = [file.name for file in files[rank::world] if not _is_as_written(file)]
+    changed = sorted(name for names in gather(mine, world) for name in names)
+    if changed:
+        raise UserError(
+            f"{folder / changed[0]}: has changed since it was written; remove its folder to go on from the checkpoint "
+            "before, then continue with --resume"
+        )
+
+
+def _is_as_written(file: Path) -> bool:
+    try:
+        return file.with_suffix(CHECKSUM).read_text() == _checksum(file)
+    except OSError:
+        return False
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, hashlib.blake2b).hexdigest()
+
+
+def _copy(piece: _Piece, start: int, result: Tensor) -> int:
+    """Copy the part of ``result`` (elements from ``start`` on) that the piece has; how many elements that were."""
+    begin, end = max(start, piece.start), min(start + result.numel(), piece.end)
+    if begin >= end:
+        return 0
+    result[begin - start : end - start] = piece.values[begin - piece.start : end - piece.start]
+    return end - begin

@@ -1,0 +1,271 @@
+"""Checkpoints of a run: written aside, made durable, then renamed; what has a manifest is complete.
+
+    <run folder>/checkpoints/step-000050/engine-0.safetensors     weights and AdamW's moments that rank 0 updates; ...
+                                         ema-0.safetensors        averages it holds
+                                         manifest.json            written last: step, settings, source state, files
+    <run folder>/checkpoints/.writing-…                           cut short; never read, removed by the next checkpoint
+
+Any number of workers and any ZeRO stage can go on from it (``checkpoint_shards``). Random generators are not in it: the
+learner seeds them for every micro-batch.
+Frozen weights are not in it: the manifest has a fingerprint of the folder they come from, checked on resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepgen.errors import UserError
+
+if TYPE_CHECKING:
+    from actors.learner.ema import Ema
+    from actors.learner.engine import TrainingEngine
+    from deepgen.config.settings import Settings
+
+MANIFEST = "manifest.json"
+RESULT, AVERAGED = "model", "model-ema"  # folders of a finished run: the weights, and their averages if it keeps any
+FORMAT = 3
+_PACKAGES = ("torch", "deepspeed", "ray", "transformers", "diffusers", "peft")
+_SAMPLE, _STRIDE = 1 << 16, 1 << 22  # bytes of a weights file that are looked at, out of so many
+_NAME = re.compile(r"step-(\d{6,})")
+SPARE_BYTES = 16 << 20  # left free beside a checkpoint: journal, images
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says about itself. ``step`` optimizer steps are done; ``files`` has sizes in bytes."""
+
+    format: int
+    step: int
+    stage: str
+    preset: str
+    workers: int
+    zero_stage: int
+    ema: bool
+    attempt: str
+    weights: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    source: dict[str, Any]
+    files: dict[str, int]
+
+
+class CheckpointStore:
+    """The checkpoints of one run folder; ``attempt`` names this start of it. ``save`` and ``load`` are collective."""
+
+    def __init__(self, settings: Settings, stage: str, attempt: str = "") -> None:
+        self.run_folder = settings.run.folder
+        self.folder = self.run_folder / "checkpoints"
+        self._settings, self._stage, self._attempt = settings, stage, attempt
+        self._fingerprint = ""
+
+    def newest(self) -> Manifest | None:
+        """The newest complete checkpoint, or None; one whose files are short or missing is passed over."""
+        for step, folder in reversed(self._steps()):
+            content = _read_manifest(folder)
+            if content.get("format", FORMAT) != FORMAT:
+                raise UserError(f"{folder / MANIFEST}: checkpoint format {content['format']}; allowed: {FORMAT}")
+            if _is_complete(folder, content, step):
+                return Manifest(**content)
+        return None
+
+    def _steps(self) -> list[tuple[int, Path]]:
+        """Folders called like a checkpoint, with their steps, in order. Others in the same place are not ours."""
+        if not self.folder.is_dir():
+            return []
+        found = [(_NAME.fullmatch(path.name), path) for path in self.folder.iterdir() if path.is_dir()]
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def check_fits(self, manifest: Manifest) -> None:
+        """Raise UserError when the checkpoint cannot continue the run as it is set now."""
+        settings, where = self._settings, self.path(manifest.step)
+        then = manifest.settings
+        lora_alpha = settings.model.lora_alpha if self._stage == "sft" and settings.model.lora_rank else 0
+        pairs: list[tuple[str, Any, Any]] = [
+            ("stage", self._stage, manifest.stage),
+            ("model.preset", settings.model.preset, manifest.preset),
+            ("model.padding", settings.model.padding, then["model"].get("padding")),
+            ("model.lora_rank", settings.model.lora_rank if self._stage == "sft" else 0, _lora(manifest, "lora_rank")),
+            ("model.lora_alpha", lora_alpha, _lora(manifest, "lora_alpha") if lora_alpha else 0),
+            ("train.ema_decay", "0" if not settings.train.ema_decay else "above 0", "above 0" if manifest.ema else "0"),
+            ("run.seed", settings.run.seed, then["run"].get("seed")),
+            # Positions of the sources follow from the common one and these.
+            ("data.temperature", settings.data.temperature, then["data"].get("temperature")),
+            ("data.weights", settings.data.weights, then["data"].get("weights")),
+        ]
+        for key, given, allowed in pairs:
+            if given != allowed:
+                raise UserError(
+                    f"{key}: got {given}; allowed: {allowed}, with which the checkpoint {where} was written"
+                )
+        if manifest.step > settings.train.steps:
+            raise UserError(
+                f"train.steps: got {settings.train.steps}; allowed: {manifest.step} or more, as {where} has"
+            )
+        if manifest.weights != self._weights_fingerprint():
+            raise UserError(
+                f"model.weights: {settings.model.weights} is not what the checkpoint {where} was trained from "
+                f"({then['model'].get('weights')}, or the folder has changed)"
+            )
+
+    def save(self, step: int, engine: TrainingEngine, ema: Ema | None, source: dict[str, Any]) -> None:
+        """Write the checkpoint of ``step`` finished steps, remove the oldest. UserError when it cannot be written."""
+        import torch.distributed as dist
+        from safetensors import SafetensorError
+
+        unfinished = self.folder / f".writing-{self.path(step).name}"
+        try:
+            if engine.rank == 0:
+                self._make_room(unfinished, engine, ema)
+            dist.barrier()
+            engine.save(unfinished)
+            if ema:
+                ema.save(unfinished, engine)
+            dist.barrier()
+            if engine.rank == 0:
+                self._finish(unfinished, step, ema is not None, source)
+            dist.barrier()
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"run.dir: cannot write the checkpoint of step {step} to {self.folder}: {_short(error)}; "
+                "make room, then continue with --resume"
+            ) from error
+
+    def load(self, manifest: Manifest, engine: TrainingEngine, ema: Ema | None) -> None:
+        """Put the checkpoint into engine and averages. Raises UserError when it does not fit."""
+        import torch.distributed as dist
+
+        from actors.learner.checkpoint_shards import check_shards
+
+        self.check_fits(manifest)
+        check_shards(self.path(manifest.step), engine.rank, dist.get_world_size())
+        engine.load(self.path(manifest.step), manifest.step)
+        if ema:
+            ema.load(self.path(manifest.step), engine)
+
+    def _make_room(self, unfinished: Path, engine: TrainingEngine, ema: Ema | None) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".writing-*"):
+            shutil.rmtree(leftover)
+        copies = 4 if ema else 3  # the weights, AdamW's two moments, the averages; all fp32
+        needed = copies * 4 * sum(getattr(p, "ds_numel", p.numel()) for _, p in engine.parameters)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed + SPARE_BYTES:
+            raise OSError(f"{megabytes(free)} free, {megabytes(needed + SPARE_BYTES)} needed")
+        unfinished.mkdir()
+
+    def _finish(self, unfinished: Path, step: int, has_ema: bool, source: dict[str, Any]) -> None:
+        files = {str(file.relative_to(unfinished)): file for file in sorted(unfinished.rglob("*")) if file.is_file()}
+        settings = self._settings
+        manifest = Manifest(
+            format=FORMAT,
+            step=step,
+            stage=self._stage,
+            preset=settings.model.preset,
+            workers=settings.train.workers,
+            zero_stage=settings.train.zero_stage,
+            ema=has_ema,
+            attempt=self._attempt,
+            weights=self._weights_fingerprint(),
+            settings=settings.model_dump(mode="json"),
+            versions={package: version(package) for package in _PACKAGES},
+            source=source,
+            files={name: file.stat().st_size for name, file in files.items()},
+        )
+        (unfinished / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+        for file in [*files.values(), unfinished / MANIFEST, *{file.parent for file in files.values()}, unfinished]:
+            _flush(file)
+        final = self.path(step)
+        if final.exists():
+            shutil.rmtree(final)  # only a damaged one, or the same step of a run that was started again
+        unfinished.rename(final)
+        _flush(self.folder)
+        self._prune(step)
+
+    def _prune(self, newest: int) -> None:
+        """Keep the complete checkpoints written last. A later one that the run did not go on from is of no more use to
+        it, and damaged or it would have been used: it is put aside."""
+        kept = 0
+        for step, folder in reversed(self._steps()):
+            if step > newest:
+                aside = folder.with_name(f"unused-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+            elif kept < self._settings.train.keep_checkpoints and _is_complete(folder, _read_manifest(folder), step):
+                kept += 1
+            else:
+                shutil.rmtree(folder)
+
+    def _weights_fingerprint(self) -> str:
+        if not self._fingerprint:
+            self._fingerprint = fingerprint(Path(self._settings.model.weights))
+        return self._fingerprint
+
+
+def fingerprint(folder: Path) -> str:
+    """12 hex digits of a weights folder: names, sizes and samples all through every file. Not of times, so a copy is
+    equal."""
+    digest = hashlib.blake2b(digest_size=6)
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)}:{size}".encode())
+        with file.open("rb") as stream:
+            for start in (*range(0, size, _STRIDE), max(0, size - _SAMPLE)):
+                stream.seek(start)
+                digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """What stands in a checkpoint's manifest; {} when there is none or it is damaged."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_complete(folder: Path, content: dict[str, Any], step: int) -> bool:
+    """Whether a folder is the checkpoint its name says, with all its files in full length."""
+    if content.keys() != {field.name for field in fields(Manifest)} or content["step"] != step:
+        return False
+    sections = content["settings"]
+    if not isinstance(content["files"], dict) or not content["files"] or not isinstance(sections, dict):
+        return False
+    if not all(isinstance(sections.get(name), dict) for name in ("model", "run", "data")):
+        return False
+    return all(_size(folder / name) == size for name, size in content["files"].items())
+
+
+def _lora(manifest: Manifest, key: str) -> Any:
+    return manifest.settings["model"].get(key) if manifest.stage == "sft" else 0
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else -1
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

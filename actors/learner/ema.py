@@ -1,0 +1,92 @@
+"""An averaged copy of the trained weights, updated after every optimizer step, saved and exported.
+
+Each worker averages what it holds: under ZeRO-3 its shard of a parameter, else the whole parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from actors.learner.checkpoint_shards import ShardReader, write_shard
+
+if TYPE_CHECKING:
+    from actors.learner.engine import NamedParameters, TrainingEngine, Weights
+
+_SHARDS = "ema"
+
+
+def local_part(parameter: nn.Parameter) -> Tensor:
+    """What this worker stores of a parameter: the ZeRO-3 shard [padded numel / world], else all of it."""
+    shard = getattr(parameter, "ds_tensor", None)
+    return parameter.data if shard is None else shard.data
+
+
+class Ema:
+    """average += (1 - d) (parameter - average); d = min(decay, (1 + n) / (10 + n)) at step n, to forget the start."""
+
+    def __init__(self, parameters: NamedParameters, decay: float) -> None:
+        self.decay = decay
+        self.parts: dict[str, Tensor] = {name: local_part(p).detach().float().clone() for name, p in parameters}
+
+    def update(self, parameters: NamedParameters, step: int) -> None:
+        """Take in the weights after optimizer step ``step`` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in parameters:
+            self.parts[name].lerp_(local_part(parameter).detach().float(), 1 - decay)
+
+    @contextmanager
+    def in_place(self, engine: TrainingEngine) -> Iterator[None]:
+        """The averages in the model's parameters for a while; afterwards both are as before, to the bit. Collective."""
+        with engine.split():
+            self._exchange(engine.parameters)
+        try:
+            yield
+        finally:
+            with engine.split():
+                self._exchange(engine.parameters)
+
+    def _exchange(self, parameters: NamedParameters) -> None:
+        for name, parameter in parameters:
+            own, average = local_part(parameter), self.parts[name]
+            held = own.clone()
+            own.copy_(average)
+            average.copy_(held)
+
+    def full(self, engine: TrainingEngine) -> Weights:
+        """Averages in full by name on rank 0, {} elsewhere. Collective."""
+        if engine.zero_stage < 3:
+            return dict(self.parts) if engine.rank == 0 else {}
+        whole: Weights = {}
+        for name, parameter in engine.parameters:
+            shards = [torch.empty_like(self.parts[name]) for _ in range(dist.get_world_size())]
+            dist.all_gather(shards, self.parts[name])
+            if engine.rank == 0:
+                shape = parameter.ds_shape  # type: ignore[attr-defined]  # set by ZeRO-3
+                whole[name] = torch.cat(shards)[: shape.numel()].view(shape)
+        return whole
+
+    def save(self, folder: Path, engine: TrainingEngine) -> None:
+        """Write this worker's averages into ``folder``; below ZeRO-3 all hold the same and rank 0 writes them."""
+        if engine.zero_stage == 3 or engine.rank == 0:
+            write_shard(folder, _SHARDS, engine.rank, self._stretches(engine))
+
+    def load(self, folder: Path, engine: TrainingEngine) -> None:
+        """Read what ``save`` wrote, on whatever workers and ZeRO stage. UserError when something is missing."""
+        reader = ShardReader(folder, _SHARDS, engine.rank)
+        for name, start, part in self._stretches(engine):
+            part.copy_(reader.read(name, start, part.numel()))
+
+    def _stretches(self, engine: TrainingEngine) -> Iterator[tuple[str, int, Tensor]]:
+        """Name, first element and view [n] of all that this worker averages, without ZeRO-3's padding."""
+        for name, parameter in engine.parameters:
+            part = self.parts[name].view(-1)
+            start = engine.rank * part.numel() if engine.zero_stage == 3 else 0
+            whole: int = getattr(parameter, "ds_numel", parameter.numel())
+            yield name, start, part[: max(0, whole - start)]

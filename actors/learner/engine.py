@@ -1,0 +1,244 @@
+"""DeepSpeed behind five verbs: run, backward, step, save, load, and the weights in full for whoever needs them.
+
+The model is wrapped whole, so ZeRO-3 shards the frozen parts as well, and everything that computes goes through the
+engine's forward (``run``), which is where ZeRO gathers parameters. DeepSpeed's own accumulation counter is off
+(``managed_gradient_accumulation: false``): ``step`` is the boundary, however many backward passes came before.
+
+State is saved in pieces of our own (``checkpoint_shards``): DeepSpeed's checkpoints only load on the workers and the
+ZeRO stage that wrote them, and its universal format has no stage 0 and needs a conversion of every file in between.
+
+Left out on purpose: fp16, offload of parameters, pipeline and tensor parallelism.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from actors.learner.checkpoint_shards import ShardReader, write_shard
+from actors.learner.zero_layout import Stretch, pieces, restore, stretch_of
+
+if TYPE_CHECKING:
+    from deepgen.config.settings import Settings
+    from deepgen.models.unified import UnifiedModel
+
+_SHARDS = "engine"
+Weights = dict[str, Tensor]
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Rate of step ``step`` (from 0): linear warm-up, then constant or half a cosine down to the minimum (M2.2)."""
+    train = settings.train
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    if train.schedule == "constant":
+        return train.learning_rate
+    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    span = train.learning_rate - train.min_learning_rate
+    return train.min_learning_rate + span * (1 + math.cos(math.pi * done)) / 2
+
+
+def parameter_groups(parameters: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for tensors of two or more dimensions only; biases and norms have none (M2.2)."""
+    decayed = [parameter for _, parameter in parameters if parameter.dim() >= 2]
+    plain = [parameter for _, parameter in parameters if parameter.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class _Computed(nn.Module):
+    """The model as one module whose forward runs any function of it, under autocast if asked."""
+
+    def __init__(self, model: UnifiedModel, device: torch.device, bf16: bool) -> None:
+        super().__init__()
+        self.model = model
+        self._device_type = device.type
+        self._bf16 = bf16
+
+    def forward(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        with torch.autocast(self._device_type, dtype=torch.bfloat16, enabled=self._bf16):
+            return compute(self.model, *arguments)
+
+
+class TrainingEngine:
+    """The model, its optimizer and its ZeRO stage on this worker. Every method is collective over all workers."""
+
+    def __init__(
+        self, settings: Settings, model: UnifiedModel, trainable: NamedParameters, device: torch.device
+    ) -> None:
+        import deepspeed
+
+        deepspeed.utils.logger.setLevel("WARNING")
+        # Compiled on first use (half a minute, needs g++), for collectives of inference that training never calls.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        train = settings.train
+        self.zero_stage: int = train.zero_stage
+        self.model = model
+        self.parameters = trainable
+        # DeepSpeed's own AdamW for offloading compiles an extension; torch's fused one is vectorised on a CPU as well.
+        self._adam = optimizer = torch.optim.AdamW(
+            parameter_groups(trainable, train.weight_decay),
+            lr=train.learning_rate,
+            betas=(train.beta1, train.beta2),
+            fused=train.offload_optimizer or None,
+        )
+        self._plain_norm = 0.0
+        if self.zero_stage == 0:
+            # Without ZeRO, DeepSpeed clips but does not say by how much; so the clipping is done here.
+            optimizer.register_step_pre_hook(lambda *_: self._clip(train.grad_clip))
+        if self.zero_stage == 3:
+            _keep_whole(model, "vae")
+        module = _Computed(model, device, settings.model.precision == "bf16")
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=_configuration(settings, device), dist_init_required=False
+        )
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    def run(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        """``compute(model, *arguments)`` inside the engine's forward. Outputs must be tensors or plain containers."""
+        return self._engine(compute, *arguments)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's (already scaled) loss."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, rate: float) -> float:
+        """Average gradients over workers, clip, take one optimizer step, clear. Returns the norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+        norm = self._plain_norm if self.zero_stage == 0 else self._engine.get_global_grad_norm()
+        return float(norm)
+
+    def weights(self) -> Weights:
+        """Trainable parameters in full by name on rank 0, {} elsewhere; copies only under ZeRO-3."""
+        weights = {}
+        for name, parameter in self.parameters:
+            with self._gathered([parameter]):
+                if self.rank == 0:
+                    weights[name] = parameter.detach().clone() if self.zero_stage == 3 else parameter.detach()
+        return weights
+
+    def save(self, folder: Path) -> None:
+        """Write what this worker updates, weights and moments, into ``folder``; frozen weights are not repeated."""
+        write_shard(folder, _SHARDS, self.rank, self._pieces())
+
+    def load(self, folder: Path, step: int) -> None:
+        """Read what ``save`` wrote after ``step`` steps, on whatever workers and ZeRO stage.
+
+        A worker reads the elements it updates: on an unchanged layout those of its own file, bit for bit. Raises
+        UserError when some are missing.
+        """
+        reader, zero = ShardReader(folder, _SHARDS, self.rank), self._engine.optimizer
+        with self.split():
+            for name, parameter in self.parameters:
+                stretch = stretch_of(parameter, zero, self.zero_stage)
+                if stretch:
+                    restore(reader, name, stretch, self._adam.state[stretch.owner], step)
+                self._show(parameter, stretch)
+
+    def _pieces(self) -> Iterator[tuple[str, int, Tensor]]:
+        if self.zero_stage == 0 and self.rank > 0:
+            return  # all ranks hold the same
+        for name, parameter in self.parameters:
+            stretch = stretch_of(parameter, self._engine.optimizer, self.zero_stage)
+            if stretch:
+                yield from pieces(name, stretch, self._adam.state[stretch.owner])
+
+    def _show(self, parameter: nn.Parameter, stretch: Stretch | None) -> None:
+        """Put the restored weight where forward reads it: ZeRO updates a copy. Collective for stages 1 and 2."""
+        if self.zero_stage == 3 and stretch:
+            shard: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]  # set by ZeRO-3
+            shard.data[: stretch.count].copy_(stretch.of(stretch.owner))
+        elif self.zero_stage in (1, 2):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            parameter.data.copy_(safe_get_full_fp32_param(parameter))
+
+    def export(self, folder: Path, replaced: Weights | None = None) -> None:
+        """Write a component folder, in place of an older one. ``replaced`` (rank 0): weights to write for its own."""
+        unfinished = folder.with_name(f".{folder.name}.writing")
+        with self._gathered(list(self.model.parameters())):
+            if self.rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                with _swapped(self.parameters, replaced or {}):
+                    self.model.save_folder(unfinished)
+                if folder.exists():
+                    shutil.rmtree(folder)
+                unfinished.rename(folder)
+        dist.barrier()
+
+    @contextmanager
+    def split(self) -> Iterator[None]:
+        """For writing into parameters: ZeRO-3 lets go of the small ones it keeps gathered, then gathers them anew."""
+        if self.zero_stage < 3:
+            yield
+            return
+        self._engine.optimizer.checkpoint_event_prologue()
+        yield
+        self._engine.optimizer.checkpoint_event_epilogue()
+
+    @contextmanager
+    def _gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        if self.zero_stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+            yield
+
+    def _clip(self, limit: float) -> None:
+        norm = nn.utils.clip_grad_norm_([parameter for _, parameter in self.parameters], limit)
+        self._plain_norm = float(norm)
+
+
+def _keep_whole(model: nn.Module, name: str) -> None:
+    """Hide a frozen part from ZeRO-3, which gathers a part whenever a rank uses it and hangs unless all do at once.
+
+    The VAE is such a part: a rank encodes only the images it has not cached.
+    """
+    part = model._modules.pop(name, None)
+    if part is not None:
+        object.__setattr__(model, name, part)
+
+
+@contextmanager
+def _swapped(parameters: NamedParameters, replaced: Weights) -> Iterator[None]:
+    """Other values in the parameters for a while."""
+    own = {name: parameter.detach().clone() for name, parameter in parameters if name in replaced}
+    by_name = dict(parameters)
+    for name in own:
+        by_name[name].data.copy_(replaced[name])
+    yield
+    for name, value in own.items():
+        by_name[name].data.copy_(value)
+
+
+def _configuration(settings: Settings, device: torch.device) -> dict[str, Any]:
+    train = settings.train
+    zero: dict[str, Any] = {"stage": train.zero_stage, "overlap_comm": False}
+    if train.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only reports with it; batches are the objective's
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": train.grad_clip if train.zero_stage else 0.0,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own compiles an extension
+        "zero_force_ds_cpu_optimizer": False,  # nor for offloading
+        "zero_optimization": zero,
+        "steps_per_print": None,
+    }

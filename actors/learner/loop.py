@@ -1,0 +1,334 @@
+"""The one learner loop of all stages: take a batch, accumulate its gradients, step once, publish, checkpoint.
+
+The loop knows neither data sets nor rewards. A ``BatchSource`` hands it one batch a step, an ``Objective`` turns that
+batch into losses, micro-batch by micro-batch; everything else (ZeRO, clipping, schedule, EMA, checkpoints, resume,
+metrics) is written here once for pretrain, sft and rl. Exactly one optimizer step follows each batch, whatever the
+number of micro-batches (method 3.7: the reference takes 61 steps a batch; we do not).
+
+Left out on purpose: how the processes are started (``actors.learner.ray_train``) and what is in a batch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from actors.learner.checkpoint_store import AVERAGED, RESULT, CheckpointStore, Manifest
+from actors.learner.collectives import gather
+from actors.learner.ema import Ema
+from actors.learner.engine import TrainingEngine, Weights, learning_rate
+from deepgen.diffusion.trajectory import stable_seed
+from deepgen.errors import UserError
+from deepgen.tracking.progress import Phases, Progress
+
+if TYPE_CHECKING:
+    from deepgen.config.settings import Settings
+    from deepgen.models.unified import UnifiedModel
+    from deepgen.tracking.tracker import Tracker
+
+Metrics = Mapping[str, float | Tensor]
+# (model, context, suffix of the names) -> figures; see `Objective.evaluation`
+Evaluate = Callable[["UnifiedModel", "StepContext", str], dict[str, float]]
+_SAY_EVERY_S = 1.0
+_RL_FIGURES = {"policy/kl": "kl", "policy/clip_share": "clipped"}
+_RL_PHASES = {"time/rollout_s": "rollout", "time/reward_s": "scoring", "time/update_s": "update", "time/sync_s": "sync"}
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where and when a batch is worked on: everything random numbers may depend on.
+
+    ``seed`` is run.seed, ``step`` counts optimizer steps from 0, ``rank`` of ``world`` data-parallel workers.
+    """
+
+    seed: int
+    step: int
+    rank: int
+    world: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """What a stage may use to make its source and objective inside one learner worker.
+
+    ``model`` is the loaded model before DeepSpeed wraps it (an objective that needs a frozen reference copies it now).
+    ``tracker`` exists on rank 0 only; sources and objectives may log images through it. ``say`` shows a line on the
+    console of the person who started the run (rank 0; elsewhere it does nothing).
+    """
+
+    stage: str
+    settings: Settings
+    model: UnifiedModel
+    rank: int
+    world: int
+    device: torch.device
+    tracker: Tracker | None
+    say: Callable[[str], None]
+
+
+class BatchSource(Protocol):
+    """Gives every rank its batch of a step and is told about new weights.
+
+    Order of calls in a run: ``load_state_dict`` (only on resume), ``publish(weights, start)``, then for each step
+    ``next(step, rank, world)``, the update, ``publish(weights, step + 1)``, ``state_dict(step + 1)`` when a checkpoint
+    is due; ``close()`` at the end, also after an error. All methods are called on every rank and in the same order.
+    """
+
+    def next(self, step: int, rank: int, world: int) -> Any:
+        """Batch of this rank for optimizer step ``step``. All ranks must get the same number of micro-batches."""
+
+    def publish(self, weights: Callable[[], Weights], version: int) -> None:
+        """Weights after ``version`` optimizer steps. ``weights()`` is collective: call it on all ranks or on none.
+
+        It returns on rank 0 the trainable parameters by name (full tensors, fp32, not copies: read them before
+        returning) and an empty dict elsewhere.
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last batch that do not come from the update (rewards, staleness, ...); rank 0's are logged."""
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """State that continues the stream exactly before ``step``; JSON-able. Rank 0's goes into the checkpoint."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state; every rank gets the one of rank 0."""
+
+    def close(self) -> None: ...
+
+
+class Objective(Protocol):
+    """Turns a batch into losses. What computes runs inside the DeepSpeed engine's forward, so that ZeRO hooks fire.
+
+    ``prepare`` runs under ``torch.no_grad`` once a batch (encode prompts and images, reference velocities) and returns
+    the micro-batches; ``loss`` is then called once for each. Autocast (model.precision) is already on in both.
+    Before each call torch's global generator is seeded from (seed, step, rank, micro-batch), so dropout and
+    ``torch.rand`` are the same in a resumed run.
+    """
+
+    def prepare(self, model: UnifiedModel, batch: Any, context: StepContext) -> Sequence[Any]:
+        """Micro-batches of ``batch``, at least one and as many on every rank (checked: ZeRO would hang)."""
+
+    def loss(self, model: UnifiedModel, micro: Any, context: StepContext) -> tuple[Tensor, Metrics]:
+        """Scalar loss to send backward, ALREADY scaled so that the sum over micro-batches is the loss of the batch.
+
+        Gradients are averaged over ranks, so a mean over the global batch needs no factor for the world size when
+        ranks hold equal shares. Metric keys: plain keys are averaged over the micro-batches and ranks that report them,
+        ``*_max`` take the maximum, ``*_sum`` are added. ``images_sum``, the number of images, gives images per second.
+        """
+
+    def evaluation(self, step: int) -> Evaluate | None:
+        """What to evaluate with the weights after ``step`` steps, None for nothing; on all ranks alike.
+
+        It is called without gradients and dropout, for the weights with suffix "" and for their averages with "_ema".
+        """
+
+
+Parts = tuple[BatchSource, Objective]
+
+
+def train(
+    context: WorkerContext, build: Callable[[WorkerContext], Parts], checkpoints: CheckpointStore, resume: bool
+) -> None:
+    """Run one worker from its start or its last checkpoint to ``train.steps``, then write the component folder.
+
+    Raises UserError when a checkpoint does not fit the run or cannot be written.
+    """
+    settings = context.settings
+    trainable = context.model.trainable_parameters(context.stage)
+    if not trainable:
+        raise UserError(f"stage {context.stage}: nothing to train with model.lora_rank {settings.model.lora_rank}")
+    context.model.train()
+    source, objective = build(context)
+    try:
+        engine = TrainingEngine(settings, context.model, trainable, context.device)
+        ema = Ema(engine.parameters, settings.train.ema_decay) if settings.train.ema_decay else None
+        start = _restore(engine, ema, source, checkpoints, resume, context)
+        source.publish(engine.weights, start)
+        loop = _Loop(context, source, objective, engine, ema, checkpoints, start)
+        if start == 0:
+            loop.begin()
+        for step in range(start, settings.train.steps):
+            loop.run_step(step)
+        _export(engine, ema, checkpoints.run_folder)
+    finally:
+        source.close()
+
+
+class _Loop:
+    """The body of the training loop and what it needs from step to step."""
+
+    def __init__(
+        self,
+        context: WorkerContext,
+        source: BatchSource,
+        objective: Objective,
+        engine: TrainingEngine,
+        ema: Ema | None,
+        checkpoints: CheckpointStore,
+        start: int,
+    ) -> None:
+        self.context, self.source, self.objective = context, source, objective
+        self.engine, self.ema, self.checkpoints = engine, ema, checkpoints
+        self.phases = Phases()
+        self.progress = Progress(context.settings.train.steps, start)
+        self.last_said = -math.inf
+
+    def begin(self) -> None:
+        """Evaluate what the run starts from."""
+        figures = self._evaluate(0)
+        if figures and self.context.tracker:
+            self.context.tracker.log(0, figures)
+
+    def run_step(self, step: int) -> None:
+        """One batch, one optimizer step, one new version of the weights."""
+        context, begin = self.context, time.monotonic()
+        with self.phases("wait"):
+            batch = self.source.next(step, context.rank, context.world)
+        with self.phases("update"):
+            metrics = update(self.engine, self.objective, batch, self._step_context(step), context.settings)
+            if self.ema:
+                self.ema.update(self.engine.parameters, step)
+        with self.phases("publish"):
+            self.source.publish(self.engine.weights, step + 1)
+        due = (step + 1) % context.settings.train.checkpoint_every == 0 or step + 1 == context.settings.train.steps
+        if due:
+            with self.phases("checkpoint"):
+                self.checkpoints.save(step + 1, self.engine, self.ema, self.source.state_dict(step + 1))
+        images = metrics.pop("images_sum", 0.0)
+        metrics |= {"throughput/images_per_s": images / (time.monotonic() - begin)} if images else {}
+        with self.phases("evaluate"):
+            metrics |= self._evaluate(step + 1)
+        self._log(step + 1, metrics | self.source.metrics() | self.phases.take())
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Held-out figures after ``step`` steps, if any are due: of the weights, and of their averages."""
+        evaluate, model, here = self.objective.evaluation(step), self.context.model, self._step_context(step)
+        if evaluate is None:
+            return {}
+        model.eval()
+        with torch.no_grad():
+            figures: dict[str, float] = self.engine.run(evaluate, here, "")
+            if self.ema and step:
+                with self.ema.in_place(self.engine):
+                    figures |= self.engine.run(evaluate, here, "_ema")
+        model.train()
+        return figures
+
+    def _step_context(self, step: int) -> StepContext:
+        context = self.context
+        return StepContext(context.settings.run.seed, step, context.rank, context.world, context.device)
+
+    def _log(self, done: int, metrics: dict[str, float]) -> None:
+        if self.context.tracker:
+            self.context.tracker.log(done, metrics)
+        line = self.progress.line(done, _shown(metrics))
+        now = time.monotonic()
+        if now - self.last_said >= _SAY_EVERY_S or done == self.progress.total:
+            self.context.say(line)
+            self.last_said = now
+
+
+def update(
+    engine: TrainingEngine, objective: Objective, batch: Any, context: StepContext, settings: Settings
+) -> dict[str, float]:
+    """Accumulate the gradients of every micro-batch, then take exactly one optimizer step.
+
+    Returns the batch's metrics, reduced over micro-batches and ranks, with gradient norm and learning rate.
+    """
+    _seed(context, "prepare")
+    with torch.no_grad():
+        micro_batches = engine.run(objective.prepare, batch, context)
+    _check_same_count(len(micro_batches), context)
+    reported: list[Metrics] = []
+    total = 0.0
+    for number, micro in enumerate(micro_batches):
+        _seed(context, number)
+        loss, metrics = engine.run(objective.loss, micro, context)
+        engine.backward(loss)
+        total += float(loss.detach())
+        reported.append(metrics)
+    if not math.isfinite(total):
+        raise FloatingPointError(f"loss of step {context.step} on rank {context.rank} is {total}")
+    rate = learning_rate(settings, context.step)
+    grad_norm = engine.step(rate)
+    reduced = reduce_metrics([*reported, {"loss/total": total}], context.world)
+    return reduced | {"train/grad_norm": grad_norm, "train/learning_rate": rate}
+
+
+def reduce_metrics(reported: Iterable[Metrics], world: int) -> dict[str, float]:
+    """Metrics of all micro-batches and ranks under one name each: mean, or maximum (``*_max``) or sum (``*_sum``)."""
+    mine: dict[str, list[float]] = {}
+    for metrics in reported:
+        for key, value in metrics.items():
+            mine.setdefault(key, []).append(float(value))
+    merged: dict[str, list[float]] = {}
+    for metrics_of_rank in gather(mine, world):
+        for key, values in metrics_of_rank.items():
+            merged.setdefault(key, []).extend(values)
+    return {key: _reduce(key, values) for key, values in merged.items()}
+
+
+def _reduce(key: str, values: list[float]) -> float:
+    if key.endswith("_max"):
+        return max(values)
+    return sum(values) if key.endswith("_sum") else sum(values) / len(values)
+
+
+def _shown(metrics: Mapping[str, float]) -> dict[str, float | str]:
+    """The few numbers of a console line: in rl rewards, distance from the start and phases, else loss and speed."""
+    if "time/rollout_s" not in metrics:
+        shown: dict[str, float | str] = {"loss": metrics["loss/total"], "grad": metrics["train/grad_norm"]}
+        if "throughput/images_per_s" in metrics:
+            shown["images/s"] = metrics["throughput/images_per_s"]
+        return shown
+    shown = {"reward": metrics.get("reward/total", math.nan)}
+    rewards = sorted(key for key in metrics if key.startswith("reward/") and key != "reward/total")
+    shown |= {key.removeprefix("reward/"): metrics[key] for key in rewards}
+    shown |= {label: metrics[key] for key, label in _RL_FIGURES.items() if key in metrics}
+    return shown | {label: f"{metrics[key]:.1f} s" for key, label in _RL_PHASES.items() if key in metrics}
+
+
+def _seed(context: StepContext, part: int | str) -> None:
+    torch.manual_seed(stable_seed(context.seed, "global", context.step, context.rank, part))
+
+
+def _check_same_count(count: int, context: StepContext) -> None:
+    counts = gather(count, context.world)
+    if count == 0 or len(set(counts)) > 1:
+        raise RuntimeError(f"step {context.step}: micro-batches by rank are {counts}; all need the same, at least 1")
+
+
+def _restore(
+    engine: TrainingEngine,
+    ema: Ema | None,
+    source: BatchSource,
+    checkpoints: CheckpointStore,
+    resume: bool,
+    context: WorkerContext,
+) -> int:
+    """Load the newest complete checkpoint if the run resumes; the step to start with."""
+    manifest: Manifest | None = checkpoints.newest() if resume else None
+    if manifest is None:
+        return 0
+    checkpoints.load(manifest, engine, ema)
+    source.load_state_dict(manifest.source)
+    context.say(
+        f"resuming after step {manifest.step} of {context.settings.train.steps}, "
+        f"written by {manifest.workers} worker(s) at ZeRO-{manifest.zero_stage}"
+    )
+    return manifest.step
+
+
+def _export(engine: TrainingEngine, ema: Ema | None, run_folder: Path) -> None:
+    """Write the component folder that the next stage reads, and the averaged weights beside it."""
+    engine.export(run_folder / RESULT)
+    if ema:
+        engine.export(run_folder / AVERAGED, ema.full(engine))

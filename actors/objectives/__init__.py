@@ -1,0 +1,1 @@
+"""Batches and what a model learns from them: one loss a stage."""

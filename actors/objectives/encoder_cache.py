@@ -1,0 +1,72 @@
+"""The frozen parts of the learner's model, and all that what they make depends on (``deepgen.data.cache.encoded``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from deepgen.data.cache.disk_store import DiskStore
+from deepgen.data.cache.encoded import FrozenCache, MemoryStore
+from deepgen.data.loading.dataset import FEATURES, LATENT, PREPARATION
+from deepgen.models.weights_io.folder import weights_checksum
+
+if TYPE_CHECKING:
+    from actors.learner.loop import WorkerContext
+
+_PACKAGES = ("torch", "diffusers", "transformers", "pillow")  # another version may round, or resize, otherwise
+
+
+def make_cache(context: WorkerContext) -> FrozenCache:
+    """The model's VAE and, where its results can be kept, its visual tower, with the store data.cache_dir asks for.
+
+    To be called before ZeRO-3 splits the weights. The tower's results are not kept, and pixels go to the VLM with their
+    whole micro-batch instead,
+
+    - under ZeRO-3, which hangs unless all ranks call the tower equally often;
+    - if the tower itself has a LoRA. One of ours never has (`deepgen.models.vlm.is_live`), an imported one may: it has
+      dropout in sft, and a scale that is not in its weights.
+
+    Raises UserError when data.cache_dir cannot be written.
+    """
+    model, settings = context.model, context.settings
+    visual = model.vlm.model.visual
+
+    def encode(image: Tensor) -> Tensor:
+        (latent,) = model.encode_images([image.to(context.device)], None)
+        return latent.float().cpu()
+
+    def see(image: Tensor) -> Tensor:
+        return model.see_image(image.to(context.device)).features.cpu()
+
+    parts: dict[str, Callable[[Tensor], Tensor]] = {LATENT: encode}
+    if settings.train.zero_stage < 3 and _fixed(visual):
+        parts[FEATURES] = see
+    if not settings.data.cache_dir:
+        return FrozenCache(parts, MemoryStore())
+    origin = {LATENT: (model.vae, dict(model.vae.config)), FEATURES: (visual, visual.config.to_dict())}
+    about = {part: _describe(context, *origin[part]) for part in parts}
+    return FrozenCache(parts, DiskStore(Path(settings.data.cache_dir), about))
+
+
+def _fixed(visual: nn.Module) -> bool:
+    """Whether the tower gives the same for the same image all through the run."""
+    return not any(".lora_" in name or parameter.requires_grad for name, parameter in visual.named_parameters())
+
+
+def _describe(context: WorkerContext, part: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides what a part makes of an image file, to the bit on one kind of processor."""
+    settings = context.settings
+    return {
+        "weights": weights_checksum(part.state_dict().items()),
+        "config": {key: value for key, value in config.items() if not key.startswith("_")},
+        "attention": getattr(part.config, "_attn_implementation", ""),
+        "preparation": PREPARATION,
+        "image_size": settings.data.image_size,
+        "precision": settings.model.precision,
+        "device": context.device.type,
+        "versions": {package: version(package) for package in _PACKAGES},
+    }

@@ -1,0 +1,188 @@
+"""Held-out records in pretrain and sft: their flow-matching loss, and pictures of some of them.
+
+Both are of the same records, noise and times at every look, so that only the weights make a difference. Where an
+average of the weights is kept (train.ema_decay), the loop evaluates it by the same means. Left out: rewards, which the
+rl stage has; pictures under ZeRO-3, where one rank alone does not have the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from actors.experience.policy_sampler import PolicySampler
+from actors.experience.rollout_actor import EvaluationRequest
+from actors.learner.collectives import gather
+from actors.learner.loop import Evaluate
+from deepgen.data.loading.collate import MicroBatch
+from deepgen.data.loading.dataset import Picture, resized
+from deepgen.data.records import Record, usable_image
+from deepgen.data.usable import left_out
+from deepgen.diffusion.trajectory import stable_seed
+from deepgen.evaluation.results import GRID_PROMPTS, Evaluation, choose_records, grid, heldout_records
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from actors.learner.loop import StepContext, WorkerContext
+    from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro
+    from deepgen.config.settings import Settings
+    from deepgen.models.unified import UnifiedModel
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A held-out record and the share of the noise schedule it is looked at, 0 the noisiest."""
+
+    record: Record
+    time: float
+
+
+class HeldoutLoss:
+    """Flow-matching loss of held-out records by task. The records of a task lie evenly over the noise schedule.
+
+    The work is split over the ranks, micro-batch by micro-batch; every rank has as many of each kind, empty ones at the
+    end (ZeRO-3 would hang). Records without a usable target take no part.
+    """
+
+    def __init__(self, context: WorkerContext, records: Sequence[Record], objective: FlowMatching) -> None:
+        self._objective, self._settings = objective, context.settings
+        self._chunks = share_out(records, context.settings.data.micro_batch, context.rank, context.world)
+        self._micros: list[tuple[FlowMatchingMicro, list[str]]] | None = None  # made once: the model must be there
+
+    def measure(self, model: UnifiedModel, context: StepContext) -> dict[str, list[float]]:
+        """Losses of the records by task, equal on all ranks. Collective."""
+        if self._micros is None:
+            self._micros = [self._prepare(kind, chunk, context.device) for kind, chunk in self._chunks]
+        mine: list[tuple[str, float]] = []
+        for micro, tasks in self._micros:
+            errors = self._objective.errors(model, micro).per_sample.tolist()
+            mine += zip(tasks, errors, strict=False)  # a blank has no task
+        found: dict[str, list[float]] = {}
+        for task, error in (pair for rank in gather(mine, context.world) for pair in rank):
+            found.setdefault(task, []).append(error)
+        return dict(sorted(found.items()))
+
+    def _prepare(self, kind: str, chunk: Sequence[Timed], device: torch.device) -> tuple[FlowMatchingMicro, list[str]]:
+        """A micro-batch and the tasks of its samples."""
+        usable: list[Timed] = []
+        targets: list[Picture] = []
+        for timed in chunk:
+            try:
+                targets.append(self._picture(timed.record.image))
+            except ValueError:  # no image to compare with, or a damaged one
+                continue
+            usable.append(timed)
+        records = [timed.record for timed in usable]
+        seed = self._settings.evaluation.seed
+        micro = MicroBatch(
+            task=kind,
+            indices=tuple(range(len(records))),
+            prompts=[record.prompt for record in records],
+            references=[[self._picture(data) for data in record.references] for record in records],
+            targets=targets,
+            seeds=tuple(stable_seed(seed, record.id) for record in records),
+            bad=(),
+        )
+        levels = self._objective.levels(timed.time for timed in usable)
+        return self._objective.ready(micro, micro.prompts, levels, device, share=1.0), [r.task for r in records]
+
+    def _picture(self, data: bytes | str | None) -> Picture:
+        """ValueError when there is none or it cannot be used."""
+        if data is None:
+            raise ValueError("no image")
+        return Picture(resized(usable_image(data, "image"), self._settings.data.image_size))
+
+
+def share_out(
+    records: Iterable[Record], micro_batch: int, rank: int, world: int
+) -> list[tuple[str, tuple[Timed, ...]]]:
+    """Micro-batches of this rank as (kind, records), kind "edit" or "t2i", in the same order of kinds on all ranks."""
+    by_task: dict[str, list[Record]] = {}
+    for record in records:
+        by_task.setdefault(record.task, []).append(record)
+    timed = [Timed(record, (i + 0.5) / len(own)) for own in by_task.values() for i, record in enumerate(own)]
+    mine: list[tuple[str, tuple[Timed, ...]]] = []
+    for kind in ("edit", "t2i"):
+        own = [one for one in timed if (one.record.task == "edit") == (kind == "edit")]
+        chunks = [tuple(own[i : i + micro_batch]) for i in range(0, len(own), micro_batch)]
+        chunks += [()] * (-len(chunks) % world)
+        mine += [(kind, chunk) for chunk in chunks[rank::world]]
+    return mine
+
+
+class _OwnSampler(PolicySampler):
+    """Samples with the model that is being trained instead of one read from a folder."""
+
+    def __init__(self, settings: Settings, model: UnifiedModel) -> None:
+        self.model = model
+        super().__init__(settings)
+        torch.set_num_threads(settings.train.threads)
+
+    def load(self, folder: Path) -> None:
+        """The model is given."""
+
+
+class Pictures:
+    """Draws fixed held-out prompts and logs them as one grid; on rank 0, which has the tracker."""
+
+    def __init__(self, context: WorkerContext, records: Sequence[Record]) -> None:
+        self._settings, self._tracker = context.settings, context.tracker
+        self._records = tuple(choose_records(records, GRID_PROMPTS, context.settings.evaluation.seed))
+        self._sampler = _OwnSampler(context.settings, context.model)
+
+    def draw(self, step: int, suffix: str) -> None:
+        evaluation = self._settings.evaluation
+        images = self._sampler.evaluate(EvaluationRequest(self._records, 1, evaluation.num_steps, evaluation.seed))
+        unscored = np.zeros((len(self._records), 1, 0), dtype=np.float32)
+        drawn = Evaluation(self._records, tuple(images), (), unscored, unscored[:, 0], step)
+        assert self._tracker is not None
+        self._tracker.log_images(f"samples{suffix}", step, grid(drawn, f"step {step}{suffix.replace('_', ', ')}"))
+
+
+class Heldout:
+    """What is due when: the loss every evaluation.every steps, pictures every tracking.grid_every, both at the end."""
+
+    def __init__(self, context: WorkerContext, objective: FlowMatching) -> None:
+        settings = self._settings = context.settings
+        self._say = context.say
+        self._pictures: Pictures | None = None
+        records = heldout_records(settings, say=context.say)
+        self._loss = HeldoutLoss(context, records, objective) if records else None
+        if context.tracker and records and settings.tracking.grid_every and settings.train.zero_stage < 3:
+            self._pictures = Pictures(context, records)
+        if context.tracker and (quarantined := left_out(settings, "data.heldout")):
+            context.tracker.log(0, quarantined)
+
+    def evaluation(self, step: int) -> Evaluate | None:
+        """What to do after ``step`` steps; None for nothing. The same on all ranks, but that rank 0 draws."""
+        loss = self._loss is not None and self._due(step, self._settings.evaluation.every)
+        grid_every = self._settings.tracking.grid_every
+        pictures = self._loss is not None and grid_every > 0 and self._due(step, grid_every)
+        return partial(self._evaluate, loss, pictures) if loss or pictures else None
+
+    def _evaluate(
+        self, loss: bool, pictures: bool, model: UnifiedModel, context: StepContext, suffix: str
+    ) -> dict[str, float]:
+        if pictures and self._pictures:
+            self._pictures.draw(context.step, suffix)
+        if not (loss and self._loss):
+            return {}
+        losses = self._loss.measure(model, context)
+        if not losses:
+            return {}
+        means = {task: float(np.mean(own)) for task, own in losses.items()}
+        everything = [loss for own in losses.values() for loss in own]
+        whole, tasks = float(np.mean(everything)), ", ".join(f"{task} {mean:.4f}" for task, mean in means.items())
+        weights = " of the averaged weights" if suffix else ""
+        self._say(f"held-out loss{weights} after {context.step} steps: {whole:.4f} ({tasks})")
+        figures = {f"heldout_loss{suffix}/{name}": mean for name, mean in (means | {"all": whole}).items()}
+        return figures | {"heldout_loss/records": float(len(everything))}
+
+    def _due(self, step: int, every: int) -> bool:
+        return step in (0, self._settings.train.steps) or (every > 0 and step % every == 0)

@@ -1,0 +1,393 @@
+"""Turning raw samples into parquet shards of our schema, each checked; what cannot be used goes to a quarantine file.
+
+A unit of the source becomes one shard. Beside it stand its quarantine (JSON lines: place, id, reason) and, written
+last, its tally; a unit with a tally is done and never read again, so a conversion that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import re
+import textwrap
+from bisect import bisect
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from deepgen.config.settings import TASKS
+from deepgen.data.conversion.sources import RawSample, Source, Unit, read_unit
+from deepgen.data.records import MAX_ASPECT, MAX_PIXELS, Record, header_size, open_image, read_records, write_records
+from deepgen.data.uris import UriError
+from deepgen.errors import UserError
+
+ROW_GROUP = 64  # rows that are read together in training
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")  # names in an error: each would be a reason of its own
+_ASPECT_EDGES = [0.1, 0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0, 10.0]
+_SIDE_EDGES = [0, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192]
+_SHOWN_REASONS = 10
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a usable image is. min_side: pixels, both sides (M2.6: more than 80); max_aspect: longer by shorter side."""
+
+    min_side: int = 81
+    max_aspect: float = MAX_ASPECT
+    max_pixels: int = MAX_PIXELS
+
+
+@dataclass
+class Tally:
+    """Counts of one unit or of many: kept, dropped by reason, and the shapes of kept targets."""
+
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    sides: Counter[int] = field(default_factory=Counter)  # edge of the square of equal area, rounded to 64
+    aspects: Counter[int] = field(default_factory=Counter)  # bin of width / height among _ASPECT_EDGES
+    tasks: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Tally) -> None:
+        self.kept += other.kept
+        for name in ("dropped", "sides", "aspects", "tasks"):
+            getattr(self, name).update(getattr(other, name))
+
+    @property
+    def total(self) -> int:
+        return self.kept + sum(self.dropped.values())
+
+    @property
+    def bad_share(self) -> float:
+        return sum(self.dropped.values()) / self.total if self.total else 0.0
+
+    def save(self, path: Path) -> None:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        partial.replace(path)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kept": self.kept} | {
+            name: {str(k): v for k, v in sorted(getattr(self, name).items())}
+            for name in ("dropped", "sides", "aspects", "tasks")
+        }
+
+    def top_reasons(self) -> dict[str, int]:
+        """Most frequent reasons of dropping, the rest as one."""
+        shown = dict(self.dropped.most_common(_SHOWN_REASONS))
+        if others := len(self.dropped) - len(shown):
+            shown[f"{others} other reasons"] = sum(self.dropped.values()) - sum(shown.values())
+        return shown
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Tally:
+        numbers = {name: Counter({int(k): v for k, v in content[name].items()}) for name in ("sides", "aspects")}
+        words = {name: Counter(content[name]) for name in ("dropped", "tasks")}
+        return cls(content["kept"], words["dropped"], numbers["sides"], numbers["aspects"], words["tasks"])
+
+    @classmethod
+    def load(cls, path: Path) -> Tally:
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: damaged; delete it, and the same command converts its unit again") from error
+
+
+# ---------------------------------------------------------------- one sample
+
+
+def check_sample(sample: RawSample, limits: Limits) -> tuple[Record | None, str]:
+    """The record a sample becomes, or None and the reason it cannot be used, in words that many samples share."""
+    if sample.fault:
+        return None, sample.fault
+    if sample.task not in TASKS:
+        return None, f"task is not one of {', '.join(TASKS)}"
+    if not isinstance(sample.prompt, str) or not sample.prompt.strip():
+        return None, "empty caption" if sample.prompt is None or isinstance(sample.prompt, str) else "caption: no text"
+    if not _valid(sample.prompt) or (isinstance(sample.answer, str) and not _valid(sample.answer)):
+        return None, "caption: not valid text"
+    if sample.task == "edit" and not sample.references:
+        return None, "edit without source image"
+    if sample.task != "edit" and sample.references:
+        return None, "source images in a task that has none"
+    for what, data in (("target", sample.image), *(("source", data) for data in sample.references)):
+        reason = image_fault(data, limits)
+        if reason:
+            return None, f"{what}: {reason}"
+    assert isinstance(sample.image, bytes)  # checked
+    answer = sample.answer if isinstance(sample.answer, str) and sample.answer.strip() else sample.prompt
+    references = tuple(data for data in sample.references if isinstance(data, bytes))
+    id, own = _cleaned(sample.id), _cleaned(sample.source)
+    return Record(id, sample.task, sample.prompt, answer, sample.image, references, own), ""
+
+
+def _valid(text: str) -> bool:
+    """Whether it can be written at all: lone surrogates, as from damaged JSON, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _cleaned(name: str) -> str:
+    return name.encode(errors="backslashreplace").decode()
+
+
+def image_fault(data: bytes | UriError | None, limits: Limits) -> str:
+    """Why encoded image bytes cannot be used, "" when they can. The header is judged before anything is decoded."""
+    if isinstance(data, UriError):
+        return f"cannot be read ({_QUOTED.sub('...', data.why)})"
+    if data is None:
+        return "file missing"
+    if not data:
+        return "no bytes"
+    width, height = header_size(data)
+    if width is not None and height is not None:
+        if width * height > limits.max_pixels:
+            return "too many pixels"
+        if min(width, height) < limits.min_side:
+            return f"a side below {limits.min_side} px"
+        if max(width, height) > limits.max_aspect * min(width, height):
+            return f"sides in a ratio above {limits.max_aspect:g}"
+    try:
+        open_image(data)
+    except ValueError as error:
+        if isinstance(error.__cause__, Image.DecompressionBombError):
+            return "too many pixels"
+        if width is None:
+            return "not an image"
+        return "truncated" if "truncated" in str(error).lower() else "damaged"
+    return ""
+
+
+# ---------------------------------------------------------------- one unit
+
+
+def shard_path(out: Path, number: int) -> Path:
+    return out / f"shard-{number:06d}.parquet"
+
+
+def tally_path(out: Path, number: int) -> Path:
+    return out / "tally" / f"{number:06d}.json"
+
+
+def convert_unit(source: Source, unit: Unit, out: Path, limits: Limits, seed: int) -> Tally:
+    """Convert one unit, its samples in a random order that follows from (seed, unit)."""
+    with writing(out):
+        return _convert_unit(source, unit, out, limits, seed)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turns what the file system says while a conversion is written to `out` into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        why = " ".join(str(error.strerror or error).split())
+        raise UserError(
+            f"{out}: cannot write ({why}); make room or mend the folder, and run the same command again"
+        ) from error
+
+
+def _convert_unit(source: Source, unit: Unit, out: Path, limits: Limits, seed: int) -> Tally:
+    tally, kept = Tally(), list[Record]()
+    quarantine = out / "quarantine" / f"{unit.number:06d}.jsonl"
+    quarantine.parent.mkdir(parents=True, exist_ok=True)
+    (out / "tally").mkdir(exist_ok=True)
+    seen: set[str] = set()
+    with quarantine.open("w", encoding="utf-8") as bad:
+        for sample in read_unit(source, unit):
+            record, reason = check_sample(sample, limits)
+            if record is not None and record.id in seen:
+                record, reason = None, "id used twice"
+            if record is None:
+                tally.dropped[reason.partition(":")[0] if sample.fault else reason] += 1
+                line = {"place": sample.place, "id": str(sample.id), "reason": reason} | _unread(sample)
+                bad.write(json.dumps(line) + "\n")
+                continue
+            seen.add(record.id)
+            kept.append(record)
+            _count(tally, record)
+    if not tally.dropped:
+        quarantine.unlink()
+    if kept:
+        random.Random(f"{seed}/{unit.number}").shuffle(kept)
+        write_records(shard_path(out, unit.number), kept, row_group_size=ROW_GROUP)
+    tally.save(tally_path(out, unit.number))
+    return tally
+
+
+def _unread(sample: RawSample) -> dict[str, list[str]]:
+    """For the quarantine: each image that cannot be read, by name, and why."""
+    found = [str(data) for data in (sample.image, *sample.references) if isinstance(data, UriError)]
+    return {"unread": found} if found else {}
+
+
+def _count(tally: Tally, record: Record) -> None:
+    assert isinstance(record.image, bytes)  # checked
+    width, height = header_size(record.image)
+    assert width and height  # read before
+    tally.kept += 1
+    tally.tasks[record.task] += 1
+    tally.sides[max(64, 64 * round(math.sqrt(width * height) / 64))] += 1
+    tally.aspects[int(np.searchsorted(_ASPECT_EDGES, width / height))] += 1
+
+
+# ---------------------------------------------------------------- all units
+
+
+def check_folders(source: Path, out: Path) -> None:
+    """Raise UserError when `out` cannot be a folder, or one of the two lies in the other."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give a folder to write to")
+    given, made = source.resolve(), out.resolve()
+    if given.is_relative_to(made) or made.is_relative_to(given):
+        inner, outer = (source, out) if given.is_relative_to(made) else (out, source)
+        raise UserError(f"{inner} lies in {outer}, whose files would be mixed with it; give a folder elsewhere")
+
+
+def write_plan(out: Path, source: Source, limits: Limits, rows: int, seed: int, units: list[Unit]) -> None:
+    """Note what is converted and how; raises UserError when `out` holds a conversion of something else."""
+    plan = {
+        "source": str(source.path.resolve()),
+        "name": source.name,
+        "form": source.form,
+        "task": source.task,
+        "images": str(source.images.resolve()) if source.images else None,
+        "caption_key": source.caption_key,
+        "columns": dict(source.columns),
+        "limits": vars(limits),
+        "rows": rows,
+        "seed": seed,
+        "units": [_unit_plan(source, unit) for unit in units],
+    }
+    path = out / "plan.json"
+    if path.exists():
+        _compare_plans(out, _read_plan(path), plan)
+        return
+    partial = path.with_name("plan.json.partial")
+    if out.exists() and any(entry != partial for entry in out.iterdir()):
+        raise UserError(f"{out} is not empty and not a conversion; give another folder")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in plan.items())
+        partial.write_text("{\n" + lines + "\n}\n")
+        partial.replace(path)
+
+
+def _unit_plan(source: Source, unit: Unit) -> list[Any]:
+    """What a unit is read from: file, its size, and which of its rows."""
+    file = Path(unit.file)
+    name = file.relative_to(source.path).as_posix() if source.path.is_dir() else file.name
+    try:
+        return [name, file.stat().st_size, unit.first, unit.last]
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        plan = json.loads(path.read_text())
+    except ValueError:
+        plan = None
+    if not isinstance(plan, dict):
+        raise UserError(f"{path}: damaged; delete {path.parent} and convert again, or give another folder")
+    return plan
+
+
+def _compare_plans(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UserError naming the first thing in which a conversion that is there differs from the one asked for."""
+    changed = next((key for key in now if key not in before or before[key] != now[key]), None)
+    if changed is None:
+        return
+    was, new = before.get(changed), now[changed]
+    if changed == "units" and isinstance(was, list):
+        pairs = enumerate(itertools.zip_longest(was, new), start=1)
+        number, was, new = next((number, was, new) for number, (was, new) in pairs if was != new)
+        changed = f"SOURCE has changed, unit {number}"
+        was, new = (f"{unit[0]} of {unit[1]:,} bytes, {unit[2:]}" if unit else "none" for unit in (was, new))
+    raise UserError(f"{out} holds another conversion ({changed}: {was!r}, now {new!r}); give another folder")
+
+
+def unfinished(out: Path, units: Iterable[Unit]) -> list[Unit]:
+    return [unit for unit in units if not tally_path(out, unit.number).exists()]
+
+
+def total_tally(out: Path) -> Tally:
+    total = Tally()
+    for path in sorted((out / "tally").glob("*.json")):
+        total.add(Tally.load(path))
+    return total
+
+
+# ---------------------------------------------------------------- report
+
+
+def write_report(out: Path) -> Tally:
+    """report.json, histograms.png and samples.png (random kept records) in `out`."""
+    total = total_tally(out)
+    with writing(out):
+        (out / "report.json").write_text(json.dumps(total.to_dict(), indent=1) + "\n")
+        if total.kept:
+            draw_histograms(total, out / "histograms.png")
+            draw_samples(out, out / "samples.png")
+    return total
+
+
+def draw_histograms(tally: Tally, path: Path) -> None:
+    """Sizes, aspect ratios and reasons of dropping, as bars."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display, no global state
+    from matplotlib.figure import Figure
+
+    edges = ["<0.1", *(f"{a:g}-{b:g}" for a, b in itertools.pairwise(_ASPECT_EDGES)), ">10"]
+    sides = Counter[int]()
+    for side, count in tally.sides.items():
+        sides[bisect(_SIDE_EDGES, side) - 1] += count
+    ranges = [f"{low}-{high - 1}" for low, high in itertools.pairwise(_SIDE_EDGES)]
+    ranges = [f"<{_SIDE_EDGES[1]}", *ranges[1:], f">={_SIDE_EDGES[-1]}"]
+    reasons = Counter[str]()
+    for reason, count in tally.top_reasons().items():  # two lines fit beside a bar; equally short ones are one
+        reasons[textwrap.fill(textwrap.shorten(reason, 62, placeholder=" ..."), 34, max_lines=2)] += count
+    panels = [
+        ("edge of the square of equal area (px)", {ranges[k]: v for k, v in sorted(sides.items())}),
+        ("width / height", {edges[k]: v for k, v in sorted(tally.aspects.items())}),
+        (f"dropped: {tally.bad_share:.1%} of {tally.total:,}", reasons),
+    ]
+    panels = [(title, bars) for title, bars in panels if bars]
+    figure = Figure(figsize=(5.2 * len(panels), 3.8), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (title, bars) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        axes.barh(list(bars), list(bars.values()), color=f"C{i}")
+        axes.invert_yaxis()
+        axes.set_title(title, fontsize=11)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def draw_samples(out: Path, path: Path, count: int = 24) -> None:
+    """A sheet of random kept records with their prompts; sources of edits beside them."""
+    from deepgen.data.records import decode_image
+    from deepgen.tracking.grids import image_grid
+
+    records = list(_some_records(out, count))
+    sources = [decode_image(r.references[0]) if r.references else None for r in records]
+    images = [decode_image(r.image) for r in records if r.image is not None]
+    image_grid(images, [r.prompt for r in records], columns=6, sources=sources).save(path)
+
+
+def _some_records(out: Path, count: int) -> Iterator[Record]:
+    shards = sorted(out.glob("shard-*.parquet"))
+    chosen = random.Random(0).sample(shards, min(4, len(shards)))
+    for shard in chosen:
+        records = read_records(shard)
+        yield from random.Random(0).sample(records, min(math.ceil(count / len(chosen)), len(records)))

@@ -1,0 +1,429 @@
+"""Reading the forms in which users have their data, as raw samples: nothing is checked or decoded here.
+
+| form        | what it is                                                                                          |
+|-------------|-----------------------------------------------------------------------------------------------------|
+| records     | our parquet (`deepgen.data.records`)                                                                |
+| hf          | parquet of Hugging Face datasets: image structs {bytes, path}, text columns                         |
+| webdataset  | tars; files of one sample share the name before the first dot: 07.jpg, 07.txt (or 07.json), and for |
+|             | editing 07.source.jpg (or input, src) and 07.target.jpg (or output)                                 |
+| captions    | JSON list, or a folder of them: {image, annotation}; the caption stands in the annotation's JSON    |
+| blip3o      | JSON list: {type, txt, image or image_path}                                                         |
+| edits       | JSON list: {input_image: [...], output_image, instruction}                                          |
+
+The last three are those of M2.6 (captions counts twice: list and folder). A `Unit` is the part of a source that one
+process converts at a time; the same source and settings always give the same units.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import lzma
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deepgen.data.records import decoded_rows
+from deepgen.data.uris import UriError, absolute, read_uri
+from deepgen.errors import UserError
+
+FORMS = ("records", "hf", "webdataset", "captions", "blip3o", "edits")
+FILE_SUFFIX = {"records": ".parquet", "hf": ".parquet", "webdataset": ".tar"}  # of the others: .json
+IMAGE_SUFFIXES = (
+    *(".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".png", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
+)
+_SOURCES, _TARGETS = ("source", "input", "src"), ("target", "output")  # beginnings of names in edits' tars
+HF_IMAGE, HF_TEXT = ("image", "jpg", "png", "webp"), ("caption", "text", "prompt", "txt", "instruction")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to read. `columns` names the columns of `hf` (image, prompt, references); the rest fits one form each.
+
+    `name` is the data set's, which becomes the column source; `records` keep their own.
+    """
+
+    path: Path
+    form: str
+    task: str = "t2i"
+    images: Path | None = None  # folder that relative image paths start from; None: the source's own
+    caption_key: str = "caption"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows first..last-1 of one file; `entries` are the rows themselves where the file is a list."""
+
+    number: int
+    file: str
+    first: int
+    last: int
+    entries: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One sample as found and where: encoded images, None for an absent one, or why one cannot be read.
+
+    `id` is unique among those of a source, except that of `records`, which is their own. `fault`: why the sample cannot
+    be told from its files, "kind: details".
+    """
+
+    id: str
+    task: str
+    prompt: Any
+    answer: Any
+    image: bytes | UriError | None
+    references: tuple[bytes | UriError | None, ...]
+    place: str
+    source: str
+    fault: str = ""
+
+
+# ---------------------------------------------------------------- what form it is
+
+
+def guess_form(path: Path) -> str:
+    """One of FORMS. Raises UserError when the form cannot be told, naming what was seen."""
+    files = _files(path)
+    kinds = Counter(file.suffix.lower() for file in files)
+    if len(kinds) > 1:
+        seen = " and ".join(f"{count} {suffix}" for suffix, count in kinds.most_common())
+        raise UserError(f"{path}: holds {seen}; say --form (one of {', '.join(FORMS)}) or name the file")
+    suffix = next(iter(kinds), "")
+    if suffix == ".tar":
+        return "webdataset"
+    if suffix == ".parquet":
+        names = set(_schema(files[0]).names)
+        return "records" if {"task", "prompt", "references"} <= names else "hf"
+    if suffix == ".json":
+        first = next(iter(_json_list(files[0], path)), None)
+        if isinstance(first, dict):
+            for key, form in (("annotation", "captions"), ("txt", "blip3o"), ("input_image", "edits")):
+                if key in first:
+                    return form
+        raise UserError(f"{files[0]}: a list of unknown form; give --form (one of {', '.join(FORMS)})")
+    raise UserError(f"{path}: no .parquet, .tar or .json in it")
+
+
+def _files(path: Path, suffixes: Sequence[str] = (".parquet", ".tar", ".json")) -> list[Path]:
+    """The file itself, whatever its name, or all files in the folder, at any depth, with one of the suffixes."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and not file.is_dir())
+
+
+# ---------------------------------------------------------------- units
+
+
+def plan_units(source: Source, rows: int) -> list[Unit]:
+    """Split the source into units of about `rows` samples (a tar is one unit, a parquet row group is never split)."""
+    parts: list[tuple[str, int, int, tuple[Any, ...]]] = []
+    suffix = FILE_SUFFIX.get(source.form, ".json")
+    for file in _files(source.path, [suffix]):
+        if source.form == "webdataset":
+            parts.append((str(file), 0, 0, ()))
+        elif source.form in ("records", "hf"):
+            parts += [(str(file), first, last, ()) for first, last in _row_groups(file, rows)]
+        else:
+            entries = _json_list(file, source.path)
+            starts = range(0, len(entries), rows)
+            parts += [(str(file), s, min(s + rows, len(entries)), tuple(entries[s : s + rows])) for s in starts]
+    if not parts:
+        raise UserError(f"{source.path}: nothing to convert in it (form {source.form}: no samples in {suffix} files)")
+    return [Unit(number, *part) for number, part in enumerate(parts)]
+
+
+def _row_groups(file: Path, rows: int) -> list[tuple[int, int]]:
+    """Runs of row groups [first, last) with about `rows` rows each."""
+    with _open_parquet(file) as parquet:
+        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+    runs, first, count = [], 0, 0
+    for i, size in enumerate(sizes):
+        count += size
+        if count >= rows or i + 1 == len(sizes):
+            runs.append((first, i + 1))
+            first, count = i + 1, 0
+    return runs
+
+
+def _open_parquet(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:160]})") from error
+
+
+def _schema(file: Path) -> pa.Schema:
+    with _open_parquet(file) as parquet:
+        return parquet.schema_arrow
+
+
+def _json_list(file: Path, given: Path) -> list[Any]:
+    """The list in a file that stands in, or is, the path `given`."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not JSON ({error})") from error
+    if not isinstance(content, list):
+        hint = "" if given == file else "; where lists and annotations share a folder, give the list's file as SOURCE"
+        raise UserError(f"{file}: holds a {type(content).__name__}; expected a list{hint}")
+    return content
+
+
+# ---------------------------------------------------------------- samples
+
+
+def read_unit(source: Source, unit: Unit) -> Iterator[RawSample]:
+    """The samples of a unit. What is absent comes as None; nothing is skipped."""
+    if source.form == "webdataset":
+        yield from _read_tar(source, Path(unit.file))
+    elif source.form in ("records", "hf"):
+        yield from _read_parquet(source, unit)
+    else:
+        for row, entry in enumerate(unit.entries, start=unit.first + 1):
+            yield _read_entry(source, Path(unit.file), row, entry)
+
+
+def _read_parquet(source: Source, unit: Unit) -> Iterator[RawSample]:
+    file = Path(unit.file)
+    with _open_parquet(file) as parquet:
+        before = sum(parquet.metadata.row_group(i).num_rows for i in range(unit.first))
+        names = parquet.schema_arrow.names
+        pick = _records_row if source.form == "records" else _hf_picker(source, names, file)
+        for group in range(unit.first, unit.last):
+            for row in _group_rows(parquet, group, file):
+                before += 1
+                yield pick(row, f"{_stem(source, file)}-{before}", f"{file}, row {before}", source)
+
+
+def _group_rows(parquet: pq.ParquetFile, group: int, file: Path) -> list[dict[str, Any]]:
+    """Rows of a row group. Text that is not UTF-8 comes with lone surrogates, which no valid text has."""
+    try:
+        return decoded_rows(parquet.read_row_group(group), lambda text: text.decode("utf-8", "surrogateescape"))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{file}: row group {group + 1} of {parquet.num_row_groups} can't be read ({why}); fetch the file again"
+        ) from error
+
+
+def _stem(source: Source, file: Path) -> str:
+    """The file's name in ids: from SOURCE on, so that ids of equally named files differ."""
+    return (file.relative_to(source.path) if source.path.is_dir() else Path(file.name)).with_suffix("").as_posix()
+
+
+def _records_row(row: dict[str, Any], name: str, place: str, source: Source) -> RawSample:
+    folder = Path(place.rpartition(", row ")[0]).parent
+    given = row.get("references")
+    values = given if isinstance(given, list) else [] if given is None else [given]
+    references = tuple(_record_image(value, folder) for value in values)
+    image = _record_image(row.get("image"), folder)
+    own = str(row.get("source") or source.name)
+    id = name if row.get("id") in (None, "") else str(row["id"])
+    return RawSample(id, str(row.get("task")), row.get("prompt"), row.get("answer"), image, references, place, own)
+
+
+def _record_image(value: Any, folder: Path) -> bytes | UriError | None:
+    """Bytes as they are, or what lies at a path or URI, or why that cannot be read. Structs as those of `hf`."""
+    value = _unpacked(value)
+    if not isinstance(value, str):
+        return _image_bytes(value, folder)
+    try:
+        return read_uri(absolute(value, folder))
+    except UriError as error:
+        return error
+
+
+def _hf_picker(source: Source, names: list[str], file: Path) -> Any:
+    """A function of a row that knows which columns are which."""
+    image = _column(source, "image", HF_IMAGE, names, file)
+    prompt = _column(source, "prompt", HF_TEXT, names, file)
+    references = source.columns.get("references")
+    if references and references not in names:
+        raise UserError(f"{file}: no column {references!r}; it has: {', '.join(names)}")
+
+    def pick(row: dict[str, Any], name: str, place: str, source: Source) -> RawSample:
+        values = row[references] if references else []
+        sources = tuple(
+            _image_bytes(_unpacked(v), file.parent) for v in (values if isinstance(values, list) else [values])
+        )
+        text, target = row[prompt], _image_bytes(_unpacked(row[image]), file.parent)
+        return RawSample(name, source.task, text, text, target, sources, place, source.name)
+
+    return pick
+
+
+def _column(source: Source, role: str, usual: tuple[str, ...], names: list[str], file: Path) -> str:
+    given = source.columns.get(role)
+    found = given if given in names else next((n for n in usual if n in names), None) if given is None else None
+    if found is None:
+        raise UserError(f"{file}: which column is the {role}? It has: {', '.join(names)}; say --column {role}=NAME")
+    return found
+
+
+def _unpacked(value: Any) -> Any:
+    """What an image struct {bytes, path} holds; anything else as it is."""
+    return value.get("bytes") or value.get("path") if isinstance(value, Mapping) else value
+
+
+def _image_bytes(value: Any, folder: Path) -> bytes | UriError | None:
+    """Bytes as they are, or the content of a named file; None where none is named or there is no such file."""
+    if value is None or isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        return UriError("image", f"{type(value).__name__}; allowed: bytes, a name or a struct of bytes and path")
+    return _file_bytes(folder, value)
+
+
+def _read_entry(source: Source, file: Path, row: int, entry: Any) -> RawSample:
+    """One row of the JSON forms (M2.6)."""
+    place, name = f"{file}, row {row}", f"{_stem(source, file)}-{row}"
+    root = source.images or (source.path if source.path.is_dir() else source.path.parent)
+    entry = entry if isinstance(entry, Mapping) else {}
+    if source.form == "edits":
+        given = entry.get("input_image") or []
+        sources = tuple(_image_bytes(v, root) for v in (given if isinstance(given, list) else [given]))
+        text, image = entry.get("instruction"), entry.get("output_image")
+        return RawSample(name, "edit", text, text, _image_bytes(image, root), sources, place, source.name)
+    if source.form == "blip3o":
+        text, image = entry.get("txt"), entry.get("image") or entry.get("image_path")
+    else:
+        text, image = _annotation(root, entry.get("annotation"), source.caption_key), entry.get("image")
+    return RawSample(name, source.task, text, text, _image_bytes(image, root), (), place, source.name)
+
+
+def _annotation(root: Path, name: Any, key: str) -> Any:
+    """The caption in an annotation's file; None where there is none."""
+    data = _image_bytes(name, root)
+    content = _json_or_none(data) if isinstance(data, bytes) else None
+    return content.get(key) if isinstance(content, Mapping) else None
+
+
+def _json_or_none(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _file_bytes(root: Path, name: str) -> bytes | UriError | None:
+    """A named file's content, None where there is none: what is absent is counted, it does not end the conversion."""
+    path = root / name
+    try:
+        return path.read_bytes() if name and path.is_file() else None
+    except OSError as error:  # a name of over 255 bytes, or no permission
+        return UriError(str(path), str(error.strerror))
+
+
+# ---------------------------------------------------------------- tars
+
+
+def _read_tar(source: Source, file: Path) -> Iterator[RawSample]:
+    """Samples of one tar. Raises UserError when the archive is cut or damaged."""
+    key, parts = "", list[tuple[str, bytes]]()
+    for name, content in _members(file):
+        folder, _, base = name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        if not stem:  # .hidden, ._0.png of macOS: belongs to no sample
+            continue
+        if f"{folder}/{stem}" != key and parts:
+            yield _tar_sample(source, file, key, parts)
+            parts = []
+        key = f"{folder}/{stem}"
+        parts.append((extension.lower(), content))
+    if parts:
+        yield _tar_sample(source, file, key, parts)
+
+
+def _members(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a tar's files. Raises UserError when the archive is cut or damaged."""
+    count = 0
+    try:
+        with tarfile.open(file) as tar:
+            for member in tar:
+                count += 1
+                if member.isfile():
+                    content = tar.extractfile(member)
+                    yield member.name, content.read() if content else b""
+            _require_end(tar)
+    except OSError as error:
+        if error.errno is not None:  # the file system's; decompressors raise some without
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        raise _damaged(file, count, str(error)) from error
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError) as error:
+        raise _damaged(file, count, str(error)) from error
+
+
+def _damaged(file: Path, count: int, why: str) -> UserError:
+    repair = "fetch it again, or unpack what is left and pack that anew"
+    return UserError(f"{file}: damaged archive ({why} after {count} members); {repair}")
+
+
+def _require_end(tar: tarfile.TarFile) -> None:
+    """Raise TarError unless zeros, and nothing else, follow the last member to the end of the file.
+
+    tarfile takes a damaged or missing header for the end. Reading on also has compressed files check their sums.
+    """
+    assert tar.fileobj is not None  # open
+    tar.fileobj.seek(tar.offset)
+    found = 0
+    while chunk := tar.fileobj.read(1 << 20):
+        if chunk.count(0) != len(chunk):
+            raise tarfile.ReadError(f"no header at byte {tar.offset}")
+        found += len(chunk)
+    if found < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"ends without its closing block at byte {tar.offset}")
+
+
+def _tar_sample(source: Source, file: Path, key: str, files: Sequence[tuple[str, bytes]]) -> RawSample:
+    parts = dict(files)
+    images = {name: data for name, data in parts.items() if f".{name.rpartition('.')[2]}" in IMAGE_SUFFIXES}
+    sources = tuple(images[name] for name in sorted(images, key=_natural) if name.startswith(_SOURCES))
+    targets = _targets([name for name in images if not name.startswith(_SOURCES)])
+    text: Any = None
+    if "txt" in parts:  # what is not UTF-8 stays invalid, so that the sample is refused
+        text = parts["txt"].removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").strip()
+    elif "json" in parts:
+        content = _json_or_none(parts["json"])
+        if isinstance(content, Mapping):
+            text = next((content[k] for k in (source.caption_key, *HF_TEXT) if k in content), None)
+    repeated = [name for name, count in Counter(name for name, _ in files).items() if count > 1]
+    fault = f"a name twice: {_some(repeated)}" if repeated else ""
+    if not fault and len(targets) > 1:
+        fault = f"more than one target image: {_some(targets)}"
+    place, key = f"{file}, sample {key.lstrip('/')}", key.lstrip("/")
+    name = f"{file.relative_to(source.path).as_posix() if source.path.is_dir() else file.name}/{key}"
+    task = "edit" if sources else source.task
+    image = images[targets[0]] if targets else None
+    return RawSample(name, task, text, text, image, sources, place, source.name, fault)
+
+
+def _targets(names: list[str]) -> list[str]:
+    """Those that may be the target: named so, or else with nothing before their extension, or else all."""
+    said = [name for name in names if name.startswith(_TARGETS)]
+    return said or [name for name in names if "." not in name] or names
+
+
+def _natural(name: str) -> list[Any]:
+    """Sorts source.2.png before source.10.png."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,45 @@
+"""How large an image becomes in training, and which records become equally large: their bucket.
+
+What is in one micro-batch runs through the DiT side by side, padded to the longest, so records of one bucket are drawn
+together (``deepgen.data.loading.epoch_order``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+SIDE_MULTIPLE = 32  # latents, DiT patches and the 28/32 resize for the VLM all divide it
+_MOST_SIDES = 1 << 16  # more 32ths of a side than any image has
+
+
+def fixed_area_size(height: int, width: int, image_size: int) -> tuple[int, int]:
+    """(height, width) with about image_size^2 pixels, each side rounded up to a multiple of 32 (M1.9 fix_pixels)."""
+    ratio = image_size / math.sqrt(height * width)
+    return int(_sides(height, ratio)) * SIDE_MULTIPLE, int(_sides(width, ratio)) * SIDE_MULTIPLE
+
+
+def bucket_numbers(sizes: Sequence[np.ndarray], image_size: int) -> np.ndarray:
+    """Bucket of each of N records, [N] of the smallest unsigned integer type: equal where all images become equal.
+
+    sizes: pixels (width, height), int [N, 2] for the target and for each further image of a record; 0 where there is
+    none or nobody knows. Records of an unknown size are one bucket.
+    """
+    numbers = np.zeros(len(sizes[0]), dtype=np.int64)
+    for size in sizes:
+        width, height = size.astype(np.float64).T
+        known = (width > 0) & (height > 0)
+        ratio = np.zeros(len(size))
+        ratio[known] = image_size / np.sqrt(width[known] * height[known])
+        shape = np.where(known, _sides(height, ratio) * _MOST_SIDES + _sides(width, ratio), 0)
+        shape = np.unique(shape, return_inverse=True)[1]
+        numbers = np.unique(numbers * len(shape) + shape, return_inverse=True)[1]
+    return numbers.astype(np.min_scalar_type(int(numbers.max(initial=0))))
+
+
+def _sides(pixels: int | np.ndarray, ratio: float | np.ndarray) -> np.ndarray:
+    """Side in units of SIDE_MULTIPLE after scaling, rounded up; int64."""
+    # 1e-9: 600 * (512 / 600) is 512.0000000000001 and must stay 512
+    return np.ceil(np.asarray(pixels * ratio) / SIDE_MULTIPLE - 1e-9).astype(np.int64)

@@ -1,0 +1,119 @@
+"""Training records as model-side tensors: resized like the paper does it (M1.9), scaled to [-1, 1].
+
+Left out on purpose: which records make a batch (``deepgen.data.loading.mixture``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from deepgen.data.loading.buckets import fixed_area_size
+from deepgen.data.loading.parquet_store import RecordStore
+from deepgen.data.records import RecordError, check_prompt, usable_image
+
+# Raise it when an image of the same bytes and image_size becomes other pixels, for VAE or VLM, or others are refused.
+PREPARATION = 2
+LATENT, FEATURES = "latent", "features"  # what the VAE and the VLM's visual tower make of an image
+Place = tuple[str, int, int]  # file and row (from 1) of a record, and its target (0) or its reference number n (from 1)
+Key = tuple[str, bytes]  # the file an image belongs to, and what tells it from the others of the file
+
+
+def image_to_tensor(image: np.ndarray | Image.Image, image_size: int) -> Tensor:
+    """uint8 [H, W, 3] or an RGB image -> float32 [3, h, w] in [-1, 1]; area and sides as `fixed_area_size`."""
+    return scaled(resized(Image.fromarray(image) if isinstance(image, np.ndarray) else image, image_size))
+
+
+def resized(image: Image.Image, image_size: int) -> Tensor:
+    """An RGB image -> uint8 [h, w, 3]; area and sides as `fixed_area_size`."""
+    height, width = fixed_area_size(image.height, image.width, image_size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image))
+
+
+def scaled(pixels: Tensor) -> Tensor:
+    """uint8 [h, w, 3] -> float32 [3, h, w] in [-1, 1]."""
+    planes = pixels.permute(2, 0, 1).contiguous()  # turned while it is small: four times fewer bytes than as floats
+    return planes.float().div_(127.5).sub_(1.0)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of a record, as far as it is needed.
+
+    pixels: uint8 [h, w, 3], on the CPU; None when all that is made of them is in `kept`, by the name of what has made
+    it. key: by which a cache knows the image, None when it does not keep it.
+    """
+
+    pixels: Tensor | None
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    key: Key | None = None
+
+    def image(self, device: torch.device | str = "cpu") -> Tensor:
+        """The pixels, float32 [3, h, w] in [-1, 1]. Raises ValueError when they were not read."""
+        if self.pixels is None:
+            raise ValueError(f"image {self.key}: its pixels are needed, but only {', '.join(self.kept)} was read")
+        return scaled(self.pixels.to(device))
+
+
+class Kept(Protocol):
+    """Results of frozen parts, by image (`deepgen.data.cache.encoded`)."""
+
+    def find(self, place: Place, data: bytes | str, needed: Sequence[str]) -> tuple[Key | None, dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A usable training record."""
+
+    prompt: str
+    references: list[Picture]  # [] unless it is an edit
+    target: Picture
+
+
+class TrainingSet:
+    """Records with target images, read when they are needed.
+
+    ``reserved``: texts no prompt may contain, the tokenizer's special tokens, which would pass for structure.
+    """
+
+    def __init__(self, store: RecordStore, image_size: int, reserved: Sequence[str] = ()) -> None:
+        self.store, self.image_size, self._reserved = store, image_size, tuple(reserved)
+
+    def __len__(self) -> int:
+        return len(self.store.tasks)
+
+    def sample(self, index: int, kept: Kept | None = None) -> Sample:
+        """Record number ``index``; an image of which all is kept is not decoded.
+
+        Raises RecordError with file, row and reason when it cannot be used.
+        """
+        record = self.store.read(index)
+        file, row = self.store.locate(index)
+        place = f"{file}, row {row}"
+        if record.image is None:
+            raise RecordError(place, "no target image; allowed: records with one", record.id)
+
+        def picture(slot: int, data: bytes | str) -> Picture:
+            needed = (LATENT, FEATURES) if slot else (LATENT,)
+            key, known = kept.find((file, row, slot), data, needed) if kept else (None, {})
+            if all(part in known for part in needed):
+                return Picture(None, known, key)
+            return Picture(self._tensor(data, f"reference {slot}" if slot else "image"), known, key)
+
+        try:
+            check_prompt(record.prompt, self._reserved)
+            references = [picture(slot, data) for slot, data in enumerate(record.references, 1)]
+            return Sample(record.prompt, references, picture(0, record.image))
+        except ValueError as error:
+            raise RecordError(place, str(error), record.id) from error
+
+    def _tensor(self, data: bytes | str, what: str) -> Tensor:
+        return resized(usable_image(data, what), self.image_size)

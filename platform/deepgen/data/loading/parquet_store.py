@@ -1,0 +1,247 @@
+"""Records behind one interface, in memory or in parquet files that are read block by block when they are needed."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from deepgen.config.settings import TASKS
+from deepgen.data.records import (
+    PARQUET_ERRORS,
+    SCHEMA,
+    SIZES,
+    Record,
+    as_type,
+    check_row,
+    conform,
+    parquet_files,
+    to_rows,
+    unreadable,
+)
+from deepgen.errors import UserError
+
+CACHE_BYTES = 1 << 30  # of encoded images, per process; what is evicted too soon is read again (data.order)
+
+
+class RecordStore(Protocol):
+    """N records in M blocks; `tasks` uint8 [N] numbers TASKS, `starts` int64 [M + 1] is where each block begins."""
+
+    name: str
+    tasks: np.ndarray
+    starts: np.ndarray
+
+    def read(self, index: int) -> Record:
+        """Record number `index`. Raises RecordError naming file and row when it does not fit the schema."""
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """File and row (from 1) of a record."""
+
+    def sources(self) -> tuple[list[str], np.ndarray]:
+        """Names in the source column and, for each record, which of them it has, int64 [N]."""
+
+    def sizes(self) -> list[np.ndarray]:
+        """Pixels (width, height), int32 [N, 2], of the target, of the first reference, ...; 0 where there is none or
+        nobody knows. Empty when no size is known."""
+
+
+class ListStore:
+    """Records in memory, one block."""
+
+    def __init__(self, records: Sequence[Record], name: str = "data.train") -> None:
+        self._records, self.name = list(records), name
+        self.tasks = np.array([TASKS.index(record.task) for record in records], dtype=np.uint8)
+        self.starts = np.array([0, len(records)])
+
+    def read(self, index: int) -> Record:
+        return self._records[index]
+
+    def locate(self, index: int) -> tuple[str, int]:
+        return self.name, index + 1
+
+    def sources(self) -> tuple[list[str], np.ndarray]:
+        names = sorted({record.source for record in self._records})
+        return names, np.array([names.index(record.source) for record in self._records])
+
+    def sizes(self) -> list[np.ndarray]:
+        return []
+
+
+class ParquetStore:
+    """A parquet file or a folder of them; only the tasks are in memory, row groups are read when they are needed.
+
+    Raises UserError when a file cannot be read, lacks a column, or a task is unknown, naming file and row.
+    """
+
+    def __init__(self, path: Path, cache_bytes: int = CACHE_BYTES) -> None:
+        self.name = f"data.train {path}"
+        self._files = _files(path)
+        self._groups: list[tuple[Path, int, int]] = []  # file, row group, first row in the file
+        sizes, tasks = [], []
+        self._fragments = _fragments(self._files)
+        for file, fragment in zip(self._files, self._fragments, strict=True):
+            row = 0
+            for group in fragment.row_groups:
+                self._groups.append((file, group.id, row))
+                sizes.append(group.num_rows)
+                row += group.num_rows
+            tasks.append(_read_tasks(file, fragment))
+        self.tasks = np.concatenate(tasks)
+        self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        if not len(self.tasks):
+            raise UserError(f"{path}: holds no records")
+        self._budget, self._held = cache_bytes, 0
+        self._blocks: OrderedDict[int, tuple[list[dict[str, object]], int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, index: int) -> Record:
+        block = self._block_of(index)
+        file, row = self.locate(index)
+        return check_row(self._rows(block)[index - int(self.starts[block])], f"{file}, row {row}", Path(file).parent)
+
+    def locate(self, index: int) -> tuple[str, int]:
+        block = self._block_of(index)
+        file, _, first = self._groups[block]
+        return str(file), first + index - int(self.starts[block]) + 1
+
+    def sources(self) -> tuple[list[str], np.ndarray]:
+        """Read when it is asked for: most runs do not tell sources apart. A null is the source ""; of one that is not
+        UTF-8, which `read` refuses, the name is what can be shown of it."""
+        columns = [_codes(file, part, "source") for file, part in zip(self._files, self._fragments, strict=True)]
+        shown = [[(name or b"").decode(errors="replace") for name in found] for found, _ in columns]
+        names = sorted({name for found in shown for name in found})
+        number = {name: i for i, name in enumerate(names)}
+        parts = zip(shown, (codes for _, codes in columns), strict=True)
+        return names, np.concatenate([np.array([number[name] for name in found])[codes] for found, codes in parts])
+
+    def sizes(self) -> list[np.ndarray]:
+        """Read when it is asked for, from the columns SIZES alone. Raises UserError when one holds something else."""
+        found = [_sizes(file, fragment) for file, fragment in zip(self._files, self._fragments, strict=True)]
+        images = max(len(sizes) for sizes in found)
+        if not any(sizes[0].any() for sizes in found):
+            return []
+        blank = [np.zeros_like(sizes[0]) for sizes in found]
+        filled = [[*sizes, *[empty] * (images - len(sizes))] for sizes, empty in zip(found, blank, strict=True)]
+        return [np.concatenate(parts) for parts in zip(*filled, strict=True)]
+
+    def _block_of(self, index: int) -> int:
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
+
+    def _rows(self, block: int) -> list[dict[str, object]]:
+        """A block's rows; the blocks used last stay in memory up to the budget."""
+        with self._lock:
+            if block in self._blocks:
+                self._blocks.move_to_end(block)
+                return self._blocks[block][0]
+            file, group, _ = self._groups[block]
+            try:
+                table = pq.ParquetFile(file).read_row_group(group, columns=SCHEMA.names)
+            except PARQUET_ERRORS as error:
+                raise unreadable(file, error) from error
+            rows = to_rows(table, file)
+            self._blocks[block] = rows, table.nbytes
+            self._held += table.nbytes
+            while self._held > self._budget and len(self._blocks) > 1:
+                self._held -= self._blocks.popitem(last=False)[1][1]
+            return rows
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; allowed: parquet or a folder of it")
+    return parquet_files(path) if path.is_dir() else [path]
+
+
+def _fragments(files: Sequence[Path]) -> list[ds.ParquetFileFragment]:
+    """Row groups of every file, their footers read side by side."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def one(file: Path) -> ds.ParquetFileFragment:
+        try:
+            (fragment,) = ds.dataset(str(file), format="parquet").get_fragments()
+            fragment.ensure_complete_metadata()
+        except PARQUET_ERRORS as error:
+            raise unreadable(file, error) from error
+        conform(fragment.physical_schema.empty_table(), file)
+        return fragment
+
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(one, files))
+
+
+def _columns(file: Path, fragment: ds.ParquetFileFragment, names: Sequence[str]) -> pa.Table:
+    """Some columns of a file. Raises UserError when they cannot be read, as of damaged bytes."""
+    try:
+        return fragment.to_table(columns=list(names))
+    except PARQUET_ERRORS as error:
+        raise unreadable(file, error) from error
+
+
+def _codes(file: Path, fragment: ds.ParquetFileFragment, column: str) -> tuple[list[bytes | None], np.ndarray]:
+    """Different values of a text column as they are stored, None among them if there is one, and their numbers by row,
+    int64 [rows]."""
+    text = as_type(_columns(file, fragment, [column]).column(column), pa.string())
+    values = text.cast(pa.binary()).combine_chunks().dictionary_encode()
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
+    names = values.dictionary.to_pylist() + [None] * bool(values.null_count)
+    return names, values.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _sizes(file: Path, fragment: ds.ParquetFileFragment) -> list[np.ndarray]:
+    """Pixels (width, height), int32 [rows, 2], of the target, the first reference, ...; 0 where the file says none."""
+    rows = fragment.count_rows()
+    present = [field for field in SIZES if field.name in fragment.physical_schema.names]
+    table = _columns(file, fragment, [field.name for field in present])
+    columns = {}
+    for field in present:
+        try:
+            columns[field.name] = table.column(field.name).cast(field.type).combine_chunks()
+        except pa.ArrowException as error:
+            raise UserError(
+                f"{file}: column {field.name} is {table.schema.field(field.name).type}; allowed: {field.type}, or no "
+                f"such column ({' '.join(str(error).split())[:120]})"
+            ) from error
+    target = np.zeros((rows, 2), dtype=np.int32)
+    if "width" in columns and "height" in columns:
+        target = np.stack([_numbers(columns["width"]), _numbers(columns["height"])], axis=1)
+    if "reference_sizes" not in columns:
+        return [target]
+    lengths = _numbers(pc.list_value_length(columns["reference_sizes"]))
+    values = _numbers(pc.list_flatten(columns["reference_sizes"]))
+    begins = np.cumsum(lengths, dtype=np.int64) - lengths
+    sizes = [target]
+    for first in range(0, int(lengths.max(initial=0)) - 1, 2):
+        has = lengths >= first + 2
+        size = np.zeros((rows, 2), dtype=np.int32)
+        size[has] = values[begins[has][:, None] + [first, first + 1]]
+        sizes.append(size)
+    return sizes
+
+
+def _numbers(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A column of whole numbers as int32, 0 for null."""
+    found: np.ndarray = pc.fill_null(column, 0).to_numpy(zero_copy_only=False).astype(np.int32)
+    return found
+
+
+def _read_tasks(file: Path, fragment: ds.ParquetFileFragment) -> np.ndarray:
+    """The task column as uint8 [rows]. Raises UserError naming the first row with an unknown task."""
+    names, codes = _codes(file, fragment, "task")
+    known = {task.encode(): number for number, task in enumerate(TASKS)}
+    found = np.array([len(TASKS) if name is None else known.get(name, len(TASKS)) for name in names])[codes]
+    wrong = np.flatnonzero(found == len(TASKS))
+    if len(wrong):
+        row = int(wrong[0])
+        name = names[codes[row]]
+        shown = None if name is None else name.decode(errors="replace")
+        raise UserError(f"{file}, row {row + 1}: task {shown!r}; allowed: {', '.join(TASKS)}")
+    return found.astype(np.uint8)

@@ -1,0 +1,263 @@
+"""Component folders: reading and writing a model's weights, and naming exactly what does not fit.
+
+<folder>/{vlm,transformer,vae}/    Hugging Face folders (config.json + safetensors)
+<folder>/bridge/                   config.json, bridge.safetensors (M6.2 names)
+<folder>/tokenizer/                the VLM's tokenizer
+<folder>/vlm_lora/                 peft adapter, when the model has one
+<folder>/scheduler/                flow-matching Euler scheduler config
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from huggingface_hub import save_torch_state_dict
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging as transformers_logging
+
+from deepgen.errors import UserError
+from deepgen.models.bridge import Bridge
+from deepgen.models.dit import DeepGenTransformer
+from deepgen.models.presets import PRESETS, Architecture
+from deepgen.models.vlm import LoraSettings, lora_parameters
+from deepgen.models.weights_io.layout_reader import open_safetensors
+
+BRIDGE_WEIGHTS = "bridge.safetensors"
+LORA_FOLDER = "vlm_lora"
+LORA_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."  # what peft puts before the names of a wrapped model
+NAMES_SHOWN = 3
+SHIFT = 3.0  # of SD3's flow-matching schedule (M2.1)
+
+
+# ---------------------------------------------------------------- architecture
+
+
+def read_architecture(folder: Path, preset: str | None = None) -> Architecture:
+    """Sizes of the model in a component folder, from the config.json files.
+
+    Without bridge/config.json the bridge has the sizes of `preset` (a folder of base weights before pretraining).
+    """
+    if not folder.is_dir():
+        raise UserError(f"model.weights: {folder} is not a folder")
+    vlm = Qwen2_5_VLConfig(**_public(_read_config(folder / "vlm"))).to_dict()
+    if not (folder / "bridge" / "config.json").exists() and preset in PRESETS:
+        bridge: Mapping[str, Any] = PRESETS[preset].bridge_config()
+    else:
+        bridge = _read_config(folder / "bridge")
+    try:
+        return Architecture(
+            vlm=vlm,
+            transformer=_public(_read_config(folder / "transformer")),
+            vae=_public(_read_config(folder / "vae")),
+            **_public(bridge),
+        )
+    except TypeError as error:
+        raise UserError(f"{folder / 'bridge' / 'config.json'}: {error}") from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"model.weights: {path} does not exist; a component folder is expected") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: an object was expected, not {type(config).__name__}")
+    return config
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the entries libraries add for themselves."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_vlm(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen2_5_VLForConditionalGeneration:
+    """Qwen2.5-VL from an HF folder, every tensor accounted for."""
+    transformers_logging.disable_progress_bar()
+    return _load_pretrained(Qwen2_5_VLForConditionalGeneration, folder, "model", dtype=dtype)
+
+
+def load_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> DeepGenTransformer:
+    """The DiT from a diffusers folder, also one that names diffusers' own class."""
+    return _load_pretrained(DeepGenTransformer, folder, "diffusion_pytorch_model", torch_dtype=dtype)
+
+
+def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    return _load_pretrained(AutoencoderKL, folder, "diffusion_pytorch_model", torch_dtype=dtype)
+
+
+def _load_pretrained(cls: Any, folder: Path, stem: str, **kwargs: Any) -> Any:
+    """`cls.from_pretrained` that accepts neither missing, nor unexpected, nor mis-shaped tensors."""
+    _read_config(folder)
+    _check_files(folder, stem)
+    previous = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it would warn about is reported below, as an error
+    try:
+        model, info = cls.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **kwargs
+        )
+    finally:
+        transformers_logging.set_verbosity(previous)
+    mismatched = {
+        key: f"{tuple(found)} in the file, {tuple(wanted)} in the model"
+        for key, found, wanted in info["mismatched_keys"]
+    }
+    report_keys(folder, info["missing_keys"], info["unexpected_keys"], mismatched)
+    return model
+
+
+def _check_files(folder: Path, stem: str) -> None:
+    """Open the header of every weights file, so that an absent or cut one is named before anything is built."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = [f"{stem}.safetensors"]
+    for name in names:
+        open_safetensors(folder / name)
+
+
+def load_bridge(bridge: Bridge, folder: Path) -> None:
+    """Fill the bridge's parameters from bridge.safetensors."""
+    tensors = _read_tensors(folder / BRIDGE_WEIGHTS)
+    load_exactly(bridge.bridge_state(), tensors, folder / BRIDGE_WEIGHTS)
+
+
+def load_lora(vlm: Qwen2_5_VLForConditionalGeneration, folder: Path, wanted: LoraSettings | None = None) -> None:
+    """Attach the adapter of a peft folder; `wanted`, if given, must have its rank and scale; without it no dropout."""
+    if not (folder / "adapter_config.json").exists():
+        raise UserError(f"model.weights: {folder / 'adapter_config.json'} does not exist")
+    config = LoraConfig.from_pretrained(str(folder))
+    if wanted is not None and wanted.rank != config.r:
+        raise UserError(f"model.lora_rank: {wanted.rank} given, but the adapter in {folder} has rank {config.r}")
+    if wanted is not None and wanted.alpha != config.lora_alpha:
+        raise UserError(
+            f"model.lora_alpha: {wanted.alpha:g} given, but the adapter in {folder} has {config.lora_alpha:g}"
+        )
+    config.lora_dropout = wanted.dropout if wanted else 0.0
+    config.inference_mode = False
+    vlm.add_adapter(config)
+    path = folder / LORA_WEIGHTS
+    state = {_adapter_file_name(name): parameter for name, parameter in lora_parameters(vlm).items()}
+    load_exactly(state, {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in _read_tensors(path).items()}, path)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    if not (folder / "tokenizer_config.json").exists():
+        raise UserError(f"model.weights: {folder / 'tokenizer_config.json'} does not exist")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@torch.no_grad()
+def load_exactly(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: object) -> None:
+    """Copy `source` into `target` in place; `UserError` unless names and shapes are the same."""
+    mismatched = {
+        name: f"{tuple(source[name].shape)} in the file, {tuple(target[name].shape)} in the model"
+        for name in target.keys() & source.keys()
+        if source[name].shape != target[name].shape
+    }
+    report_keys(where, target.keys() - source.keys(), source.keys() - target.keys(), mismatched)
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
+
+
+def report_keys(
+    where: object, missing: Iterable[str], unexpected: Iterable[str], mismatched: Mapping[str, str]
+) -> None:
+    """Raise one `UserError` that counts and names what does not fit."""
+    problems = []
+    for kind, keys in (
+        ("missing", sorted(missing)),
+        ("unexpected", sorted(unexpected)),
+        ("mis-shaped", [f"{key} ({mismatched[key]})" for key in sorted(mismatched)]),
+    ):
+        if keys:
+            more = ", …" if len(keys) > NAMES_SHOWN else ""
+            problems.append(f"{len(keys)} {kind}: {', '.join(keys[:NAMES_SHOWN])}{more}")
+    if problems:
+        raise UserError(f"{where}: the weights do not fit the model; {'; '.join(problems)}")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    return {name: tensor.read() for name, tensor in open_safetensors(path).items()}
+
+
+# ---------------------------------------------------------------- saving
+
+
+def save_vlm(vlm: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
+    """Base weights only, under the names they have without LoRA."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name.replace(".base_layer.", "."): t for name, t in vlm.state_dict().items() if ".lora_" not in name}
+    if vlm.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    vlm.config.architectures = [type(vlm).__name__]
+    vlm.config.save_pretrained(folder)
+    save_torch_state_dict(state, folder, filename_pattern="model{suffix}.safetensors", max_shard_size="5GB")
+
+
+def save_lora(vlm: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
+    """The adapter as a peft folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vlm.peft_config["default"].save_pretrained(str(folder))
+    state = {PEFT_PREFIX + _adapter_file_name(name): p.detach() for name, p in lora_parameters(vlm).items()}
+    save_file(_plain(state), folder / LORA_WEIGHTS)
+
+
+def _adapter_file_name(name: str) -> str:
+    """peft leaves the adapter's name out of its files."""
+    return name.replace(".default", "")
+
+
+def save_transformer(transformer: DeepGenTransformer, folder: Path) -> None:
+    """A diffusers folder that diffusers' own class opens too."""
+    transformer.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"_class_name": "SD3Transformer2DModel"}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_bridge(bridge: Bridge, architecture: Architecture, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(architecture.bridge_config(), indent=2) + "\n")
+    save_file(_plain(bridge.bridge_state()), folder / BRIDGE_WEIGHTS)
+
+
+def save_scheduler(folder: Path) -> None:
+    FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(folder)
+
+
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+# ---------------------------------------------------------------- identity
+
+
+def weights_checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hex digest (128 bit) of names, dtypes, shapes and bytes, the same for any order and device."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Learnable elements; buffers such as the DiT's position grid are not counted."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,418 @@
+"""Reading published checkpoints: every layout of M6 as the same five sets of tensors, none read before it is used.
+
+| layout      | what it is                                                            |
+|-------------|-----------------------------------------------------------------------|
+| components  | our folder (`weights_io.folder`)                                      |
+| diffusers   | transformer/ vae/ vlm/ connector/ scheduler/ tokenizer/, LoRA merged  |
+| native      | one .pt, .pth or .safetensors file, with or without `state_dict`      |
+| deepspeed   | a DeepSpeed checkpoint folder, ZeRO 1-3, also one named *.pth          |
+| safetensors | a folder of native keys in one or several .safetensors files          |
+
+Names become those of `UnifiedModel`: the bridge's and the DiT's own, and for the VLM those of transformers >= 4.52,
+whatever wrote it. Nothing is unpickled but tensors and plain containers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, TypeVar
+from zipfile import is_zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deepgen.errors import UserError
+from deepgen.models.bridge import BRIDGE_PREFIXES
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_WRAPPERS = ("state_dict", "module", "model")  # keys under which a file may hold the tensors
+_OUTER = re.compile(r"^(?:(?:module|model)\.)+")  # what wrappers of the whole model put before its names
+_OTHER_MATHS = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out")  # peft's, not M1.10's
+ALPHA_KEY = "lora_alpha"  # in the metadata of a native .safetensors file, whose tensors cannot say it
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file: shape and dtype are known, `read` fetches the values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+State = dict[str, LazyTensor]
+Name = TypeVar("Name")
+
+
+@dataclass
+class Weights:
+    """What a checkpoint holds; a part it does not hold is empty.
+
+    lora: adapter parameters by their names in the VLM; `lora_alpha` where the layout says it (M1.10: else 2 x rank).
+    merged: the VLM is there and its LoRA, if it ever had one, is already in its weights.
+    """
+
+    where: Path
+    layout: str
+    bridge: State = field(default_factory=dict)
+    transformer: State = field(default_factory=dict)
+    vae: State = field(default_factory=dict)
+    vlm: State = field(default_factory=dict)
+    lora: State = field(default_factory=dict)
+    lora_alpha: float | None = None
+    merged: bool = False
+
+    @property
+    def lora_rank(self) -> int:
+        ranks = (t.shape[0] for name, t in self.lora.items() if ("lora_A" in name or "embedding_A" in name) and t.shape)
+        rank = next(ranks, 0)
+        if not rank:
+            raise UserError(f"{self.where}: {next(iter(self.lora))} has no lora_A beside it that tells the LoRA's rank")
+        return rank
+
+
+def detect_layout(path: Path) -> str:
+    """Name of its layout (see the module). Raises UserError when `path` is none of them."""
+    if path.is_file():
+        if path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
+            return "native"
+        raise UserError(f"{path}: a weights file ends in .pt, .pth, .bin or .safetensors")
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist")
+    if (path / "bridge").is_dir():
+        return "components"
+    if (path / "connector").is_dir() or (path / "model_index.json").exists():
+        return "diffusers"
+    if (path / "latest").exists() or any(path.glob("*_optim_states.pt")) or any(path.glob("*_model_states.pt")):
+        return "deepspeed"
+    if any(path.glob("*.safetensors")):
+        return "safetensors"
+    raise UserError(
+        f"{path}: not a checkpoint; known: a component folder (bridge/), a diffusers folder (connector/), a DeepSpeed "
+        "folder (latest or *_optim_states.pt), a folder of .safetensors, or one weights file"
+    )
+
+
+def read_weights(path: Path) -> Weights:
+    """Names, shapes and dtypes of a checkpoint of any layout; values are read when they are asked for.
+
+    Raises UserError naming the file that is absent or damaged, or the tensors that belong to no part.
+    """
+    layout = detect_layout(path)
+    weights = Weights(path, layout)
+    if layout in ("components", "diffusers"):
+        _read_folder(weights)
+    elif layout == "deepspeed":
+        _sort(weights, read_deepspeed(path))
+    elif path.is_dir() or path.suffix == ".safetensors":
+        _sort(weights, read_safetensors(path))
+        weights.lora_alpha = _alpha_in_metadata(path) if weights.lora else None
+    else:
+        _sort(weights, read_torch(path))
+    return weights
+
+
+def _read_folder(weights: Weights) -> None:
+    """Every part that has a folder; the others are left to the bases."""
+    folder = weights.where
+
+    def part(name: str) -> State:
+        return read_safetensors(folder / name) if (folder / name).is_dir() else {}
+
+    weights.transformer, weights.vae = part("transformer"), part("vae")
+    weights.vlm = renamed(folder / "vlm", part("vlm"), vlm_name)
+    weights.bridge = part("connector" if weights.layout == "diffusers" else "bridge")
+    if weights.layout == "components" and (folder / "vlm_lora").is_dir():
+        weights.lora, weights.lora_alpha = read_adapter(folder / "vlm_lora")
+    weights.merged = bool(weights.vlm) and not weights.lora
+
+
+def read_adapter(folder: Path) -> tuple[State, float]:
+    """A peft folder's parameters by their names in the VLM, and its alpha.
+
+    Raises UserError at options under which a module's delta is not alpha / rank · B·A.
+    """
+    path = folder / "adapter_config.json"
+    config = read_json(path)
+    for key in _OTHER_MATHS:
+        if config.get(key):
+            raise UserError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be read, where it is not set")
+    return renamed(folder, read_safetensors(folder), lora_name), _alpha_of(config.get("lora_alpha"), path)
+
+
+def _alpha_of(given: object, where: Path) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
+        raise UserError(f"{where}: lora_alpha is {given!r}, expected a number")
+    return float(given)
+
+
+def _sort(weights: Weights, state: State) -> None:
+    """Give the tensors of a native state dict to the parts they belong to (M6.2)."""
+    if not state:
+        raise UserError(f"{weights.where}: no tensors in it")
+    if strange := sorted(name for name in state if not _place(name)[0]):
+        raise UserError(
+            f"{weights.where}: {len(strange)} tensors belong to no part of the model: {', '.join(strange[:3])}; "
+            "known: meta_queries, projector_*, connector.*, transformer.*, vae.*, lmm.*"
+        )
+    for (part, name), tensor in renamed(weights.where, state, _place).items():
+        getattr(weights, part)[name] = tensor
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The part a native tensor belongs to, and its name in it; a strange one belongs to ""."""
+    name = _OUTER.sub("", name)
+    head, _, inner = name.partition(".")
+    if name.startswith(BRIDGE_PREFIXES):
+        return "bridge", name
+    if head in ("transformer", "vae"):
+        return head, inner
+    if head in ("lmm", "vlm"):
+        return ("lora", lora_name(inner)) if ".lora_" in inner else ("vlm", vlm_name(inner))
+    return "", name
+
+
+# ---------------------------------------------------------------- names
+
+
+def vlm_name(name: str) -> str:
+    """A base weight's name in transformers >= 4.52, without LoRA's `base_layer`; older layouts are renamed."""
+    name = name.replace(".base_layer.", ".")
+    if name.startswith("visual."):
+        return "model." + name
+    return re.sub(r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1.", name)
+
+
+def lora_name(name: str) -> str:
+    """An adapter parameter's name in the VLM: new layout, adapter "default"; peft's files leave the adapter out."""
+    name = vlm_name(name.removeprefix("base_model.model."))
+    if ".default" in name:
+        return name
+    if name.endswith((".lora_embedding_A", ".lora_embedding_B")):
+        return name + ".default"
+    return name.removesuffix(".weight") + ".default.weight"
+
+
+def renamed(where: Path, state: State, rename: Callable[[str], Name]) -> dict[Name, LazyTensor]:
+    """The tensors under their new names. Raises UserError when two of them come to the same one."""
+    result: dict[Name, LazyTensor] = {}
+    before: dict[Name, str] = {}
+    for name, tensor in state.items():
+        key = rename(name)
+        if key in result:
+            raise UserError(f"{where}: {before[key]} and {name} are two names of one tensor; leave one of them out")
+        result[key], before[key] = tensor, name
+    return result
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected an object {{...}}")
+    return content
+
+
+def read_safetensors(path: Path) -> State:
+    """Tensors of one .safetensors file, or of all in a folder; with an index, of exactly the files it names."""
+    state: State = {}
+    for file in _safetensors_files(path):
+        tensors = open_safetensors(file)
+        if twice := state.keys() & tensors.keys():
+            raise UserError(f"{file}: {sorted(twice)[0]} stands in another file of the folder too")
+        state |= tensors
+    return state
+
+
+def _safetensors_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if indices:
+        files = {path / name for index in indices for name in _indexed(index)}
+    else:
+        files = set(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path}: no .safetensors file in it")
+    return sorted(files)
+
+
+def _indexed(index: Path) -> set[str]:
+    """Names of the files an index of shards names."""
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise UserError(f"{index}: weight_map is {files!r:.40}, expected an object of tensor: file")
+    return set(files.values())
+
+
+def _alpha_in_metadata(path: Path) -> float | None:
+    """The adapter's alpha, if the writer of the files said it."""
+    for file in _safetensors_files(path):
+        given = (_open(file).metadata() or {}).get(ALPHA_KEY)
+        if given is not None:
+            try:
+                return _alpha_of(float(given), file)
+            except ValueError:
+                raise UserError(f"{file}: {ALPHA_KEY} in its metadata is {given!r}, expected a number") from None
+    return None
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged weights file ({error})") from None
+
+
+def open_safetensors(path: Path) -> State:
+    """Tensors of one file, none read yet. Raises UserError when it is absent or damaged."""
+    handle = _open(path)
+    state = {}
+    for name in handle.keys():  # noqa: SIM118  not a dict
+        piece = handle.get_slice(name)
+        dtype = _DTYPES.get(piece.get_dtype())
+        if dtype is None:
+            raise UserError(f"{path}: {name} is {piece.get_dtype()}; known: {', '.join(_DTYPES)}")
+        state[name] = LazyTensor(tuple(piece.get_shape()), dtype, partial(handle.get_tensor, name))
+    return state
+
+
+def read_torch(path: Path) -> State:
+    """Tensors of a torch file, mapped and not loaded (but of torch before 1.6). Only they are unpickled, never code."""
+    try:
+        with torch.serialization.safe_globals(_stand_ins()):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except Exception as error:  # a page of text, read as a pickle, can raise anything
+        raise UserError(f"{path}: not a file of weights ({_reason(error)})") from error
+    for key in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected tensors by name")
+    for name, value in content.items():
+        if not isinstance(name, str):
+            raise UserError(f"{path}: {name!r} is the name of a {type(value).__name__}, expected tensors by name")
+        if not isinstance(value, Tensor):
+            raise UserError(f"{path}: {name!r} is a {type(value).__name__}, expected tensors by name")
+    return {name: _known(t) for name, t in content.items()}
+
+
+def read_deepspeed(path: Path) -> State:
+    """fp32 tensors of a DeepSpeed checkpoint, put together by DeepSpeed's own tool, one when it is asked for.
+
+    `path` is the folder with `latest`, or the step's folder with the *_states.pt files. Frozen parameters are there
+    only if the run saved them (M6.3).
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    real = path.resolve()  # "." has neither a parent nor a name
+    folder, tag = (real, None) if (real / "latest").exists() else (real.parent, real.name)
+    try:
+        with _only_tensors():
+            gathered = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=True)
+            frozen = _frozen_of_stage_1(folder / (tag or (folder / "latest").read_text().strip()))
+    except Exception as error:  # its tool checks little: what a damaged file makes it raise has no end
+        raise UserError(f"{path}: DeepSpeed cannot put this checkpoint together ({_reason(error)})") from error
+    return frozen | {name: LazyTensor(tuple(t.shape), t.dtype, t.contiguous) for name, t in gathered.items()}
+
+
+def _frozen_of_stage_1(folder: Path) -> State:
+    """Parameters that ZeRO 1 saved with the module only, which DeepSpeed's tool passes over: the frozen ones.
+
+    To be called in `_only_tensors`.
+    """
+    path = folder / "mp_rank_00_model_states.pt"
+    if not path.exists():  # ZeRO 3
+        return {}
+    module = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["module"]
+    return {name: _known(t) for name, t in module.items()}
+
+
+def _zero_stage(enum: Any, name: str) -> Any:
+    """Stands in for `getattr` in DeepSpeed's files."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    if enum is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise UnpicklingError(f"getattr of {name!r} is not allowed")
+    return ZeroStageEnum[name]
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that says what was wrong; torch puts advice before it."""
+    text = repr(error) if isinstance(error, KeyError) else str(error)  # a KeyError's text is the bare key
+    text = text.rpartition("WeightsUnpickler error:")[2]
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)[:200]
+
+
+def _known(tensor: Tensor) -> LazyTensor:
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+class _NotATensor:
+    """Stands in for what training code writes beside the tensors (logs, NumPy values): takes anything, does nothing."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+def _stand_ins() -> list[Any]:
+    """For `safe_globals`: mmengine writes its `message_hub` of logs and NumPy scalars into every checkpoint."""
+    array = [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")]
+    names = ("mmengine.logging.history_buffer.HistoryBuffer", "numpy.ndarray", "numpy.dtype", *array)
+    return [(_NotATensor, name) for name in names]
+
+
+@contextmanager
+def _only_tensors() -> Iterator[None]:
+    """Make DeepSpeed's `torch.load` calls refuse to run code, whatever they ask for."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name, before = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ[name] = "1"
+    try:
+        known = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+        # Python 3.11.0 to 3.11.3 pickle a member of an enum as getattr(enum, name); nothing else may be looked up so.
+        with torch.serialization.safe_globals([*known, (_zero_stage, "builtins.getattr"), *_stand_ins()]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

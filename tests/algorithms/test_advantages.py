@@ -1,0 +1,222 @@
+"""Advantages: parity with the reference implementation, masks, and what must not change them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from deepgen.algorithms.advantages import ADVANTAGES, AdvantageResult, Scores, group_advantages, weighted_total
+from deepgen.errors import UserError
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "advantages.npz", allow_pickle=False)
+NAN = float("nan")
+
+
+def _batch(groups: int = 4, size: int = 6, rewards: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.arange(groups).repeat_interleave(size)
+    scores = torch.randn(groups * size, rewards, generator=generator)
+    return scores, torch.rand(groups, rewards, generator=generator)[ids], ids
+
+
+def _one_group(columns: list[list[float]], weights: list[float], **options: Any) -> AdvantageResult:
+    rewards = torch.tensor(columns).T
+    ids = torch.zeros(len(rewards))
+    return group_advantages("gdpo", rewards, torch.tensor(weights).expand_as(rewards), ids, **options)
+
+
+# -- parity ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [8, 6])
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_advantages_match_the_reference(name: str, size: int) -> None:
+    rewards = torch.from_numpy(GOLDEN[f"adv/G{size}/rewards"])
+    ids = torch.arange(len(rewards)) // size
+    weights = torch.from_numpy(GOLDEN[f"adv/G{size}/weights"])[ids]
+    result = group_advantages(name, rewards, weights, ids, clip=None)
+    np.testing.assert_allclose(result.advantages, GOLDEN[f"adv/G{size}/{name}"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [8, 6])
+def test_weighted_total_matches_the_reference(size: int) -> None:
+    rewards = torch.from_numpy(GOLDEN[f"adv/G{size}/rewards"]).double()
+    ids = torch.arange(len(rewards)) // size
+    weights = torch.from_numpy(GOLDEN[f"adv/G{size}/weights"]).double()[ids]
+    scores = Scores(rewards, torch.ones_like(rewards, dtype=torch.bool), weights, ids, None, 1e-4)
+    np.testing.assert_allclose(weighted_total(scores), GOLDEN[f"adv/G{size}/total"], rtol=1e-5, atol=1e-6)
+
+
+def test_gdpo_by_hand() -> None:
+    result = _one_group([[1.0, 2.0, 3.0]], [0.5], whiten="none")
+    assert result.normalised[:, 0].tolist() == pytest.approx([-1, 0, 1], abs=2e-4)
+    assert result.advantages.tolist() == pytest.approx([-0.5, 0, 0.5], abs=1e-4)
+
+
+# -- invariances -----------------------------------------------------------------------------------
+
+
+def test_gdpo_ignores_shift_and_scale_of_a_reward() -> None:
+    rewards, weights, ids = _batch()
+    plain = group_advantages("gdpo", rewards, weights, ids, eps=0.0)
+    moved = group_advantages("gdpo", rewards * torch.tensor([100.0, 0.01, 1.0]) + 3, weights, ids, eps=0.0)
+    torch.testing.assert_close(moved.advantages, plain.advantages, rtol=1e-3, atol=1e-4)
+
+
+def test_gdpo_lets_weights_decide_where_grpo_lets_the_scale() -> None:
+    rewards, _, ids = _batch(rewards=2)
+    rewards, weights = rewards * torch.tensor([0.01, 1.0]), torch.tensor([1.0, 0.5]).expand_as(rewards)
+
+    def pull(name: str) -> list[float]:
+        advantages = group_advantages(name, rewards, weights, ids).advantages
+        return [torch.corrcoef(torch.stack([advantages, rewards[:, k]]))[0, 1].item() for k in range(2)]
+
+    assert pull("gdpo")[0] > pull("gdpo")[1]
+    assert pull("grpo")[0] < pull("grpo")[1]
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_order_of_samples_and_names_of_groups_do_not_matter(name: str) -> None:
+    rewards, weights, ids = _batch()
+    order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(1))
+    plain = group_advantages(name, rewards, weights, ids)
+    mixed = group_advantages(name, rewards[order], weights[order], 1000 - 7 * ids[order])
+    torch.testing.assert_close(mixed.advantages, plain.advantages[order])
+
+
+def test_global_whitening_gives_mean_zero_and_spread_one() -> None:
+    result = group_advantages("gdpo", *_batch())
+    assert result.advantages.mean().item() == pytest.approx(0, abs=1e-6)
+    assert result.spread_after == pytest.approx(1, abs=1e-3)
+    assert result.spread_before != pytest.approx(1, abs=1e-2)
+
+
+def test_rank_whitening_equals_each_rank_alone() -> None:
+    rewards, weights, ids = _batch()
+    ranks = ids // 2
+    together = group_advantages("gdpo", rewards, weights, ids, whiten="rank", rank_ids=ranks)
+    for rank in (0, 1):
+        rows = ranks == rank
+        alone = group_advantages("gdpo", rewards[rows], weights[rows], ids[rows])
+        torch.testing.assert_close(together.advantages[rows], alone.advantages)
+    whole = group_advantages("gdpo", rewards, weights, ids)
+    assert not torch.allclose(together.advantages, whole.advantages)
+
+
+def test_clip_bounds_outliers() -> None:
+    rewards = torch.zeros(200, 1)
+    rewards[0] = 1
+    arguments = (rewards, torch.ones_like(rewards), torch.zeros(200))
+    assert group_advantages("gdpo", *arguments, clip=None).advantages.max() > 13
+    assert group_advantages("gdpo", *arguments, clip=5.0).advantages.max() == 5
+
+
+# -- missing scores --------------------------------------------------------------------------------
+
+
+def test_missing_scores_leave_the_statistics_of_the_others_alone() -> None:
+    masked = _one_group([[1.0, 2.0, 3.0, NAN]], [1.0], whiten="none")
+    without = _one_group([[1.0, 2.0, 3.0]], [1.0], whiten="none")
+    assert torch.equal(masked.advantages[:3], without.advantages)
+    assert masked.advantages[3] == 0
+    assert masked.normalised[3].isnan().all()
+    assert not masked.normalised[:3].isnan().any()
+    assert masked.missing.tolist() == [1]
+
+
+def test_other_weights_are_not_scaled_up_for_a_missing_score() -> None:
+    both = _one_group([[1.0, 2.0, 3.0], [5.0, 6.0, 7.0]], [0.75, 0.25], whiten="none")
+    one = _one_group([[1.0, 2.0, 3.0], [NAN, 6.0, 7.0]], [0.75, 0.25], whiten="none")
+    assert one.advantages[0].item() == pytest.approx(0.75 * both.normalised[0, 0].item())
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_a_sample_without_scores_gets_zero_and_moves_nobody(name: str) -> None:
+    rewards, weights, ids = _batch()
+    with_lost = group_advantages(
+        name,
+        torch.cat([rewards, torch.full((1, 3), NAN)]),
+        torch.cat([weights, weights[-1:]]),
+        torch.cat([ids, ids[-1:]]),
+    )
+    plain = group_advantages(name, rewards, weights, ids)
+    torch.testing.assert_close(with_lost.advantages[:-1], plain.advantages)
+    assert with_lost.advantages[-1] == 0
+    assert with_lost.missing.tolist() == [1, 1, 1]
+    assert with_lost.spread_after == pytest.approx(plain.spread_after)
+
+
+@pytest.mark.parametrize("name", ["grpo", "grpo_global_std"])
+def test_in_a_raw_sum_a_missing_score_is_average_not_zero(name: str) -> None:
+    rewards = torch.tensor([[10.0, 1.0], [11.0, 1.0], [12.0, 1.0], [NAN, 1.0]])
+    result = group_advantages(name, rewards, torch.ones_like(rewards), torch.zeros(4))
+    assert result.advantages[3].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_one_score_or_equal_scores_contribute_nothing_and_are_counted() -> None:
+    rewards = torch.tensor([[1.0, 0.1, NAN], [2.0, 0.1, NAN], [3.0, 0.1, 0.4], [1.0, 0.3, 5.0], [2.0, 0.2, 6.0]])
+    ids = torch.tensor([0, 0, 0, 1, 1])
+    result = group_advantages("gdpo", rewards, torch.ones(5, 3), ids, whiten="none")
+    assert result.zero_spread.tolist() == [0, 0.5, 0.5]
+    assert result.normalised[:3, 1].tolist() == [0, 0, 0]
+    assert result.normalised[2, 2] == 0
+    assert torch.equal(result.advantages[:3], result.normalised[:3, 0])
+
+
+def test_equal_scores_are_recognised_whatever_their_binary_fraction() -> None:
+    rewards = torch.full((7, 1), 0.1)
+    result = group_advantages("gdpo", rewards, torch.ones_like(rewards), torch.zeros(7))
+    assert result.zero_spread.tolist() == [1]
+    assert torch.equal(result.advantages, torch.zeros(7))
+
+
+def test_a_reward_with_weight_zero_is_not_missing() -> None:
+    """OCR is never called for a prompt without quotes: nothing was lost."""
+    rewards = torch.tensor([[1.0, NAN], [2.0, NAN], [1.0, 0.5], [2.0, NAN]])
+    weights = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    result = group_advantages("gdpo", rewards, weights, torch.tensor([0, 0, 1, 1]))
+    assert result.missing.tolist() == [0, 1]
+    assert result.zero_spread.tolist() == [0, 1]  # one group asked for it, with a single score
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_nothing_to_learn_is_zero_never_nan(name: str) -> None:
+    for rewards in (torch.full((4, 2), NAN), torch.full((4, 2), 3.0)):
+        result = group_advantages(name, rewards, torch.ones(4, 2), torch.tensor([0, 0, 1, 1]))
+        assert torch.equal(result.advantages, torch.zeros(4))
+        assert result.spread_before == result.spread_after == 0
+
+
+def test_half_precision_rewards_are_fine() -> None:
+    rewards, weights, ids = _batch()
+    result = group_advantages("gdpo", rewards.half(), weights.half(), ids)
+    assert result.advantages.dtype == result.normalised.dtype == torch.float32
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UserError, match=r"algorithm\.advantage: got 'gppo' .*allowed: gdpo, grpo, grpo_"):
+        group_advantages("gppo", *_batch())
+    with pytest.raises(UserError, match=r"algorithm\.whiten: got 'batch'; allowed: global, rank, none"):
+        group_advantages("gdpo", *_batch(), whiten="batch")
+
+
+@pytest.mark.parametrize("name", ["grpo_global_std", "reinforcepp"])
+def test_batch_wide_methods_need_a_scope(name: str) -> None:
+    with pytest.raises(UserError, match=r"algorithm\.whiten: got 'none' with batch-wide advantage"):
+        group_advantages(name, *_batch(), whiten="none")
+
+
+def test_misfitting_arguments() -> None:
+    rewards, weights, ids = _batch()
+    with pytest.raises(ValueError, match=r"\[N, K\]"):
+        group_advantages("gdpo", rewards, weights[:4], ids)
+    with pytest.raises(ValueError, match="finite"):
+        group_advantages("gdpo", rewards / 0, weights, ids)
+    with pytest.raises(ValueError, match="rank_ids"):
+        group_advantages("gdpo", rewards, weights, ids, whiten="rank")

@@ -1,0 +1,258 @@
+"""The reward pool on a real local Ray, with a reward that hangs, dies and fails on request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.experience.reward_pool import (
+    NOT_APPLICABLE,
+    CallTimeout,
+    RewardPool,
+    RewardPoolError,
+    RewardScores,
+    request_key,
+)
+from deepgen.errors import UserError
+from rewards.base import RewardRequest
+
+pytestmark = pytest.mark.ray
+
+FAKE = "tests.helpers.fake_rewards:FakeReward"
+
+
+def request(level: int, prompt: str = "a cat", answer: str = "") -> RewardRequest:
+    """A request that the fake reward scores with level / 255."""
+    return RewardRequest(prompt, answer, "t2i", np.full((8, 8, 3), level, dtype=np.uint8))
+
+
+def mishaps(folder: Path, kind: str, count: int) -> None:
+    for index in range(count):
+        (folder / f"{kind}-{index}").touch()
+
+
+def batches(folder: Path) -> list[int]:
+    """Sizes of the batches that were scored, since the last time this was asked."""
+    calls = folder / "calls"
+    sizes = [int(line) for line in calls.read_text().split()]
+    calls.write_text("")
+    return sizes
+
+
+def make_pool(folder: Path, **changes: Any) -> RewardPool:
+    """A pool of the fake reward. `changes` are settings of the pool or arguments of its constructor."""
+    settings = {"path": str(folder), "replicas": 1, "batch_size": 4, "deadline_s": 60.0, "retries": 2}
+    arguments: dict[str, Any] = {"num_cpus": 0.1, "backoff_s": 0.01}
+    for key, value in changes.items():
+        (settings if key in settings else arguments)[key] = value
+    return RewardPool(FAKE, settings, **arguments)
+
+
+def run(folder: Path, scenario: Callable[[RewardPool], Coroutine[Any, Any, Any]], **changes: Any) -> Any:
+    """Run a scenario on a pool of its own."""
+
+    async def body() -> Any:
+        pool = make_pool(folder, **changes)
+        await pool.start()
+        try:
+            return await scenario(pool)
+        finally:
+            pool.stop()
+
+    return asyncio.run(body())
+
+
+@dataclass
+class Shared:
+    """A pool that stays in order, for tests that don't break it."""
+
+    folder: Path
+    pool: RewardPool
+    runner: asyncio.Runner
+
+    def run(self, scenario: Callable[[RewardPool], Coroutine[Any, Any, Any]]) -> Any:
+        batches(self.folder)
+        return self.runner.run(scenario(self.pool))
+
+
+@pytest.fixture(scope="module")
+def shared(ray_local: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    folder = tmp_path_factory.mktemp("shared")
+    with asyncio.Runner() as runner:
+        pool = make_pool(folder)
+        runner.run(pool.start())
+        yield Shared(folder, pool, runner)
+        pool.stop()
+
+
+def levels(scores: RewardScores) -> list[int | None]:
+    return [None if value is None else round(value * 255) for value in scores.values]
+
+
+def test_scores_in_order_in_batches_and_from_two_replicas(ray_local: ModuleType, tmp_path: Path) -> None:
+    async def scenario(pool: RewardPool) -> list[RewardScores]:
+        groups = [[request(10 * group + index) for index in range(5)] for group in range(4)]
+        by_reference = ray_local.put([request(100 + index) for index in range(5)])
+        return await asyncio.gather(*(pool.score(group) for group in groups), pool.score(by_reference))
+
+    *groups, referenced = run(tmp_path, scenario, replicas=2)
+    assert [levels(scores) for scores in groups] == [[10 * g + i for i in range(5)] for g in range(4)]
+    assert levels(referenced) == [100, 101, 102, 103, 104]
+    assert all(scores.reasons == [None] * 5 for scores in groups)
+    sizes = batches(tmp_path)
+    assert sizes[:2] == [1, 1]  # warm-ups
+    assert sum(sizes[2:]) == 25
+    assert max(sizes) == 4  # batch_size, so groups share calls
+
+
+def test_cache_answers_what_was_scored_before(shared: Shared) -> None:
+    async def scenario(pool: RewardPool) -> tuple[RewardScores, RewardScores]:
+        first = await pool.score([request(1), request(2), request(3, "none")])
+        again = await pool.score([request(2), request(1, answer="a dog"), request(1), request(3, "none")])
+        return first, again
+
+    hits = shared.pool.counters()["cache_hits"]
+    first, again = shared.run(scenario)
+    assert (levels(first), levels(again)) == ([1, 2, None], [2, 1, 1, None])
+    assert first.counters["cache_hits"] == 0
+    # Another answer is another question, and a missing score is asked for again.
+    assert again.counters["cache_hits"] == shared.pool.counters()["cache_hits"] - hits == 2
+    assert batches(shared.folder) == [3, 2]
+
+
+def test_cache_key_covers_all_that_a_reward_may_look_at() -> None:
+    image = np.zeros((8, 8, 3), dtype=np.uint8)
+    changed = image.copy()
+    changed[7, 7, 2] = 1
+    requests = [
+        RewardRequest("a", "b", "t2i", image),
+        RewardRequest("ab", "", "t2i", image),
+        RewardRequest("a", "b", "edit", image),
+        RewardRequest("a", "b", "t2i", changed),
+        RewardRequest("a", "b", "t2i", image.reshape(4, 16, 3)),
+        RewardRequest("a", "b", "t2i", image, (image,)),
+        RewardRequest("a", "b", "t2i", image, (changed,)),
+    ]
+    assert len({request_key(entry) for entry in requests}) == len(requests)
+    assert request_key(requests[0]) == request_key(RewardRequest("a", "b", "t2i", image.copy()))
+
+
+def test_unavailable_is_tried_again_and_then_succeeds(shared: Shared) -> None:
+    mishaps(shared.folder, "unavailable", 2)
+
+    async def scenario(pool: RewardPool) -> RewardScores:
+        return await pool.score([request(7, "unavailable"), request(8)])
+
+    scores = shared.run(scenario)
+    assert levels(scores) == [7, 8]
+    assert [scores.counters[key] for key in ("calls", "retries", "missing", "restarts")] == [3, 2, 0, 0]
+
+
+def test_missing_scores_are_none_with_reason_and_counter(shared: Shared) -> None:
+    mishaps(shared.folder, "unavailable", 3)
+
+    async def scenario(pool: RewardPool) -> tuple[RewardScores, RewardScores]:
+        return (
+            await pool.score([request(21, "unavailable"), request(22, "unavailable")]),
+            await pool.score([request(21, "none"), request(22, "nan"), request(23, "skip"), request(24)]),
+        )
+
+    down, odd = shared.run(scenario)
+    assert down.values == [None, None]
+    assert down.reasons[0] is not None
+    assert "the service is down (attempt 3, the last)" in down.reasons[0]
+    assert (down.counters["missing"], down.counters["calls"]) == (2, 3)
+    assert levels(odd) == [None, None, None, 24]
+    assert odd.reasons[2] == NOT_APPLICABLE
+    assert odd.counters["missing"] == 2  # a request that is never sent does not count
+
+
+def test_hanging_replica_is_replaced_and_its_request_scored(ray_local: ModuleType, tmp_path: Path) -> None:
+    mishaps(tmp_path, "hang", 1)
+
+    async def scenario(pool: RewardPool) -> tuple[RewardScores, dict[str, float], bool]:
+        before = pool.replica_actors()
+        scores = await pool.score([request(5, "hang"), request(6)])
+        return scores, pool.counters(), before != pool.replica_actors()
+
+    scores, totals, replaced = run(tmp_path, scenario, deadline_s=4.0, retries=5)
+    assert levels(scores) == [5, 6]
+    assert replaced
+    # A busy machine may be late once more than the hanging reward is.
+    assert min(totals["timeouts"], totals["retries"], totals["restarts"]) >= 1
+    assert totals["missing"] == 0
+
+
+def test_timeout_without_retries_is_missing_and_names_actor_call_and_age(ray_local: ModuleType, tmp_path: Path) -> None:
+    mishaps(tmp_path, "hang", 1)
+
+    async def scenario(pool: RewardPool) -> RewardScores:
+        return await pool.score([request(5, "hang")])
+
+    scores = run(tmp_path, scenario, deadline_s=2.0, retries=0)
+    assert scores.values == [None]
+    assert scores.reasons[0] is not None
+    assert "FakeReward reward #0: call 'score' has not answered after 2.0 s (deadline 2 s)" in scores.reasons[0]
+    assert (scores.counters["timeouts"], scores.counters["missing"]) == (1, 1)
+
+
+def ask_until_dead(ray_local: ModuleType, actor: Any) -> None:
+    while True:
+        ray_local.get(actor.__ray_ready__.remote(), timeout=30)
+
+
+def test_killed_replica_is_replaced(ray_local: ModuleType, tmp_path: Path) -> None:
+    mishaps(tmp_path, "die", 1)
+
+    async def scenario(pool: RewardPool) -> tuple[RewardScores, RewardScores, dict[str, float]]:
+        during = await pool.score([request(1, "die"), request(2)])  # dies while it scores
+        replica = pool.replica_actors()[0]
+        ray_local.kill(replica)  # dies while it waits; the call returns before it is dead
+        with pytest.raises(ray_local.exceptions.RayActorError):
+            ask_until_dead(ray_local, replica)
+        return during, await pool.score([request(3), request(4)]), pool.counters()
+
+    during, after, totals = run(tmp_path, scenario)
+    assert (levels(during), levels(after)) == ([1, 2], [3, 4])
+    assert totals["restarts"] == 2
+    assert totals["missing"] == 0
+
+
+def test_pool_without_replicas_fails_loud(ray_local: ModuleType, tmp_path: Path) -> None:
+    mishaps(tmp_path, "die", 9)
+
+    async def scenario(pool: RewardPool) -> None:
+        with pytest.raises(RewardPoolError, match=r"has no replica left; last: .* died during score"):
+            await asyncio.gather(pool.score([request(1, "die")]), pool.score([request(2, "die")]))
+        with pytest.raises(RewardPoolError, match="has no replica left"):
+            await pool.score([request(3)])
+
+    run(tmp_path, scenario, max_restarts=1, retries=5)
+
+
+def test_bugs_of_a_reward_are_raised_and_leave_the_pool_working(shared: Shared) -> None:
+    async def scenario(pool: RewardPool) -> RewardScores:
+        with pytest.raises(ZeroDivisionError, match="a bug in the reward"):
+            await pool.score([request(31, "bug")])
+        return await pool.score([request(32)])
+
+    assert levels(shared.run(scenario)) == [32]
+
+
+def test_start_reports_bad_settings_and_deadline(ray_local: ModuleType, tmp_path: Path) -> None:
+    async def never(pool: RewardPool) -> None:
+        raise AssertionError("the pool started")
+
+    with pytest.raises(UserError, match=r"^rewards\.fake\.path: no such folder"):
+        run(tmp_path / "nowhere", never)
+    with pytest.raises(CallTimeout, match="FakeReward reward #0: call 'start' has not answered"):
+        run(tmp_path, never, num_cpus=1000.0, start_deadline_s=0.5)
+    with pytest.raises(UserError, match="unknown reward 'nice'"):
+        RewardPool("nice", {})

@@ -1,0 +1,385 @@
+"""The experience stream on a real local Ray, with a narrow random model and rewards one can see."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actors.experience.rollout_actor import EvaluationRequest, GroupRequest
+from actors.experience.rollout_fleet import RolloutError, RolloutFleet
+from actors.experience.stream import BatchLateError, ExperienceStream, PromptOrder, RankBatch
+from actors.experience.weight_sync import WeightsMismatchError, publish_weights
+from actors.start import start_rollouts
+from deepgen.config import Settings, UserError
+from deepgen.data.records import read_records
+from deepgen.models.unified import UnifiedModel
+from rewards import REWARDS
+from tests.helpers.frail_actors import Frail, Slow
+from tests.helpers.rl_world import PROMPTS, make_records, make_settings, make_world
+from tests.helpers.visible_rewards import use_visible_rewards
+
+pytestmark = pytest.mark.ray
+
+Scenario = Callable[[ExperienceStream], Coroutine[Any, Any, Any]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def rollouts(ray_local: ModuleType, world: Path) -> Iterator[dict[str, Any]]:
+    actors = start_rollouts(make_settings(world), gpus=False)
+    yield actors
+    for actor in actors.values():
+        ray_local.kill(actor)
+
+
+@pytest.fixture(autouse=True)
+def visible_rewards() -> Iterator[None]:
+    before = dict(REWARDS)
+    use_visible_rewards()
+    yield
+    REWARDS.update(before)
+
+
+def run(settings: Settings, actors: dict[str, Any], scenario: Scenario, *, resume: bool = False) -> Any:
+    """Run a scenario with a started stream of its own, in this process."""
+
+    async def body() -> Any:
+        stream = ExperienceStream(settings, read_records(settings.data.prompts), actors, resume=resume)
+        await stream.start()
+        try:
+            return await scenario(stream)
+        finally:
+            await stream.stop()
+
+    return asyncio.run(body())
+
+
+def numbers(batch: RankBatch) -> list[int]:
+    return [group.number for group in batch.groups]
+
+
+def arrays(ray: ModuleType, batch: RankBatch) -> list[dict[str, np.ndarray]]:
+    return ray.get([group.trajectory for group in batch.groups])
+
+
+def assert_same(left: list[dict[str, np.ndarray]], right: list[dict[str, np.ndarray]]) -> None:
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_prompt_comes_once_an_epoch_in_an_order_of_seed_and_epoch() -> None:
+    records = make_records(PROMPTS, "p")
+    order, again = PromptOrder(records, seed=1), PromptOrder(records, seed=1)
+    drawn = [order.at(number) for number in range(3 * PROMPTS)]
+    assert [epoch for epoch, _ in drawn] == [0] * PROMPTS + [1] * PROMPTS + [2] * PROMPTS
+    epochs = [[record.id for _, record in drawn[e * PROMPTS : (e + 1) * PROMPTS]] for e in range(3)]
+    assert all(sorted(ids) == sorted(record.id for record in records) for ids in epochs)
+    assert epochs[0] != epochs[1]
+    assert [again.at(number) for number in (13, 2, 7, 13)] == [drawn[number] for number in (13, 2, 7, 13)]
+    assert PromptOrder(records, seed=2).fingerprint() != order.fingerprint()
+    assert PromptOrder(records[:-1], seed=1).fingerprint() != order.fingerprint()
+
+
+# -- one step --------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_sampled_scored_and_split(ray_local: ModuleType, world: Path, rollouts: dict[str, Any]) -> None:
+    settings = make_settings(world, "train.workers=2", "rollout.prompts_per_step=4")
+
+    async def scenario(stream: ExperienceStream) -> list[RankBatch]:
+        await stream.begin()
+        return list(await asyncio.gather(*(stream.next_batch(0, rank, 2) for rank in range(2))))
+
+    first, second = run(settings, rollouts, scenario)
+    assert (numbers(first), numbers(second)) == ([0, 2], [1, 3])
+    advantages = np.stack([group.advantages for group in (*first.groups, *second.groups)])
+    assert advantages.shape == (4, 4)
+    assert advantages.mean() == pytest.approx(0, abs=1e-5)  # whitened over the whole batch, not over a rank's share
+    assert advantages.std(ddof=1) == pytest.approx(1, abs=1e-2)
+    assert abs(first.groups[0].advantages.mean()) < 1e-5  # each reward is normalised within its group
+    metrics = first.metrics
+    assert metrics["reward_missing/aesthetic"] == 0
+    assert 0 < metrics["reward/aesthetic"] < 1
+    assert metrics["pool/aesthetic/missing"] == 0
+    (packed, *_) = arrays(ray_local, first)
+    assert packed["trajectory/log_probs"].shape == (2, 4)
+    assert packed["trajectory/log_probs"].dtype == np.float32
+    assert packed["conditioning/context"].shape[0] == 1
+
+
+def test_rewards_are_routed_and_a_missing_score_is_not_zero(world: Path, rollouts: dict[str, Any]) -> None:
+    """Redness applies to red t2i prompts only, and gives no score for the unreadable one."""
+    records = [
+        replace(record, prompt="a red unreadable thing") if record.id == "rl-1" else record
+        for record in make_records(PROMPTS, "rl")
+    ]
+    settings = make_settings(world, f"rollout.prompts_per_step={PROMPTS}")
+
+    async def body() -> tuple[RankBatch, dict[str, Any]]:
+        stream = ExperienceStream(settings, records, rollouts, resume=False)
+        await stream.start()
+        try:
+            await stream.begin()
+            batch = await stream.next_batch(0, 0, 1)
+            return batch, await stream.state(1)
+        finally:
+            await stream.stop()
+
+    batch, state = asyncio.run(body())
+    red = [r for r in records if r.task == "t2i" and "red" in r.prompt]
+    assert batch.metrics["reward_missing/clip"] == 4
+    assert batch.tally["clip"][:2] == (4 * (len(red) - 1), 4)
+    assert batch.metrics["reward/clip"] > 0.1  # the mean of what exists
+    assert batch.metrics["reward_missing/aesthetic"] == 0
+    assert all(np.isfinite(group.advantages).all() for group in batch.groups)
+    assert state["rewards"]["clip"][:2] == [4 * (len(red) - 1), 4]
+
+
+def test_any_actor_draws_the_same_group(ray_local: ModuleType, world: Path, rollouts: dict[str, Any]) -> None:
+    record = read_records(make_settings(world).data.prompts)[2]
+    assert record.task == "edit"
+    request = GroupRequest(number=2, step=0, epoch=0, record=record)
+    drawn = [
+        ray_local.get(list(actor.sample_group.options(num_returns=2).remote(request, None)))
+        for actor in (*rollouts.values(), *rollouts.values())
+    ]
+    for images, packed in drawn[1:]:
+        assert np.array_equal(images.images, drawn[0][0].images)
+        assert_same([packed], [drawn[0][1]])
+    other = GroupRequest(number=8, step=0, epoch=1, record=record)
+    images, _ = ray_local.get(list(rollouts["rollout-0"].sample_group.options(num_returns=2).remote(other, None)))
+    assert not np.array_equal(images.images, drawn[0][0].images)
+
+
+# -- versions --------------------------------------------------------------------------------------------------------
+
+
+def policy(world: Path, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """The trainable weights of the world's model, scaled."""
+    model = UnifiedModel.from_folder(world / "model")
+    return {name: parameter.detach() * scale for name, parameter in model.trainable_parameters("rl")}
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_step_waits_until_the_policy_is_fresh_enough(world: Path, rollouts: dict[str, Any], staleness: int) -> None:
+    settings = make_settings(world, f"experience.max_staleness={staleness}", "experience.deadline_s=60")
+
+    async def scenario(stream: ExperienceStream) -> tuple[RankBatch, list[int], RankBatch]:
+        await stream.begin()
+        await stream.publish(publish_weights(0, policy(world)))
+        first = await stream.next_batch(0, 0, 1)
+        begun = sorted((await stream.state(1))["in_flight"])
+        await stream.publish(publish_weights(1, policy(world, 1.01)))
+        return first, begun, await stream.next_batch(1, 0, 1)
+
+    first, begun, second = run(settings, rollouts, scenario)
+    assert {group.version for group in first.groups} == {0}
+    assert begun == ([1] if staleness else [])
+    assert all(1 - group.version <= staleness for group in second.groups)
+    if not staleness:
+        assert {group.version for group in second.groups} == {1}
+    assert numbers(second) == [2, 3]
+
+
+def test_published_weights_must_arrive_as_they_left(world: Path, rollouts: dict[str, Any]) -> None:
+    async def scenario(stream: ExperienceStream) -> None:
+        published = publish_weights(7, policy(world, 1.1))
+        await stream.publish(replace(published, checksum="0123"))
+        await stream.next_batch(7, 0, 1)
+
+    with pytest.raises(WeightsMismatchError, match=r"published checksum 0123, but the rollout policy has [0-9a-f]{32}"):
+        run(make_settings(world, "train.steps=9"), rollouts, scenario, resume=True)
+
+
+# -- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_the_group_of_a_dead_actor_is_drawn_again(ray_local: ModuleType, world: Path, rollouts: dict[str, Any]) -> None:
+    settings = make_settings(world)
+    weights = publish_weights(0, policy(world))
+
+    async def undisturbed(stream: ExperienceStream) -> RankBatch:
+        await stream.publish(weights)
+        return await stream.next_batch(0, 0, 1)
+
+    async def disturbed(stream: ExperienceStream) -> RankBatch:
+        await stream.publish(weights)
+        ray_local.kill(rollouts["rollout-1"], no_restart=False)
+        return await stream.next_batch(0, 0, 1)
+
+    calm, rough = run(settings, rollouts, undisturbed), run(settings, rollouts, disturbed)
+    assert numbers(calm) == numbers(rough)
+    assert_same(arrays(ray_local, calm), arrays(ray_local, rough))
+    for one, other in zip(calm.groups, rough.groups, strict=True):
+        assert np.array_equal(one.advantages, other.advantages)
+
+
+def call_once(ray: ModuleType, kind: type, call_deadline_s: float) -> None:
+    async def body() -> None:
+        actor = ray.remote(kind).options(num_cpus=0.1, max_restarts=1).remote()
+        fleet = RolloutFleet({"only": actor}, call_deadline_s=call_deadline_s, start_deadline_s=200)
+        await fleet.start()
+        await fleet.call("sample_group", "group 5", lambda: None)
+
+    asyncio.run(body())
+
+
+def test_a_late_batch_names_actor_call_and_age(ray_local: ModuleType, world: Path) -> None:
+    settings = make_settings(world, "experience.deadline_s=2")
+    slow = {"slow": ray_local.remote(Slow).options(num_cpus=0.1).remote()}
+
+    async def scenario(stream: ExperienceStream) -> None:
+        stream._fleet._call_deadline_s = 100
+        await stream.begin()
+        await stream.next_batch(0, 0, 1)
+
+    wanted = (
+        r"batch of step 0 not ready after 2 s; actor slow, call sample_group of group 0 of step 0 .*running for 2 s"
+    )
+    with pytest.raises(BatchLateError, match=wanted):
+        run(settings, slow, scenario)
+    ray_local.kill(slow["slow"])
+
+
+def test_a_call_that_hangs_is_tried_again_and_then_given_up(ray_local: ModuleType) -> None:
+    late = r"no rollout actor is left; actor only, call sample_group, after \d s: no answer within the deadline"
+    with pytest.raises(RolloutError, match=late):
+        call_once(ray_local, Slow, call_deadline_s=0.5)
+
+
+def test_a_fleet_that_is_gone_says_so(ray_local: ModuleType) -> None:
+    gone = r"no rollout actor is left; actor only, call sample_group, after \d+ s: .*; actor only, call ready, after"
+    with pytest.raises(RolloutError, match=gone):
+        call_once(ray_local, Frail, call_deadline_s=60)
+
+
+# -- state -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_restored_stream_goes_on_with_the_next_prompts(
+    ray_local: ModuleType, world: Path, rollouts: dict[str, Any]
+) -> None:
+    settings = make_settings(world)
+    weights = [publish_weights(version, policy(world, 1 + version / 100)) for version in range(3)]
+
+    async def whole(stream: ExperienceStream) -> tuple[RankBatch, dict[str, Any]]:
+        await stream.begin()
+        for version in (0, 1):
+            await stream.publish(weights[version])
+            await stream.next_batch(version, 0, 1)
+        await stream.publish(weights[2])
+        state = await stream.state(2)
+        return await stream.next_batch(2, 0, 1), state
+
+    async def resumed(stream: ExperienceStream) -> RankBatch:
+        await stream.restore(json.loads(json.dumps(state)))
+        await stream.publish(weights[2])
+        return await stream.next_batch(2, 0, 1)
+
+    expected, state = run(settings, rollouts, whole)
+    assert state["cursor"] == {"group": 4, "epoch": 0, "position": 4}
+    batch = run(settings, rollouts, resumed, resume=True)
+    assert numbers(batch) == numbers(expected) == [4, 5]
+    assert_same(arrays(ray_local, batch), arrays(ray_local, expected))
+    assert batch.metrics["reward/aesthetic"] == expected.metrics["reward/aesthetic"]
+
+
+def test_a_restored_stream_serves_another_number_of_ranks(
+    ray_local: ModuleType, world: Path, rollouts: dict[str, Any]
+) -> None:
+    """1 -> 2 -> 1 ranks: the same groups with the same advantages, each to one rank."""
+    weights = [publish_weights(version, policy(world, 1 + version / 100)) for version in range(3)]
+
+    def go_on(ranks: int, state: dict[str, Any] | None, steps: range) -> list[tuple[dict[str, Any], list[RankBatch]]]:
+        """State before each of the steps, and its batches."""
+
+        async def scenario(stream: ExperienceStream) -> list[tuple[dict[str, Any], list[RankBatch]]]:
+            found = []
+            if state is not None:
+                await stream.restore(json.loads(json.dumps(state)))
+            for step in steps:
+                await stream.publish(weights[step])
+                before = json.loads(json.dumps(await stream.state(step)))
+                batches = await asyncio.gather(*(stream.next_batch(step, rank, ranks) for rank in range(ranks)))
+                found.append((before, list(batches)))
+            return found
+
+        settings = make_settings(world, f"train.workers={ranks}", "train.steps=3")
+        return run(settings, rollouts, scenario, resume=state is not None)
+
+    def groups(batches: list[RankBatch]) -> list[tuple[int, list[float]]]:
+        return sorted((group.number, group.advantages.tolist()) for batch in batches for group in batch.groups)
+
+    one = go_on(1, None, range(2))
+    two = go_on(2, one[1][0], range(1, 3))
+    assert [len(batch.groups) for batch in two[0][1]] == [1, 1]
+    assert groups(two[0][1]) == groups(one[1][1])
+    by_number = {group.number: ray_local.get(group.trajectory) for batch in two[0][1] for group in batch.groups}
+    assert_same([by_number[group.number] for group in one[1][1][0].groups], arrays(ray_local, one[1][1][0]))
+    again = go_on(1, two[1][0], range(2, 3))
+    assert groups(again[0][1]) == groups(two[1][1])
+    assert again[0][0]["rewards"] == two[1][0]["rewards"]
+
+
+def test_restoring_with_other_prompts_is_refused(world: Path) -> None:
+    settings = make_settings(world)
+
+    async def body() -> None:
+        state = await ExperienceStream(settings, make_records(PROMPTS, "rl"), {}, resume=False).state(1)
+        await ExperienceStream(settings, make_records(PROMPTS, "other"), {}, resume=True).restore(state)
+
+    with pytest.raises(UserError, match=r"data\.prompts: other prompts"):
+        asyncio.run(body())
+
+
+# -- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_is_the_same_however_it_is_batched(
+    ray_local: ModuleType, world: Path, rollouts: dict[str, Any]
+) -> None:
+    heldout = read_records(make_settings(world).data.heldout)
+    actor = rollouts["rollout-0"]
+    together = ray_local.get(actor.evaluate.remote(EvaluationRequest(tuple(heldout), 2, 4, 5), None))[0]
+    alone = [ray_local.get(actor.evaluate.remote(EvaluationRequest((r,), 2, 4, 5), None))[0][0] for r in heldout]
+    for one, other in zip(together, alone, strict=True):
+        assert one.shape == (2, 64, 64, 3)
+        assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
+        assert not np.array_equal(one[0], one[1])
+
+
+def test_evaluation_scores_by_prompt(world: Path, rollouts: dict[str, Any]) -> None:
+    settings = make_settings(world)
+    heldout = read_records(settings.data.heldout)
+
+    async def scenario(stream: ExperienceStream) -> tuple[Any, Any]:
+        return await stream.evaluate(heldout, 2), await stream.evaluate(heldout, 2)
+
+    first, second = run(settings, rollouts, scenario)
+    names = list(first.names)
+    assert names == ["clip", "aesthetic"]
+    assert first.scores.shape == (4, 2, 2)
+    assert np.array_equal(first.scores, second.scores, equal_nan=True)
+    asked = first.weights > 0
+    assert asked[:, names.index("clip")].tolist() == [False, True, False, True]
+    assert np.isfinite(first.scores).all(axis=1)[asked].all()
+    assert np.isnan(first.scores[:, :, names.index("clip")][0]).all()
+    assert set(first.means()) == {"clip", "aesthetic", "total"}

@@ -1,0 +1,58 @@
+"""A reward that misbehaves on request, for the tests of the pool. Its state is in files: replicas come and go."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from deepgen.errors import UserError
+from rewards.base import RewardRequest, RewardUnavailable
+
+
+class FakeReward:
+    """Scores an image by its first pixel / 255. `settings["path"]` is a folder that holds what shall happen.
+
+    A prompt may ask for mishaps, each as often as the folder holds a file of its name (`hang-0`, `hang-1` ...):
+    "hang", "die", "unavailable". "bug" raises, "none" scores None and "nan" NaN, each time.
+    """
+
+    name = "fake"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        folder = Path(settings["path"])
+        if not folder.is_dir():
+            raise UserError(f"rewards.fake.path: no such folder: {str(folder)!r}")
+        return cls(folder)
+
+    @staticmethod
+    def applies(request: RewardRequest) -> bool:
+        return "skip" not in request.prompt
+
+    def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
+        with (self.folder / "calls").open("a") as calls:
+            calls.write(f"{len(requests)}\n")
+        prompts = {request.prompt for request in requests}
+        if "hang" in prompts and self._take("hang"):
+            time.sleep(600)
+        if "die" in prompts and self._take("die"):
+            os._exit(1)
+        if "unavailable" in prompts and self._take("unavailable"):
+            raise RewardUnavailable("the service is down")
+        if "bug" in prompts:
+            raise ZeroDivisionError("a bug in the reward")
+        special: dict[str, float | None] = {"none": None, "nan": float("nan")}
+        return [special.get(r.prompt, float(r.image[0, 0, 0]) / 255) for r in requests]
+
+    def _take(self, mishap: str) -> bool:
+        """Use up one of the files that ask for this mishap."""
+        files = sorted(self.folder.glob(f"{mishap}-*"))
+        if files:
+            files[0].unlink()
+        return bool(files)

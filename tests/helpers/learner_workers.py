@@ -1,0 +1,147 @@
+"""Processes for learner tests: ``learner_workers.py JOB`` is one worker of a gloo group without Ray."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_workers(folder: Path, runs: Sequence[dict[str, Any]], *, world: int = 1, exit_code: int = 0) -> str:
+    """Train each of ``runs`` in turn on ``world`` workers and wait; what the workers printed.
+
+    A run is {"overrides": [...]} plus, as wanted, "recipe", "stage" (default: the toy model), "noise" (toy) and
+    "die_after": the worker then ends hard, as by a kill, in the step after that many; or "die_writing": it is killed
+    (SIGKILL) when half of its so-manieth shard of a checkpoint is on the disk. With "measure", a file name, it
+    trains nothing much: rank 0 writes there what lies in memory (``tests.helpers.memory_states``).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rendezvous = folder / f"rendezvous-{len(list(folder.glob('rendezvous-*')))}"
+    processes = []
+    for rank in range(world):
+        job = {"rank": rank, "world": world, "rendezvous": str(rendezvous), "runs": list(runs)}
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+        }
+        command = [sys.executable, str(Path(__file__)), json.dumps(job)]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [exit_code] * world, "\n".join(outputs)
+    return "\n".join(outputs)
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    import torch.distributed as dist
+
+    from actors.learner.ray_train import prepare_process
+    from deepgen.config import load_settings
+    from deepgen.config.recipes import find_recipe
+
+    for number, run in enumerate(job["runs"]):
+        settings = load_settings(find_recipe(run["recipe"]) if "recipe" in run else None, run["overrides"])
+        if number == 0:
+            prepare_process(settings)
+            method = f"file://{job['rendezvous']}"
+            dist.init_process_group("gloo", init_method=method, rank=job["rank"], world_size=job["world"])
+        start = _measure if "measure" in run else _train_toy if "stage" not in run else _train_stage
+        start(settings, run, job["rank"], job["world"])
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Once in some hundred exits a library's C++ thread that still runs ends the process with "terminate called without
+    # an active exception", all work done. Ray's workers end like this, too.
+    os._exit(0)
+
+
+def _measure(settings: Any, run: dict[str, Any], rank: int, world: int) -> None:
+    from tests.helpers.memory_states import measure
+
+    found = measure(settings)
+    if rank == 0:
+        Path(run["measure"]).write_text(json.dumps(found))
+
+
+def _train_stage(settings: Any, run: dict[str, Any], rank: int, world: int) -> None:
+    from actors.learner.ray_train import LearnerJob, run_worker
+    from actors.objectives.flow_matching import build_flow_matching
+
+    build = functools.partial(_build, build_flow_matching, run.get("die_after", 0))
+    run_worker(LearnerJob(run["stage"], settings, build, gpus=False), "", rank, world)
+
+
+def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> None:
+    import torch
+
+    from actors.learner.checkpoint_store import CheckpointStore
+    from actors.learner.loop import WorkerContext, train
+    from tests.helpers.toy import ToyModel, ToyObjective, ToySource
+
+    class Log:
+        def log(self, step: int, metrics: dict[str, float]) -> None:
+            with (Path(settings.run.dir) / f"{settings.run.name}.jsonl").open("a") as stream:
+                stream.write(json.dumps({"step": step} | metrics) + "\n")
+
+    model: Any = ToyModel()
+    tracker: Any = Log() if rank == 0 else None
+    context = WorkerContext("rl", settings, model, rank, world, torch.device("cpu"), tracker, print)
+    parts = (ToySource(), ToyObjective(run.get("noise", 0.0)))
+    build = functools.partial(_build, lambda _: parts, run.get("die_after", 0))
+    if "die_writing" in run:
+        _die_writing(run["die_writing"])
+    train(context, build, CheckpointStore(settings, "rl"), settings.run.resume)
+
+
+def _build(build: Callable[[Any], Any], die_after: int, context: Any) -> Any:
+    source, objective = build(context)
+    return (_Dying(source, die_after) if die_after else source), objective
+
+
+def _die_writing(left: int) -> None:
+    """Have this process killed in the middle of writing shard number ``left`` from now on."""
+    from actors.learner import checkpoint_shards as shards
+
+    write = shards.save_file
+
+    def killed(tensors: dict[str, Any], file: Path) -> None:
+        nonlocal left
+        left -= 1
+        write(tensors, file)
+        if left == 0:
+            os.truncate(file, file.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    shards.save_file = killed
+
+
+class _Dying:
+    """A source whose process ends, without any goodbye, when it is asked for one batch more than ``batches``."""
+
+    def __init__(self, source: Any, batches: int) -> None:
+        self._source, self._left = source, batches
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def next(self, step: int, rank: int, world: int) -> Any:
+        if self._left == 0:
+            os._exit(9)
+        self._left -= 1
+        return self._source.next(step, rank, world)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Both policy losses on one group: how it is split, what its parts add up to, and that the KL pulls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from actors.experience.policy_sampler import LearnerGroup, trained_steps
+from actors.experience.stream import GroupBatch
+from actors.learner.loop import StepContext
+from actors.objectives.policy_losses import POLICY_TERMS
+from deepgen.config import Settings, load_settings
+from deepgen.diffusion.schedule import rollout_sigmas
+from deepgen.diffusion.trajectory import sample, start_group
+from deepgen.models.unified import Conditioning
+
+SHAPE = (2, 4, 4)
+CONTEXT = StepContext(1, 3, 0, 1, torch.device("cpu"))
+OWN = {
+    "clipped_ratio": [],
+    "diffusion_nft": ["algorithm.policy_loss=diffusion_nft", "rollout.sampler=ode", "rollout.same_noise=false"],
+}
+
+
+class Dit(nn.Module):
+    """Velocity in proportion to the latents."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight))
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        return self.weight * x
+
+
+def make(name: str, *more: str) -> tuple[Settings, GroupBatch, LearnerGroup]:
+    common = ["rollout.num_steps=5", "rollout.sde_steps=2", "rollout.eta=0.7", "rollout.group_size=4"]
+    settings = load_settings(None, [*common, "algorithm.update_micro_batch=3", *OWN[name], *more])
+    noise, generators = start_group(SHAPE, run_seed=1, prompt_id="p", epoch=0, indices=range(4))
+    trajectory = sample(
+        lambda x, t: 0.5 * x,
+        noise,
+        rollout_sigmas(5),
+        sampler=settings.rollout.sampler,
+        eta=0.7,
+        sde_steps=trained_steps(settings, 3) if name == "clipped_ratio" else [],
+        generators=generators,
+    )
+    advantages = np.array([1.0, -1.0, 0.5, -0.5], dtype=np.float32)
+    conditioning = Conditioning(torch.zeros(1, 3, 8), torch.zeros(1, 8), None)
+    group = GroupBatch(0, "p", "t2i", 3, advantages, None)
+    return settings, group, LearnerGroup(trajectory, conditioning, None, [])
+
+
+def total(name: str, *more: str) -> Tensor:
+    """Gradient of a group's loss in the DiT's weight."""
+    settings, group, samples = make(name, *more)
+    term, dit, reference = POLICY_TERMS[name](settings), Dit(0.5), Dit(0.3)
+    for micro in term.micros(group, samples, 3, 0.25):
+        (micro.share * term.loss(dit, reference, micro, CONTEXT)[0]).backward()
+    assert dit.weight.grad is not None and reference.weight.grad is None
+    return dit.weight.grad
+
+
+@pytest.mark.parametrize("name", POLICY_TERMS)
+def test_a_group_is_split_and_adds_up(name: str) -> None:
+    settings, group, samples = make(name)
+    micros = list(POLICY_TERMS[name](settings).micros(group, samples, 3, 0.25))
+    assert [len(micro.x) for micro in micros] == [3, 3, 2]
+    assert sum(micro.share for micro in micros) == pytest.approx(0.25)
+    assert sum(micro.images for micro in micros) == pytest.approx(4)
+    advantages = torch.cat([micro.advantage for micro in micros])
+    assert advantages.tolist() == [1.0, -1.0, 0.5, -0.5] * 2
+    levels = rollout_sigmas(5)[trained_steps(settings, 3)].repeat_interleave(4)
+    torch.testing.assert_close(torch.cat([micro.sigma for micro in micros]), levels)
+    torch.testing.assert_close(total(name), total(name, "algorithm.update_micro_batch=8"))
+
+
+@pytest.mark.parametrize("name", POLICY_TERMS)
+def test_the_kl_pulls_towards_the_reference(name: str) -> None:
+    assert total(name, "algorithm.kl_beta=1") > total(name, "algorithm.kl_beta=0")

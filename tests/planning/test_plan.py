@@ -1,0 +1,236 @@
+"""The plan's arithmetic against measured memory: states of real engines, activations of real backward graphs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from actors import plan
+from deepgen.config import load_settings
+from deepgen.config.recipes import find_recipe
+from deepgen.models.presets import TINY, Architecture
+from deepgen.models.unified import UnifiedModel
+from deepgen.models.vlm import LoraSettings, _decode, add_lora, lora_parameters
+from deepgen.planning import memory
+from deepgen.planning.memory import CPU_BF16, CPU_FP32, Numbers, states
+from tests.helpers.factories import make_tiny_model, narrow_architecture
+from tests.helpers.learner_workers import run_workers
+
+STATES_OFF = 0.01  # of a part: padding, and scalars such as step counters
+ACTIVATIONS_OFF = 0.06  # modulation vectors, and keys repeated to all heads where the kernel can do without
+
+
+# ---- States ----
+
+
+@pytest.mark.slow
+def test_states_are_what_the_engine_holds(tmp_path: Path) -> None:
+    """ZeRO 0 to 3 on two gloo workers, rank 0, in the middle of a step: every part, and nothing beside them."""
+    common = ["model.precision=fp32", "train.workers=2", "train.warmup_steps=0", f"run.dir={tmp_path}"]
+    files = [tmp_path / f"zero{stage}.json" for stage in range(4)]
+    runs = [
+        {"overrides": [*common, f"train.zero_stage={stage}"], "measure": str(file)} for stage, file in enumerate(files)
+    ]
+    run_workers(tmp_path, runs, world=2)
+    parameters = memory.Parameters.of(make_tiny_model(), "rl")
+    for stage, file in enumerate(files):
+        found, expected = json.loads(file.read_text()), states(parameters, stage, 2, ema=True)
+        for part in ("frozen", "weights", "master", "moments", "ema"):
+            assert found[part] == pytest.approx(getattr(expected, part), rel=STATES_OFF, abs=64), f"ZeRO-{stage} {part}"
+        # Stage 2 keeps whole the parameter that two ranks share.
+        shared = 4 * parameters.largest if stage == 2 else 0
+        assert found["gradients"] == pytest.approx(expected.gradients, rel=STATES_OFF, abs=64 + shared), f"ZeRO-{stage}"
+        # Every parameter of so small a model is below DeepSpeed's threshold of 100,000 elements, and ZeRO-3 keeps such
+        # ones gathered: the arithmetic has them in its buffers, as live parameters.
+        between = expected.kept + expected.export if stage == 3 else expected.kept - expected.gradients
+        assert found["rest"] == pytest.approx(between, rel=0.05), f"ZeRO-{stage}: something else lies in memory"
+
+
+def test_offloading_moves_the_optimizer_to_main_memory() -> None:
+    parameters = memory.Parameters(matrices=(1000,), vectors=(10,), frozen=(500,), whole=7)
+    here, there = states(parameters, 2, 4), states(parameters, 2, 4, offload_optimizer=True)
+    assert (there.master, there.moments, there.gradients) == (0, 0, 0)
+    assert (there.weights, there.frozen) == (here.weights, here.frozen)
+    assert there.host >= here.master + here.moments + here.gradients
+    with pytest.raises(ValueError, match="stage 1"):
+        states(parameters, 0, 4, offload_optimizer=True)
+
+
+def test_more_workers_and_higher_stages_never_need_more() -> None:
+    parameters = memory.Parameters(matrices=(1 << 24,) * 8, vectors=(4096,) * 8, frozen=(1 << 24,) * 8)
+    for stage in (1, 2, 3):
+        kept = [states(parameters, stage, workers).kept for workers in (1, 2, 4, 8)]
+        assert kept == sorted(kept, reverse=True)
+    kept = [states(parameters, stage, 8).kept for stage in range(4)]
+    assert kept == sorted(kept, reverse=True)
+
+
+# ---- Activations ----
+
+
+def wide() -> Architecture:
+    """Narrow, but wide enough that what grows with tokens outweighs what does not."""
+    text = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
+    vision = {"depth": 1, "out_hidden_size": 64, "fullatt_block_indexes": [0]}
+    transformer: dict[str, Any] = {
+        "num_layers": 4,
+        "attention_head_dim": 32,
+        "num_attention_heads": 3,
+        "joint_attention_dim": 128,
+    }
+    transformer |= {"caption_projection_dim": 96, "pooled_projection_dim": 64, "dual_attention_layers": (0, 1)}
+    sizes = {"num_queries": 8, "connector_hidden": 64, "connector_mlp": 352, "connector_heads": 4, "fusion_stride": 1}
+    connector = {"connector_layers": TINY.connector_layers, "vae": TINY.vae}
+    return narrow_architecture(text, vision, transformer, **sizes, **connector)
+
+
+ARCHITECTURE = wide()
+PRECISIONS = [pytest.param(CPU_BF16, id="bf16"), pytest.param(CPU_FP32, id="fp32")]
+SIZES = [(1, 24), (2, 40), (4, 100)]  # batch, context tokens
+
+
+@pytest.fixture(scope="module")
+def model() -> UnifiedModel:
+    return UnifiedModel.from_architecture(ARCHITECTURE)
+
+
+def kept_for_backward(module: nn.Module, forward: Callable[[], Any], n: Numbers) -> int:
+    """Bytes of the distinct storages autograd keeps, without parameters and buffers, with bf16 copies of weights."""
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in own:
+            kept[place] = tensor
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=n.cast > 0):
+        result = forward()
+    del result
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("n", PRECISIONS)
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize(("batch", "context_tokens"), SIZES)
+def test_dit_activations(model: UnifiedModel, n: Numbers, trained: bool, batch: int, context_tokens: int) -> None:
+    """A target and three references, as an edit has them."""
+    model.transformer.requires_grad_(trained)
+    references = [[torch.randn(8, 16, 16)] * 3] * batch
+    context = torch.randn(batch, context_tokens, 128, requires_grad=True)
+    pooled = torch.randn(batch, 64, requires_grad=True)
+
+    def forward() -> Any:
+        return model.transformer(torch.randn(batch, 8, 16, 16), torch.full([batch], 500.0), context, pooled, references)
+
+    expected = memory.dit_activations(
+        ARCHITECTURE,
+        n,
+        batch=batch,
+        image_tokens=4 * 64,
+        context_tokens=context_tokens,
+        trained=trained,
+        checkpointing=False,
+    )
+    expected += n.cast * memory.dit_linears(ARCHITECTURE) if trained else 0  # a part of its own in the plan
+    assert kept_for_backward(model.transformer, forward, n) == pytest.approx(expected, rel=ACTIVATIONS_OFF)
+
+
+def test_dit_linears(model: UnifiedModel) -> None:
+    blocks = model.transformer.transformer_blocks
+    real = sum(m.weight.numel() for m in blocks.modules() if isinstance(m, nn.Linear))
+    assert memory.dit_linears(ARCHITECTURE) == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("n", PRECISIONS)
+@pytest.mark.parametrize(("batch", "context_tokens"), SIZES)
+def test_bridge_activations(model: UnifiedModel, n: Numbers, batch: int, context_tokens: int) -> None:
+    states_ = [torch.randn(batch, context_tokens, 64, requires_grad=True) for _ in ARCHITECTURE.fusion_layers]
+    expected = memory.bridge_activations(ARCHITECTURE, n, batch=batch, context_tokens=context_tokens)
+    expected += n.cast * sum(tensor.numel() for tensor in model.bridge_state().values())
+    found = kept_for_backward(model, lambda: model.fuse(states_, None), n)
+    assert found == pytest.approx(expected, rel=ACTIVATIONS_OFF)
+
+
+@pytest.mark.parametrize("n", PRECISIONS)
+@pytest.mark.parametrize("lora_rank", [0, 8])
+@pytest.mark.parametrize(("batch", "context_tokens"), SIZES)
+def test_vlm_activations(n: Numbers, lora_rank: int, batch: int, context_tokens: int) -> None:
+    vlm = UnifiedModel.from_architecture(ARCHITECTURE).vlm.requires_grad_(False)
+    if lora_rank:
+        add_lora(vlm, LoraSettings(rank=lora_rank), ARCHITECTURE.fusion_layers[0])
+        vlm.train()
+    embeds = torch.randn(batch, context_tokens, 64, requires_grad=True)
+    mask = torch.ones(batch, context_tokens, dtype=torch.bool)
+    positions = torch.arange(context_tokens).expand(3, batch, -1)
+
+    def forward() -> Any:
+        return _decode(vlm.model.language_model, embeds, mask, positions, ARCHITECTURE.fusion_layers)
+
+    tokens = {"batch": batch, "context_tokens": context_tokens, "lora_rank": lora_rank}
+    expected = memory.vlm_activations(ARCHITECTURE, n, checkpointing=False, **tokens)
+    expected += n.cast * sum(adapter.numel() for adapter in lora_parameters(vlm).values())
+    assert kept_for_backward(vlm, forward, n) == pytest.approx(expected, rel=ACTIVATIONS_OFF)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_checkpointed_layers_keep_nothing_but_their_inputs(stage: str) -> None:
+    """Also in pretrain, where only think tokens want a gradient from the frozen decoder."""
+    model = UnifiedModel.from_architecture(ARCHITECTURE)
+    if stage == "sft":
+        add_lora(model.vlm, LoraSettings(rank=8), ARCHITECTURE.fusion_layers[0])
+    model.trainable_parameters(stage)
+    model.enable_gradient_checkpointing()
+    model.train()
+    embeds = torch.randn(2, 40, 64, requires_grad=True)
+    mask, positions = torch.ones(2, 40, dtype=torch.bool), torch.arange(40).expand(3, 2, -1)
+    decoder = model.vlm.model.language_model
+    kept = kept_for_backward(
+        model, lambda: _decode(decoder, embeds, mask, positions, ARCHITECTURE.fusion_layers), CPU_FP32
+    )
+    inputs = ARCHITECTURE.fusion_layers[0] * embeds.numel() * 4
+    assert kept <= inputs  # torch's hooks do not see all of them
+
+
+# ---- The text ----
+
+
+def test_plan_of_the_5b_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = load_settings(find_recipe("deepgen-5b-sft"), ["train.workers=8"])
+    job = plan.make_job(settings, "sft")
+    assert sum(job.parameters.matrices) + sum(job.parameters.vectors) == job.parameters.trained
+    assert 2_675_621_052 < job.parameters.trained < 2_675_621_052 + 185_163_776  # DiT and bridge, and the live LoRA
+    text = plan.plan_text(settings, "sft")
+    assert "8 learner workers, ZeRO-2, bf16" in text
+    assert f"{job.total() / memory.GIB:.1f}" in text
+    for size in plan.GPU_GIB:
+        assert f"  {size} GB" in text
+        found = plan.smallest_cluster(job, size)
+        assert found is None or found.total() <= memory.usable(size)
+    assert job.total() < replace(job, zero_stage=1).total() < replace(job, zero_stage=0).total()
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_checkpointing_and_precision_count() -> None:
+    with_, without, fp32 = (
+        plan.make_job(load_settings(find_recipe("deepgen-5b-sft"), overrides), "sft").batch()
+        for overrides in ([], ["model.gradient_checkpointing=false"], ["model.precision=fp32"])
+    )
+    dit, vlm = "activations: DiT", "activations: VLM decoder"
+    assert without[dit] > 8 * with_[dit] and without[vlm] > 8 * with_[vlm]
+    assert fp32["bf16 copies of the trained weights (autocast)"] == 0
+
+
+def test_plan_of_rl_adds_what_is_not_the_learner() -> None:
+    text = plan.plan_text(load_settings(None, []), "rl")
+    assert "8 rollout actors, one GPU each" in text and "KL reference" in text
+    assert "judge(s), one GPU each" in text and "not estimated" in text

@@ -1,0 +1,90 @@
+"""The aesthetic head and reward, on a tiny random CLIP."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPModel
+
+from deepgen.errors import UserError
+from rewards.aesthetic import AestheticHead, AestheticReward, load_head
+from rewards.base import RewardRequest
+from tests.helpers.reward_models import make_clip_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layout of assets/tiny/rewards: clip/ and aesthetic/ side by side."""
+    root = tmp_path_factory.mktemp("rewards")
+    make_clip_folder(root / "clip")
+    head = AestheticHead(16, hidden=[8], activation="gelu")
+    with torch.no_grad():
+        dict(head.named_parameters())["layers.1.bias"].fill_(5.0)
+    head.save(root / "aesthetic", clip="../clip")
+    return root / "aesthetic"
+
+
+def requests(count: int) -> list[RewardRequest]:
+    generator = np.random.default_rng(1)
+    images = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    return [RewardRequest(prompt="", answer="", task="t2i", image=image) for image in images]
+
+
+def test_linear_head_is_laions() -> None:
+    head = AestheticHead()
+    assert {key: tuple(value.shape) for key, value in head.state_dict().items()} == {
+        "layers.0.weight": (1, 768),
+        "layers.0.bias": (1,),
+    }
+    assert head(torch.zeros(3, 768)).shape == (3,)
+
+
+def test_saved_head_is_loaded_with_its_clip(folder: Path) -> None:
+    head, clip = load_head(folder)
+    assert head.config == {"in_features": 16, "hidden": [8], "activation": "gelu"}
+    assert clip == folder.parent / "clip"
+
+
+def test_scores_are_the_heads_and_stay_on_the_scale(folder: Path) -> None:
+    reward = AestheticReward.from_settings({"path": folder, "batch_size": 4})
+    batch = requests(6)
+    features = reward.encoder.embed_images([request.image for request in batch])
+    scores = reward.score(batch)
+    raw = reward.head(features).clamp(1, 10)
+    assert scores == pytest.approx(((raw - 1) / 9).tolist(), abs=1e-5)
+    assert len(set(scores)) == 6
+    assert reward.score([]) == []
+    with torch.no_grad():
+        dict(reward.head.named_parameters())["layers.1.bias"].fill_(50.0)
+    assert reward.score(batch) == [1.0] * 6
+
+
+def test_unusable_heads_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no head\.safetensors"):
+        load_head(folder.parent / "clip")
+    broken = tmp_path / "broken"
+    AestheticHead(16).save(broken, clip=str(folder.parent / "clip"))
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "hidden": [4]}))
+    with pytest.raises(UserError, match="does not fit its config"):
+        load_head(broken)
+    AestheticHead(8).save(broken, clip=str(folder.parent / "clip"))
+    with pytest.raises(UserError, match=r"width 8, the CLIP .* gives 16"):
+        AestheticReward(broken)
+
+
+def test_a_clip_saved_in_bf16_serves_a_head_in_fp32(folder: Path, tmp_path: Path) -> None:
+    """As the shipped one is; features are float32 whatever the folder holds."""
+    half = tmp_path / "clip"
+    shutil.copytree(folder.parent / "clip", half)
+    CLIPModel.from_pretrained(half).to(torch.bfloat16).save_pretrained(half)
+    load_head(folder)[0].save(tmp_path / "aesthetic", clip="../clip")
+    reward = AestheticReward(tmp_path / "aesthetic")
+    assert reward.encoder.embed_images([requests(1)[0].image]).dtype == torch.float32
+    scores, wanted = (np.array(r.score(requests(3)), dtype=float) for r in (reward, AestheticReward(folder)))
+    np.testing.assert_allclose(scores, wanted, atol=0.01)

@@ -1,0 +1,104 @@
+"""CLIP reward and its encoder, on a tiny random CLIP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deepgen.errors import UserError
+from rewards import REWARDS, build_reward, reward_class
+from rewards.base import RewardRequest
+from rewards.clip import CLIP_MEAN, CLIP_STD, ClipEncoder, ClipReward, preprocess
+from tests.helpers.reward_models import make_clip_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clip_folder(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> ClipEncoder:
+    return ClipEncoder(folder, batch_size=4)
+
+
+def pictures(count: int, height: int = 32, width: int = 32) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 256, (height, width, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def request(image: np.ndarray, prompt: str = "a red apple", answer: str = "") -> RewardRequest:
+    return RewardRequest(prompt=prompt, answer=answer, task="t2i", image=image)
+
+
+def test_registry_names_import_and_unknown_name_is_refused(folder: Path) -> None:
+    assert {name: reward_class(name).name for name in REWARDS} == {name: name for name in REWARDS}
+    assert isinstance(build_reward("clip", {"path": folder, "batch_size": 4, "replicas": 2}), ClipReward)
+    with pytest.raises(UserError, match="unknown reward 'clipp'; known are aesthetic, clip, judge, ocr"):
+        reward_class("clipp")
+
+
+def test_preprocess_resizes_crops_and_normalises() -> None:
+    smooth = np.asarray(Image.fromarray(pictures(1, 12, 20)[0]).resize((100, 60), Image.Resampling.BICUBIC))
+    wanted = Image.fromarray(smooth).resize((53, 32), Image.Resampling.BICUBIC).crop((10, 0, 42, 32))
+    pixels = preprocess(smooth, 32)  # [3, 32, 32]
+    shown = (pixels.permute(1, 2, 0) * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)) * 255
+    assert pixels.shape == (3, 32, 32)
+    # Pillow rounds to whole levels after each of its two passes.
+    assert np.abs(shown.numpy() - np.asarray(wanted, dtype=np.float32)).max() < 2.0
+
+
+def test_preprocess_does_not_touch_a_read_only_image_of_the_right_size() -> None:
+    image = pictures(1)[0]
+    image.setflags(write=False)
+    shown = (preprocess(image, 32).permute(1, 2, 0) * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)) * 255
+    np.testing.assert_allclose(shown.numpy(), image, atol=1e-3)
+
+
+def test_features_are_of_unit_length_and_do_not_depend_on_the_batch(encoder: ClipEncoder) -> None:
+    images = [*pictures(5), *pictures(1, 40, 64)]
+    together = encoder.embed_images(images)
+    alone = torch.cat([encoder.embed_images([image]) for image in images])
+    assert together.shape == (6, 16)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together.norm(dim=-1), torch.ones(6))
+    texts = ["a red apple", "cat", "the green sign image show", "car", "a blue car"]
+    torch.testing.assert_close(
+        encoder.embed_texts(texts), torch.cat([encoder.embed_texts([text]) for text in texts]), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_scores_are_cosines_with_answer_or_prompt(folder: Path, encoder: ClipEncoder) -> None:
+    reward = ClipReward(folder, batch_size=4)
+    images = pictures(3)
+    scores = reward.score(
+        [
+            request(images[0]),
+            request(images[1], answer="blue car"),
+            request(images[2], prompt="make it blue", answer="cat"),
+        ]
+    )
+    words = encoder.embed_texts(["a red apple", "blue car", "cat"])
+    assert scores == pytest.approx((encoder.embed_images(images) * words).sum(-1).tolist(), abs=1e-5)
+    assert reward.score([]) == []
+    assert len(set(scores)) == 3
+
+
+def test_long_texts_are_cut_and_keep_their_end_token(encoder: ClipEncoder) -> None:
+    ids = encoder.tokenizer("red " * 50, truncation=True, max_length=encoder.max_length).input_ids
+    assert len(ids) == encoder.max_length == 12
+    assert ids[-1] == encoder.tokenizer.eos_token_id
+    torch.testing.assert_close(encoder.embed_texts(["red " * 50]), encoder.embed_texts(["red " * 90]))
+
+
+def test_unusable_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rewards\.clip\.path: no such folder"):
+        ClipReward(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        ClipReward(tmp_path)
+    with pytest.raises(UserError, match="does not end texts with an end token"):
+        ClipReward(make_clip_folder(tmp_path / "endless", end_token=False))

