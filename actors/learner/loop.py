@@ -24,8 +24,8 @@ from actors.learner.checkpoint_store import AVERAGED, RESULT, CheckpointStore, M
 from actors.learner.collectives import gather
 from actors.learner.ema import Ema
 from actors.learner.engine import TrainingEngine, Weights, learning_rate
-from deepgen.diffusion.trajectory import stable_seed
 from deepgen.errors import UserError
+from deepgen.seeds import stable_seed
 from deepgen.tracking.progress import Phases, Progress
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from deepgen.data.loading.collate import MicroBatch
 from deepgen.data.loading.dataset import Picture, resized
 from deepgen.data.records import Record, usable_image
 from deepgen.data.usable import left_out
-from deepgen.diffusion.trajectory import stable_seed
 from deepgen.evaluation.results import GRID_PROMPTS, Evaluation, choose_records, grid, heldout_records
+from deepgen.seeds import stable_seed
 
 if TYPE_CHECKING:
     from pathlib import Path

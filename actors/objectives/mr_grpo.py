@@ -20,13 +20,13 @@ from actors.experience.stream import GroupBatch, RankBatch
 from actors.experience.weight_sync import publish_weights
 from actors.learner.loop import Metrics, Parts, StepContext, WorkerContext
 from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro, MixtureSource, open_training_set, size_note
-from actors.objectives.policy_losses import POLICY_TERMS, PolicyMicro
+from actors.objectives.policy_losses import PolicyMicro, PolicyTerm
 from deepgen.config import Settings
 from deepgen.data.loading.collate import MicroBatch
 from deepgen.data.loading.mixture import Mixture
 from deepgen.data.usable import left_out
 from deepgen.evaluation.results import GRID_PROMPTS, Evaluation, choose_records, grid, heldout_records
-from deepgen.registry import lookup
+from deepgen.registry import POLICY_LOSSES
 
 if TYPE_CHECKING:
     from deepgen.models.unified import UnifiedModel
@@ -170,7 +170,7 @@ class MRGRPO:
         self._sft_coef = settings.algorithm.sft_coef
         self._reference = reference
         self._auxiliary = auxiliary
-        self._term = lookup(POLICY_TERMS, settings.algorithm.policy_loss, "algorithm.policy_loss")(settings)
+        self._term: PolicyTerm = POLICY_LOSSES.load(settings.algorithm.policy_loss)(settings)
 
     @classmethod
     def for_worker(cls, context: WorkerContext, auxiliary: FlowMatching | None) -> MRGRPO:

@@ -1,12 +1,13 @@
 """What a group of samples teaches the policy: one class for each `algorithm.policy_loss`, and the KL beside it.
 
 `ClippedRatio` scores the sampler steps that were drawn (paper Eq. 3); `NegativeAware` trains the forward process on the
-finished samples (DiffusionNFT). A new one is a class with `micros` and `loss`, and its entry in `POLICY_TERMS`.
+finished samples (DiffusionNFT). A new one is a class with `micros` and `loss`, named in
+`deepgen.registry.POLICY_LOSSES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -27,7 +28,8 @@ from deepgen.algorithms.losses import (
 from deepgen.config import Settings
 from deepgen.diffusion.samplers import guided, sampler_step
 from deepgen.diffusion.schedule import timesteps
-from deepgen.diffusion.trajectory import draw_noise, stable_seed
+from deepgen.diffusion.trajectory import draw_noise
+from deepgen.seeds import stable_seed
 
 if TYPE_CHECKING:
     from deepgen.models.unified import Conditioning
@@ -261,9 +263,3 @@ def _check_kl(metrics: Metrics, context: StepContext, precision: str) -> None:
             raise PolicyInvariantError(
                 f"step 0: the KL of the initial policy to itself is {kl:.2e}, more than {allowed:.0e}"
             )
-
-
-POLICY_TERMS: dict[str, Callable[[Settings], PolicyTerm]] = {
-    "clipped_ratio": ClippedRatio,
-    "diffusion_nft": NegativeAware,
-}

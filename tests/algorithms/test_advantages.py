@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepgen.algorithms.advantages import ADVANTAGES, AdvantageResult, Scores, group_advantages, weighted_total
+from deepgen.algorithms.advantages import AdvantageResult, Scores, group_advantages, weighted_total
 from deepgen.errors import UserError
+from deepgen.registry import ADVANTAGES
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "advantages.npz", allow_pickle=False)
 NAN = float("nan")

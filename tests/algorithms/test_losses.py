@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from deepgen.algorithms.losses import (
-    KL_FORMS,
     PolicyStep,
     clipped_policy_loss,
     combine,
@@ -19,6 +18,7 @@ from deepgen.algorithms.losses import (
 )
 from deepgen.diffusion.samplers import sampler_step
 from deepgen.errors import UserError
+from deepgen.registry import KL_FORMS
 
 
 def _randn(*shape: int, seed: int = 0) -> Tensor:

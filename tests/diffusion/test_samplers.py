@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepgen.diffusion.samplers import SAMPLERS, StepResult, guided, sampler_step
+from deepgen.diffusion.samplers import StepResult, guided, sampler_step
 from deepgen.errors import UserError
+from deepgen.registry import SAMPLERS
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "samplers.npz", allow_pickle=False)
 REFERENCE_NAMES = {"cps_sde": "cps", "flowgrpo_sde": "flow_sde", "dance_sde": "dance_sde"}

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from actors.experience.policy_sampler import LearnerGroup, trained_steps
 from actors.experience.stream import GroupBatch
 from actors.learner.loop import StepContext
-from actors.objectives.policy_losses import POLICY_TERMS
 from deepgen.config import Settings, load_settings
 from deepgen.diffusion.schedule import rollout_sigmas
 from deepgen.diffusion.trajectory import sample, start_group
 from deepgen.models.unified import Conditioning
+from deepgen.registry import POLICY_LOSSES
 
 SHAPE = (2, 4, 4)
 CONTEXT = StepContext(1, 3, 0, 1, torch.device("cpu"))
@@ -59,17 +59,17 @@ def make(name: str, *more: str) -> tuple[Settings, GroupBatch, LearnerGroup]:
 def total(name: str, *more: str) -> Tensor:
     """Gradient of a group's loss in the DiT's weight."""
     settings, group, samples = make(name, *more)
-    term, dit, reference = POLICY_TERMS[name](settings), Dit(0.5), Dit(0.3)
+    term, dit, reference = POLICY_LOSSES[name](settings), Dit(0.5), Dit(0.3)
     for micro in term.micros(group, samples, 3, 0.25):
         (micro.share * term.loss(dit, reference, micro, CONTEXT)[0]).backward()
     assert dit.weight.grad is not None and reference.weight.grad is None
     return dit.weight.grad
 
 
-@pytest.mark.parametrize("name", POLICY_TERMS)
+@pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_a_group_is_split_and_adds_up(name: str) -> None:
     settings, group, samples = make(name)
-    micros = list(POLICY_TERMS[name](settings).micros(group, samples, 3, 0.25))
+    micros = list(POLICY_LOSSES[name](settings).micros(group, samples, 3, 0.25))
     assert [len(micro.x) for micro in micros] == [3, 3, 2]
     assert sum(micro.share for micro in micros) == pytest.approx(0.25)
     assert sum(micro.images for micro in micros) == pytest.approx(4)
@@ -80,6 +80,6 @@ def test_a_group_is_split_and_adds_up(name: str) -> None:
     torch.testing.assert_close(total(name), total(name, "algorithm.update_micro_batch=8"))
 
 
-@pytest.mark.parametrize("name", POLICY_TERMS)
+@pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_the_kl_pulls_towards_the_reference(name: str) -> None:
     assert total(name, "algorithm.kl_beta=1") > total(name, "algorithm.kl_beta=0")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deepgen.errors import UserError
-from deepgen.registry import lookup
+from deepgen.registry import ADVANTAGES, lookup
 
 WHITEN = {"global": "the whole batch", "rank": "each rank's samples", "none": "not at all"}
 
@@ -61,7 +61,7 @@ def group_advantages(
     rank_ids: Tensor | None = None,
     clip: float | None = 5.0,
 ) -> AdvantageResult:
-    """Advantages of N samples by the method called `name` (a key of ADVANTAGES).
+    """Advantages of N samples by the method called `name` (of `ADVANTAGES`, or the path of your own).
 
     rewards: [N, K], NaN for missing. weights: [N, K], the prompt's weight of each reward.
     group_ids: [N], equal for samples of one group, in any order.
@@ -70,7 +70,7 @@ def group_advantages(
 
     Raises UserError for an unknown name or scope, ValueError for shapes or values that don't fit.
     """
-    method = lookup(ADVANTAGES, name, "algorithm.advantage")
+    method: Callable[[Scores], tuple[Tensor, Tensor]] = ADVANTAGES.load(name)
     scores = _checked(rewards, weights, group_ids, _scope(whiten, rewards, rank_ids), eps)
     normalised, flat = normalise(scores.rewards, scores.present, scores.groups, eps)
     combined, advantages = method(scores)
@@ -118,14 +118,6 @@ def reinforcepp(scores: Scores) -> tuple[Tensor, Tensor]:
     """REINFORCE++: weighted raw sum, normalised over the batch; groups play no part."""
     total = weighted_total(scores)
     return total, normalise(total, scores.usable, _required(scores, "reinforcepp"), scores.eps)[0]
-
-
-ADVANTAGES: dict[str, Callable[[Scores], tuple[Tensor, Tensor]]] = {
-    "gdpo": gdpo,
-    "grpo": grpo,
-    "grpo_global_std": grpo_global_std,
-    "reinforcepp": reinforcepp,
-}
 
 
 # -- parts -----------------------------------------------------------------------------------------

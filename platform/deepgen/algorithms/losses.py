@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepgen.registry import lookup
+from deepgen.registry import KL_FORMS
 
 _VARIANCE_EPS = 1e-7  # added to 2 std^2 in the reference's KL terms
 _SMALLEST_ERROR = 1e-5  # below it an image counts as hit, and its error is not blown up any further
@@ -150,16 +150,25 @@ class PolicyStep(NamedTuple):
     std: Tensor  # [B, 1, 1, 1]
 
 
-KL_FORMS: dict[str, Callable[[PolicyStep, PolicyStep], Tensor]] = {
-    "velocity": lambda new, ref: kl_velocity(new.velocity, ref.velocity),
-    "velocity_scaled": lambda new, ref: kl_velocity_scaled(new.velocity, ref.velocity, new.std),
-    "latent_mean": lambda new, ref: kl_latent_mean(new.mean, ref.mean, new.std),
-}
+def velocity(new: PolicyStep, reference: PolicyStep) -> Tensor:
+    """`algorithm.kl: velocity` (paper Eq. 4), [B]."""
+    return kl_velocity(new.velocity, reference.velocity)
+
+
+def velocity_scaled(new: PolicyStep, reference: PolicyStep) -> Tensor:
+    """`algorithm.kl: velocity_scaled` (the reference's form), [B]."""
+    return kl_velocity_scaled(new.velocity, reference.velocity, new.std)
+
+
+def latent_mean(new: PolicyStep, reference: PolicyStep) -> Tensor:
+    """`algorithm.kl: latent_mean`, between the means of the step, [B]."""
+    return kl_latent_mean(new.mean, reference.mean, new.std)
 
 
 def kl_divergence(name: str, new: PolicyStep, reference: PolicyStep) -> Tensor:
     """The form called `name` (a key of KL_FORMS), [B]. "none" is not a form: without a KL no reference model runs."""
-    return lookup(KL_FORMS, name, "algorithm.kl")(new, reference)
+    divergence: Callable[[PolicyStep, PolicyStep], Tensor] = KL_FORMS.load(name)
+    return divergence(new, reference)
 
 
 def combine(policy: Tensor, kl: Tensor | float, beta: float, sft: Tensor | float, sft_coef: float) -> Tensor:

@@ -1,6 +1,6 @@
 """One sampling step x -> x' from noise level sigma to sigma' < sigma, and how probable that step was (M3.3).
 
-Every sampler is a pair of pure functions in `SAMPLERS`:
+Every sampler is a pair of pure functions, called by its name in `deepgen.registry.SAMPLERS`:
 
 * `transition(x, v, sigma, sigma', eta) -> mean, std`: the step is x' = mean + std * noise;
 * `log_prob(x', mean, std) -> [B]`: what policy-gradient training compares between the new and the old policy.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from deepgen.errors import UserError
-from deepgen.registry import lookup
+from deepgen.registry import SAMPLERS
 
 _EPS = 1e-8  # of the Gaussian density, as in the reference; it matters once std is about 1e-3
 
@@ -68,7 +68,7 @@ def sampler_step(
     Raises UserError for an unknown sampler or an eta out of range, ValueError unless one of noise and next_x is given
     (next_x never with `ode`).
     """
-    sampler = lookup(SAMPLERS, name, "rollout.sampler")
+    sampler = SAMPLERS.load(name)
     if sampler.stochastic and not 0 < eta <= sampler.eta_max:
         limit = f" and at most {sampler.eta_max:g}" if sampler.eta_max < math.inf else ""
         raise UserError(f"rollout.eta: got {eta} with sampler {name!r}; allowed: above 0{limit} (for 0 use 'ode')")
@@ -166,9 +166,9 @@ def certain_log_prob(next_x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return mean.new_zeros(mean.shape[0])
 
 
-SAMPLERS: dict[str, Sampler] = {
-    "cps": Sampler(cps_transition, squared_distance_log_prob, eta_max=1.0),
-    "flow_sde": Sampler(flow_sde_transition, gaussian_log_prob),
-    "dance_sde": Sampler(dance_sde_transition, gaussian_log_prob),
-    "ode": Sampler(ode_transition, certain_log_prob, stochastic=False),
-}
+# -- the samplers by name: `deepgen.registry.SAMPLERS` ---------------------------------------------
+
+CPS = Sampler(cps_transition, squared_distance_log_prob, eta_max=1.0)
+FLOW_SDE = Sampler(flow_sde_transition, gaussian_log_prob)
+DANCE_SDE = Sampler(dance_sde_transition, gaussian_log_prob)
+ODE = Sampler(ode_transition, certain_log_prob, stochastic=False)

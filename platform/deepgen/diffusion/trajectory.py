@@ -7,8 +7,6 @@ model's business: matrix kernels may round differently at another batch size, so
 must be drawn in the same batches.) Generators live on the CPU, so noise is also the same on every device type.
 """
 
-import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +15,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from deepgen.diffusion.samplers import SAMPLERS, guided, sampler_step
+from deepgen.diffusion.samplers import guided, sampler_step
 from deepgen.diffusion.schedule import timesteps
 from deepgen.errors import UserError
-from deepgen.registry import lookup
+from deepgen.registry import SAMPLERS, lookup
+from deepgen.seeds import stable_seed
 
 _GROUP = -1  # "sample index" whose generator draws noise that a whole group shares
 
@@ -32,16 +31,6 @@ class VelocityFn(Protocol):
 
 
 # -- seeds and noise -------------------------------------------------------------------------------
-
-
-def stable_seed(*parts: int | str) -> int:
-    """63-bit seed from the parts, the same in every process and Python version (unlike `hash`).
-
-    Torch's CPU generator uses the low 32 bits: two of a million samples may well draw the same noise, two of one group
-    will not.
-    """
-    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def sample_seed(run_seed: int, prompt_id: str, epoch: int, index: int) -> int:
@@ -212,13 +201,13 @@ def sample(
     log_probs: list[Tensor] = []
     for i in range(num_steps):
         name = sampler if window == "all" or i in trained else "ode"
-        if SAMPLERS[name].stochastic and len(x) < len(noise):
+        if SAMPLERS.load(name).stochastic and len(x) < len(noise):
             x = x.expand(len(noise), *x.shape[1:])
         t = timesteps(sigmas[i]).expand(len(x))
         v = velocity_fn(x, t)
         if guidance_scale != 1 and velocity_uncond_fn is not None:
             v = guided(v, velocity_uncond_fn(x, t), guidance_scale)
-        fresh = draw_noise(generators, x.shape[1:]).to(x.device) if SAMPLERS[name].stochastic else None
+        fresh = draw_noise(generators, x.shape[1:]).to(x.device) if SAMPLERS.load(name).stochastic else None
         step = sampler_step(name, x, v, sigmas[i], sigmas[i + 1], eta=eta, noise=fresh)
         if i in trained:
             states[i], states[i + 1] = x, step.next
@@ -238,7 +227,7 @@ def _check_request(
     velocity_uncond_fn: VelocityFn | None,
 ) -> None:
     lookup(WINDOWS, window, "rollout.sde_window")
-    if trained and not lookup(SAMPLERS, sampler, "rollout.sampler").stochastic:
+    if trained and not SAMPLERS.load(sampler).stochastic:
         allowed = ", ".join(name for name, entry in SAMPLERS.items() if entry.stochastic)
         raise UserError(f"rollout.sampler: got {sampler!r}, whose steps can't be trained on; allowed: {allowed}")
     if not trained <= set(range(num_steps)):

@@ -10,7 +10,7 @@ from deepgen.data.loading.dataset import Kept, Picture, Sample, TrainingSet
 from deepgen.data.loading.mixture import PlannedMicroBatch
 from deepgen.data.quarantine import BadRow
 from deepgen.data.records import RecordError
-from deepgen.diffusion.trajectory import stable_seed
+from deepgen.seeds import stable_seed
 
 
 @dataclass(frozen=True)
