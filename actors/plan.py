@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from deepgen.config import Settings
-from deepgen.config.cli import Stage
 from deepgen.models.presets import PRESETS, Architecture
+from deepgen.models.stage_parts import Stage
 from deepgen.planning import memory
 from deepgen.planning.memory import FP32, GIB, Numbers, Parameters, States
 

@@ -9,9 +9,9 @@ from actors.learner.ray_train import LearnerJob, own_folder, prepare_run, run_le
 from actors.plan import plan_text
 from deepgen.cluster.connect import connect
 from deepgen.config import parse_command_line
-from deepgen.config.cli import Stage
 from deepgen.data.loading.mixture import check_training_data
 from deepgen.evaluation.results import heldout_records
+from deepgen.models.stage_parts import Stage
 
 
 def main(stage: Stage) -> int:

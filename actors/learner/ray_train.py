@@ -23,6 +23,7 @@ from deepgen.cluster.resources import process_resources
 from deepgen.config import Settings, UserError
 from deepgen.data.usable import JUDGED
 from deepgen.models.presets import check_width
+from deepgen.models.stage_parts import TRAINED_PARTS
 from deepgen.tracking.tracker import check_tracking
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 CONSOLE = "console.log"
 _POLL_S = 0.2
-_PARTS_TRAINED = {"pretrain": ("bridge",), "sft": ("bridge", "transformer"), "rl": ("transformer",)}
 _RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # start and end of a run wait for a look at the workers; default 2 s
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in a worker as in the submitted checkout
@@ -309,7 +309,7 @@ def _probe(folder: Path) -> None:
 def _check_space(folder: Path, settings: Settings, stage: str) -> None:
     """Room for the checkpoints (weights and two moments in fp32) and the result, estimated from the weights' files."""
     weights = Path(settings.model.weights)
-    trained = sum(_folder_bytes(weights / part) for part in _PARTS_TRAINED[stage])
+    trained = sum(_folder_bytes(weights / part) for part in TRAINED_PARTS[stage])
     count = min(settings.train.keep_checkpoints, settings.train.steps // settings.train.checkpoint_every + 1) + 1
     needed = 3 * trained * count + _folder_bytes(weights) + SPARE_BYTES
     free = shutil.disk_usage(folder).free

@@ -92,6 +92,14 @@ SAMPLERS = Registry(
         "ode": "deepgen.diffusion.samplers:ODE",
     },
 )
+SDE_WINDOWS = Registry(
+    "rollout.sde_window",
+    {
+        "all": "deepgen.diffusion.trajectory:random_subset",
+        "window": "deepgen.diffusion.trajectory:random_window",
+        "first": "deepgen.diffusion.trajectory:first_window",
+    },
+)
 REWARDS = Registry(
     "rewards.NAME.class",
     {

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepgen.algorithms.rules import WHITEN
 from deepgen.errors import UserError
 from deepgen.registry import ADVANTAGES, lookup
-
-WHITEN = {"global": "the whole batch", "rank": "each rank's samples", "none": "not at all"}
 
 
 @dataclass(frozen=True)

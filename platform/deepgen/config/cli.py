@@ -6,17 +6,16 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
-from deepgen.config.paths import CHECKOUT, exists, resolve_path
 from deepgen.config.recipes import find_recipe, read_recipe
 from deepgen.config.settings import Settings, allowed_values, leaf_keys, load_settings, sections
+from deepgen.config.stage_rules import check_inputs, check_stage
 from deepgen.errors import UserError, nearest
+from deepgen.models.stage_parts import Stage
 
-Stage = Literal["pretrain", "sft", "rl"]
 WIDTH = 100
 _FLAGS = ("help", "plan", "print-config", "resume")
 
@@ -110,61 +109,6 @@ def _check_option(name: str, *, has_value: bool) -> None:
         raise UserError(f"--{name}: got a value; allowed: --{name} alone")
     if "." not in name and name != "recipe":
         raise UserError(f"unknown option '--{name}'{nearest(name, ['recipe', *_FLAGS, *leaf_keys()])}")
-
-
-# ---- Checks that depend on the stage ----
-
-
-def check_stage(settings: Settings, stage: Stage) -> None:
-    """Pairs of settings that only this stage cannot run with. UserError."""
-    if stage != "rl":
-        return
-    rollout, train, algorithm = settings.rollout, settings.train, settings.algorithm
-    if rollout.sampler == "ode" and algorithm.policy_loss == "clipped_ratio":
-        raise UserError(
-            "rollout.sampler: got 'ode', which has no log-probabilities for algorithm.policy_loss clipped_ratio; "
-            "allowed in rl: cps, flow_sde or dance_sde, or algorithm.policy_loss=diffusion_nft"
-        )
-    if rollout.sampler == "ode" and rollout.same_noise:
-        raise UserError(
-            "rollout.same_noise: got true with rollout.sampler ode, so that all images of a group would be equal; "
-            "allowed in rl: false"
-        )
-    if algorithm.policy_loss == "diffusion_nft" and algorithm.kl not in ("velocity", "none"):
-        raise UserError(
-            f"algorithm.kl: got {algorithm.kl!r} with algorithm.policy_loss diffusion_nft, which trains no sampler "
-            "steps and so has no variance of one; allowed: velocity or none"
-        )
-    if rollout.eta == 0 and rollout.sampler != "ode":
-        raise UserError("rollout.eta: got 0, which leaves no noise to explore with; allowed in rl: number > 0")
-    if rollout.prompts_per_step % train.workers:
-        raise UserError(
-            f"rollout.prompts_per_step: got {rollout.prompts_per_step} for train.workers {train.workers}; "
-            f"allowed: a multiple of {train.workers}, so that each rank gets as many groups"
-        )
-    if not settings.rewards.used():
-        raise UserError("rewards.weights: got no weight above 0; allowed: at least one reward for some task")
-
-
-def check_inputs(settings: Settings, stage: Stage) -> None:
-    """That every file and folder this stage reads is there. UserError naming the key."""
-    needed = {"model.weights": settings.model.weights}
-    if stage != "rl" or settings.algorithm.sft_coef > 0:
-        needed["data.train"] = settings.data.train
-    if settings.evaluation.prompts:
-        needed["data.heldout"] = settings.data.heldout
-    if stage == "rl":
-        needed["data.prompts"] = settings.data.prompts
-        for name in settings.rewards.used():
-            path = getattr(getattr(settings.rewards, name), "path", None)
-            if path is not None:
-                needed[f"rewards.{name}.path"] = path
-    for key, path in needed.items():
-        if not exists(resolve_path(path)):
-            places = [] if path.is_absolute() else [Path.cwd(), *([CHECKOUT] if CHECKOUT else [])]
-            looked = f" in {' or '.join(dict.fromkeys(map(str, places)))}" if places else ""
-            without = "; without held-out records: evaluation.prompts=0" if key == "data.heldout" else ""
-            raise UserError(f"{key}: no file or folder {str(path)!r}{looked}{without}")
 
 
 # ---- Help ----

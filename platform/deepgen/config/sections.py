@@ -12,8 +12,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from deepgen.algorithms.rules import WHITEN, check_noise
+from deepgen.config.choices import OneOf
 from deepgen.config.paths import InputPath, OptionalOutputPath, OutputPath
 from deepgen.errors import nearest
+from deepgen.models.presets import PADDINGS, PRESETS
+from deepgen.registry import ADVANTAGES, KL_FORMS, POLICY_LOSSES, SAMPLERS, SDE_WINDOWS
 
 TASKS = ("t2i", "reasoning", "text", "edit")
 Weight = Annotated[float, Field(ge=0)]
@@ -54,9 +58,9 @@ class RunSettings(Section):
 
 class ModelSettings(Section):
     about: ClassVar[str] = "architecture, weights and precision"
-    preset: Literal["tiny", "deepgen-5b"] = setting("deepgen-5b", "Architecture the weights must have.")
+    preset: Annotated[str, OneOf(PRESETS)] = setting("deepgen-5b", "Architecture the weights must have.")
     weights: InputPath = setting("weights/deepgen-5b", "Component folder, or a checkpoint of an earlier stage.")
-    padding: Literal["masked", "reference"] = setting(
+    padding: Annotated[str, OneOf(PADDINGS)] = setting(
         "masked", "Left padding of prompts: masked, or attended to as the reference implementation does."
     )
     precision: Literal["fp32", "bf16"] = setting("bf16", "fp32, or bf16 autocast. Log-probabilities are fp32 in both.")
@@ -170,7 +174,7 @@ class TrainSettings(Section):
 
 class RolloutSettings(Section):
     about: ClassVar[str] = "sampling of images in rl"
-    sampler: Literal["cps", "flow_sde", "dance_sde", "ode"] = setting(
+    sampler: Annotated[str, OneOf(SAMPLERS)] = setting(
         "cps", "Sampler step. ode draws no noise and has no log-probabilities; rl takes it only with diffusion_nft."
     )
     eta: float = setting(1.0, "Noise level of the SDE samplers; for cps 1 is complete re-noising.", ge=0, le=2)
@@ -183,7 +187,7 @@ class RolloutSettings(Section):
         unit="steps",
         ge=1,
     )
-    sde_window: Literal["all", "window", "first"] = setting(
+    sde_window: Annotated[str, OneOf(SDE_WINDOWS)] = setting(
         "all",
         "all: every step draws noise and random ones are trained; window: noise only in a random run of neighbouring "
         "steps, all trained; first: that run at the beginning.",
@@ -202,27 +206,26 @@ class RolloutSettings(Section):
                 f"rollout.sde_steps: got {self.sde_steps} with rollout.num_steps {self.num_steps}; "
                 f"allowed: 1 to {usable} (the last step is never trained)"
             )
-        if self.sampler == "cps" and self.eta > 1:
-            raise ValueError(f"rollout.eta: got {self.eta:g} with rollout.sampler cps; allowed: > 0 and <= 1")
+        check_noise(self.sampler, self.eta)
         return self
 
 
 class AlgorithmSettings(Section):
     about: ClassVar[str] = "MR-GRPO: advantages and loss"
-    advantage: Literal["gdpo", "grpo", "grpo_global_std", "reinforcepp"] = setting(
+    advantage: Annotated[str, OneOf(ADVANTAGES)] = setting(
         "gdpo", "gdpo normalises each reward in its group, then mixes; the others mix raw rewards first."
     )
-    whiten: Literal["global", "rank", "none"] = setting(
+    whiten: Annotated[str, OneOf(WHITEN)] = setting(
         "global", "gdpo: advantages get mean 0 and deviation 1 over the whole batch, over a rank's share, or not."
     )
     advantage_clip: float = setting(5.0, "Advantages are clamped to plus and minus this.", gt=0)
-    policy_loss: Literal["clipped_ratio", "diffusion_nft"] = setting(
+    policy_loss: Annotated[str, OneOf(POLICY_LOSSES)] = setting(
         "clipped_ratio",
         "clipped_ratio: probability ratios of the sampler steps (paper); diffusion_nft: flow matching towards good "
         "samples and away from bad ones, with any sampler.",
     )
     clip_range: float = setting(1e-4, "The probability ratio is clipped to 1 plus and minus this.", gt=0, lt=1)
-    kl: Literal["velocity", "velocity_scaled", "latent_mean", "none"] = setting(
+    kl: Annotated[str, OneOf(KL_FORMS, "none")] = setting(
         "velocity",
         "Distance to the initial model: of velocities (paper), of velocities over twice the step's variance "
         "(reference), of step means, or none. kl_beta does not transfer between them.",

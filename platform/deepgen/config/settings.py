@@ -16,6 +16,8 @@ import yaml
 from pydantic import ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from deepgen.algorithms.rules import check_group
+from deepgen.config.choices import OneOf
 from deepgen.config.recipes import describe_yaml_error, parse_value, read_recipe
 from deepgen.config.sections import (
     TASKS,
@@ -54,16 +56,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _check_groups(self) -> Self:
-        group, advantage = self.rollout.group_size, self.algorithm.advantage
-        if advantage != "reinforcepp" and group < 2:
-            raise ValueError(
-                f"rollout.group_size: got {group} with algorithm.advantage {advantage}, which compares the images of "
-                "a group; allowed: >= 2"
-            )
-        if group * self.rollout.prompts_per_step < 2:
-            raise ValueError(
-                "rollout.group_size and rollout.prompts_per_step: got 1 and 1; allowed: at least 2 images a step"
-            )
+        check_group(self.algorithm.advantage, self.rollout.group_size, self.rollout.prompts_per_step)
         return self
 
 
@@ -164,11 +157,19 @@ def _describe(error: ValidationError, origin: Mapping[str, str]) -> str:
             given = problem["input"]
             said = "nothing" if given is None else repr(given)
             place = next((f" {origin[k]}" for k in (key, leaf) if k in origin), "")
-            options = [str(o) for o in _literals(leaves[leaf].annotation)]
+            options = [str(o) for o in _options(leaves[leaf])]
             hint = nearest(given, options) if isinstance(given, str) else ""
             lines.setdefault(key, f"{key}: got {said}{place}; allowed: {allowed_values(leaves[leaf])}{hint}")
     first, *others = lines.values()
     return first + (f" (and {len(others)} more)" if others else "")
+
+
+def _options(field: FieldInfo) -> Iterator[Any]:
+    """What a key may be, where that is a list."""
+    for choice in field.metadata:
+        if isinstance(choice, OneOf):
+            yield from choice.names
+    yield from _literals(field.annotation)
 
 
 def _literals(kind: Any) -> Iterator[Any]:
@@ -213,7 +214,8 @@ def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]
 
 def allowed_values(field: FieldInfo) -> str:
     """What a key accepts, in words: "whole number >= 1", "cps, flow_sde, dance_sde or ode", "path"."""
-    return _allowed(field.annotation, field.metadata)
+    choice = next((limit for limit in field.metadata if isinstance(limit, OneOf)), None)
+    return choice.allowed if choice else _allowed(field.annotation, field.metadata)
 
 
 def _allowed(kind: Any, limits: Sequence[Any]) -> str:

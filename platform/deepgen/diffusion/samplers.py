@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepgen.algorithms.rules import ETA_MAX
 from deepgen.errors import UserError
 from deepgen.registry import SAMPLERS
 
@@ -168,7 +169,7 @@ def certain_log_prob(next_x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 # -- the samplers by name: `deepgen.registry.SAMPLERS` ---------------------------------------------
 
-CPS = Sampler(cps_transition, squared_distance_log_prob, eta_max=1.0)
+CPS = Sampler(cps_transition, squared_distance_log_prob, eta_max=ETA_MAX["cps"])
 FLOW_SDE = Sampler(flow_sde_transition, gaussian_log_prob)
 DANCE_SDE = Sampler(dance_sde_transition, gaussian_log_prob)
 ODE = Sampler(ode_transition, certain_log_prob, stochastic=False)

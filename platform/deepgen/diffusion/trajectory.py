@@ -18,7 +18,7 @@ from torch import Tensor
 from deepgen.diffusion.samplers import guided, sampler_step
 from deepgen.diffusion.schedule import timesteps
 from deepgen.errors import UserError
-from deepgen.registry import SAMPLERS, lookup
+from deepgen.registry import SAMPLERS, SDE_WINDOWS
 from deepgen.seeds import stable_seed
 
 _GROUP = -1  # "sample index" whose generator draws noise that a whole group shares
@@ -76,20 +76,17 @@ def start_group(
 # -- which steps are trained -----------------------------------------------------------------------
 
 
-def _random_subset(num_steps: int, count: int, rng: random.Random) -> list[int]:
+def random_subset(num_steps: int, count: int, rng: random.Random) -> list[int]:
     return sorted(rng.sample(range(num_steps - 1), count))
 
 
-def _random_window(num_steps: int, count: int, rng: random.Random) -> list[int]:
+def random_window(num_steps: int, count: int, rng: random.Random) -> list[int]:
     start = rng.randrange(num_steps - count)
     return list(range(start, start + count))
 
 
-def _first(num_steps: int, count: int, rng: random.Random) -> list[int]:
+def first_window(num_steps: int, count: int, rng: random.Random) -> list[int]:
     return list(range(count))
-
-
-WINDOWS = {"all": _random_subset, "window": _random_window, "first": _first}
 
 
 def choose_sde_steps(num_steps: int, sde_steps: int, window: str, seed: int) -> list[int]:
@@ -103,7 +100,7 @@ def choose_sde_steps(num_steps: int, sde_steps: int, window: str, seed: int) -> 
 
     `seed` comes from `step_seed(run seed, step)`: the choice is the same for all ranks and groups of a training step.
     """
-    choose = lookup(WINDOWS, window, "rollout.sde_window")
+    choose = SDE_WINDOWS.load(window)
     if not 0 <= sde_steps < num_steps:
         raise UserError(f"rollout.sde_steps: got {sde_steps} with {num_steps} steps; allowed: 0 to {num_steps - 1}")
     return choose(num_steps, sde_steps, random.Random(seed))
@@ -226,7 +223,7 @@ def _check_request(
     guidance_scale: float,
     velocity_uncond_fn: VelocityFn | None,
 ) -> None:
-    lookup(WINDOWS, window, "rollout.sde_window")
+    SDE_WINDOWS.path(window)
     if trained and not SAMPLERS.load(sampler).stochastic:
         allowed = ", ".join(name for name, entry in SAMPLERS.items() if entry.stochastic)
         raise UserError(f"rollout.sampler: got {sampler!r}, whose steps can't be trained on; allowed: {allowed}")

@@ -215,6 +215,7 @@ DEEPGEN_5B = Architecture(
 )
 
 PRESETS: dict[str, Architecture] = {"tiny": TINY, "deepgen-5b": DEEPGEN_5B}
+PADDINGS = ("masked", "reference")  # of prompts: masked out, or attended to as the reference implementation does
 
 
 def check_preset(preset: str, found: Architecture, where: object) -> None:

@@ -16,7 +16,8 @@ from deepgen.errors import UserError
 from deepgen.models.bridge import BRIDGE_PREFIXES, Bridge
 from deepgen.models.chat_template import check_tokenizer, tokenize
 from deepgen.models.dit import DeepGenTransformer
-from deepgen.models.presets import Architecture, check_preset
+from deepgen.models.presets import PADDINGS, Architecture, check_preset
+from deepgen.models.stage_parts import TRAINED_PARTS
 from deepgen.models.vlm import (
     LoraSettings,
     SeenImage,
@@ -30,8 +31,6 @@ from deepgen.models.vlm import (
 from deepgen.models.weights_io import folder as weights_folder
 
 References = Sequence[Sequence[Tensor | SeenImage]]
-PADDINGS = ("masked", "reference")
-STAGES = ("pretrain", "sft", "rl")
 
 
 @dataclass
@@ -291,22 +290,22 @@ class UnifiedModel(Bridge):
     # ------------------------------------------------------------ training
 
     def trainable_parameters(self, stage: str) -> list[tuple[str, nn.Parameter]]:
-        """Set `requires_grad` for a stage and list what it trains (M1.11).
+        """Set `requires_grad` for a stage and list what it trains, `TRAINED_PARTS[stage]` (M1.11).
 
-        pretrain: think tokens and bridge; sft: these, the DiT and the VLM's LoRA; rl: the DiT alone. Adapters that
-        can never receive a gradient stay frozen.
+        Adapters that can never receive a gradient stay frozen.
         """
-        if stage not in STAGES:
-            raise ValueError(f"stage {stage!r}; one of {', '.join(STAGES)}")
+        if stage not in TRAINED_PARTS:
+            raise ValueError(f"stage {stage!r}; one of {', '.join(TRAINED_PARTS)}")
+        parts = TRAINED_PARTS[stage]
         deepest = self.architecture.fusion_layers[0]
         chosen = []
         for name, parameter in self.named_parameters():
             if name.startswith(BRIDGE_PREFIXES):
-                trained = stage in ("pretrain", "sft")
+                trained = "bridge" in parts
             elif name.startswith("transformer."):
-                trained = stage in ("sft", "rl")
+                trained = "transformer" in parts
             else:
-                trained = stage == "sft" and ".lora_" in name and is_live(name.removeprefix("vlm."), deepest)
+                trained = "vlm_lora" in parts and ".lora_" in name and is_live(name.removeprefix("vlm."), deepest)
             parameter.requires_grad_(trained)
             if trained:
                 chosen.append((name, parameter))

@@ -1,0 +1,63 @@
+"""Which algorithms go together, said where the algorithms are. Imports no torch: settings ask before anything starts.
+
+Names of one's own (import paths) are taken to need what most need: noise for a sampler, groups for an advantage.
+"""
+
+from __future__ import annotations
+
+from deepgen.errors import UserError
+
+DETERMINISTIC_SAMPLERS = ("ode",)  # no noise, so no log-probabilities of steps
+WHITEN = {"global": "the whole batch", "rank": "each rank's samples", "none": "not at all"}  # algorithm.whiten
+ETA_MAX = {"cps": 1.0}  # samplers whose noise level ends somewhere
+ADVANTAGES_WITHOUT_GROUPS = ("reinforcepp",)  # they compare a sample with the whole batch
+LOSSES_OF_FINISHED_SAMPLES = ("diffusion_nft",)  # they train no sampler steps and take any sampler
+KL_OF_VELOCITIES = ("velocity", "none")  # need no variance of a sampler step
+
+
+def check_noise(sampler: str, eta: float) -> None:
+    """Raise ValueError when a sampler cannot take this noise level."""
+    if eta > ETA_MAX.get(sampler, eta):
+        raise ValueError(
+            f"rollout.eta: got {eta:g} with rollout.sampler {sampler}; allowed: > 0 and <= {ETA_MAX[sampler]:g}"
+        )
+
+
+def check_group(advantage: str, group_size: int, prompts_per_step: int) -> None:
+    """Raise ValueError when an advantage has too few samples to compare."""
+    if advantage not in ADVANTAGES_WITHOUT_GROUPS and group_size < 2:
+        raise ValueError(
+            f"rollout.group_size: got {group_size} with algorithm.advantage {advantage}, which compares the images of "
+            "a group; allowed: >= 2"
+        )
+    if group_size * prompts_per_step < 2:
+        raise ValueError(
+            "rollout.group_size and rollout.prompts_per_step: got 1 and 1; allowed: at least 2 images a step"
+        )
+
+
+def check_exploration(policy_loss: str, sampler: str, eta: float, *, same_noise: bool) -> None:
+    """Raise UserError when the samples of a group would teach this policy loss nothing."""
+    if sampler not in DETERMINISTIC_SAMPLERS:
+        if eta == 0:
+            raise UserError("rollout.eta: got 0, which leaves no noise to explore with; allowed in rl: number > 0")
+        return
+    if policy_loss not in LOSSES_OF_FINISHED_SAMPLES:
+        raise UserError(
+            f"rollout.sampler: got {sampler!r}, which has no log-probabilities for algorithm.policy_loss "
+            f"{policy_loss}; allowed in rl: cps, flow_sde or dance_sde, or algorithm.policy_loss=diffusion_nft"
+        )
+    if same_noise:
+        raise UserError(
+            f"rollout.same_noise: got true with rollout.sampler {sampler}, so that all images of a group would be "
+            "equal; allowed in rl: false"
+        )
+
+
+def check_kl(policy_loss: str, kl: str) -> None:
+    """Raise UserError when a policy loss has not what a KL form needs."""
+    if policy_loss in LOSSES_OF_FINISHED_SAMPLES and kl not in KL_OF_VELOCITIES:
+        raise UserError(
+            f"algorithm.kl: got {kl!r} with algorithm.policy_loss {policy_loss}, which trains no sampler steps and so "
+            f"has no variance of one; allowed: {' or '.join(KL_OF_VELOCITIES)}"
+        )

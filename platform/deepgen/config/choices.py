@@ -1,0 +1,41 @@
+"""Keys whose value is the name of something. The names come from the registry, the only place that has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from deepgen.errors import UserError
+from deepgen.registry import Registry
+
+
+class OneOf:
+    """Annotation of a `str` key: one of `names`; where `names` is a registry also the import path of one's own."""
+
+    def __init__(self, names: Iterable[str], *more: str) -> None:
+        self._registry = names if isinstance(names, Registry) else None
+        self.names = (*names, *more)
+
+    @property
+    def allowed(self) -> str:
+        """In words, for `--help` and errors: "a, b or c"."""
+        return " or ".join(", ".join(self.names).rsplit(", ", 1)) + (
+            ", or the path package.module:NAME of your own" if self._registry else ""
+        )
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, given: str) -> str:
+        if given in self.names:
+            return given
+        if self._registry is not None:
+            try:
+                self._registry.path(given)
+            except UserError as error:
+                raise PydanticCustomError("one_of", "{error}", {"error": str(error)}) from error
+            return given
+        raise PydanticCustomError("one_of", "not one of the names")

@@ -1,0 +1,48 @@
+"""What has to hold before one stage starts: settings that go together, inputs that are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deepgen.algorithms.rules import check_exploration, check_kl
+from deepgen.config.paths import CHECKOUT, exists, resolve_path
+from deepgen.config.settings import Settings
+from deepgen.errors import UserError
+from deepgen.models.stage_parts import Stage
+
+
+def check_stage(settings: Settings, stage: Stage) -> None:
+    """Pairs of settings that only this stage cannot run with. UserError."""
+    if stage != "rl":
+        return
+    rollout, train, algorithm = settings.rollout, settings.train, settings.algorithm
+    check_exploration(algorithm.policy_loss, rollout.sampler, rollout.eta, same_noise=rollout.same_noise)
+    check_kl(algorithm.policy_loss, algorithm.kl)
+    if rollout.prompts_per_step % train.workers:
+        raise UserError(
+            f"rollout.prompts_per_step: got {rollout.prompts_per_step} for train.workers {train.workers}; "
+            f"allowed: a multiple of {train.workers}, so that each rank gets as many groups"
+        )
+    if not settings.rewards.used():
+        raise UserError("rewards.weights: got no weight above 0; allowed: at least one reward for some task")
+
+
+def check_inputs(settings: Settings, stage: Stage) -> None:
+    """That every file and folder this stage reads is there. UserError naming the key."""
+    needed = {"model.weights": settings.model.weights}
+    if stage != "rl" or settings.algorithm.sft_coef > 0:
+        needed["data.train"] = settings.data.train
+    if settings.evaluation.prompts:
+        needed["data.heldout"] = settings.data.heldout
+    if stage == "rl":
+        needed["data.prompts"] = settings.data.prompts
+        for name in settings.rewards.used():
+            path = getattr(getattr(settings.rewards, name), "path", None)
+            if path is not None:
+                needed[f"rewards.{name}.path"] = path
+    for key, path in needed.items():
+        if not exists(resolve_path(path)):
+            places = [] if path.is_absolute() else [Path.cwd(), *([CHECKOUT] if CHECKOUT else [])]
+            looked = f" in {' or '.join(dict.fromkeys(map(str, places)))}" if places else ""
+            without = "; without held-out records: evaluation.prompts=0" if key == "data.heldout" else ""
+            raise UserError(f"{key}: no file or folder {str(path)!r}{looked}{without}")

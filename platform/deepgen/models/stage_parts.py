@@ -1,0 +1,15 @@
+"""The stages and what each of them trains, said once (M1.11)."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Stage = Literal["pretrain", "sft", "rl"]
+Part = Literal["bridge", "transformer", "vlm_lora"]  # as their folders are called; the bridge has the think tokens
+STAGES: tuple[str, ...] = get_args(Stage)
+
+TRAINED_PARTS: dict[str, tuple[Part, ...]] = {
+    "pretrain": ("bridge",),
+    "sft": ("bridge", "transformer", "vlm_lora"),
+    "rl": ("transformer",),
+}
