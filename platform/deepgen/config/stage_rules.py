@@ -9,6 +9,7 @@ from deepgen.config.paths import CHECKOUT, exists, resolve_path
 from deepgen.config.settings import Settings
 from deepgen.errors import UserError
 from deepgen.models.stage_parts import Stage
+from deepgen.registry import ADVANTAGES, KL_FORMS, POLICY_LOSSES, SAMPLERS, SDE_WINDOWS
 
 
 def check_stage(settings: Settings, stage: Stage) -> None:
@@ -16,6 +17,7 @@ def check_stage(settings: Settings, stage: Stage) -> None:
     if stage != "rl":
         return
     rollout, train, algorithm = settings.rollout, settings.train, settings.algorithm
+    _check_own_code(settings)
     check_exploration(algorithm.policy_loss, rollout.sampler, rollout.eta, same_noise=rollout.same_noise)
     check_kl(algorithm.policy_loss, algorithm.kl)
     if rollout.prompts_per_step % train.workers:
@@ -25,6 +27,15 @@ def check_stage(settings: Settings, stage: Stage) -> None:
         )
     if not settings.rewards.used():
         raise UserError("rewards.weights: got no weight above 0; allowed: at least one reward for some task")
+
+
+def _check_own_code(settings: Settings) -> None:
+    """Import what was chosen by an import path, so that a wrong one is said now and not by an actor. UserError."""
+    for registry in (ADVANTAGES, POLICY_LOSSES, KL_FORMS, SAMPLERS, SDE_WINDOWS):
+        section, _, name = registry.key.partition(".")
+        given = getattr(getattr(settings, section), name)
+        if ":" in given:
+            registry.load(given)
 
 
 def check_inputs(settings: Settings, stage: Stage) -> None:
