@@ -1,4 +1,4 @@
-"""Training records as model-side tensors: resized like the paper does it (M1.9), scaled to [-1, 1].
+"""Training records as model-side tensors: resized as the reference does it (M1.9), scaled to [-1, 1].
 
 Left out on purpose: which records make a batch (``deepgen.data.loading.mixture``).
 """
