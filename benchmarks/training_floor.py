@@ -21,9 +21,11 @@ from typing import Any
 import torch
 
 from actors.learner.engine import TrainingEngine, parameter_groups
-from actors.learner.loop import BatchSource, StepContext, WorkerContext, update
-from actors.learner.ray_train import load_model, prepare_process
-from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro, build_flow_matching
+from actors.learner.loop import update
+from actors.learner.protocols import BatchSource, StepContext, WorkerContext
+from actors.learner.worker import load_model, prepare_process
+from actors.objectives.build import build_flow_matching
+from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro
 from benchmarks.timing import ROOT, Result, recipe, seconds
 from deepgen.algorithms.losses import flow_matching_loss, interpolate
 from deepgen.config.settings import Settings

@@ -18,10 +18,13 @@ from actors.experience.policy_sampler import PolicySampler
 from actors.experience.rollout_actor import GroupRequest
 from actors.experience.stream import GroupBatch
 from actors.learner.engine import TrainingEngine
-from actors.learner.loop import Objective, StepContext, WorkerContext, update
-from actors.learner.ray_train import load_model, prepare_process
-from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro, build_flow_matching
-from actors.objectives.mr_grpo import MRGRPO, RLBatch, auxiliary_records
+from actors.learner.loop import update
+from actors.learner.protocols import Objective, StepContext, WorkerContext
+from actors.learner.worker import load_model, prepare_process
+from actors.objectives.build import auxiliary_records, build_flow_matching
+from actors.objectives.experience_source import RLBatch
+from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro
+from actors.objectives.mr_grpo import MRGRPO
 from actors.objectives.policy_losses import PolicyMicro
 from benchmarks.timing import Result, Shape, bare_dit, bare_inputs, compare, joined_size, recipe
 from deepgen.data.records import TASKS, read_records

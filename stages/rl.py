@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
 from actors.learner.checkpoint_store import AVERAGED, CheckpointStore  # noqa: E402
-from actors.learner.ray_train import LearnerJob, own_folder, prepare_run, run_learner  # noqa: E402
+from actors.learner.preflight import own_folder, prepare_run  # noqa: E402
+from actors.messages import LearnerJob  # noqa: E402
 from actors.plan import plan_text  # noqa: E402
 from deepgen.cluster.connect import connect  # noqa: E402
 from deepgen.cluster.resources import rl_needs  # noqa: E402
@@ -44,7 +45,7 @@ def main() -> int:
         if settings.algorithm.sft_coef:
             check_training_data(settings)
         gpus = connect(settings, rl_needs, code_root=ROOT)
-        from actors.experience.stream import check_state
+        from actors.experience.prompt_order import check_state
 
         if checkpoint:
             check_state(settings, prompts, checkpoint.source)
@@ -64,12 +65,12 @@ def run(settings: Settings, stream: Any, heldout: list[Record], gpus: bool) -> N
     """Evaluate, train, evaluate, report."""
     import ray
 
-    from actors.start import learner_parts
+    from actors.start import learner_parts, start_learner
 
     ray.get(stream.start.remote(), timeout=settings.cluster.start_deadline_s + MARGIN_S)
     before = evaluate_before(settings, stream, heldout)  # goes on while the learner starts
     ray.get(stream.begin.remote(), timeout=MARGIN_S)
-    result = run_learner(LearnerJob("rl", settings, learner_parts(stream), gpus))
+    result = start_learner(LearnerJob("rl", settings, learner_parts(stream), gpus))
     if before is not None:
         after = wait_for_evaluation(settings, order_evaluation(settings, stream, heldout, result))
         after.save(settings.run.folder / AFTER)

@@ -15,7 +15,7 @@ from deepgen.data.loading.dataset import FEATURES, LATENT, PREPARATION
 from deepgen.models.weights_io.folder import weights_checksum
 
 if TYPE_CHECKING:
-    from actors.learner.loop import WorkerContext
+    from actors.learner.protocols import WorkerContext
 
 _PACKAGES = ("torch", "diffusers", "transformers", "pillow")  # another version may round, or resize, otherwise
 

@@ -18,7 +18,7 @@ import torch
 from actors.experience.policy_sampler import PolicySampler
 from actors.experience.rollout_actor import EvaluationRequest
 from actors.learner.collectives import gather
-from actors.learner.loop import Evaluate
+from actors.learner.protocols import Evaluate
 from deepgen.data.loading.collate import MicroBatch
 from deepgen.data.loading.dataset import Picture, resized
 from deepgen.data.records import Record, usable_image
@@ -29,7 +29,7 @@ from deepgen.seeds import stable_seed
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from actors.learner.loop import StepContext, WorkerContext
+    from actors.learner.protocols import StepContext, WorkerContext
     from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro
     from deepgen.config.settings import Settings
     from deepgen.models.unified import UnifiedModel

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actors.experience.policy_sampler import LearnerGroup, trained_steps
 from actors.experience.stream import GroupBatch
-from actors.learner.loop import Metrics, StepContext
+from actors.learner.protocols import Metrics, StepContext
 from deepgen.algorithms.losses import (
     PolicyStep,
     clipped_policy_loss,

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.learner.loop import StepContext, WorkerContext
-from actors.learner.ray_train import prepare_run
+from actors.learner.preflight import prepare_run
+from actors.learner.protocols import StepContext, WorkerContext
 from actors.objectives import encoder_cache as frozen
-from actors.objectives.flow_matching import FlowMatching, MixtureSource
+from actors.objectives.flow_matching import FlowMatching
+from actors.objectives.record_source import MixtureSource
 from deepgen.config import UserError, load_settings
 from deepgen.data.cache import disk_store as frozen_store
 from deepgen.data.cache.disk_store import SUFFIX, WRITING, DiskStore
@@ -64,7 +65,9 @@ def make_source(context: WorkerContext, cache: FrozenCache | None = None) -> tup
     if cache is not None:
         objective = FlowMatching(settings, cache, Quarantine(1.0, settings.run.dir / "other"))
     data = TrainingSet(ParquetStore(settings.data.train), settings.data.image_size)
-    return objective, MixtureSource(data, Mixture.from_settings(settings, data.store, 3), objective)
+    return objective, MixtureSource(
+        data, Mixture.from_settings(settings, data.store, 3), objective.cache, objective.quarantine
+    )
 
 
 def train(context: WorkerContext, cache: FrozenCache | None = None, steps: int = 2) -> list[Tensor]:

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from actors.experience.prompt_order import PromptOrder
 from actors.experience.rollout_actor import EvaluationRequest, GroupRequest
 from actors.experience.rollout_fleet import RolloutError, RolloutFleet
-from actors.experience.stream import BatchLateError, ExperienceStream, PromptOrder, RankBatch
+from actors.experience.stream import BatchLateError, ExperienceStream, RankBatch
 from actors.experience.weight_sync import WeightsMismatchError, publish_weights
 from actors.start import start_rollouts
 from deepgen.config import Settings, UserError

@@ -47,7 +47,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     import torch.distributed as dist
 
-    from actors.learner.ray_train import prepare_process
+    from actors.learner.worker import prepare_process
     from deepgen.config import load_settings
     from deepgen.config.recipes import find_recipe
 
@@ -76,8 +76,9 @@ def _measure(settings: Any, run: dict[str, Any], rank: int, world: int) -> None:
 
 
 def _train_stage(settings: Any, run: dict[str, Any], rank: int, world: int) -> None:
-    from actors.learner.ray_train import LearnerJob, run_worker
-    from actors.objectives.flow_matching import build_flow_matching
+    from actors.learner.worker import run_worker
+    from actors.messages import LearnerJob
+    from actors.objectives.build import build_flow_matching
 
     build = functools.partial(_build, build_flow_matching, run.get("die_after", 0))
     run_worker(LearnerJob(run["stage"], settings, build, gpus=False), "", rank, world)
@@ -87,7 +88,8 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
     import torch
 
     from actors.learner.checkpoint_store import CheckpointStore
-    from actors.learner.loop import WorkerContext, train
+    from actors.learner.loop import train
+    from actors.learner.protocols import WorkerContext
     from tests.helpers.toy import ToyModel, ToyObjective, ToySource
 
     class Log:

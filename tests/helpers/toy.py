@@ -137,7 +137,8 @@ class Expected:
 
 
 def plain_torch(overrides: Sequence[str] = ()) -> Expected:
-    from actors.learner.engine import learning_rate, parameter_groups
+    from actors.learner.engine import parameter_groups
+    from actors.learner.lr_schedule import learning_rate
 
     settings = load_settings(None, [*TOY, *overrides])
     model: Any = ToyModel()

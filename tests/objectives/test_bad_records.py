@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from actors.learner.loop import StepContext
-from actors.objectives.flow_matching import FlowMatching, MixtureSource
+from actors.learner.protocols import StepContext
+from actors.objectives.flow_matching import FlowMatching
+from actors.objectives.record_source import MixtureSource
 from deepgen.config import UserError, load_settings
 from deepgen.data.cache.encoded import FrozenCache, MemoryStore
 from deepgen.data.loading.dataset import LATENT, TrainingSet
@@ -134,7 +135,9 @@ def make_objective(records: list[Record], folder: Path, micro_batch: int = 3) ->
     cache = FrozenCache({LATENT: lambda image: image[:1, ::4, ::4].repeat(8, 1, 1)}, MemoryStore())
     objective = FlowMatching(settings, cache, Quarantine(1.0, folder))
     data = TrainingSet(ListStore(records), 64)
-    return objective, MixtureSource(data, Mixture.from_settings(settings, data.store, micro_batch), objective)
+    return objective, MixtureSource(
+        data, Mixture.from_settings(settings, data.store, micro_batch), objective.cache, objective.quarantine
+    )
 
 
 def test_a_bad_record_is_in_no_mean(tmp_path: Path) -> None:

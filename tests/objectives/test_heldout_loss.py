@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from actors.learner.loop import StepContext
+from actors.learner.protocols import StepContext
 from actors.objectives.flow_matching import FlowMatching
 from actors.objectives.heldout_loss import Heldout, share_out
 from deepgen.config import load_settings

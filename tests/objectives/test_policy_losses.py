@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from actors.experience.policy_sampler import LearnerGroup, trained_steps
 from actors.experience.stream import GroupBatch
-from actors.learner.loop import StepContext
+from actors.learner.protocols import StepContext
 from deepgen.config import Settings, load_settings
 from deepgen.diffusion.schedule import rollout_sigmas
 from deepgen.diffusion.trajectory import sample, start_group

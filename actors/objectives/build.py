@@ -1,0 +1,44 @@
+"""The parts that each stage gives to the learner's loop, made inside each of its workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from actors.learner.protocols import Parts, WorkerContext
+from actors.objectives.experience_source import ExperienceSource
+from actors.objectives.flow_matching import FlowMatching
+from actors.objectives.heldout_loss import Heldout
+from actors.objectives.mr_grpo import MRGRPO
+from actors.objectives.record_source import MixtureSource, open_training_set, size_note
+from deepgen.config.settings import TASKS
+from deepgen.data.loading.mixture import Mixture
+
+
+def build_flow_matching(context: WorkerContext) -> Parts:
+    """Source and objective of pretrain and sft."""
+    settings, data = context.settings, open_training_set(context)
+    mixture = Mixture.from_settings(settings, data.store, settings.data.micro_batch)
+    edits = int((data.store.tasks == TASKS.index("edit")).sum())
+    context.say(f"{len(data) - edits} generation and {edits} editing records, {size_note(mixture)}")
+    objective = FlowMatching.for_worker(context)
+    objective.heldout = Heldout(context, objective)
+    return MixtureSource(data, mixture, objective.cache, objective.quarantine, settings.data.threads), objective
+
+
+def build_rl(context: WorkerContext, stream: Any) -> Parts:
+    """Source and objective of rl; `stream` is the handle of the experience stream."""
+    settings = context.settings
+    if not settings.algorithm.sft_coef:
+        return ExperienceSource(context, stream, None), MRGRPO.for_worker(context, None)
+    auxiliary = FlowMatching.for_worker(context)
+    source = ExperienceSource(context, stream, auxiliary_records(context, auxiliary))
+    return source, MRGRPO.for_worker(context, auxiliary)
+
+
+def auxiliary_records(context: WorkerContext, objective: FlowMatching) -> MixtureSource:
+    """The training records of the auxiliary loss: the same edit:T2I cycle as in the other stages (M2.4)."""
+    settings, data = context.settings, open_training_set(context)
+    size = max(1, settings.algorithm.sft_batch // (settings.data.edit_per_cycle + settings.data.t2i_per_cycle))
+    mixture = Mixture.from_settings(settings, data.store, size)
+    context.say(f"{len(data)} records for the auxiliary loss, {size_note(mixture)}")
+    return MixtureSource(data, mixture, objective.cache, objective.quarantine, settings.data.threads)

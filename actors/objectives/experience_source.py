@@ -1,0 +1,81 @@
+"""Experience as batches of the learner, and the way of its weights back to the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from actors.experience.stream import GroupBatch, RankBatch
+from actors.experience.weight_sync import publish_weights
+from actors.learner.protocols import WorkerContext
+from actors.objectives.observer import Observer
+from actors.objectives.record_source import MixtureSource
+from deepgen.data.loading.collate import MicroBatch
+
+_ANSWER_MARGIN_S = 60.0  # the stream's own error, which says more, comes first
+
+
+@dataclass(frozen=True)
+class RLBatch:
+    """One rank's share of a step: samples with their advantages, and records for the auxiliary loss."""
+
+    groups: tuple[GroupBatch, ...]
+    trajectories: tuple[dict[str, Any], ...]  # packed, one a group
+    records: tuple[MicroBatch, ...]
+
+
+class ExperienceSource:
+    """Batches from the experience stream, weights back to it, and pictures of the policy on the way (rank 0)."""
+
+    def __init__(self, context: WorkerContext, stream: Any, auxiliary: MixtureSource | None) -> None:
+        self._context, self._stream, self._auxiliary = context, stream, auxiliary
+        self._deadline_s = context.settings.experience.deadline_s + _ANSWER_MARGIN_S
+        self._metrics: dict[str, float] = {}
+        self._observer = Observer(context, stream) if context.tracker is not None else None
+
+    def next(self, step: int, rank: int, world: int) -> RLBatch:
+        import ray
+
+        batch: RankBatch = self._ask(self._stream.next_batch.remote(step, rank, world))
+        self._metrics = dict(batch.metrics)
+        trajectories = ray.get([group.trajectory for group in batch.groups], timeout=self._deadline_s)
+        records = self._auxiliary.next(step, rank, world) if self._auxiliary else ()
+        return RLBatch(batch.groups, tuple(trajectories), tuple(records))
+
+    def publish(self, weights: Callable[[], dict[str, Tensor]], version: int) -> None:
+        full = weights()
+        if self._context.rank == 0:
+            self._ask(self._stream.publish.remote(publish_weights(version, full)))
+        if self._observer:
+            self._observer.published(version)
+
+    def metrics(self) -> dict[str, float]:
+        return self._metrics
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        state: dict[str, Any] = self._ask(self._stream.state.remote(step)) if self._context.rank == 0 else {}
+        if self._auxiliary:
+            state["auxiliary"] = self._auxiliary.state_dict(step)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        auxiliary = state.pop("auxiliary", None)
+        if self._auxiliary and auxiliary:
+            self._auxiliary.load_state_dict(auxiliary)
+        if self._context.rank == 0:
+            self._ask(self._stream.restore.remote(state))
+
+    def close(self) -> None:
+        if self._observer:
+            self._observer.collect(wait_s=0.0)
+        if self._auxiliary:
+            self._auxiliary.close()
+
+    def _ask(self, reference: Any) -> Any:
+        import ray
+
+        return ray.get(reference, timeout=self._deadline_s)
