@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from actors.experience.stream import GroupBatch, RankBatch
 from actors.experience.weight_sync import publish_weights
 from actors.learner.protocols import WorkerContext
+from actors.messages import Group, RankBatch
 from actors.objectives.observer import Observer
 from actors.objectives.record_source import MixtureSource
 from deepgen.data.loading.collate import MicroBatch
@@ -22,8 +22,7 @@ _ANSWER_MARGIN_S = 60.0  # the stream's own error, which says more, comes first
 class RLBatch:
     """One rank's share of a step: samples with their advantages, and records for the auxiliary loss."""
 
-    groups: tuple[GroupBatch, ...]
-    trajectories: tuple[dict[str, Any], ...]  # packed, one a group
+    groups: tuple[Group, ...]  # with their trajectories' arrays
     records: tuple[MicroBatch, ...]
 
 
@@ -41,9 +40,10 @@ class ExperienceSource:
 
         batch: RankBatch = self._ask(self._stream.next_batch.remote(step, rank, world))
         self._metrics = dict(batch.metrics)
-        trajectories = ray.get([group.trajectory for group in batch.groups], timeout=self._deadline_s)
+        fetched = ray.get([group.trajectory for group in batch.groups], timeout=self._deadline_s)
+        groups = [replace(group, trajectory=arrays) for group, arrays in zip(batch.groups, fetched, strict=True)]
         records = self._auxiliary.next(step, rank, world) if self._auxiliary else ()
-        return RLBatch(batch.groups, tuple(trajectories), tuple(records))
+        return RLBatch(tuple(groups), tuple(records))
 
     def publish(self, weights: Callable[[], dict[str, Tensor]], version: int) -> None:
         full = weights()

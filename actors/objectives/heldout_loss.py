@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from actors.experience.policy_sampler import PolicySampler
-from actors.experience.rollout_actor import EvaluationRequest
 from actors.learner.collectives import gather
 from actors.learner.protocols import Evaluate
+from actors.messages import EvaluationRequest
 from deepgen.data.loading.collate import MicroBatch
 from deepgen.data.loading.dataset import Picture, resized
 from deepgen.data.records import Record, usable_image

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from actors.experience.policy_sampler import unpack_group
+from actors.experience.policy_sampler import unpack_samples
 from actors.learner.protocols import Metrics, StepContext, WorkerContext
 from actors.objectives.experience_source import RLBatch
 from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro
@@ -45,8 +45,8 @@ class MRGRPO:
         self, model: UnifiedModel, batch: RLBatch, context: StepContext
     ) -> list[PolicyMicro | FlowMatchingMicro]:
         micros: list[PolicyMicro | FlowMatchingMicro] = []
-        for group, arrays in zip(batch.groups, batch.trajectories, strict=True):
-            samples = unpack_group(arrays, context.device)
+        for group in batch.groups:
+            samples = unpack_samples(group.trajectory, context.device)
             micros += self._term.micros(group, samples, context.step, 1 / len(batch.groups))
         if self._auxiliary:
             micros += self._auxiliary.prepare_records(batch.records, context, self._sft_coef)

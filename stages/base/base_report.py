@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from transformers import AutoTokenizer, CLIPModel, Qwen2_5_VLForConditionalGeneration
 
 from actors.experience.policy_sampler import PolicySampler
-from actors.experience.rollout_actor import EvaluationRequest
+from actors.messages import EvaluationRequest
 from deepgen.config import load_settings
 from deepgen.config.recipes import find_recipe
 from deepgen.config.settings import TASKS

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from actors.experience.prompt_order import PromptOrder
-from actors.experience.rollout_actor import EvaluationRequest, GroupRequest
 from actors.experience.rollout_fleet import RolloutError, RolloutFleet
-from actors.experience.stream import BatchLateError, ExperienceStream, RankBatch
+from actors.experience.stream import BatchLateError, ExperienceStream
 from actors.experience.weight_sync import WeightsMismatchError, publish_weights
+from actors.messages import EvaluationRequest, Group, RankBatch
 from actors.start import start_rollouts
 from deepgen.config import Settings, UserError
 from deepgen.data.records import read_records
@@ -157,7 +157,7 @@ def test_rewards_are_routed_and_a_missing_score_is_not_zero(world: Path, rollout
 def test_any_actor_draws_the_same_group(ray_local: ModuleType, world: Path, rollouts: dict[str, Any]) -> None:
     record = read_records(make_settings(world).data.prompts)[2]
     assert record.task == "edit"
-    request = GroupRequest(number=2, step=0, epoch=0, record=record)
+    request = Group(number=2, step=0, epoch=0, record=record)
     drawn = [
         ray_local.get(list(actor.sample_group.options(num_returns=2).remote(request, None)))
         for actor in (*rollouts.values(), *rollouts.values())
@@ -165,7 +165,7 @@ def test_any_actor_draws_the_same_group(ray_local: ModuleType, world: Path, roll
     for images, packed in drawn[1:]:
         assert np.array_equal(images.images, drawn[0][0].images)
         assert_same([packed], [drawn[0][1]])
-    other = GroupRequest(number=8, step=0, epoch=1, record=record)
+    other = Group(number=8, step=0, epoch=1, record=record)
     images, _ = ray_local.get(list(rollouts["rollout-0"].sample_group.options(num_returns=2).remote(other, None)))
     assert not np.array_equal(images.images, drawn[0][0].images)
 
