@@ -11,7 +11,7 @@ from deepgen.cluster.connect import connect
 from deepgen.config import parse_command_line
 from deepgen.config.cli import Stage
 from deepgen.data.loading.mixture import check_training_data
-from deepgen.evaluation.results import heldout_records
+from deepgen.evaluation.choose import heldout_records
 
 
 def main(stage: Stage) -> int:

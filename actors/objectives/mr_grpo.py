@@ -25,7 +25,9 @@ from deepgen.config import Settings
 from deepgen.data.loading.collate import MicroBatch
 from deepgen.data.loading.mixture import Mixture
 from deepgen.data.usable import left_out
-from deepgen.evaluation.results import GRID_PROMPTS, Evaluation, choose_records, grid, heldout_records
+from deepgen.evaluation.choose import GRID_PROMPTS, choose_records, heldout_records
+from deepgen.evaluation.pictures import grid
+from deepgen.evaluation.results import Evaluation
 from deepgen.registry import POLICY_LOSSES
 
 if TYPE_CHECKING:

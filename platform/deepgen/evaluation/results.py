@@ -1,23 +1,14 @@
-"""Held-out prompts: which are drawn, and what came out."""
+"""What came out of an evaluation: images and scores of the held-out prompts."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from deepgen.config import Settings
-from deepgen.config.settings import TASKS
-from deepgen.data.records import Record, decode_image
-from deepgen.data.usable import usable_records
-from deepgen.tracking.grids import GridRow, image_grid
-
-GRID_PROMPTS = 8  # of the grids during training
-ROW_PROMPTS = 16  # of the before/after grid
+from deepgen.data.records import Record
 
 
 @dataclass(frozen=True)
@@ -93,61 +84,6 @@ def weighted_total(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     total = used.sum(axis=1)
     weighted = (np.nan_to_num(scores) * used).sum(axis=1)
     return np.divide(weighted, total, out=np.full(len(total), np.nan), where=total > 0)
-
-
-def heldout_records(settings: Settings, *, say: Callable[[str], None] = print) -> list[Record]:
-    """The held-out prompts of a run, at most evaluation.prompts, as many of each task as there are; [] for none.
-
-    The choice depends on the file and evaluation.seed only, so runs that are compared draw the same prompts. One that
-    cannot be used is left out, see `usable_records`.
-    """
-    count, seed = settings.evaluation.prompts, settings.evaluation.seed
-    if not count:
-        return []
-    found = usable_records(settings, "data.heldout", lambda records: choose_records(records, count, seed), say)
-    return [record for _, record in found]
-
-
-def choose_records(records: Sequence[Record], count: int, seed: int) -> list[Record]:
-    """At most `count` records, taking the tasks in turn, in the order of `records`."""
-    rng = random.Random(seed)
-    by_task = [[i for i, record in enumerate(records) if record.task == task] for task in TASKS]
-    for numbers in by_task:
-        rng.shuffle(numbers)
-    longest = max(map(len, by_task))
-    in_turn = [numbers[place] for place in range(longest) for numbers in by_task if place < len(numbers)]
-    return [records[i] for i in sorted(in_turn[:count])]
-
-
-def grid(evaluation: Evaluation, title: str) -> Image.Image:
-    """First sample of each prompt with caption, scores and the source of an edit."""
-    records = evaluation.records
-    return image_grid(
-        [images[0] for images in evaluation.images],
-        [record.prompt for record in records],
-        [evaluation.prompt_scores(i) for i in range(len(records))],
-        columns=4,
-        title=title,
-        sources=[decode_image(record.references[0]) if record.references else None for record in records],
-    )
-
-
-def grid_rows(before: Evaluation, after: Evaluation, prompts: int = ROW_PROMPTS) -> list[GridRow]:
-    """Rows of the before/after grid: the same prompts, the tasks in turn."""
-    chosen = {record.id for record in choose_records(before.records, prompts, seed=0)}
-    return [
-        GridRow(
-            prompt=record.prompt,
-            before=list(before.images[i][:2]),
-            after=list(after.images[i][:2]),
-            before_scores=before.prompt_scores(i),
-            after_scores=after.prompt_scores(i),
-            references=[decode_image(data) for data in record.references],
-            task=record.task,
-        )
-        for i, record in enumerate(before.records)
-        if record.id in chosen
-    ]
 
 
 def _mean(values: np.ndarray) -> float:
