@@ -21,7 +21,8 @@ from deepgen.data.loading.collate import collate
 from deepgen.data.loading.dataset import TrainingSet
 from deepgen.data.loading.mixture import Mixture
 from deepgen.data.loading.parquet_store import ParquetStore
-from deepgen.data.records import Record, write_records
+from deepgen.data.parquet import write_records
+from deepgen.data.records import Record
 
 RECORDS, IMAGE_SIZE, STEPS = 256, 512, 8
 SIDES = ((640, 480), (480, 640), (768, 512), (600, 600))

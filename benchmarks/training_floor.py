@@ -31,7 +31,8 @@ from deepgen.data.cache.disk_store import DiskStore
 from deepgen.data.cache.encoded import FrozenCache, MemoryStore, Store
 from deepgen.data.conversion.convert_units import ROW_GROUP
 from deepgen.data.loading.collate import MicroBatch
-from deepgen.data.records import Record, read_records, write_records
+from deepgen.data.parquet import read_records, write_records
+from deepgen.data.records import Record
 from deepgen.diffusion.schedule import timesteps
 from deepgen.models.unified import UnifiedModel
 

@@ -26,7 +26,7 @@ from deepgen.config.settings import TASKS  # noqa: E402
 from deepgen.data.conversion import convert_units as convert  # noqa: E402
 from deepgen.data.conversion.convert_units import Limits, Tally  # noqa: E402
 from deepgen.data.conversion.sources import FORMS, Source, Unit, guess_form, plan_units  # noqa: E402
-from deepgen.data.records import MAX_ASPECT, MAX_PIXELS  # noqa: E402
+from deepgen.data.images import MAX_ASPECT, MAX_PIXELS  # noqa: E402
 
 LOOK_AFTER = 200  # samples before the share of bad ones says anything
 

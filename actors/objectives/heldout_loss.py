@@ -19,9 +19,10 @@ from actors.experience.policy_sampler import PolicySampler
 from actors.experience.rollout_actor import EvaluationRequest
 from actors.learner.collectives import gather
 from actors.learner.loop import Evaluate
+from deepgen.data.images import usable_image
 from deepgen.data.loading.collate import MicroBatch
 from deepgen.data.loading.dataset import Picture, resized
-from deepgen.data.records import Record, usable_image
+from deepgen.data.records import Record
 from deepgen.data.usable import left_out
 from deepgen.evaluation.choose import GRID_PROMPTS, choose_records, heldout_records
 from deepgen.evaluation.pictures import grid

@@ -23,7 +23,8 @@ import numpy as np
 import resvg_py
 from PIL import Image, ImageDraw, ImageFont
 
-from deepgen.data.records import Record, write_records
+from deepgen.data.parquet import write_records
+from deepgen.data.records import Record
 from stages.base import concepts as C
 
 SIZE = 64

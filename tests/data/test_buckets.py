@@ -17,7 +17,8 @@ from deepgen.data.loading.dataset import TrainingSet
 from deepgen.data.loading.epoch_order import RUN, BucketOrder, WeightedOrder
 from deepgen.data.loading.mixture import Mixture
 from deepgen.data.loading.parquet_store import ParquetStore
-from deepgen.data.records import SIZES, Record, write_records
+from deepgen.data.parquet import SIZES, write_records
+from deepgen.data.records import Record
 from tests.data.test_records import EDIT, GOOD, encoded
 
 SHAPES = ((48, 48), (96, 32), (32, 96), (40, 60))

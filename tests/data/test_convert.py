@@ -25,7 +25,8 @@ from deepgen.data.conversion.convert_units import (
     write_report,
 )
 from deepgen.data.conversion.sources import Source, guess_form, plan_units
-from deepgen.data.records import Record, read_records, write_records
+from deepgen.data.parquet import read_records, write_records
+from deepgen.data.records import Record
 from deepgen.data.uris import UriError
 from deepgen.errors import UserError
 

@@ -26,8 +26,8 @@ from deepgen.data.cache.encoded import FrozenCache, MemoryStore
 from deepgen.data.loading.dataset import FEATURES, LATENT, Picture, TrainingSet
 from deepgen.data.loading.mixture import Mixture
 from deepgen.data.loading.parquet_store import ParquetStore
+from deepgen.data.parquet import write_records
 from deepgen.data.quarantine import Quarantine
-from deepgen.data.records import write_records
 from deepgen.models.presets import DEEPGEN_5B
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings, add_lora

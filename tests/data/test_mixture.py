@@ -15,7 +15,8 @@ from deepgen.data.loading.collate import collate
 from deepgen.data.loading.dataset import TrainingSet
 from deepgen.data.loading.mixture import Mixture, Part
 from deepgen.data.loading.parquet_store import ListStore, ParquetStore
-from deepgen.data.records import Record, write_records
+from deepgen.data.parquet import write_records
+from deepgen.data.records import Record
 from tests.data.test_records import PICTURE
 
 CYCLE = {"edit": 1, "t2i": 3}

@@ -13,7 +13,8 @@ from deepgen.data.loading import epoch_order as order_module
 from deepgen.data.loading.epoch_order import WeightedOrder
 from deepgen.data.loading.mixture import Mixture, Part, make_parts
 from deepgen.data.loading.parquet_store import ListStore, ParquetStore
-from deepgen.data.records import Record, write_records
+from deepgen.data.parquet import write_records
+from deepgen.data.records import Record
 
 SLOTS = 512  # the real number would take minutes
 SETS = {"photos": 27, "posters": 9, "edits": 6}

@@ -20,7 +20,7 @@ from actors.experience.stream import BatchLateError, ExperienceStream, PromptOrd
 from actors.experience.weight_sync import WeightsMismatchError, publish_weights
 from actors.start import start_rollouts
 from deepgen.config import Settings, UserError
-from deepgen.data.records import read_records
+from deepgen.data.parquet import read_records
 from deepgen.models.unified import UnifiedModel
 from rewards import REWARDS
 from tests.helpers.frail_actors import Frail, Slow

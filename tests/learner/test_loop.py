@@ -37,8 +37,9 @@ from deepgen.data.cache.encoded import FrozenCache, MemoryStore
 from deepgen.data.loading.dataset import LATENT, TrainingSet
 from deepgen.data.loading.mixture import Mixture
 from deepgen.data.loading.parquet_store import ListStore
+from deepgen.data.parquet import write_records
 from deepgen.data.quarantine import Quarantine
-from deepgen.data.records import Record, write_records
+from deepgen.data.records import Record
 from deepgen.models.presets import DEEPGEN_5B
 from deepgen.tracking.journal import read_series
 from tests.helpers.factories import make_tiny_folder

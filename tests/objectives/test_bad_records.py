@@ -22,8 +22,9 @@ from deepgen.data.cache.encoded import FrozenCache, MemoryStore
 from deepgen.data.loading.dataset import LATENT, TrainingSet
 from deepgen.data.loading.mixture import Mixture
 from deepgen.data.loading.parquet_store import ListStore, ParquetStore
+from deepgen.data.parquet import write_records
 from deepgen.data.quarantine import FILE, BadRow, Quarantine
-from deepgen.data.records import Record, RecordError, write_records
+from deepgen.data.records import Record, RecordError
 from tests.data.test_records import EDIT, GOOD, PICTURE
 from tests.helpers.factories import make_tiny_folder, make_tiny_model
 from tests.helpers.learner_workers import run_workers

@@ -15,8 +15,10 @@ from functools import partial
 from pathlib import Path
 
 from deepgen.config import Settings, UserError
+from deepgen.data.images import usable_image
+from deepgen.data.parquet import read_rows
 from deepgen.data.quarantine import FILES, BadRow, Quarantine, rows_in
-from deepgen.data.records import Record, RecordError, check_prompt, read_rows, usable_image
+from deepgen.data.records import Record, RecordError, check_prompt
 
 JUDGED = ".judged"  # suffix of the file beside a quarantine that says what has been judged
 Place = tuple[str, int]  # file and row, from 1

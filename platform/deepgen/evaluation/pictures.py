@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from deepgen.data.records import decode_image
+from deepgen.data.images import decode_image
 from deepgen.evaluation.choose import ROW_PROMPTS, choose_records
 from deepgen.evaluation.results import Evaluation
 from deepgen.tracking.grids import GridRow, image_grid

@@ -25,7 +25,9 @@ from PIL import Image
 
 from deepgen.config.settings import TASKS
 from deepgen.data.conversion.sources import RawSample, Source, Unit, read_unit
-from deepgen.data.records import MAX_ASPECT, MAX_PIXELS, Record, header_size, open_image, read_records, write_records
+from deepgen.data.images import MAX_ASPECT, MAX_PIXELS, header_size, open_image
+from deepgen.data.parquet import read_records, write_records
+from deepgen.data.records import Record
 from deepgen.data.uris import UriError
 from deepgen.errors import UserError
 
@@ -376,7 +378,7 @@ def draw_histograms(tally: Tally, path: Path) -> None:
 
 def draw_samples(out: Path, path: Path, count: int = 24) -> None:
     """A sheet of random kept records with their prompts; sources of edits beside them."""
-    from deepgen.data.records import decode_image
+    from deepgen.data.images import decode_image
     from deepgen.tracking.grids import image_grid
 
     records = list(_some_records(out, count))

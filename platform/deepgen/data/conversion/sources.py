@@ -2,7 +2,7 @@
 
 | form        | what it is                                                                                          |
 |-------------|-----------------------------------------------------------------------------------------------------|
-| records     | our parquet (`deepgen.data.records`)                                                                |
+| records     | our parquet (`deepgen.data.parquet`)                                                                |
 | hf          | parquet of Hugging Face datasets: image structs {bytes, path}, text columns                         |
 | webdataset  | tars; files of one sample share the name before the first dot: 07.jpg, 07.txt (or 07.json), and for |
 |             | editing 07.source.jpg (or input, src) and 07.target.jpg (or output)                                 |
@@ -31,7 +31,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deepgen.data.records import decoded_rows
+from deepgen.data.parquet import decoded_rows
 from deepgen.data.uris import UriError, absolute, read_uri
 from deepgen.errors import UserError
 

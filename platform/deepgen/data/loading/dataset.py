@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from deepgen.data.images import usable_image
 from deepgen.data.loading.buckets import fixed_area_size
 from deepgen.data.loading.parquet_store import RecordStore
-from deepgen.data.records import RecordError, check_prompt, usable_image
+from deepgen.data.records import RecordError, check_prompt
 
 # Raise it when an image of the same bytes and image_size becomes other pixels, for VAE or VLM, or others are refused.
 PREPARATION = 2

@@ -15,18 +15,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from deepgen.config.settings import TASKS
-from deepgen.data.records import (
-    PARQUET_ERRORS,
-    SCHEMA,
-    SIZES,
-    Record,
-    as_type,
-    check_row,
-    conform,
-    parquet_files,
-    to_rows,
-    unreadable,
-)
+from deepgen.data.parquet import PARQUET_ERRORS, SCHEMA, SIZES, as_type, conform, parquet_files, to_rows, unreadable
+from deepgen.data.records import Record, check_row
 from deepgen.errors import UserError
 
 CACHE_BYTES = 1 << 30  # of encoded images, per process; what is evicted too soon is read again (data.order)
