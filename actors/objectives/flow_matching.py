@@ -21,7 +21,7 @@ from actors.objectives.encoder_cache import make_cache
 from actors.objectives.heldout_loss import Heldout
 from deepgen.algorithms.losses import FlowMatchingLoss, flow_matching_loss, interpolate
 from deepgen.config.settings import TASKS
-from deepgen.data.cache.encoded import FrozenCache
+from deepgen.data.cache.encoded import EncodingCache
 from deepgen.data.loading.buckets import SIDE_MULTIPLE
 from deepgen.data.loading.collate import MicroBatch, collate
 from deepgen.data.loading.dataset import FEATURES, LATENT, Picture, TrainingSet
@@ -79,7 +79,7 @@ class MixtureSource:
         return {}
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """Also makes durable what frozen parts have made so far, which whoever resumes need not make again."""
+        """Also makes the encodings made so far durable, so that a resume need not make them again."""
         self._records.cache.flush()
         quarantine = self._records.quarantine.state_dict()
         return self.mixture.state_dict(step, self._world) | {"quarantine": quarantine}
@@ -123,7 +123,7 @@ class FlowMatching:
     is what is evaluated meanwhile; the auxiliary loss of rl has none.
     """
 
-    def __init__(self, settings: Settings, cache: FrozenCache, quarantine: Quarantine) -> None:
+    def __init__(self, settings: Settings, cache: EncodingCache, quarantine: Quarantine) -> None:
         self.cache, self.quarantine = cache, quarantine
         self.heldout: Heldout | None = None
         self.caption_drop = settings.data.caption_drop
@@ -131,7 +131,7 @@ class FlowMatching:
 
     @classmethod
     def for_worker(cls, context: WorkerContext) -> FlowMatching:
-        """With the model's own frozen parts and the quarantine of the run."""
+        """With the model's own encoders and the quarantine of the run."""
         run, max_share = context.settings.run, context.settings.data.max_bad_share
         quarantine = Quarantine(max_share, run.folder, rank=context.rank, resume=run.resume, say=context.say)
         return cls(context.settings, make_cache(context), quarantine)

@@ -148,7 +148,7 @@ def test_a_resume_on_other_ranks_loses_nothing(folder: Path, weights: str) -> No
     """Rank by rank and place by place, the row goes on: 5 steps of 3 ranks x 2, then 1 rank x 5, then 2 ranks x 4."""
     more = [weights] if weights else []
     whole, seen = make(folder, 1, *more), list[int]()
-    row = [batch.members[0] for step in range(200) for batch in whole.plan(step, 0, 1) if batch.source == "t2i"]
+    row = [batch.members[0] for step in range(200) for batch in whole.plan(step, 0, 1) if batch.kind == "t2i"]
     state, step = whole.state_dict(0, 1), 0
     for steps, ranks, micro in ((5, 3, 2), (7, 1, 5), (4, 2, 4)):
         mixture = make(folder, micro, *more)

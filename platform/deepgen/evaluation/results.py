@@ -18,8 +18,8 @@ class Evaluation:
     records: tuple[Record, ...]  # N
     images: tuple[np.ndarray, ...]  # N times uint8 [S, H, W, 3]
     names: tuple[str, ...]  # K
-    scores: np.ndarray  # float32 [N, S, K], NaN where not asked or not to be had
-    weights: np.ndarray  # float32 [N, K], 0 = not asked
+    scores: np.ndarray  # float32 [N, S, K], NaN where not asked or missing
+    reward_weights: np.ndarray  # float32 [N, K], 0 = not asked
     version: int  # of the policy
 
     def columns(self) -> dict[str, np.ndarray]:
@@ -27,8 +27,8 @@ class Evaluation:
         return {self.names[k]: self.scores[:, :, k].reshape(-1) for k in self._asked()}
 
     def sample_weights(self) -> np.ndarray:
-        """Weights as `columns` are ordered, [N * S, rewards]."""
-        return np.repeat(self.weights[:, self._asked()], self.scores.shape[1], axis=0)
+        """Reward weights as `columns` are ordered, [N * S, rewards]."""
+        return np.repeat(self.reward_weights[:, self._asked()], self.scores.shape[1], axis=0)
 
     def sample_ids(self) -> list[str]:
         """Prompt of each row of `columns`."""
@@ -44,11 +44,11 @@ class Evaluation:
         return means
 
     def _asked(self) -> list[int]:
-        return np.flatnonzero((self.weights > 0).any(axis=0)).tolist()
+        return np.flatnonzero((self.reward_weights > 0).any(axis=0)).tolist()
 
     def prompt_scores(self, i: int) -> dict[str, float]:
-        """Mean of each reward that was asked for prompt i; NaN where none could be had."""
-        asked = [k for k in range(len(self.names)) if self.weights[i, k] > 0]
+        """Mean of each reward that was asked for prompt i; NaN where all scores are missing."""
+        asked = [k for k in range(len(self.names)) if self.reward_weights[i, k] > 0]
         return {self.names[k]: _mean(self.scores[i, :, k]) for k in asked}
 
     def save(self, path: Path) -> None:
@@ -61,7 +61,7 @@ class Evaluation:
             ids=np.array([record.id for record in self.records]),
             names=np.array(self.names),
             scores=self.scores,
-            weights=self.weights,
+            weights=self.reward_weights,
             version=self.version,
             **images,  # type: ignore[arg-type]
         )
@@ -78,9 +78,9 @@ class Evaluation:
             return cls(tuple(records), images, names, saved["scores"], saved["weights"], int(saved["version"]))
 
 
-def weighted_total(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted mean [N] of the scores [N, K] that exist; NaN where there is none."""
-    used = np.where(np.isfinite(scores), weights, 0.0)
+def weighted_total(scores: np.ndarray, reward_weights: np.ndarray) -> np.ndarray:
+    """Mean [N] of the scores [N, K] that exist, by reward_weights [N, K]; NaN where there is none."""
+    used = np.where(np.isfinite(scores), reward_weights, 0.0)
     total = used.sum(axis=1)
     weighted = (np.nan_to_num(scores) * used).sum(axis=1)
     return np.divide(weighted, total, out=np.full(len(total), np.nan), where=total > 0)

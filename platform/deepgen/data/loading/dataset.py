@@ -65,7 +65,7 @@ class Picture:
 
 
 class Kept(Protocol):
-    """Results of frozen parts, by image (`deepgen.data.cache.encoded`)."""
+    """Encodings that are kept, by image (`deepgen.data.cache.encoded`)."""
 
     def find(self, place: Place, data: bytes | str, needed: Sequence[str]) -> tuple[Key | None, dict[str, Tensor]]: ...
 

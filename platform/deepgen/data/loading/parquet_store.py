@@ -36,7 +36,7 @@ class RecordStore(Protocol):
         """File and row (from 1) of a record."""
 
     def sources(self) -> tuple[list[str], np.ndarray]:
-        """Names in the source column and, for each record, which of them it has, int64 [N]."""
+        """Names in the column source and, for each record, the number of its own, int64 [N]."""
 
     def sizes(self) -> list[np.ndarray]:
         """Pixels (width, height), int32 [N, 2], of the target, of the first reference, ...; 0 where there is none or
