@@ -52,7 +52,7 @@ def run(weights: Path, repeats: int, threads: int) -> list[Result]:
 
 
 def bare_decode(blob: bytes) -> np.ndarray:
-    image = Image.open(io.BytesIO(blob)).convert("RGB")
+    image = Image.open(io.BytesIO(blob), formats=("JPEG",)).convert("RGB")
     height, width = fixed_area_size(image.height, image.width, IMAGE_SIZE)
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 

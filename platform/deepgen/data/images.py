@@ -1,32 +1,42 @@
-"""Images of records: decoded, turned upright and checked. Resizing and tensors are in ``loading.dataset``."""
+"""Images of records: decoded, turned upright and checked. Resizing and tensors are in ``loading.dataset``.
+
+In the whole repository `read_header` alone opens bytes from elsewhere (``tests/test_house.py``). Left to itself, Pillow
+tries every format it knows, whatever a file is called, and for EPS starts Ghostscript, which runs what the file says.
+"""
 
 from __future__ import annotations
 
 import io
 import struct
+import subprocess
 import zlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from deepgen.data.uris import read_uri
 
+# Formats that are accepted; Pillow decodes each of them in this process. JPEG includes MPO, which some cameras write.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "TGA")
 MAX_ASPECT = 8.0  # longer by shorter side of an image that can be trained on
 MAX_PIXELS = 100_000_000  # more are refused by the header; Pillow's own limit is 179 million
 # What Pillow's decoders raise on damaged data. DecompressionBombError is an Exception of its own.
 DECODE_ERRORS = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     EOFError,
     Image.DecompressionBombError,
     LookupError,
+    MemoryError,
     OSError,
     RuntimeError,  # AVIF: "Failed to decode frame 0"
     SyntaxError,
     TypeError,
     ValueError,
     struct.error,
+    subprocess.SubprocessError,  # of no format above; should one come to start a program, its failure ends no run
     zlib.error,
 )
 _ORIENTATION = 0x0112  # of EXIF: how the stored picture is turned to stand upright
@@ -53,13 +63,26 @@ def decode_image(data: bytes | str) -> np.ndarray:
 def open_image(data: bytes | str) -> Image.Image:
     """Decoded RGB image, upright, as `decode_image`. The header is judged before anything is decoded."""
     try:
-        image: Image.Image = Image.open(io.BytesIO(read_uri(data) if isinstance(data, str) else data))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} px; allowed: at most {MAX_PIXELS:,} pixels")
-        _check_white(image)
-        image.load()
+        return _upright_rgb(read_header(read_uri(data) if isinstance(data, str) else data))
     except DECODE_ERRORS as error:
-        raise ValueError(f"not a readable image ({' '.join(str(error).split())[:200]})") from error
+        why = " ".join(str(error).split())[:200] or type(error).__name__  # a MemoryError says nothing
+        raise ValueError(f"not a readable image ({why})") from error
+
+
+def read_header(data: bytes) -> Image.Image:
+    """Image of one of FORMATS, of which only the header has been read. Raises one of DECODE_ERRORS."""
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"cannot identify image file; allowed: {', '.join(FORMATS)}") from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """The image decoded, transparent parts on white. Raises one of DECODE_ERRORS, by the header where that will do."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} px; allowed: at most {MAX_PIXELS:,} pixels")
+    _check_white(image)
+    image.load()
     turn = _TURNS.get(_orientation(image))
     if image.mode.startswith("I"):
         image = _from_16_bits(image)
@@ -107,7 +130,7 @@ def header_size(data: bytes | str) -> tuple[int, int] | tuple[None, None]:
     if isinstance(data, str):
         return None, None
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with read_header(data) as image:
             return (image.height, image.width) if _orientation(image) >= 5 else image.size
     except DECODE_ERRORS:
         return None, None

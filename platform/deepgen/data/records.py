@@ -29,7 +29,7 @@ class Record:
     task: str  # one of TASKS
     prompt: str  # caption, riddle or edit instruction, as the user types it
     answer: str  # plain description of what the target shows; judges compare against it
-    image: bytes | str | None  # target image: encoded (PNG, WebP, JPEG), or an absolute path or URI of it
+    image: bytes | str | None  # target image: encoded (`images.FORMATS`), or an absolute path or URI of it
     references: tuple[bytes | str, ...]  # source images in the same way, () unless task == "edit"
     source: str  # the data set it came from; data.weights weighs them
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from deepgen.config import Settings, UserError
-from deepgen.data.images import usable_image
+from deepgen.data.images import FORMATS, usable_image
 from deepgen.data.parquet import read_rows
 from deepgen.data.quarantine import FILES, BadRow, Quarantine, rows_in
 from deepgen.data.records import Record, RecordError, check_prompt
@@ -65,7 +65,7 @@ def _state(settings: Settings, given: Path, ids: Sequence[str]) -> str:
     """Changes when the files, the choice of records or what they are judged by do."""
     files = sorted(given.glob("*.parquet")) if given.is_dir() else [given]
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    judged_by = [str(settings.model.weights), settings.data.max_bad_share]
+    judged_by = [str(settings.model.weights), settings.data.max_bad_share, *FORMATS]
     return hashlib.blake2b(json.dumps([str(given), facts, list(ids), judged_by]).encode(), digest_size=16).hexdigest()
 
 
