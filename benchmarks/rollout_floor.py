@@ -14,8 +14,10 @@ import torch
 from actors.experience.policy_sampler import PolicySampler
 from actors.messages import Group
 from benchmarks.timing import Result, Shape, bare_dit, bare_inputs, compare, joined_size, recipe
+from deepgen.data.images import decode_image
 from deepgen.data.loading.dataset import image_to_tensor
-from deepgen.data.records import Record, decode_image, read_records
+from deepgen.data.parquet import read_records
+from deepgen.data.records import Record
 from deepgen.models.unified import UnifiedModel
 
 

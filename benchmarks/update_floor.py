@@ -27,7 +27,8 @@ from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro
 from actors.objectives.mr_grpo import MRGRPO
 from actors.objectives.policy_losses import PolicyMicro
 from benchmarks.timing import Result, Shape, bare_dit, bare_inputs, compare, joined_size, recipe
-from deepgen.data.records import TASKS, read_records
+from deepgen.config.settings import TASKS
+from deepgen.data.parquet import read_records
 from deepgen.models.unified import UnifiedModel
 
 CPU = torch.device("cpu")

@@ -29,7 +29,9 @@ from deepgen.config import Settings, UserError, parse_command_line, run_program 
 from deepgen.data.loading.mixture import check_training_data  # noqa: E402
 from deepgen.data.records import Record  # noqa: E402
 from deepgen.data.usable import usable_records  # noqa: E402
-from deepgen.evaluation.results import Evaluation, grid_rows, heldout_records  # noqa: E402
+from deepgen.evaluation.choose import heldout_records  # noqa: E402
+from deepgen.evaluation.pictures import grid_rows  # noqa: E402
+from deepgen.evaluation.results import Evaluation  # noqa: E402
 
 BEFORE, AFTER = "evaluation-before.npz", "evaluation-after.npz"
 MARGIN_S = 30.0  # an actor's own error, which says more, comes first

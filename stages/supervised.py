@@ -11,7 +11,7 @@ from actors.plan import plan_text
 from deepgen.cluster.connect import connect
 from deepgen.config import parse_command_line
 from deepgen.data.loading.mixture import check_training_data
-from deepgen.evaluation.results import heldout_records
+from deepgen.evaluation.choose import heldout_records
 from deepgen.models.stage_parts import Stage
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from actors.messages import Arrays, EvaluationRequest, Group
 from deepgen.config import Settings
+from deepgen.data.images import decode_image
 from deepgen.data.loading.dataset import image_to_tensor
-from deepgen.data.records import Record, decode_image
+from deepgen.data.records import Record
 from deepgen.diffusion.schedule import rollout_sigmas
 from deepgen.diffusion.trajectory import Trajectory, VelocityFn, choose_sde_steps, sample, start_group, step_seed
 from deepgen.models.unified import Conditioning, UnifiedModel

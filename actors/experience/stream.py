@@ -236,7 +236,7 @@ class ExperienceStream:
             images=tuple(image for images, _, _ in drawn for image in images),
             names=self._rewards.names,
             scores=np.concatenate([scores for _, scores, _ in drawn]).reshape(len(records), samples, -1),
-            weights=np.stack([self._rewards.weights(record) for record in records]),
+            reward_weights=np.stack([self._rewards.weights(record) for record in records]),
             version=min(version for _, _, version in drawn),
         )
 

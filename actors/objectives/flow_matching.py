@@ -14,7 +14,7 @@ from actors.learner.protocols import Evaluate, Metrics, StepContext, WorkerConte
 from actors.objectives.encoder_cache import make_cache
 from actors.objectives.heldout_loss import Heldout
 from deepgen.algorithms.losses import FlowMatchingLoss, flow_matching_loss, interpolate
-from deepgen.data.cache.encoded import FrozenCache
+from deepgen.data.cache.encoded import EncodingCache
 from deepgen.data.loading.buckets import SIDE_MULTIPLE
 from deepgen.data.loading.collate import MicroBatch
 from deepgen.data.loading.dataset import FEATURES, LATENT, Picture
@@ -57,7 +57,7 @@ class FlowMatching:
     is what is evaluated meanwhile; the auxiliary loss of rl has none.
     """
 
-    def __init__(self, settings: Settings, cache: FrozenCache, quarantine: Quarantine) -> None:
+    def __init__(self, settings: Settings, cache: EncodingCache, quarantine: Quarantine) -> None:
         self.cache, self.quarantine = cache, quarantine
         self.heldout: Heldout | None = None
         self.caption_drop = settings.data.caption_drop
@@ -65,7 +65,7 @@ class FlowMatching:
 
     @classmethod
     def for_worker(cls, context: WorkerContext) -> FlowMatching:
-        """With the model's own frozen parts and the quarantine of the run."""
+        """With the model's own encoders and the quarantine of the run."""
         run, max_share = context.settings.run, context.settings.data.max_bad_share
         quarantine = Quarantine(max_share, run.folder, rank=context.rank, resume=run.resume, say=context.say)
         return cls(context.settings, make_cache(context), quarantine)

@@ -19,11 +19,14 @@ from actors.experience.policy_sampler import PolicySampler
 from actors.learner.collectives import gather
 from actors.learner.protocols import Evaluate
 from actors.messages import EvaluationRequest
+from deepgen.data.images import usable_image
 from deepgen.data.loading.collate import MicroBatch
 from deepgen.data.loading.dataset import Picture, resized
-from deepgen.data.records import Record, usable_image
+from deepgen.data.records import Record
 from deepgen.data.usable import left_out
-from deepgen.evaluation.results import GRID_PROMPTS, Evaluation, choose_records, grid, heldout_records
+from deepgen.evaluation.choose import GRID_PROMPTS, choose_records, heldout_records
+from deepgen.evaluation.pictures import grid
+from deepgen.evaluation.results import Evaluation
 from deepgen.seeds import stable_seed
 
 if TYPE_CHECKING:

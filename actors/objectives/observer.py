@@ -7,7 +7,9 @@ from typing import Any
 
 from actors.learner.protocols import WorkerContext
 from deepgen.data.usable import left_out
-from deepgen.evaluation.results import GRID_PROMPTS, Evaluation, choose_records, grid, heldout_records
+from deepgen.evaluation.choose import GRID_PROMPTS, choose_records, heldout_records
+from deepgen.evaluation.pictures import grid
+from deepgen.evaluation.results import Evaluation
 
 
 class Observer:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from actors.learner.protocols import Weights, WorkerContext
-from deepgen.data.cache.encoded import FrozenCache
+from deepgen.data.cache.encoded import EncodingCache
 from deepgen.data.loading.collate import MicroBatch, collate
 from deepgen.data.loading.dataset import TrainingSet
 from deepgen.data.loading.mixture import Mixture
@@ -26,7 +26,7 @@ class MixtureSource:
     """
 
     def __init__(
-        self, data: TrainingSet, mixture: Mixture, cache: FrozenCache, quarantine: Quarantine, threads: int = 0
+        self, data: TrainingSet, mixture: Mixture, cache: EncodingCache, quarantine: Quarantine, threads: int = 0
     ) -> None:
         self.data, self.mixture = data, mixture
         self._cache, self._quarantine = cache, quarantine
@@ -61,7 +61,7 @@ class MixtureSource:
         return {}
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """Also makes durable what frozen parts have made so far, which whoever resumes need not make again."""
+        """Also makes the encodings made so far durable, so that a resume need not make them again."""
         self._cache.flush()
         quarantine = self._quarantine.state_dict()
         return self.mixture.state_dict(step, self._world) | {"quarantine": quarantine}

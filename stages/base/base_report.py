@@ -21,7 +21,8 @@ from actors.messages import EvaluationRequest
 from deepgen.config import load_settings
 from deepgen.config.recipes import find_recipe
 from deepgen.config.settings import TASKS
-from deepgen.data.records import Record, decode_image
+from deepgen.data.images import decode_image
+from deepgen.data.records import Record
 from deepgen.tracking.grids import image_grid
 from rewards.base import RewardRequest
 from rewards.ocr import OcrReward

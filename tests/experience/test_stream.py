@@ -21,7 +21,7 @@ from actors.experience.weight_sync import WeightsMismatchError, publish_weights
 from actors.messages import EvaluationRequest, Group, RankBatch
 from actors.start import start_rollouts
 from deepgen.config import Settings, UserError
-from deepgen.data.records import read_records
+from deepgen.data.parquet import read_records
 from deepgen.models.unified import UnifiedModel
 from rewards import REWARDS
 from tests.helpers.frail_actors import Frail, Slow
@@ -379,7 +379,7 @@ def test_evaluation_scores_by_prompt(world: Path, rollouts: dict[str, Any]) -> N
     assert names == ["clip", "aesthetic"]
     assert first.scores.shape == (4, 2, 2)
     assert np.array_equal(first.scores, second.scores, equal_nan=True)
-    asked = first.weights > 0
+    asked = first.reward_weights > 0
     assert asked[:, names.index("clip")].tolist() == [False, True, False, True]
     assert np.isfinite(first.scores).all(axis=1)[asked].all()
     assert np.isnan(first.scores[:, :, names.index("clip")][0]).all()
