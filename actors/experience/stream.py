@@ -93,7 +93,7 @@ class ExperienceStream:
                 self._statistics[name] = [a + b for a, b in zip(before, counts, strict=True)]
         return batch
 
-    async def _make_step(self, step: int) -> list[RankBatch]:
+    async def make_step(self, step: int) -> list[RankBatch]:
         await self._fresh_enough(step)
         clock = StepClock()
         groups = await asyncio.gather(*(self._make_group(group, clock) for group in self._groups(step)))
@@ -170,11 +170,11 @@ class ExperienceStream:
         last = min(self._version + self._settings.experience.max_staleness, self._settings.train.steps - 1)
         for step in range(self._next_step, last + 1):
             if step not in self._steps:
-                self._steps[step] = asyncio.create_task(self._make_step(step))
+                self._steps[step] = asyncio.create_task(self.make_step(step))
 
     def _consume(self, step: int) -> None:
         if step not in self._steps:
-            self._steps[step] = asyncio.create_task(self._make_step(step))
+            self._steps[step] = asyncio.create_task(self.make_step(step))
         for done in [number for number in self._steps if number < step]:
             del self._steps[done]  # every rank has it: they ask for a step after updating on the one before
         self._next_step = step + 1

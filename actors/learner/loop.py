@@ -48,13 +48,14 @@ def train(
     if not trainable:
         raise UserError(f"stage {context.stage}: nothing to train with model.lora_rank {settings.model.lora_rank}")
     context.model.train()
-    source, objective = build(context)
+    parts = build(context)
+    source = parts.source
     try:
         engine = TrainingEngine(settings, context.model, trainable, context.device)
         ema = Ema(engine.parameters, settings.train.ema_decay) if settings.train.ema_decay else None
         start = _restore(engine, ema, source, checkpoints, resume, context)
         source.publish(engine.weights, start)
-        loop = _Loop(context, source, objective, engine, ema, checkpoints, start)
+        loop = TrainingLoop(context, parts, engine, ema, checkpoints, start)
         if start == 0:
             loop.begin()
         for step in range(start, settings.train.steps):
@@ -62,22 +63,23 @@ def train(
         _export(engine, ema, checkpoints.run_folder)
     finally:
         source.close()
+        if parts.evaluator:
+            parts.evaluator.close()
 
 
-class _Loop:
+class TrainingLoop:
     """The body of the training loop and what it needs from step to step."""
 
     def __init__(
         self,
         context: WorkerContext,
-        source: BatchSource,
-        objective: Objective,
+        parts: Parts,
         engine: TrainingEngine,
         ema: Ema | None,
         checkpoints: CheckpointStore,
         start: int,
     ) -> None:
-        self.context, self.source, self.objective = context, source, objective
+        self.context, (self.source, self.objective, self.evaluator) = context, parts
         self.engine, self.ema, self.checkpoints = engine, ema, checkpoints
         self.phases = Phases()
         self.progress = Progress(context.settings.train.steps, start)
@@ -112,9 +114,10 @@ class _Loop:
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Held-out figures after ``step`` steps, if any are due: of the weights, and of their averages."""
-        evaluate, model, here = self.objective.evaluation(step), self.context.model, self._step_context(step)
+        evaluate = self.evaluator.evaluation(step) if self.evaluator else None
         if evaluate is None:
             return {}
+        model, here = self.context.model, self._step_context(step)
         model.eval()
         with torch.no_grad():
             figures: dict[str, float] = self.engine.run(evaluate, here, "")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Weights = dict[str, Tensor]  # trained parameters by name
 NamedParameters = list[tuple[str, nn.Parameter]]
 Metrics = Mapping[str, float | Tensor]
-# (model, context, suffix of the names) -> figures; see `Objective.evaluation`
+# (model, context, suffix of the names) -> figures; see `Evaluator.evaluation`
 Evaluate = Callable[["UnifiedModel", "StepContext", str], dict[str, float]]
 
 
@@ -106,14 +106,27 @@ class Objective(Protocol):
         ``*_max`` take the maximum, ``*_sum`` are added. ``images_sum``, the number of images, gives images per second.
         """
 
+
+class Evaluator(Protocol):
+    """What is looked at beside training, the same way in all stages. All methods are called on every rank."""
+
     def evaluation(self, step: int) -> Evaluate | None:
-        """What to evaluate with the weights after ``step`` steps, None for nothing; on all ranks alike.
+        """What to compute with the weights after ``step`` steps, None for nothing; on all ranks alike.
 
         It is called without gradients and dropout, for the weights with suffix "" and for their averages with "_ema".
+        An evaluator whose pictures are drawn elsewhere, by rollout actors, orders them here and returns None.
         """
 
+    def close(self) -> None:
+        """At the end, also after an error."""
 
-Parts = tuple[BatchSource, Objective]
+
+class Parts(NamedTuple):
+    """What a stage gives to the loop."""
+
+    source: BatchSource
+    objective: Objective
+    evaluator: Evaluator | None
 
 
 class ShardedModel(Protocol):

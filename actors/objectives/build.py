@@ -9,30 +9,29 @@ from actors.objectives.experience_source import ExperienceSource
 from actors.objectives.flow_matching import FlowMatching
 from actors.objectives.heldout_loss import Heldout
 from actors.objectives.mr_grpo import MRGRPO
+from actors.objectives.observer import Observer
 from actors.objectives.record_source import MixtureSource, open_training_set, size_note
 from deepgen.config.settings import TASKS
 from deepgen.data.loading.mixture import Mixture
 
 
 def build_flow_matching(context: WorkerContext) -> Parts:
-    """Source and objective of pretrain and sft."""
+    """The parts of pretrain and sft."""
     settings, data = context.settings, open_training_set(context)
     mixture = Mixture.from_settings(settings, data.store, settings.data.micro_batch)
     edits = int((data.store.tasks == TASKS.index("edit")).sum())
     context.say(f"{len(data) - edits} generation and {edits} editing records, {size_note(mixture)}")
     objective = FlowMatching.for_worker(context)
-    objective.heldout = Heldout(context, objective)
-    return MixtureSource(data, mixture, objective.cache, objective.quarantine, settings.data.threads), objective
+    source = MixtureSource(data, mixture, objective.cache, objective.quarantine, settings.data.threads)
+    return Parts(source, objective, Heldout(context, objective))
 
 
 def build_rl(context: WorkerContext, stream: Any) -> Parts:
-    """Source and objective of rl; `stream` is the handle of the experience stream."""
-    settings = context.settings
-    if not settings.algorithm.sft_coef:
-        return ExperienceSource(context, stream, None), MRGRPO.for_worker(context, None)
-    auxiliary = FlowMatching.for_worker(context)
-    source = ExperienceSource(context, stream, auxiliary_records(context, auxiliary))
-    return source, MRGRPO.for_worker(context, auxiliary)
+    """The parts of rl; `stream` is the handle of the experience stream."""
+    auxiliary = FlowMatching.for_worker(context) if context.settings.algorithm.sft_coef else None
+    records = auxiliary_records(context, auxiliary) if auxiliary else None
+    observer = Observer(context, stream, context.tracker) if context.tracker else None
+    return Parts(ExperienceSource(context, stream, records), MRGRPO.for_worker(context, auxiliary), observer)
 
 
 def auxiliary_records(context: WorkerContext, objective: FlowMatching) -> MixtureSource:

@@ -11,7 +11,6 @@ from torch import Tensor
 from actors.experience.weight_sync import publish_weights
 from actors.learner.protocols import WorkerContext
 from actors.messages import Group, RankBatch
-from actors.objectives.observer import Observer
 from actors.objectives.record_source import MixtureSource
 from deepgen.data.loading.collate import MicroBatch
 
@@ -33,7 +32,6 @@ class ExperienceSource:
         self._context, self._stream, self._auxiliary = context, stream, auxiliary
         self._deadline_s = context.settings.experience.deadline_s + _ANSWER_MARGIN_S
         self._metrics: dict[str, float] = {}
-        self._observer = Observer(context, stream) if context.tracker is not None else None
 
     def next(self, step: int, rank: int, world: int) -> RLBatch:
         import ray
@@ -49,8 +47,6 @@ class ExperienceSource:
         full = weights()
         if self._context.rank == 0:
             self._ask(self._stream.publish.remote(publish_weights(version, full)))
-        if self._observer:
-            self._observer.published(version)
 
     def metrics(self) -> dict[str, float]:
         return self._metrics
@@ -70,8 +66,6 @@ class ExperienceSource:
             self._ask(self._stream.restore.remote(state))
 
     def close(self) -> None:
-        if self._observer:
-            self._observer.collect(wait_s=0.0)
         if self._auxiliary:
             self._auxiliary.close()
 

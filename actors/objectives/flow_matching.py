@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from actors.learner.collectives import gather
-from actors.learner.protocols import Evaluate, Metrics, StepContext, WorkerContext
+from actors.learner.protocols import Metrics, StepContext, WorkerContext
 from actors.objectives.encoder_cache import make_cache
-from actors.objectives.heldout_loss import Heldout
 from deepgen.algorithms.losses import FlowMatchingLoss, flow_matching_loss, interpolate
 from deepgen.data.cache.encoded import EncodingCache
 from deepgen.data.loading.buckets import SIDE_MULTIPLE
@@ -53,13 +52,11 @@ class FlowMatching:
     sigma comes uniformly from the 1000 levels of the shifted training grid. Captions of generation are dropped with
     probability ``caption_drop``; editing drops nothing (M1.8). Every sample has random numbers of its own, derived from
     (seed, step, place in the batch), so they do not change with the number of workers. Records that cannot be used take
-    no part in any mean and are noted in ``quarantine``. ``cache`` makes latents, and features for the VLM. ``heldout``
-    is what is evaluated meanwhile; the auxiliary loss of rl has none.
+    no part in any mean and are noted in ``quarantine``. ``cache`` makes latents, and features for the VLM.
     """
 
     def __init__(self, settings: Settings, cache: EncodingCache, quarantine: Quarantine) -> None:
         self.cache, self.quarantine = cache, quarantine
-        self.heldout: Heldout | None = None
         self.caption_drop = settings.data.caption_drop
         self.sigmas = training_sigmas()  # shift 3: the schedule the public weights were trained on
 
@@ -155,9 +152,6 @@ class FlowMatching:
             share=0.0,
             bad=len(micro.bad),
         )
-
-    def evaluation(self, step: int) -> Evaluate | None:
-        return self.heldout.evaluation(step) if self.heldout else None
 
     def errors(self, model: UnifiedModel, micro: FlowMatchingMicro) -> FlowMatchingLoss:
         """The model's error on a micro-batch, [] and [B]."""

@@ -169,6 +169,9 @@ class Heldout:
         pictures = self._loss is not None and grid_every > 0 and self._due(step, grid_every)
         return partial(self._evaluate, loss, pictures) if loss or pictures else None
 
+    def close(self) -> None:
+        """Everything is logged as soon as it is there."""
+
     def _evaluate(
         self, loss: bool, pictures: bool, model: UnifiedModel, context: StepContext, suffix: str
     ) -> dict[str, float]:

@@ -52,9 +52,6 @@ class MRGRPO:
             micros += self._auxiliary.prepare_records(batch.records, context, self._sft_coef)
         return micros
 
-    def evaluation(self, step: int) -> None:
-        """The experience stream evaluates the policy, see `Observer`."""
-
     def loss(
         self, model: UnifiedModel, micro: PolicyMicro | FlowMatchingMicro, context: StepContext
     ) -> tuple[Tensor, Metrics]:

@@ -5,59 +5,64 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import ray
+
 from actors.learner.protocols import WorkerContext
 from deepgen.data.usable import left_out
 from deepgen.evaluation.choose import GRID_PROMPTS, choose_records, heldout_records
 from deepgen.evaluation.pictures import grid
 from deepgen.evaluation.results import Evaluation
+from deepgen.tracking.tracker import Tracker
 
 
 class Observer:
-    """Asks for pictures and held-out scores every few versions and logs them once they are there."""
+    """Asks the stream for pictures and held-out scores every few steps, and logs them once they are there. Rank 0."""
 
-    def __init__(self, context: WorkerContext, stream: Any) -> None:
-        settings = context.settings
-        self._context, self._stream, self._settings = context, stream, settings
+    def __init__(self, context: WorkerContext, stream: Any, tracker: Tracker) -> None:
+        settings = self._settings = context.settings
+        self._stream, self._tracker = stream, tracker
         self._heldout = heldout_records(settings)
-        self._quarantined = left_out(settings, "data.prompts", "data.heldout")
+        if quarantined := left_out(settings, "data.prompts", "data.heldout"):
+            tracker.log(0, quarantined)
         self._grid = choose_records(self._heldout, GRID_PROMPTS, settings.evaluation.seed) if self._heldout else []
         self._pending: list[tuple[int, str, Any]] = []
 
-    def published(self, version: int) -> None:
-        """Order what is due at this version. The last one is evaluated by the stage itself, with the first."""
-        if self._quarantined and self._context.tracker:
-            self._context.tracker.log(version, self._quarantined)
-        self._quarantined = {}  # once a start
-        if self._heldout and version < self._settings.train.steps:
-            if _due(version, self._settings.tracking.grid_every):
-                self._order(version, "grid", self._grid, 1)
-            if version and _due(version, self._settings.evaluation.every):
-                self._order(version, "eval", self._heldout, self._settings.evaluation.samples_per_prompt)
-        self.collect(wait_s=0.0 if version < self._settings.train.steps else self._settings.experience.deadline_s)
+    def evaluation(self, step: int) -> None:
+        """Order what is due after ``step`` steps; the policy of that step has been published. Log what has come.
 
-    def collect(self, wait_s: float) -> None:
+        After the last step it waits for all of it. The last policy itself is evaluated by the stage (`rl_report`).
+        """
+        last = step >= self._settings.train.steps
+        if self._heldout and not last:
+            if _due(step, self._settings.tracking.grid_every):
+                self._order(step, "grid", self._grid, 1)
+            if step and _due(step, self._settings.evaluation.every):
+                self._order(step, "eval", self._heldout, self._settings.evaluation.samples_per_prompt)
+        self._collect(wait_s=self._settings.experience.deadline_s if last else 0.0)
+
+    def close(self) -> None:
+        """Log what has come meanwhile."""
+        self._collect(wait_s=0.0)
+
+    def _collect(self, wait_s: float) -> None:
         """Log the evaluations that are finished, after waiting for the rest at most `wait_s`."""
-        import ray
-
         if not self._pending:
             return
         references = [reference for _, _, reference in self._pending]
         ready, _ = ray.wait(references, num_returns=len(references), timeout=wait_s)
-        for version, what, reference in [item for item in self._pending if item[2] in ready]:
-            self._log(version, what, ray.get(reference))
+        for step, what, reference in [item for item in self._pending if item[2] in ready]:
+            self._log(step, what, ray.get(reference))
         self._pending = [item for item in self._pending if item[2] not in ready]
 
-    def _order(self, version: int, what: str, records: Sequence[Any], samples: int) -> None:
-        self._pending.append((version, what, self._stream.evaluate.remote(records, samples)))
+    def _order(self, step: int, what: str, records: Sequence[Any], samples: int) -> None:
+        self._pending.append((step, what, self._stream.evaluate.remote(records, samples)))
 
-    def _log(self, version: int, what: str, evaluation: Evaluation) -> None:
-        tracker = self._context.tracker
-        assert tracker is not None
+    def _log(self, step: int, what: str, evaluation: Evaluation) -> None:
         if what == "grid":
-            tracker.log_images("samples", version, grid(evaluation, f"step {version}"))
+            self._tracker.log_images("samples", step, grid(evaluation, f"step {step}"))
         else:
-            tracker.log(version, {f"eval/{name}": value for name, value in evaluation.means().items()})
+            self._tracker.log(step, {f"eval/{name}": value for name, value in evaluation.means().items()})
 
 
-def _due(version: int, every: int) -> bool:
-    return every > 0 and version % every == 0
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

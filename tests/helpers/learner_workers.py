@@ -89,7 +89,7 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
 
     from actors.learner.checkpoint_store import CheckpointStore
     from actors.learner.loop import train
-    from actors.learner.protocols import WorkerContext
+    from actors.learner.protocols import Parts, WorkerContext
     from tests.helpers.toy import ToyModel, ToyObjective, ToySource
 
     class Log:
@@ -100,7 +100,8 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
     model: Any = ToyModel()
     tracker: Any = Log() if rank == 0 else None
     context = WorkerContext("rl", settings, model, rank, world, torch.device("cpu"), tracker, print)
-    parts = (ToySource(), ToyObjective(run.get("noise", 0.0)))
+    toy = ToyObjective(run.get("noise", 0.0))
+    parts = Parts(ToySource(), toy, toy)
     build = functools.partial(_build, lambda _: parts, run.get("die_after", 0))
     if "die_writing" in run:
         _die_writing(run["die_writing"])
@@ -108,8 +109,8 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
 
 
 def _build(build: Callable[[Any], Any], die_after: int, context: Any) -> Any:
-    source, objective = build(context)
-    return (_Dying(source, die_after) if die_after else source), objective
+    parts = build(context)
+    return parts._replace(source=_Dying(parts.source, die_after)) if die_after else parts
 
 
 def _die_writing(left: int) -> None:

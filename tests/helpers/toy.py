@@ -104,6 +104,8 @@ class ToyObjective:
 
         return measure if step % 2 == 0 else None
 
+    def close(self) -> None: ...
+
     def loss(self, model: Any, micro: tuple[Tensor, Tensor], context: Any) -> tuple[Tensor, dict[str, Any]]:
         x, y = micro
         error = ((model(x + self.noise * torch.randn_like(x)) - y) ** 2).mean()
