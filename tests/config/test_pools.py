@@ -159,7 +159,7 @@ def test_a_registered_name_needs_no_class_and_may_get_another() -> None:
         (["rewards.ocr.gpus=1.5"], ["rewards.ocr.gpus: got 1.5", "0 or more, above 1 a whole number"]),
         (["rewards.judge=x"], ["rewards.judge: is a section"]),
         # old spellings
-        ([f"rewards.mine.class={HERE}:Old"], ["has from_settings, as rewards had before", "class Options(PoolSettings)"]),
+        ([f"rewards.mine.class={HERE}:Old"], ["has from_settings, as rewards had", "class Options(PoolSettings)"]),
         (
             ["rewards.weights.t2i.brightness=1"],
             ["unknown reward 'brightness'", "rewards.brightness.class=package.module:Class"],
@@ -200,7 +200,6 @@ def test_reading_settings_imports_no_torch(root: Path) -> None:
     """The classes of the rewards are imported, not what they run on."""
     heavy = ["torch", "ray", "vllm", "transformers", "rapidocr"]
     code = f"import sys, deepgen.config as c; c.load_settings(); print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False, timeout=60
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
