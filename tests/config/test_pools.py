@@ -190,10 +190,18 @@ def test_wrong_pool_in_a_recipe_is_one_clear_line(tmp_path: Path, rewards: str, 
     assert all(part in message for part in parts), message
 
 
-def test_options_of_a_class_that_was_replaced_are_refused(tmp_path: Path) -> None:
-    recipe = recipe_file(tmp_path, "rewards: {judge: {path: tests}}")
+def test_another_class_on_the_command_line_drops_the_options_of_the_recipes(tmp_path: Path) -> None:
+    """And nothing else: not what every pool has, nor what neither class knows."""
+    recipe = recipe_file(tmp_path, "rewards: {judge: {path: tests, gpu_memory_share: 0.5, replicas: 3}}")
+    plain = load_settings(recipe, [f"rewards.judge.class={HERE}:Plain"]).rewards.pools["judge"]
+    assert (plain.replicas, plain.class_) == (3, f"{HERE}:Plain")
+    blurry = load_settings(recipe, ["rewards.judge.path=stages", f"rewards.judge.class={HERE}:Blurry"])
+    assert blurry.model_dump()["rewards"]["judge"]["path"] == "stages"
+    recipe = recipe_file(tmp_path, "rewards: {mine: {path: tests}}")  # whose class only the command line says
+    assert load_settings(recipe, ["rewards.mine.class=clip"]).rewards.pools["mine"].class_ == "clip"
+    recipe = recipe_file(tmp_path, "rewards: {judge: {paht: tests}}")
     message = message_of(f"rewards.judge.class={HERE}:Plain", recipe=recipe)
-    assert message.startswith("unknown key 'rewards.judge.path' in mine.yaml; allowed in this pool: class, replicas")
+    assert message.startswith("unknown key 'rewards.judge.paht' in mine.yaml; allowed in this pool: class, replicas")
 
 
 def test_reading_settings_imports_no_torch(root: Path) -> None:

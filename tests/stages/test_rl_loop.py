@@ -27,7 +27,7 @@ TIMES = ("time/", "throughput/", "pool/", "rollout/restarts")
 
 def start(world: Path, *more: str) -> subprocess.Popen[str]:
     """Start a run in a process group of its own."""
-    command = [sys.executable, str(ROOT / "tests" / "rl_driver.py"), *overrides(world, *more)]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "rl_driver.py"), *overrides(world, *more)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=world, start_new_session=True
     )
