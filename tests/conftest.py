@@ -12,12 +12,15 @@ import secrets
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from cpu_stack_hook import build_of
+
+from tests.helpers.process_guard import GUARD
 
 ROOT = Path(__file__).resolve().parent.parent
 # Ray's sockets lie under RAY_TMPDIR, and the path of a Unix socket ends at 107 characters.
@@ -52,6 +55,28 @@ def _set_environment() -> None:
 
 
 _set_environment()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    with GUARD.watching(_marks(item)):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with GUARD.watching(_marks(item)):
+        return (yield)
+
+
+def _marks(item: pytest.Item) -> set[str]:
+    return {mark.name for mark in item.iter_markers()}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: whoever is done early can then take a quick file, not wait for a long one."""
+    slow = Counter(item.path for item in items if "slow" in _marks(item))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_sessionfinish() -> None:

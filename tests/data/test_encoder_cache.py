@@ -277,6 +277,7 @@ def test_two_writers_fill_one_folder(tmp_path: Path, shard: str) -> None:
     assert not list((tmp_path / "cache").rglob(f"*{WRITING}"))
 
 
+@pytest.mark.processes
 def test_a_killed_writer_leaves_nothing_to_be_read(tmp_path: Path, shard: str, monkeypatch: Any) -> None:
     """Killed with half of its file written; whoever comes an hour later cleans up."""
     child = os.fork()

@@ -48,6 +48,7 @@ from tests.helpers.toy import STEPS, TOY, ToyModel, check_toy, plain_torch, toy_
 SFT = ROOT / "stages" / "sft.py"
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_zero_stage_is_plain_training_with_one_step_a_batch(tmp_path: Path, world: int) -> None:
@@ -69,6 +70,7 @@ def test_every_zero_stage_is_plain_training_with_one_step_a_batch(tmp_path: Path
         np.testing.assert_allclose([entry["loss/total"] for entry in log], expected.losses, rtol=1e-5)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     """Bit for bit, with noise from torch's generator: ended between two checkpoints, or by SIGKILL while it writes one.
@@ -139,6 +141,7 @@ def test_wherever_a_checkpoint_is_cut_the_one_before_is_used(tmp_path: Path, mon
     assert newest == sorted(newest) and newest.count(2) >= 6 and newest.count(4) >= 3
 
 
+@pytest.mark.processes
 def test_old_checkpoints_go_and_damaged_ones_are_passed_over(tmp_path: Path) -> None:
     run = toy_run(tmp_path, "a", "train.keep_checkpoints=2")
     run_workers(tmp_path, [run])
@@ -340,6 +343,7 @@ def component(folder: Path, name: str, part: str) -> dict[str, Tensor]:
     return tensors
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_two_ranks_train_like_one_with_the_same_global_batch(world: Path, tmp_path: Path) -> None:
     """Weights, held-out losses of the weights and of their averages, pictures of both."""

@@ -198,6 +198,7 @@ def test_damaged_files(tmp_path, name, content, message):
         read_weights(tmp_path / name)
 
 
+@pytest.mark.processes
 def test_export_program(folder, tmp_path):
     command = [sys.executable, str(ROOT / "stages/export.py"), str(folder), str(tmp_path / "out"), "--dtype", "bf16"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
@@ -221,6 +222,7 @@ def test_large_parts_are_sharded(folder, tmp_path, monkeypatch):
     assert same(UnifiedModel.from_folder(out), UnifiedModel.from_folder(folder))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("stage", "world"), [(1, 2), (2, 2), (3, 2)])
 def test_deepspeed_folders(tmp_path, stage, world):
     """ZeRO 1-3 of two workers, put together: fp32 masters to the bit, under the name *.pth and as its parent."""

@@ -200,6 +200,7 @@ def test_a_step_without_any_usable_record_ends_the_run(tmp_path: Path) -> None:
         objective.prepare(make_tiny_model(), source.next(0, 0, 1), StepContext(1, 0, 0, 1, torch.device("cpu")))
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_ranks_with_nothing_to_do_and_a_resume_change_nothing(tmp_path: Path) -> None:
     """Two ranks under ZeRO-3 with one record each, so that a bad one leaves a rank without any; then killed."""
