@@ -16,7 +16,14 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-IMPORTED = ["actors.learner.ray_train", "actors.learner.loop", "actors.objectives.flow_matching", "deepspeed", "mlflow"]
+IMPORTED = [
+    "actors.learner.ray_train",
+    "actors.learner.loop",
+    "actors.objectives.flow_matching",
+    "deepspeed.runtime.zero.muon.original_muon",  # every ZeRO engine imports it, and with it torch's compiler
+    "mlflow.store.tracking.sqlalchemy_store",
+    "matplotlib.pyplot",
+]
 DEADLINE_S = 600
 
 
