@@ -1,9 +1,10 @@
-"""Starting the Ray actors of an RL run. Imports neither torch nor the model: those are the actors' business."""
+"""Starts and wires the processes of a run. Importing it loads neither torch nor the model: that is their business."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -11,12 +12,13 @@ import ray
 from actors.experience.rollout_actor import RolloutActor
 from actors.experience.rollout_fleet import RESTARTS, WEIGHTS_GROUP
 from actors.experience.stream import ExperienceStream
+from actors.messages import LearnerJob
 from deepgen.cluster.resources import process_resources
 from deepgen.config import Settings
 from deepgen.data.records import Record
 
 if TYPE_CHECKING:
-    from actors.learner.loop import Parts, WorkerContext
+    from actors.learner.protocols import Parts, WorkerContext
 
 
 def start_rollouts(settings: Settings, *, gpus: bool) -> dict[str, Any]:
@@ -46,9 +48,17 @@ def learner_parts(stream: Any) -> Callable[[WorkerContext], Parts]:
 
 
 def _learner_parts(stream: Any, context: WorkerContext) -> Parts:
-    from actors.objectives.mr_grpo import build_rl
+    from actors.objectives.build import build_rl
 
     return build_rl(context, stream)
+
+
+def start_learner(job: LearnerJob) -> Path:
+    """Run the learner's workers under Ray Train to the end; the component folder with the result (`run_learner`)."""
+    from actors.learner.ray_train import run_learner
+    from actors.learner.worker import work
+
+    return run_learner(job, work)
 
 
 def _options(role: str, gpus: bool) -> dict[str, float]:

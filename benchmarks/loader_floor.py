@@ -21,7 +21,8 @@ from deepgen.data.loading.collate import collate
 from deepgen.data.loading.dataset import TrainingSet
 from deepgen.data.loading.mixture import Mixture
 from deepgen.data.loading.parquet_store import ParquetStore
-from deepgen.data.records import Record, write_records
+from deepgen.data.parquet import write_records
+from deepgen.data.records import Record
 
 RECORDS, IMAGE_SIZE, STEPS = 256, 512, 8
 SIDES = ((640, 480), (480, 640), (768, 512), (600, 600))
@@ -51,7 +52,7 @@ def run(weights: Path, repeats: int, threads: int) -> list[Result]:
 
 
 def bare_decode(blob: bytes) -> np.ndarray:
-    image = Image.open(io.BytesIO(blob)).convert("RGB")
+    image = Image.open(io.BytesIO(blob), formats=("JPEG",)).convert("RGB")
     height, width = fixed_area_size(image.height, image.width, IMAGE_SIZE)
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 

@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 
 from actors.experience.policy_sampler import PolicySampler
-from actors.experience.rollout_actor import GroupRequest
+from actors.messages import Group
 from benchmarks.timing import Result, Shape, bare_dit, bare_inputs, compare, joined_size, recipe
+from deepgen.data.images import decode_image
 from deepgen.data.loading.dataset import image_to_tensor
-from deepgen.data.records import Record, decode_image, read_records
+from deepgen.data.parquet import read_records
+from deepgen.data.records import Record
 from deepgen.models.unified import UnifiedModel
 
 
@@ -28,7 +30,7 @@ def run(weights: Path, repeats: int, threads: int) -> list[Result]:
     results = []
     for task in ("t2i", "edit"):
         record = next(record for record in records if record.task == task)
-        request = GroupRequest(number=0, step=0, epoch=0, record=record)
+        request = Group(number=0, step=0, epoch=0, record=record)
         shape = replace(_shape(sampler.model, record, settings.data.image_size), batch=group)
         inputs, dit = bare_inputs(shape), bare_dit().eval()
 
@@ -37,7 +39,7 @@ def run(weights: Path, repeats: int, threads: int) -> list[Result]:
             for _ in range(steps):
                 dit(**inputs)
 
-        def ours(request: GroupRequest = request) -> None:
+        def ours(request: Group = request) -> None:
             sampler.sample_group(request)
 
         shapes = f"{group} x {steps} steps, {shape.height}x{shape.width} latents, {shape.context} context"

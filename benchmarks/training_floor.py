@@ -1,8 +1,8 @@
-"""What an epoch of training costs end to end above the bare model, and what keeping the work of frozen parts gains.
+"""What an epoch of training costs end to end above the bare model, and what keeping encodings gains.
 
 Ours: the learner's steps with one worker, from records in parquet files to new weights: plan, decoding, VAE, visual
 tower, the objective, DeepSpeed's engine, clipping, writing what is kept. Floor: forward, backward and AdamW of the same
-model in plain torch on the same batches, decoded before; where frozen parts have to work, theirs too, else it finds
+model in plain torch on the same batches, decoded before; where images have to be encoded, that too, else it finds
 latents and features of the visual tower made. Left out: Ray Train, checkpoints, tracking; row groups stay in memory,
 files of the cache in the system's.
 """
@@ -21,17 +21,20 @@ from typing import Any
 import torch
 
 from actors.learner.engine import TrainingEngine, parameter_groups
-from actors.learner.loop import BatchSource, StepContext, WorkerContext, update
-from actors.learner.ray_train import load_model, prepare_process
-from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro, build_flow_matching
+from actors.learner.loop import update
+from actors.learner.protocols import BatchSource, StepContext, WorkerContext
+from actors.learner.worker import load_model, prepare_process
+from actors.objectives.build import build_flow_matching
+from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro
 from benchmarks.timing import ROOT, Result, recipe, seconds
 from deepgen.algorithms.losses import flow_matching_loss, interpolate
 from deepgen.config.settings import Settings
 from deepgen.data.cache.disk_store import DiskStore
-from deepgen.data.cache.encoded import FrozenCache, MemoryStore, Store
+from deepgen.data.cache.encoded import EncodingCache, MemoryStore, Store
 from deepgen.data.conversion.convert_units import ROW_GROUP
 from deepgen.data.loading.collate import MicroBatch
-from deepgen.data.records import Record, read_records, write_records
+from deepgen.data.parquet import read_records, write_records
+from deepgen.data.records import Record
 from deepgen.diffusion.schedule import timesteps
 from deepgen.models.unified import UnifiedModel
 
@@ -129,9 +132,9 @@ class OurTraining:
         settings = self.context.settings
         data = settings.data.model_copy(update={"train": records or settings.data.train})
         context = replace(self.context, settings=settings.model_copy(update={"data": data}))
-        source, objective = build_flow_matching(context)
+        source, objective, _ = build_flow_matching(context)
         assert isinstance(objective, FlowMatching)
-        objective.cache = FrozenCache(objective.cache.parts, store)
+        objective.cache = EncodingCache(objective.cache.parts, store)
         return source, objective
 
     def _at(self, step: int) -> StepContext:
@@ -164,7 +167,7 @@ class BareTraining:
     def __call__(self) -> None:
         with torch.no_grad(), _autocast(self.settings):
             for pictures in self.batch:
-                self._frozen_parts(pictures)
+                self._encode(pictures)
         for micro in self.micros:
             with _autocast(self.settings):
                 noisy = [interpolate(*one) for one in zip(micro.latents, micro.noise, micro.sigmas, strict=True)]
@@ -175,7 +178,7 @@ class BareTraining:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _frozen_parts(self, batch: MicroBatch) -> None:
+    def _encode(self, batch: MicroBatch) -> None:
         for picture in (*batch.targets, *itertools.chain(*batch.references)):
             self.model.encode_images([picture.image()], None)
         for picture in itertools.chain(*batch.references):

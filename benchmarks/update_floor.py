@@ -8,6 +8,7 @@ AdamW step at the end. Left out: Ray Train, checkpoints, waiting for batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ import numpy as np
 import torch
 
 from actors.experience.policy_sampler import PolicySampler
-from actors.experience.rollout_actor import GroupRequest
-from actors.experience.stream import GroupBatch
 from actors.learner.engine import TrainingEngine
-from actors.learner.loop import Objective, StepContext, WorkerContext, update
-from actors.learner.ray_train import load_model, prepare_process
-from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro, build_flow_matching
-from actors.objectives.mr_grpo import MRGRPO, RLBatch, auxiliary_records
+from actors.learner.loop import update
+from actors.learner.protocols import Objective, StepContext, WorkerContext
+from actors.learner.worker import load_model, prepare_process
+from actors.messages import Group
+from actors.objectives.build import auxiliary_records, build_flow_matching
+from actors.objectives.experience_source import RLBatch
+from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro
+from actors.objectives.mr_grpo import MRGRPO
 from actors.objectives.policy_losses import PolicyMicro
 from benchmarks.timing import Result, Shape, bare_dit, bare_inputs, compare, joined_size, recipe
-from deepgen.data.records import TASKS, read_records
+from deepgen.config.settings import TASKS
+from deepgen.data.parquet import read_records
 from deepgen.models.unified import UnifiedModel
 
 CPU = torch.device("cpu")
@@ -57,7 +61,7 @@ def _measure(stage: str, weights: Path, repeats: int, threads: int) -> Result:
 
 
 def _records(context: WorkerContext) -> tuple[Objective, Any]:
-    source, objective = build_flow_matching(context)
+    source, objective, _ = build_flow_matching(context)
     return objective, source.next(0, 0, 1)
 
 
@@ -67,16 +71,16 @@ def _experience(context: WorkerContext) -> tuple[Objective, RLBatch]:
     sampler = PolicySampler(settings)
     prompts = read_records(settings.data.prompts)
     by_task = [[record for record in prompts if record.task == task] for task in TASKS]
-    groups, trajectories = [], []
+    groups = []
     for number in range(settings.rollout.prompts_per_step):
         record = by_task[number % len(TASKS)][number]
-        _, packed = sampler.sample_group(GroupRequest(number=number, step=0, epoch=0, record=record))
+        asked = Group(number=number, step=0, epoch=0, record=record)
+        _, arrays = sampler.sample_group(asked)
         advantages = np.random.default_rng(number).standard_normal(settings.rollout.group_size).astype(np.float32)
-        groups.append(GroupBatch(number, record.id, record.task, 0, advantages, None))
-        trajectories.append(packed)
+        groups.append(replace(asked, version=0, trajectory=arrays, advantages=advantages))
     matching = FlowMatching.for_worker(context)
     auxiliary = auxiliary_records(context, matching).next(0, 0, 1)
-    return MRGRPO.for_worker(context, matching), RLBatch(tuple(groups), tuple(trajectories), tuple(auxiliary))
+    return MRGRPO.for_worker(context, matching), RLBatch(tuple(groups), tuple(auxiliary))
 
 
 class BareUpdate:

@@ -24,7 +24,7 @@ class RewardRequest:
     Attributes:
         prompt: what the user typed: caption, riddle or edit instruction.
         answer: plain description of what the image should show; empty means that the prompt says it.
-        task: one of `deepgen.data.records.TASKS`.
+        task: one of `deepgen.config.settings.TASKS`.
         image: uint8 [H, W, 3], RGB.
         references: source images of an edit, uint8 [H, W, 3] each; empty for generation.
     """

@@ -25,8 +25,8 @@ from deepgen.config import UserError, load_settings, run_program  # noqa: E402
 from deepgen.config.settings import TASKS  # noqa: E402
 from deepgen.data.conversion import convert_units as convert  # noqa: E402
 from deepgen.data.conversion.convert_units import Limits, Tally  # noqa: E402
-from deepgen.data.conversion.sources import FORMS, Source, Unit, guess_form, plan_units  # noqa: E402
-from deepgen.data.records import MAX_ASPECT, MAX_PIXELS  # noqa: E402
+from deepgen.data.conversion.raw_data import FORMS, RawData, Unit, guess_form, plan_units  # noqa: E402
+from deepgen.data.images import MAX_ASPECT, MAX_PIXELS  # noqa: E402
 
 LOOK_AFTER = 200  # samples before the share of bad ones says anything
 
@@ -87,7 +87,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     convert.check_folders(args.source, args.out)
-    source = Source(
+    raw = RawData(
         args.source,
         args.form or guess_form(args.source),
         args.task,
@@ -97,11 +97,11 @@ def main() -> int:
         args.name or args.source.resolve().stem,
     )
     limits = convert.Limits(args.min_side, args.max_aspect, args.max_pixels)
-    units = plan_units(source, args.rows)
-    convert.write_plan(args.out, source, limits, args.rows, args.seed, units)
+    units = plan_units(raw, args.rows)
+    convert.write_plan(args.out, raw, limits, args.rows, args.seed, units)
     todo = convert.unfinished(args.out, units)
-    print(f"{args.source}: form {source.form}, {len(units)} units, {len(units) - len(todo)} already done", flush=True)
-    run(source, todo, args.out.resolve(), limits, args)
+    print(f"{args.source}: form {raw.form}, {len(units)} units, {len(units) - len(todo)} already done", flush=True)
+    run(raw, todo, args.out.resolve(), limits, args)
     total = convert.write_report(args.out)
     print(f"kept {total.kept:,} of {total.total:,} samples: {dict(total.tasks)}")
     for reason, count in total.top_reasons().items():
@@ -130,7 +130,7 @@ def columns(given: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def run(source: Source, units: Sequence[Unit], out: Path, limits: Limits, args: argparse.Namespace) -> None:
+def run(raw: RawData, units: Sequence[Unit], out: Path, limits: Limits, args: argparse.Namespace) -> None:
     """Convert the units on the cluster, with a progress bar; stops above the share of bad samples."""
     if not units:
         return
@@ -139,7 +139,7 @@ def run(source: Source, units: Sequence[Unit], out: Path, limits: Limits, args: 
     total = convert.total_tally(out)
     check_share(total, args, LOOK_AFTER)  # what stopped the last run stops this one
     connect(load_settings(None, [f"cluster.address={args.address}"]), no_needs, code_root=ROOT)
-    for tally in progress(converted(source, units, out, limits, args.seed), len(units)):
+    for tally in progress(converted(raw, units, out, limits, args.seed), len(units)):
         total.add(tally)
         check_share(total, args, LOOK_AFTER)
 
@@ -148,7 +148,7 @@ def no_needs(settings: Any, *, gpus: bool) -> list[Any]:
     return []
 
 
-def converted(source: Source, units: Sequence[Unit], out: Path, limits: Limits, seed: int) -> Iterator[Tally]:
+def converted(raw: RawData, units: Sequence[Unit], out: Path, limits: Limits, seed: int) -> Iterator[Tally]:
     """Tallies of units in the order in which they get done, through Ray Data."""
     import ray.data
 
@@ -156,7 +156,7 @@ def converted(source: Source, units: Sequence[Unit], out: Path, limits: Limits, 
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
         try:
-            tally = convert.convert_unit(source, row["item"], out, limits, seed)
+            tally = convert.convert_unit(raw, row["item"], out, limits, seed)
             return {"tally": json.dumps(tally.to_dict()), "error": ""}  # Ray warns about objects that are not Arrow's
         except UserError as error:  # as data: Ray would bury it in its own tracebacks
             return {"tally": "", "error": str(error).encode(errors="backslashreplace").decode()}

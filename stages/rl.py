@@ -2,16 +2,30 @@
 
     python stages/rl.py [--recipe NAME_OR_PATH] [KEY=VALUE ...] [--resume] [--plan]
 
+One training step, and where each part of it is:
+
+    generate   actors/experience/rollout_actor.py: RolloutActor.sample_group
+               platform/deepgen/diffusion/trajectory.py: sample
+    score      actors/experience/reward_router.py: RewardRouter.score
+               rewards/ocr.py: OcrReward.score                           (one file a reward)
+    advantage  platform/deepgen/algorithms/advantages.py: group_advantages
+    update     actors/learner/loop.py: update
+               actors/objectives/policy_losses.py: ClippedRatio.loss
+    sync       actors/experience/weight_sync.py: publish_weights         (learner)
+               actors/experience/policy_version.py: LoadedPolicy.use     (rollout actors)
+
+    The first three in a row: actors/experience/stream.py: ExperienceStream.make_step
+    The last two in a row:    actors/learner/loop.py: TrainingLoop.run_step
+    Who starts and wires all: actors/start.py: start_rollouts, start_stream, start_learner
+    What travels in between:  actors/messages.py: Group
+
 Held-out prompts are drawn and scored before the first step and after the last one, with the same seeds; the table at
-the end compares the two.
+the end compares the two (`stages/rl_report.py`).
 """
 
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,8 +33,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
-from actors.learner.checkpoint_store import AVERAGED, CheckpointStore  # noqa: E402
-from actors.learner.ray_train import LearnerJob, own_folder, prepare_run, run_learner  # noqa: E402
+from actors.experience.prompt_order import check_state  # noqa: E402
+from actors.learner.checkpoint_store import CheckpointStore  # noqa: E402
+from actors.learner.preflight import own_folder, prepare_run  # noqa: E402
+from actors.messages import LearnerJob  # noqa: E402
 from actors.plan import plan_text  # noqa: E402
 from deepgen.cluster.connect import connect  # noqa: E402
 from deepgen.cluster.resources import rl_needs  # noqa: E402
@@ -28,9 +44,9 @@ from deepgen.config import Settings, UserError, parse_command_line, run_program 
 from deepgen.data.loading.mixture import check_training_data  # noqa: E402
 from deepgen.data.records import Record  # noqa: E402
 from deepgen.data.usable import usable_records  # noqa: E402
-from deepgen.evaluation.results import Evaluation, grid_rows, heldout_records  # noqa: E402
+from deepgen.evaluation.choose import heldout_records  # noqa: E402
+from stages.rl_report import BeforeAfter, say  # noqa: E402
 
-BEFORE, AFTER = "evaluation-before.npz", "evaluation-after.npz"
 MARGIN_S = 30.0  # an actor's own error, which says more, comes first
 END_S = 3.0
 
@@ -38,21 +54,18 @@ END_S = 3.0
 def main() -> int:
     settings = prepare_run(parse_command_line("rl", sys.argv[1:], plan_text), "rl")
     checkpoint = CheckpointStore(settings, "rl").newest() if settings.run.resume else None
-    resumes = checkpoint is not None
     with own_folder(settings):
         prompts, heldout = read_prompts(settings), heldout_records(settings)
         if settings.algorithm.sft_coef:
             check_training_data(settings)
         gpus = connect(settings, rl_needs, code_root=ROOT)
-        from actors.experience.stream import check_state
-
         if checkpoint:
             check_state(settings, prompts, checkpoint.source)
-    from actors.start import start_rollouts, start_stream
+    from actors.start import start_rollouts, start_stream  # Ray and its actors: not for --help
 
     say(f"starting {settings.rollout.actors} rollout actors and the rewards {', '.join(settings.rewards.used())}")
     rollouts = start_rollouts(settings, gpus=gpus)
-    stream = start_stream(settings, prompts, rollouts, resume=resumes, gpus=gpus)
+    stream = start_stream(settings, prompts, rollouts, resume=checkpoint is not None, gpus=gpus)
     try:
         run(settings, stream, heldout, gpus)
     finally:
@@ -64,20 +77,14 @@ def run(settings: Settings, stream: Any, heldout: list[Record], gpus: bool) -> N
     """Evaluate, train, evaluate, report."""
     import ray
 
-    from actors.start import learner_parts
+    from actors.start import learner_parts, start_learner
 
     ray.get(stream.start.remote(), timeout=settings.cluster.start_deadline_s + MARGIN_S)
-    before = evaluate_before(settings, stream, heldout)  # goes on while the learner starts
+    comparison = BeforeAfter(settings, stream, heldout)
+    comparison.begin()  # goes on while the learner starts
     ray.get(stream.begin.remote(), timeout=MARGIN_S)
-    result = run_learner(LearnerJob("rl", settings, learner_parts(stream), gpus))
-    if before is not None:
-        after = wait_for_evaluation(settings, order_evaluation(settings, stream, heldout, result))
-        after.save(settings.run.folder / AFTER)
-        averaged = None
-        if settings.train.ema_decay:
-            drawn = order_evaluation(settings, stream, heldout, result.with_name(AVERAGED), averaged=True)
-            averaged = wait_for_evaluation(settings, drawn)
-        report(settings, before.result(), after, averaged)
+    result = start_learner(LearnerJob("rl", settings, learner_parts(stream), gpus))
+    comparison.report(result)
     say(f"the trained model is {result}")
 
 
@@ -100,97 +107,6 @@ def read_prompts(settings: Settings) -> list[Record]:
             )
         prompts.append(record)
     return prompts
-
-
-def evaluate_before(settings: Settings, stream: Any, heldout: Sequence[Record]) -> Future[Evaluation] | None:
-    """The initial policy on the held-out prompts (None without any): drawn now, or by an earlier start of this run."""
-    if not heldout:
-        return None
-    path = settings.run.folder / BEFORE
-    before: Future[Evaluation] = Future()
-    if settings.run.resume and path.exists() and (saved := Evaluation.load(path, heldout)):
-        before.set_result(saved)
-        return before
-    drawn = order_evaluation(settings, stream, heldout)  # here, so that it comes before the first step
-
-    def finish() -> None:
-        try:
-            evaluation = wait_for_evaluation(settings, drawn)
-            if evaluation.version != 0:
-                raise RuntimeError(f"the evaluation before the first step was drawn by version {evaluation.version}")
-            evaluation.save(path)
-            say("held-out before: " + means_text(evaluation))
-            before.set_result(evaluation)
-        except Exception as error:  # noqa: BLE001  # carried to the main thread, which raises it
-            before.set_exception(error)
-
-    threading.Thread(target=finish, daemon=True).start()  # daemon: Ctrl-C does not wait for it
-    if settings.run.resume:
-        before.result()  # a resumed learner publishes other weights as soon as it is there
-    return before
-
-
-def order_evaluation(
-    settings: Settings,
-    stream: Any,
-    heldout: Sequence[Record],
-    folder: Path | None = None,
-    *,
-    averaged: bool = False,
-) -> Any:
-    """Have the held-out prompts drawn and scored; `folder`: by the policy that lies there, or by its average."""
-    samples = settings.evaluation.samples_per_prompt
-    return stream.evaluate.remote(heldout, samples, folder=folder, averaged=averaged)
-
-
-def wait_for_evaluation(settings: Settings, drawn: Any) -> Evaluation:
-    import ray
-
-    evaluation: Evaluation = ray.get(drawn, timeout=settings.experience.deadline_s)
-    return evaluation
-
-
-def report(settings: Settings, before: Evaluation, after: Evaluation, averaged: Evaluation | None = None) -> None:
-    """Table, before/after grid and MLflow entries of the whole run; `averaged`: after it, by the averaged weights."""
-    from deepgen.tracking.curves import CURVES, draw_curves
-    from deepgen.tracking.grids import before_after_grid
-    from deepgen.tracking.journal import FILE_NAME
-    from deepgen.tracking.paired_table import paired_table
-    from deepgen.tracking.tracker import Tracker
-
-    folder, seed = settings.run.folder, settings.evaluation.seed
-    table = paired_table(
-        before.columns(), after.columns(), before.sample_weights(), prompt_ids=before.sample_ids(), seed=seed
-    )
-    table.save_json(folder / "report.json")
-    subtitle = f"{settings.run.name}: {after.version} steps; same prompts, seeds and sampler"
-    before_after_grid(folder / "before-after.png", grid_rows(before, after), subtitle=subtitle)
-    with Tracker(settings, "rl", attach=True) as tracker:  # the learner's run, which has ended
-        for evaluation in (before, after):
-            tracker.log(evaluation.version, {f"eval/{name}": mean for name, mean in evaluation.means().items()})
-        if averaged:
-            tracker.log(after.version, {f"eval_ema/{name}": mean for name, mean in averaged.means().items()})
-        tracker.log_file(folder / "before-after.png")
-        tracker.log_file(folder / "report.json")
-        draw_curves(folder / FILE_NAME, folder / CURVES, title=settings.run.name)
-        tracker.log_file(folder / CURVES)
-        page = tracker.where()
-    count, samples = len(before.records), before.scores.shape[1]
-    print(f"\n{count} held-out prompts, {samples} images each, seed {seed}, {settings.evaluation.num_steps} steps")
-    print(f"\n{table.to_text()}\n")
-    if averaged:
-        say("averaged weights after: " + means_text(averaged))
-    say(f"grid:   {folder / 'before-after.png'}")
-    say(f"curves: {folder / CURVES}")
-    say(f"MLflow: {page}")
-
-
-def means_text(evaluation: Evaluation) -> str:
-    return "  ".join(f"{name} {mean:.3f}" for name, mean in evaluation.means().items())
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

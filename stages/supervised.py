@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from actors.learner.ray_train import LearnerJob, own_folder, prepare_run, run_learner
+from actors.learner.preflight import own_folder, prepare_run
+from actors.messages import LearnerJob
 from actors.plan import plan_text
 from deepgen.cluster.connect import connect
 from deepgen.config import parse_command_line
 from deepgen.data.loading.mixture import check_training_data
-from deepgen.evaluation.results import heldout_records
+from deepgen.evaluation.choose import heldout_records
 from deepgen.models.stage_parts import Stage
 
 
@@ -20,10 +21,11 @@ def main(stage: Stage) -> int:
         check_training_data(settings)
         heldout_records(settings)
         gpus = connect(settings, code_root=Path(__file__).resolve().parents[1])
-    from actors.objectives.flow_matching import build_flow_matching  # torch and DeepSpeed: not for --help
+    from actors.objectives.build import build_flow_matching  # torch and DeepSpeed: not for --help
+    from actors.start import start_learner
     from deepgen.tracking.curves import record_curves
 
-    result = run_learner(LearnerJob(stage, settings, build_flow_matching, gpus))
+    result = start_learner(LearnerJob(stage, settings, build_flow_matching, gpus))
     print(record_curves(settings, stage))
     print(f"done; the next stage takes model.weights={result}")
     return 0

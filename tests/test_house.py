@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,16 @@ MAY_IMPORT = {
     "stages": {"actors", "rewards", "deepgen"},
 }
 ASSETS_BYTES = 48 * 10**6
+# Every way to have Pillow, or somebody on top of it, choose a decoder by what the bytes say.
+OPENS_IMAGES = re.compile(
+    r"\bImage\.open\(|from PIL\.Image import|ImageFile\.Parser|\b(imread|load_image|read_image|decode_jpeg|imdecode)\("
+)
+# Pictures that we have made ourselves, each opened with its format: shown once more, drawn from SVG, the bare floor.
+OPEN_THEIR_OWN = {
+    "benchmarks/loader_floor.py",
+    "platform/deepgen/tracking/tracker.py",
+    "stages/base/world.py",
+}
 
 
 def sources(root: Path, package: str) -> list[Path]:
@@ -48,6 +59,20 @@ def test_settings_import_neither_torch_nor_ray(root: Path) -> None:
 
 def test_rewards_know_nothing_of_ray(root: Path) -> None:
     assert not [file.name for file in sources(root, "rewards") if "ray" in imported(file)]
+
+
+def test_images_are_opened_in_one_place(root: Path) -> None:
+    """Pillow starts Ghostscript for bytes that begin like PostScript: ``deepgen.data.images`` names the formats."""
+    files = [file for package in (*MAY_IMPORT, "benchmarks", "tools") for file in sources(root, package)]
+    lines = {
+        (str(file.relative_to(root)), line.strip())
+        for file in files
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if OPENS_IMAGES.search(line)
+    }
+    assert ("platform/deepgen/data/images.py", "return Image.open(io.BytesIO(data), formats=FORMATS)") in lines
+    assert {file for file, _ in lines} <= {"platform/deepgen/data/images.py", *OPEN_THEIR_OWN}
+    assert all("formats=" in line for _, line in lines)
 
 
 def test_files_can_be_read_in_one_sitting(root: Path) -> None:

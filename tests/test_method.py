@@ -78,3 +78,31 @@ def test_a_citation_of_nothing_is_reported() -> None:
         f"a.py:2: 'M{n}.4', but docs/method.md has no heading M{n}.4",
         "a.py:2: 'M3.8 c', but docs/method.md has no heading M3.8c",
     ]
+
+
+# -- the names on "Code:" lines --------------------------------------------------------------------------------------
+
+CODE = re.compile(r"Code:(.*?)(?:\n\n|\n#|\n```|\Z)", re.DOTALL)
+NAME = re.compile(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)?)`")
+
+
+def named_code(page: str) -> set[str]:
+    """Functions, classes and constants that the page names as the code of a section: "name" or "Class.name"."""
+    return {name for listed in CODE.findall(page) for name in NAME.findall(listed)}
+
+
+def not_defined(name: str, source: str) -> bool:
+    """Whether a part of a dotted name is neither a function or class nor a name that something is assigned to."""
+    return any(
+        not re.search(rf"^ *(?:(?:async )?def|class) {part}\b|^ *{part}(?:: .*)? = ", source, re.MULTILINE)
+        for part in name.split(".")
+    )
+
+
+def test_code_that_the_page_names_exists(root: Path) -> None:
+    code = [root / folder for folder in ("platform/deepgen", "actors", "rewards", "stages")]
+    source = "\n".join(read(file) for folder in code for file in sorted(folder.rglob("*.py")))
+    found = named_code(read(root / PAGE))
+    assert len(found) >= FEWEST
+    assert not [name for name in sorted(found) if not_defined(name, source)]
+    assert not_defined("no_such_function", source) and not_defined("UnifiedModel.nothing", source)

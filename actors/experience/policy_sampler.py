@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.experience.rollout_actor import Arrays, EvaluationRequest, GroupRequest
+from actors.messages import Arrays, EvaluationRequest, Group
 from deepgen.config import Settings
+from deepgen.data.images import decode_image
 from deepgen.data.loading.dataset import image_to_tensor
-from deepgen.data.records import Record, decode_image
+from deepgen.data.records import Record
 from deepgen.diffusion.schedule import rollout_sigmas
 from deepgen.diffusion.trajectory import Trajectory, VelocityFn, choose_sde_steps, sample, start_group, step_seed
 from deepgen.models.unified import Conditioning, UnifiedModel
@@ -27,7 +28,7 @@ _EVALUATION_BATCH = 16  # images in one forward of an evaluation
 
 
 @dataclass(frozen=True)
-class LearnerGroup:
+class Samples:
     """A group as the learner uses it. `conditioning` and `unconditional` (None without guidance) have batch size 1."""
 
     trajectory: Trajectory
@@ -53,15 +54,15 @@ class PolicySampler:
     # -- sampling ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample_group(self, request: GroupRequest) -> tuple[np.ndarray, Arrays]:
-        """Images uint8 [G, H, W, 3] and the packed group (`unpack_group`)."""
-        settings, rollout, record = self._settings, self._settings.rollout, request.record
+    def sample_group(self, group: Group) -> tuple[np.ndarray, Arrays]:
+        """Images uint8 [G, H, W, 3] and the packed group (`unpack_samples`)."""
+        settings, rollout, record = self._settings, self._settings.rollout, group.record
         conditioning, unconditional, references, shape = self._encode(record)
         noise, generators = start_group(
             shape,
             run_seed=settings.run.seed,
             prompt_id=record.id,
-            epoch=request.epoch,
+            epoch=group.epoch,
             indices=range(rollout.group_size),
             same_noise=rollout.same_noise,
         )
@@ -71,7 +72,7 @@ class PolicySampler:
             rollout_sigmas(rollout.num_steps, rollout.shift),
             sampler=rollout.sampler,
             eta=rollout.eta,
-            sde_steps=trained_steps(settings, request.step) if rollout.sampler != "ode" else [],
+            sde_steps=trained_steps(settings, group.step) if rollout.sampler != "ode" else [],
             generators=generators,
             window=rollout.sde_window,
             same_noise=rollout.same_noise,
@@ -79,7 +80,7 @@ class PolicySampler:
             velocity_uncond_fn=None if unconditional is None else self._velocity(unconditional, references),
         )
         images = np.stack([to_pixels(image) for image in self.model.decode_latents(trajectory.final)])
-        return images, pack_group(LearnerGroup(trajectory, conditioning, unconditional, references))
+        return images, pack_samples(Samples(trajectory, conditioning, unconditional, references))
 
     def _encode(self, record: Record) -> tuple[Conditioning, Conditioning | None, list[Tensor], tuple[int, ...]]:
         """Conditioning and unconditional one (None without guidance), reference latents, latent shape of the target."""
@@ -178,20 +179,20 @@ def to_pixels(image: Tensor) -> np.ndarray:
     return (image.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
-def pack_group(group: LearnerGroup) -> Arrays:
+def pack_samples(samples: Samples) -> Arrays:
     """A group as named arrays, which travel through the object store without copies."""
-    tensors = {f"trajectory/{name}": tensor for name, tensor in vars(group.trajectory).items()}
+    tensors = {f"trajectory/{name}": tensor for name, tensor in vars(samples.trajectory).items()}
     for branch in ("conditioning", "unconditional"):
-        conditioning = getattr(group, branch)
+        conditioning = getattr(samples, branch)
         if conditioning is not None:
             named = {field.name: getattr(conditioning, field.name) for field in fields(conditioning)}
             tensors |= {f"{branch}/{name}": tensor for name, tensor in named.items() if tensor is not None}
-    tensors |= {f"reference/{i}": latent for i, latent in enumerate(group.references)}
+    tensors |= {f"reference/{i}": latent for i, latent in enumerate(samples.references)}
     return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
 
 
-def unpack_group(arrays: Mapping[str, np.ndarray], device: torch.device) -> LearnerGroup:
-    """The group that `pack_group` packed, copied to `device`."""
+def unpack_samples(arrays: Mapping[str, np.ndarray], device: torch.device) -> Samples:
+    """The group that `pack_samples` packed, copied to `device`."""
 
     def part(prefix: str) -> dict[str, Any]:
         names = [name for name in arrays if name.startswith(f"{prefix}/")]
@@ -200,7 +201,7 @@ def unpack_group(arrays: Mapping[str, np.ndarray], device: torch.device) -> Lear
     def conditioning(prefix: str) -> Conditioning:
         return Conditioning(**{"mask": None, **part(prefix)})
 
-    return LearnerGroup(
+    return Samples(
         trajectory=Trajectory(**part("trajectory")),
         conditioning=conditioning("conditioning"),
         unconditional=conditioning("unconditional") if part("unconditional") else None,

@@ -15,7 +15,8 @@ import numpy as np
 from actors.experience.reward_pool import RewardPool
 from deepgen.cluster.resources import process_resources
 from deepgen.config import Settings
-from deepgen.data.records import Record, decode_image
+from deepgen.data.images import decode_image
+from deepgen.data.records import Record
 from rewards import RewardRequest, reward_class
 
 

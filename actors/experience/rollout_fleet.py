@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
-from actors.experience.weight_sync import PublishedWeights
+from actors.messages import PolicyWeights
 
 ATTEMPTS = 3
 RESTARTS = 8  # of one actor in a run; more than that is not bad luck
@@ -48,7 +48,7 @@ class RolloutFleet:
         await asyncio.gather(*(self._admit(name) for name in self._actors))
 
     async def call(
-        self, method: str, request: Any, weights: Callable[[], PublishedWeights | None], outputs: int = 1
+        self, method: str, request: Any, weights: Callable[[], PolicyWeights | None], outputs: int = 1
     ) -> tuple[Any, ...]:
         """Run `method(request, weights())` on an idle actor; waits for its first output.
 
@@ -76,7 +76,7 @@ class RolloutFleet:
                     self._idle.put_nowait(name)
         raise RolloutError(f"{request} failed {ATTEMPTS} times; " + "; ".join(failures))
 
-    async def prefetch(self, published: PublishedWeights) -> None:
+    async def prefetch(self, published: PolicyWeights) -> None:
         """Bring a policy version to every actor. One that is down fetches it when it is asked to sample with it."""
 
         async def one(name: str) -> None:

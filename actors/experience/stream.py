@@ -11,24 +11,22 @@ Left out: dropping samples (staleness is bounded by when a group may begin), bat
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
-import random
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actors.experience.prompt_order import PromptOrder, check_state
 from actors.experience.reward_router import RewardRouter
-from actors.experience.rollout_actor import EvaluationRequest, GroupImages, GroupRequest
 from actors.experience.rollout_fleet import ATTEMPTS, RolloutFleet
-from actors.experience.weight_sync import PublishedWeights
-from deepgen.config import Settings, UserError
+from actors.experience.step_metrics import StepClock, stacked_scores, step_metrics
+from actors.messages import EvaluationRequest, Group, PolicyWeights, RankBatch
+from deepgen.config import Settings
 from deepgen.data.records import Record
-from deepgen.evaluation.results import Evaluation, weighted_total
+from deepgen.evaluation.results import Evaluation
 
 if TYPE_CHECKING:
     from deepgen.algorithms.advantages import AdvantageResult
@@ -38,75 +36,6 @@ _EVALUATION_IMAGES = 16  # drawn by one call of an evaluation
 
 class BatchLateError(RuntimeError):
     """The batch of a step was not ready in time; names the call that was waited for, and its age."""
-
-
-@dataclass(frozen=True)
-class GroupBatch:
-    """One group of G samples for a learner rank."""
-
-    number: int
-    prompt_id: str
-    task: str
-    version: int  # of the policy that drew the samples
-    advantages: np.ndarray  # float32 [G]
-    trajectory: Any  # Ray reference of the packed trajectory (`actors.experience.policy_sampler.unpack_group`)
-
-
-@dataclass(frozen=True)
-class RankBatch:
-    """One rank's share of a step, and figures of the whole step."""
-
-    groups: tuple[GroupBatch, ...]
-    metrics: dict[str, float]
-    tally: dict[str, tuple[int, int, float]]  # reward -> scores had, scores missing, their sum
-
-
-@dataclass(frozen=True)
-class _Group:
-    """A sampled and scored group. Times are of time.monotonic."""
-
-    request: GroupRequest
-    version: int
-    scores: np.ndarray  # float32 [G, K], NaN where missing or not asked
-    trajectory: Any
-    begun: float
-    sampled: float
-    scored: float
-
-
-@dataclass
-class PromptOrder:
-    """Every prompt once an epoch, in an order that follows from (seed, epoch) alone."""
-
-    records: Sequence[Record]
-    seed: int
-    _orders: dict[int, list[int]] = field(default_factory=dict)
-
-    def at(self, number: int) -> tuple[int, Record]:
-        """Epoch and prompt of group `number` of the run."""
-        epoch, position = divmod(number, len(self.records))
-        if epoch not in self._orders:
-            order = list(range(len(self.records)))
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._orders = {epoch: order, **{e: o for e, o in self._orders.items() if e == epoch - 1}}
-        return epoch, self.records[self._orders[epoch][position]]
-
-    def fingerprint(self) -> str:
-        """Changes when the prompts or their order do."""
-        content = json.dumps([self.seed, [record.id for record in self.records]])
-        return hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
-
-
-def check_state(settings: Settings, prompts: Sequence[Record], state: Mapping[str, Any]) -> None:
-    """Raise UserError when a stream with these prompts cannot continue from a saved state."""
-    per_step = settings.rollout.prompts_per_step
-    if state["cursor"]["group"] != state["step"] * per_step:
-        raise UserError(
-            f"rollout.prompts_per_step: got {per_step}, but the checkpoint has used {state['cursor']['group']} prompts "
-            f"in {state['step']} steps; allowed: the value it was written with"
-        )
-    if state["prompts"] != PromptOrder(prompts, settings.run.seed).fingerprint():
-        raise UserError("data.prompts: other prompts than the checkpoint was written with; allowed: the same")
 
 
 class ExperienceStream:
@@ -123,7 +52,7 @@ class ExperienceStream:
             start_deadline_s=settings.cluster.start_deadline_s,
         )
         self._rewards = RewardRouter(settings, gpus=gpus)
-        self._weights: PublishedWeights | None = None  # None: the weights folder, version 0
+        self._policy: PolicyWeights | None = None  # None: the weights folder, version 0
         self._version: int | None = None if resume else 0
         self._fresher = asyncio.Condition()
         self._next_step = 0  # the first step no rank has taken yet
@@ -164,33 +93,42 @@ class ExperienceStream:
                 self._statistics[name] = [a + b for a, b in zip(before, counts, strict=True)]
         return batch
 
-    async def _make_step(self, step: int) -> list[RankBatch]:
+    async def make_step(self, step: int) -> list[RankBatch]:
         await self._fresh_enough(step)
-        groups = await asyncio.gather(*(self._make_group(request) for request in self._requests(step)))
-        return self._split(groups, self._advantages(groups))
+        clock = StepClock()
+        groups = await asyncio.gather(*(self._make_group(group, clock) for group in self._groups(step)))
+        return self._split(groups, self._advantages(groups), clock)
 
-    async def _make_group(self, request: GroupRequest) -> _Group:
-        begun = time.monotonic()
-        images, trajectory = await self._generate(request)
-        sampled = time.monotonic()
-        scores = await self._rewards.score([(request.record, image) for image in images.images])
-        return _Group(request, images.version, scores, trajectory, begun, sampled, time.monotonic())
+    async def _make_group(self, asked: Group, clock: StepClock) -> Group:
+        clock.begun()
+        drawn = await self._generate(asked)
+        clock.sampled()
+        scored = await self._score(drawn)
+        clock.scored()
+        return scored
 
-    async def _generate(self, request: GroupRequest) -> tuple[GroupImages, Any]:
-        images, trajectory = await self._fleet.call("sample_group", request, lambda: self._weights, outputs=2)
-        return images, trajectory
+    async def _generate(self, asked: Group) -> Group:
+        drawn: Group
+        drawn, trajectory = await self._fleet.call("sample_group", asked, lambda: self._policy, outputs=2)
+        return replace(drawn, trajectory=trajectory)
 
-    def _advantages(self, groups: Sequence[_Group]) -> AdvantageResult:
+    async def _score(self, drawn: Group) -> Group:
+        scores = await self._rewards.score([(drawn.record, image) for image in drawn.images])
+        return replace(drawn, images=None, scores=scores)
+
+    def _advantages(self, groups: Sequence[Group]) -> AdvantageResult:
         """Over all groups of the step together, so that they do not depend on the number of ranks."""
         import torch
 
         from deepgen.algorithms.advantages import group_advantages
 
-        algorithm, size, world = self._settings.algorithm, len(groups[0].scores), self._settings.train.workers
-        weights = np.stack([self._rewards.weights(group.request.record) for group in groups])  # [groups, K]
+        algorithm, world = self._settings.algorithm, self._settings.train.workers
+        scores = stacked_scores(groups)  # [groups, G, K]
+        size, rewards = scores.shape[1:]
+        weights = np.stack([self._rewards.weights(group.record) for group in groups])  # [groups, K]
         return group_advantages(
             algorithm.advantage,
-            torch.from_numpy(np.concatenate([group.scores for group in groups])),
+            torch.from_numpy(scores.reshape(-1, rewards)),
             torch.from_numpy(np.repeat(weights, size, axis=0)),
             torch.arange(len(groups)).repeat_interleave(size),
             whiten=algorithm.whiten,
@@ -198,23 +136,26 @@ class ExperienceStream:
             clip=algorithm.advantage_clip,
         )
 
-    def _split(self, groups: Sequence[_Group], result: AdvantageResult) -> list[RankBatch]:
+    def _split(self, groups: Sequence[Group], result: AdvantageResult, clock: StepClock) -> list[RankBatch]:
         """Groups to ranks in turn; every rank gets as many."""
         advantages = result.advantages.reshape(len(groups), -1).numpy()
-        batches = []
-        for group, row in zip(groups, advantages, strict=True):
-            number, record = group.request.number, group.request.record
-            batches.append(GroupBatch(number, record.id, record.task, group.version, row.copy(), group.trajectory))
-        metrics, tally = self._metrics(groups, result)
+        ready = [
+            replace(group, record=replace(group.record, image=None, references=()), advantages=row.copy())
+            for group, row in zip(groups, advantages, strict=True)
+        ]
+        weights = np.stack([self._rewards.weights(group.record) for group in groups])
+        metrics, tally = step_metrics(groups, weights, self._rewards.names, result)
+        metrics |= clock.metrics(stacked_scores(groups)[..., 0].size) | self._rewards.counters()
+        metrics |= {"time/sync_s": self._sync_seconds, "rollout/restarts": float(self._fleet.restarts)}
         world = self._settings.train.workers
-        return [RankBatch(tuple(batches[rank::world]), metrics, tally) for rank in range(world)]
+        return [RankBatch(tuple(ready[rank::world]), metrics, tally) for rank in range(world)]
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
-    def _requests(self, step: int) -> list[GroupRequest]:
+    def _groups(self, step: int) -> list[Group]:
         count = self._settings.rollout.prompts_per_step
         numbers = range(step * count, (step + 1) * count)
-        return [GroupRequest(number, step, *self._prompts.at(number)) for number in numbers]
+        return [Group(number, step, *self._prompts.at(number)) for number in numbers]
 
     async def _fresh_enough(self, step: int) -> None:
         """Wait for a policy at most max_staleness versions older than the one the update will start from."""
@@ -229,11 +170,11 @@ class ExperienceStream:
         last = min(self._version + self._settings.experience.max_staleness, self._settings.train.steps - 1)
         for step in range(self._next_step, last + 1):
             if step not in self._steps:
-                self._steps[step] = asyncio.create_task(self._make_step(step))
+                self._steps[step] = asyncio.create_task(self.make_step(step))
 
     def _consume(self, step: int) -> None:
         if step not in self._steps:
-            self._steps[step] = asyncio.create_task(self._make_step(step))
+            self._steps[step] = asyncio.create_task(self.make_step(step))
         for done in [number for number in self._steps if number < step]:
             del self._steps[done]  # every rank has it: they ask for a step after updating on the one before
         self._next_step = step + 1
@@ -250,14 +191,14 @@ class ExperienceStream:
 
     # -- policy versions ---------------------------------------------------------------------------------------------
 
-    async def publish(self, published: PublishedWeights) -> float:
+    async def publish(self, published: PolicyWeights) -> float:
         """Bring a new policy version to the rollout actors; steps that waited for it begin. Returns seconds."""
         begin = time.monotonic()
         if self._version is not None and published.version < self._version:
             await self._rewind(published.version)  # the learner was started again from an older checkpoint
         await self._fleet.prefetch(published)
         async with self._fresher:
-            self._weights, self._version = published, published.version
+            self._policy, self._version = published, published.version
             self._fresher.notify_all()
         self._schedule_steps()
         self._sync_seconds = time.monotonic() - begin
@@ -285,7 +226,7 @@ class ExperienceStream:
 
         async def one(part: tuple[Record, ...]) -> tuple[list[np.ndarray], np.ndarray, int]:
             request = EvaluationRequest(part, samples, evaluation.num_steps, evaluation.seed, folder, averaged)
-            ((images, version),) = await self._fleet.call("evaluate", request, lambda: self._weights)
+            ((images, version),) = await self._fleet.call("evaluate", request, lambda: self._policy)
             pairs = [(record, image) for record, own in zip(part, images, strict=True) for image in own]
             return images, await self._rewards.score(pairs), version
 
@@ -295,7 +236,7 @@ class ExperienceStream:
             images=tuple(image for images, _, _ in drawn for image in images),
             names=self._rewards.names,
             scores=np.concatenate([scores for _, scores, _ in drawn]).reshape(len(records), samples, -1),
-            weights=np.stack([self._rewards.weights(record) for record in records]),
+            reward_weights=np.stack([self._rewards.weights(record) for record in records]),
             version=min(version for _, _, version in drawn),
         )
 
@@ -319,42 +260,6 @@ class ExperienceStream:
         check_state(self._settings, self._prompts.records, state)
         await self._rewind(state["step"])
         self._statistics = state["rewards"]
-
-    # -- figures -----------------------------------------------------------------------------------------------------
-
-    def _metrics(
-        self, groups: Sequence[_Group], result: AdvantageResult
-    ) -> tuple[dict[str, float], dict[str, tuple[int, int, float]]]:
-        """Figures of a step (names in `deepgen.tracking`), and what is added to the run's reward statistics."""
-        size = len(groups[0].scores)
-        scores = np.concatenate([group.scores for group in groups])  # [N, K]
-        weights = np.repeat([self._rewards.weights(group.request.record) for group in groups], size, axis=0)
-        begun, sampled = min(g.begun for g in groups), max(g.sampled for g in groups)
-        metrics = {
-            "advantage/std": result.spread_after,
-            "policy/staleness_max": float(max(g.request.step - g.version for g in groups)),
-            "time/rollout_s": sampled - begun,
-            "time/reward_s": max(g.scored for g in groups) - sampled,  # waited for after the last image was drawn
-            "time/sync_s": self._sync_seconds,
-            "throughput/rollout_images_per_s": len(scores) / (sampled - begun),
-            "rollout/restarts": float(self._fleet.restarts),
-        }
-        total = weighted_total(scores, weights)
-        if np.isfinite(total).any():
-            metrics["reward/total"] = float(np.nanmean(total))
-        tally = {}
-        for k, name in enumerate(self._rewards.names):
-            asked = weights[:, k] > 0
-            had = asked & np.isfinite(scores[:, k])
-            if not asked.any():
-                continue  # no prompt of this step has a weight for it
-            tally[name] = int(had.sum()), int(asked.sum() - had.sum()), float(scores[had, k].sum())
-            metrics[f"reward_missing/{name}"] = float(tally[name][1])
-            metrics[f"advantage/zero_spread/{name}"] = float(result.zero_spread[k])
-            if had.any():
-                metrics[f"reward/{name}"] = float(scores[had, k].mean())
-                metrics[f"reward_normalised/{name}"] = float(np.abs(result.normalised[:, k].numpy()[had]).mean())
-        return metrics | self._rewards.counters(), tally
 
 
 def _import_libraries() -> None:

@@ -8,10 +8,11 @@ Left out: direct GPU-to-GPU transfer, sending only what changed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from actors.messages import PolicyWeights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,17 +24,7 @@ class WeightsMismatchError(RuntimeError):
     """An actor does not hold the weights that were published."""
 
 
-@dataclass(frozen=True)
-class PublishedWeights:
-    """One policy version. `refs` are Ray references, each to a dict name -> float32 array; `names` are all of them."""
-
-    version: int
-    checksum: str
-    names: tuple[str, ...]
-    refs: tuple[Any, ...]
-
-
-def publish_weights(version: int, weights: Mapping[str, Tensor]) -> PublishedWeights:
+def publish_weights(version: int, weights: Mapping[str, Tensor]) -> PolicyWeights:
     """Put the policy's weights (name -> tensor, all of them on this rank) into the object store."""
     import ray
 
@@ -41,10 +32,10 @@ def publish_weights(version: int, weights: Mapping[str, Tensor]) -> PublishedWei
 
     arrays = {name: tensor.detach().cpu().float().numpy() for name, tensor in weights.items()}
     refs = tuple(ray.put(shard) for shard in _shards(arrays))
-    return PublishedWeights(version, weights_checksum(weights.items()), tuple(weights), refs)
+    return PolicyWeights(version, weights_checksum(weights.items()), tuple(weights), refs)
 
 
-def fetch_weights(published: PublishedWeights, deadline_s: float) -> dict[str, np.ndarray]:
+def fetch_weights(published: PolicyWeights, deadline_s: float) -> dict[str, np.ndarray]:
     """The arrays of a version, read-only views into this node's object store."""
     import ray
 
@@ -54,7 +45,7 @@ def fetch_weights(published: PublishedWeights, deadline_s: float) -> dict[str, n
     return arrays
 
 
-def load_weights(model: nn.Module, arrays: Mapping[str, np.ndarray], published: PublishedWeights) -> None:
+def load_weights(model: nn.Module, arrays: Mapping[str, np.ndarray], published: PolicyWeights) -> None:
     """Copy fetched arrays into the model's parameters of the same names and compare checksums."""
     import torch
 
@@ -67,7 +58,7 @@ def load_weights(model: nn.Module, arrays: Mapping[str, np.ndarray], published: 
     verify_weights(model, published)
 
 
-def verify_weights(model: nn.Module, published: PublishedWeights) -> None:
+def verify_weights(model: nn.Module, published: PolicyWeights) -> None:
     """Raise WeightsMismatchError, naming both checksums, unless the model holds exactly the published version."""
     from deepgen.models.weights_io.folder import weights_checksum
 

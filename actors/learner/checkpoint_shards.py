@@ -20,7 +20,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from actors.learner.collectives import gather
 from deepgen.errors import UserError
 
 CHECKSUM = ".blake2b"
@@ -82,19 +81,7 @@ class ShardReader:
             self._pieces.setdefault(key, []).append(_Piece(first, first + values.get_shape()[0], values))
 
 
-def check_shards(folder: Path, rank: int, world: int) -> None:
-    """Raise UserError on all ranks when a file is not what was written. Collective: each file is read by one rank."""
-    files = sorted(folder.glob("*.safetensors"))
-    mine = [file.name for file in files[rank::world] if not _is_as_written(file)]
-    changed = sorted(name for names in gather(mine, world) for name in names)
-    if changed:
-        raise UserError(
-            f"{folder / changed[0]}: has changed since it was written; remove its folder to go on from the checkpoint "
-            "before, then continue with --resume"
-        )
-
-
-def _is_as_written(file: Path) -> bool:
+def is_as_written(file: Path) -> bool:
     try:
         return file.with_suffix(CHECKSUM).read_text() == _checksum(file)
     except OSError:

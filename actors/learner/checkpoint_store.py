@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any
 from deepgen.errors import UserError
 
 if TYPE_CHECKING:
-    from actors.learner.ema import Ema
-    from actors.learner.engine import TrainingEngine
+    from actors.learner.protocols import SavedBeside, ShardedModel
     from deepgen.config.settings import Settings
 
 MANIFEST = "manifest.json"
@@ -118,7 +117,7 @@ class CheckpointStore:
                 f"({then['model'].get('weights')}, or the folder has changed)"
             )
 
-    def save(self, step: int, engine: TrainingEngine, ema: Ema | None, source: dict[str, Any]) -> None:
+    def save(self, step: int, engine: ShardedModel, ema: SavedBeside | None, source: dict[str, Any]) -> None:
         """Write the checkpoint of ``step`` finished steps, remove the oldest. UserError when it cannot be written."""
         import torch.distributed as dist
         from safetensors import SafetensorError
@@ -141,11 +140,9 @@ class CheckpointStore:
                 "make room, then continue with --resume"
             ) from error
 
-    def load(self, manifest: Manifest, engine: TrainingEngine, ema: Ema | None) -> None:
+    def load(self, manifest: Manifest, engine: ShardedModel, ema: SavedBeside | None) -> None:
         """Put the checkpoint into engine and averages. Raises UserError when it does not fit."""
         import torch.distributed as dist
-
-        from actors.learner.checkpoint_shards import check_shards
 
         self.check_fits(manifest)
         check_shards(self.path(manifest.step), engine.rank, dist.get_world_size())
@@ -153,7 +150,7 @@ class CheckpointStore:
         if ema:
             ema.load(self.path(manifest.step), engine)
 
-    def _make_room(self, unfinished: Path, engine: TrainingEngine, ema: Ema | None) -> None:
+    def _make_room(self, unfinished: Path, engine: ShardedModel, ema: SavedBeside | None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".writing-*"):
             shutil.rmtree(leftover)
@@ -210,6 +207,21 @@ class CheckpointStore:
         if not self._fingerprint:
             self._fingerprint = fingerprint(Path(self._settings.model.weights))
         return self._fingerprint
+
+
+def check_shards(folder: Path, rank: int, world: int) -> None:
+    """Raise UserError on all ranks when a file is not what was written. Collective: each file is read by one rank."""
+    from actors.learner.checkpoint_shards import is_as_written
+    from actors.learner.collectives import gather
+
+    files = sorted(folder.glob("*.safetensors"))
+    mine = [file.name for file in files[rank::world] if not is_as_written(file)]
+    changed = sorted(name for names in gather(mine, world) for name in names)
+    if changed:
+        raise UserError(
+            f"{folder / changed[0]}: has changed since it was written; remove its folder to go on from the checkpoint "
+            "before, then continue with --resume"
+        )
 
 
 def fingerprint(folder: Path) -> str:

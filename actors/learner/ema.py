@@ -8,16 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from actors.learner.checkpoint_shards import ShardReader, write_shard
-
-if TYPE_CHECKING:
-    from actors.learner.engine import NamedParameters, TrainingEngine, Weights
+from actors.learner.protocols import NamedParameters, ShardedModel, Weights
 
 _SHARDS = "ema"
 
@@ -42,7 +39,7 @@ class Ema:
             self.parts[name].lerp_(local_part(parameter).detach().float(), 1 - decay)
 
     @contextmanager
-    def in_place(self, engine: TrainingEngine) -> Iterator[None]:
+    def in_place(self, engine: ShardedModel) -> Iterator[None]:
         """The averages in the model's parameters for a while; afterwards both are as before, to the bit. Collective."""
         with engine.split():
             self._exchange(engine.parameters)
@@ -59,7 +56,7 @@ class Ema:
             own.copy_(average)
             average.copy_(held)
 
-    def full(self, engine: TrainingEngine) -> Weights:
+    def full(self, engine: ShardedModel) -> Weights:
         """Averages in full by name on rank 0, {} elsewhere. Collective."""
         if engine.zero_stage < 3:
             return dict(self.parts) if engine.rank == 0 else {}
@@ -72,18 +69,18 @@ class Ema:
                 whole[name] = torch.cat(shards)[: shape.numel()].view(shape)
         return whole
 
-    def save(self, folder: Path, engine: TrainingEngine) -> None:
+    def save(self, folder: Path, engine: ShardedModel) -> None:
         """Write this worker's averages into ``folder``; below ZeRO-3 all hold the same and rank 0 writes them."""
         if engine.zero_stage == 3 or engine.rank == 0:
             write_shard(folder, _SHARDS, engine.rank, self._stretches(engine))
 
-    def load(self, folder: Path, engine: TrainingEngine) -> None:
+    def load(self, folder: Path, engine: ShardedModel) -> None:
         """Read what ``save`` wrote, on whatever workers and ZeRO stage. UserError when something is missing."""
         reader = ShardReader(folder, _SHARDS, engine.rank)
         for name, start, part in self._stretches(engine):
             part.copy_(reader.read(name, start, part.numel()))
 
-    def _stretches(self, engine: TrainingEngine) -> Iterator[tuple[str, int, Tensor]]:
+    def _stretches(self, engine: ShardedModel) -> Iterator[tuple[str, int, Tensor]]:
         """Name, first element and view [n] of all that this worker averages, without ZeRO-3's padding."""
         for name, parameter in engine.parameters:
             part = self.parts[name].view(-1)

@@ -12,7 +12,6 @@ Left out on purpose: fp16, offload of parameters, pipeline and tensor parallelis
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from actors.learner.checkpoint_shards import ShardReader, write_shard
+from actors.learner.protocols import NamedParameters, Weights
 from actors.learner.zero_layout import Stretch, pieces, restore, stretch_of
 
 if TYPE_CHECKING:
@@ -31,20 +31,6 @@ if TYPE_CHECKING:
     from deepgen.models.unified import UnifiedModel
 
 _SHARDS = "engine"
-Weights = dict[str, Tensor]
-NamedParameters = list[tuple[str, nn.Parameter]]
-
-
-def learning_rate(settings: Settings, step: int) -> float:
-    """Rate of step ``step`` (from 0): linear warm-up, then constant or half a cosine down to the minimum (M2.2)."""
-    train = settings.train
-    if step < train.warmup_steps:
-        return train.learning_rate * (step + 1) / train.warmup_steps
-    if train.schedule == "constant":
-        return train.learning_rate
-    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
-    span = train.learning_rate - train.min_learning_rate
-    return train.min_learning_rate + span * (1 + math.cos(math.pi * done)) / 2
 
 
 def parameter_groups(parameters: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
@@ -146,7 +132,7 @@ class TrainingEngine:
             for name, parameter in self.parameters:
                 stretch = stretch_of(parameter, zero, self.zero_stage)
                 if stretch:
-                    restore(reader, name, stretch, self._adam.state[stretch.owner], step)
+                    restore(reader.read, name, stretch, self._adam.state[stretch.owner], step)
                 self._show(parameter, stretch)
 
     def _pieces(self) -> Iterator[tuple[str, int, Tensor]]:

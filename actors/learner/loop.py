@@ -12,126 +12,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from actors.learner.checkpoint_store import AVERAGED, RESULT, CheckpointStore, Manifest
 from actors.learner.collectives import gather
 from actors.learner.ema import Ema
-from actors.learner.engine import TrainingEngine, Weights, learning_rate
+from actors.learner.engine import TrainingEngine
+from actors.learner.lr_schedule import learning_rate
+from actors.learner.protocols import BatchSource, Metrics, Objective, Parts, StepContext, WorkerContext
 from deepgen.errors import UserError
 from deepgen.seeds import stable_seed
 from deepgen.tracking.progress import Phases, Progress
 
 if TYPE_CHECKING:
     from deepgen.config.settings import Settings
-    from deepgen.models.unified import UnifiedModel
-    from deepgen.tracking.tracker import Tracker
 
-Metrics = Mapping[str, float | Tensor]
-# (model, context, suffix of the names) -> figures; see `Objective.evaluation`
-Evaluate = Callable[["UnifiedModel", "StepContext", str], dict[str, float]]
 _SAY_EVERY_S = 1.0
 _RL_FIGURES = {"policy/kl": "kl", "policy/clip_share": "clipped"}
 _RL_PHASES = {"time/rollout_s": "rollout", "time/reward_s": "scoring", "time/update_s": "update", "time/sync_s": "sync"}
-
-
-@dataclass(frozen=True)
-class StepContext:
-    """Where and when a batch is worked on: everything random numbers may depend on.
-
-    ``seed`` is run.seed, ``step`` counts optimizer steps from 0, ``rank`` of ``world`` data-parallel workers.
-    """
-
-    seed: int
-    step: int
-    rank: int
-    world: int
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class WorkerContext:
-    """What a stage may use to make its source and objective inside one learner worker.
-
-    ``model`` is the loaded model before DeepSpeed wraps it (an objective that needs a frozen reference copies it now).
-    ``tracker`` exists on rank 0 only; sources and objectives may log images through it. ``say`` shows a line on the
-    console of the person who started the run (rank 0; elsewhere it does nothing).
-    """
-
-    stage: str
-    settings: Settings
-    model: UnifiedModel
-    rank: int
-    world: int
-    device: torch.device
-    tracker: Tracker | None
-    say: Callable[[str], None]
-
-
-class BatchSource(Protocol):
-    """Gives every rank its batch of a step and is told about new weights.
-
-    Order of calls in a run: ``load_state_dict`` (only on resume), ``publish(weights, start)``, then for each step
-    ``next(step, rank, world)``, the update, ``publish(weights, step + 1)``, ``state_dict(step + 1)`` when a checkpoint
-    is due; ``close()`` at the end, also after an error. All methods are called on every rank and in the same order.
-    """
-
-    def next(self, step: int, rank: int, world: int) -> Any:
-        """Batch of this rank for optimizer step ``step``. All ranks must get the same number of micro-batches."""
-
-    def publish(self, weights: Callable[[], Weights], version: int) -> None:
-        """Weights after ``version`` optimizer steps. ``weights()`` is collective: call it on all ranks or on none.
-
-        It returns on rank 0 the trainable parameters by name (full tensors, fp32, not copies: read them before
-        returning) and an empty dict elsewhere.
-        """
-
-    def metrics(self) -> dict[str, float]:
-        """Figures of the last batch that do not come from the update (rewards, staleness, ...); rank 0's are logged."""
-
-    def state_dict(self, step: int) -> dict[str, Any]:
-        """State that continues the stream exactly before ``step``; JSON-able. Rank 0's goes into the checkpoint."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state; every rank gets the one of rank 0."""
-
-    def close(self) -> None: ...
-
-
-class Objective(Protocol):
-    """Turns a batch into losses. What computes runs inside the DeepSpeed engine's forward, so that ZeRO hooks fire.
-
-    ``prepare`` runs under ``torch.no_grad`` once a batch (encode prompts and images, reference velocities) and returns
-    the micro-batches; ``loss`` is then called once for each. Autocast (model.precision) is already on in both.
-    Before each call torch's global generator is seeded from (seed, step, rank, micro-batch), so dropout and
-    ``torch.rand`` are the same in a resumed run.
-    """
-
-    def prepare(self, model: UnifiedModel, batch: Any, context: StepContext) -> Sequence[Any]:
-        """Micro-batches of ``batch``, at least one and as many on every rank (checked: ZeRO would hang)."""
-
-    def loss(self, model: UnifiedModel, micro: Any, context: StepContext) -> tuple[Tensor, Metrics]:
-        """Scalar loss to send backward, ALREADY scaled so that the sum over micro-batches is the loss of the batch.
-
-        Gradients are averaged over ranks, so a mean over the global batch needs no factor for the world size when
-        ranks hold equal shares. Metric keys: plain keys are averaged over the micro-batches and ranks that report them,
-        ``*_max`` take the maximum, ``*_sum`` are added. ``images_sum``, the number of images, gives images per second.
-        """
-
-    def evaluation(self, step: int) -> Evaluate | None:
-        """What to evaluate with the weights after ``step`` steps, None for nothing; on all ranks alike.
-
-        It is called without gradients and dropout, for the weights with suffix "" and for their averages with "_ema".
-        """
-
-
-Parts = tuple[BatchSource, Objective]
 
 
 def train(
@@ -146,13 +48,14 @@ def train(
     if not trainable:
         raise UserError(f"stage {context.stage}: nothing to train with model.lora_rank {settings.model.lora_rank}")
     context.model.train()
-    source, objective = build(context)
+    parts = build(context)
+    source = parts.source
     try:
         engine = TrainingEngine(settings, context.model, trainable, context.device)
         ema = Ema(engine.parameters, settings.train.ema_decay) if settings.train.ema_decay else None
         start = _restore(engine, ema, source, checkpoints, resume, context)
         source.publish(engine.weights, start)
-        loop = _Loop(context, source, objective, engine, ema, checkpoints, start)
+        loop = TrainingLoop(context, parts, engine, ema, checkpoints, start)
         if start == 0:
             loop.begin()
         for step in range(start, settings.train.steps):
@@ -160,22 +63,23 @@ def train(
         _export(engine, ema, checkpoints.run_folder)
     finally:
         source.close()
+        if parts.evaluator:
+            parts.evaluator.close()
 
 
-class _Loop:
+class TrainingLoop:
     """The body of the training loop and what it needs from step to step."""
 
     def __init__(
         self,
         context: WorkerContext,
-        source: BatchSource,
-        objective: Objective,
+        parts: Parts,
         engine: TrainingEngine,
         ema: Ema | None,
         checkpoints: CheckpointStore,
         start: int,
     ) -> None:
-        self.context, self.source, self.objective = context, source, objective
+        self.context, (self.source, self.objective, self.evaluator) = context, parts
         self.engine, self.ema, self.checkpoints = engine, ema, checkpoints
         self.phases = Phases()
         self.progress = Progress(context.settings.train.steps, start)
@@ -210,9 +114,10 @@ class _Loop:
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Held-out figures after ``step`` steps, if any are due: of the weights, and of their averages."""
-        evaluate, model, here = self.objective.evaluation(step), self.context.model, self._step_context(step)
+        evaluate = self.evaluator.evaluation(step) if self.evaluator else None
         if evaluate is None:
             return {}
+        model, here = self.context.model, self._step_context(step)
         model.eval()
         with torch.no_grad():
             figures: dict[str, float] = self.engine.run(evaluate, here, "")

@@ -7,15 +7,14 @@ same: a ``Stretch``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from actors.learner.checkpoint_shards import ShardReader
-
+Read = Callable[[str, int, int], Tensor]  # (key, first element, count) -> values, as `ShardReader.read`
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 
 
@@ -57,11 +56,11 @@ def pieces(name: str, stretch: Stretch, state: dict[str, Any]) -> Iterator[tuple
         yield f"{key}:{name}", stretch.start, stretch.of(state[key])
 
 
-def restore(reader: ShardReader, name: str, stretch: Stretch, state: dict[str, Any], step: int) -> None:
-    """Read weight and moments of a stretch back; ``step`` optimizer steps made them. UserError if they are gone."""
+def restore(read: Read, name: str, stretch: Stretch, state: dict[str, Any], step: int) -> None:
+    """Put back weight and moments of a stretch, which ``step`` optimizer steps made. UserError if they are gone."""
     state["step"] = torch.tensor(float(step))  # AdamW's form of it
-    stretch.of(stretch.owner).copy_(reader.read(f"{WEIGHT}:{name}", stretch.start, stretch.count))
+    stretch.of(stretch.owner).copy_(read(f"{WEIGHT}:{name}", stretch.start, stretch.count))
     for key in MOMENTS:
         if key not in state:
             state[key] = torch.zeros_like(stretch.owner)
-        stretch.of(state[key]).copy_(reader.read(f"{key}:{name}", stretch.start, stretch.count))
+        stretch.of(state[key]).copy_(read(f"{key}:{name}", stretch.start, stretch.count))

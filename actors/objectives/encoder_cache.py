@@ -1,4 +1,4 @@
-"""The frozen parts of the learner's model, and all that what they make depends on (``deepgen.data.cache.encoded``)."""
+"""Builds the cache of VAE latents and visual features, and the fingerprint that invalidates it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from deepgen.data.cache.disk_store import DiskStore
-from deepgen.data.cache.encoded import FrozenCache, MemoryStore
+from deepgen.data.cache.encoded import EncodingCache, MemoryStore
 from deepgen.data.loading.dataset import FEATURES, LATENT, PREPARATION
 from deepgen.models.weights_io.folder import weights_checksum
 
 if TYPE_CHECKING:
-    from actors.learner.loop import WorkerContext
+    from actors.learner.protocols import WorkerContext
 
 _PACKAGES = ("torch", "diffusers", "transformers", "pillow")  # another version may round, or resize, otherwise
 
 
-def make_cache(context: WorkerContext) -> FrozenCache:
+def make_cache(context: WorkerContext) -> EncodingCache:
     """The model's VAE and, where its results can be kept, its visual tower, with the store data.cache_dir asks for.
 
     To be called before ZeRO-3 splits the weights. The tower's results are not kept, and pixels go to the VLM with their
@@ -46,10 +46,10 @@ def make_cache(context: WorkerContext) -> FrozenCache:
     if settings.train.zero_stage < 3 and _fixed(visual):
         parts[FEATURES] = see
     if not settings.data.cache_dir:
-        return FrozenCache(parts, MemoryStore())
+        return EncodingCache(parts, MemoryStore())
     origin = {LATENT: (model.vae, dict(model.vae.config)), FEATURES: (visual, visual.config.to_dict())}
     about = {part: _describe(context, *origin[part]) for part in parts}
-    return FrozenCache(parts, DiskStore(Path(settings.data.cache_dir), about))
+    return EncodingCache(parts, DiskStore(Path(settings.data.cache_dir), about))
 
 
 def _fixed(visual: nn.Module) -> bool:
@@ -58,7 +58,7 @@ def _fixed(visual: nn.Module) -> bool:
 
 
 def _describe(context: WorkerContext, part: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
-    """All that decides what a part makes of an image file, to the bit on one kind of processor."""
+    """All that decides an encoder's result for an image file, to the bit on one kind of processor."""
     settings = context.settings
     return {
         "weights": weights_checksum(part.state_dict().items()),

@@ -1,32 +1,22 @@
-"""Flow matching on training records: the batch source and the objective of pretrain and sft.
-
-The rl stage uses the same pieces for its auxiliary loss.
-"""
+"""Flow matching on training records: the objective of pretrain and sft, and the auxiliary loss of rl."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from actors.learner.collectives import gather
-from actors.learner.engine import Weights
-from actors.learner.loop import Evaluate, Metrics, Parts, StepContext, WorkerContext
+from actors.learner.protocols import Metrics, StepContext, WorkerContext
 from actors.objectives.encoder_cache import make_cache
-from actors.objectives.heldout_loss import Heldout
 from deepgen.algorithms.losses import FlowMatchingLoss, flow_matching_loss, interpolate
-from deepgen.config.settings import TASKS
-from deepgen.data.cache.encoded import FrozenCache
+from deepgen.data.cache.encoded import EncodingCache
 from deepgen.data.loading.buckets import SIDE_MULTIPLE
-from deepgen.data.loading.collate import MicroBatch, collate
-from deepgen.data.loading.dataset import FEATURES, LATENT, Picture, TrainingSet
-from deepgen.data.loading.mixture import Mixture
-from deepgen.data.loading.parquet_store import ParquetStore
+from deepgen.data.loading.collate import MicroBatch
+from deepgen.data.loading.dataset import FEATURES, LATENT, Picture
 from deepgen.data.quarantine import Quarantine
 from deepgen.diffusion.schedule import timesteps, training_sigmas
 from deepgen.errors import UserError
@@ -35,63 +25,6 @@ from deepgen.models.vlm import SeenImage
 if TYPE_CHECKING:
     from deepgen.config.settings import Settings
     from deepgen.models.unified import UnifiedModel
-
-Turn = tuple[int, int, int]  # step, rank, world
-
-
-class MixtureSource:
-    """Micro-batches of the edit:T2I cycle (M2.4). What is in them follows from the step number and positions.
-
-    While a step is worked on, ``threads`` of them read the records of the next one (0: they are read when asked for).
-    ``records.quarantine`` belongs to the state: how many records were read, and how many of them were bad.
-    """
-
-    def __init__(self, data: TrainingSet, mixture: Mixture, records: FlowMatching, threads: int = 0) -> None:
-        self.data, self.mixture, self._records = data, mixture, records
-        self._world = 1
-        self._readers = ThreadPoolExecutor(threads, thread_name_prefix="records") if threads else None
-        self._coming: dict[Turn, list[Future[MicroBatch]]] = {}
-
-    def next(self, step: int, rank: int, world: int) -> list[MicroBatch]:
-        self._world = world
-        if self._readers is None:
-            return [read() for read in self._reads((step, rank, world))]
-        begun = self._coming.pop((step, rank, world), None) or self._begin((step, rank, world))
-        batch = [micro.result() for micro in begun]
-        following = (step + 1, rank, world)
-        self._coming = {following: self._begin(following)}
-        return batch
-
-    def _reads(self, turn: Turn) -> list[Callable[[], MicroBatch]]:
-        step, rank, world = turn
-        kept, seed = self._records.cache, self.mixture.seed
-        plan = self.mixture.plan(step, rank, world)
-        return [partial(collate, self.data, planned, seed=seed, step=step, kept=kept) for planned in plan]
-
-    def _begin(self, turn: Turn) -> list[Future[MicroBatch]]:
-        assert self._readers is not None
-        return [self._readers.submit(read) for read in self._reads(turn)]
-
-    def publish(self, weights: Callable[[], Weights], version: int) -> None:
-        """Nobody waits for new weights."""
-
-    def metrics(self) -> dict[str, float]:
-        return {}
-
-    def state_dict(self, step: int) -> dict[str, Any]:
-        """Also makes durable what frozen parts have made so far, which whoever resumes need not make again."""
-        self._records.cache.flush()
-        quarantine = self._records.quarantine.state_dict()
-        return self.mixture.state_dict(step, self._world) | {"quarantine": quarantine}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._coming = {}  # of another place in the data
-        self.mixture.load_state_dict(state)
-        self._records.quarantine.load_state_dict(state["quarantine"])
-
-    def close(self) -> None:
-        if self._readers:
-            self._readers.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -119,19 +52,17 @@ class FlowMatching:
     sigma comes uniformly from the 1000 levels of the shifted training grid. Captions of generation are dropped with
     probability ``caption_drop``; editing drops nothing (M1.8). Every sample has random numbers of its own, derived from
     (seed, step, place in the batch), so they do not change with the number of workers. Records that cannot be used take
-    no part in any mean and are noted in ``quarantine``. ``cache`` makes latents, and features for the VLM. ``heldout``
-    is what is evaluated meanwhile; the auxiliary loss of rl has none.
+    no part in any mean and are noted in ``quarantine``. ``cache`` makes latents, and features for the VLM.
     """
 
-    def __init__(self, settings: Settings, cache: FrozenCache, quarantine: Quarantine) -> None:
+    def __init__(self, settings: Settings, cache: EncodingCache, quarantine: Quarantine) -> None:
         self.cache, self.quarantine = cache, quarantine
-        self.heldout: Heldout | None = None
         self.caption_drop = settings.data.caption_drop
         self.sigmas = training_sigmas()  # shift 3: the schedule the public weights were trained on
 
     @classmethod
     def for_worker(cls, context: WorkerContext) -> FlowMatching:
-        """With the model's own frozen parts and the quarantine of the run."""
+        """With the model's own encoders and the quarantine of the run."""
         run, max_share = context.settings.run, context.settings.data.max_bad_share
         quarantine = Quarantine(max_share, run.folder, rank=context.rank, resume=run.resume, say=context.say)
         return cls(context.settings, make_cache(context), quarantine)
@@ -222,9 +153,6 @@ class FlowMatching:
             bad=len(micro.bad),
         )
 
-    def evaluation(self, step: int) -> Evaluate | None:
-        return self.heldout.evaluation(step) if self.heldout else None
-
     def errors(self, model: UnifiedModel, micro: FlowMatchingMicro) -> FlowMatchingLoss:
         """The model's error on a micro-batch, [] and [B]."""
         is_edit = micro.task == "edit"
@@ -247,29 +175,6 @@ class FlowMatching:
         if FEATURES in self.cache.parts:
             return [[SeenImage(self.cache.get(FEATURES, p).to(device)) for p in pictures] for pictures in references]
         return [[p.image(device) for p in pictures] for pictures in references]
-
-
-def build_flow_matching(context: WorkerContext) -> Parts:
-    """Source and objective of pretrain and sft."""
-    settings, data = context.settings, open_training_set(context)
-    mixture = Mixture.from_settings(settings, data.store, settings.data.micro_batch)
-    edits = int((data.store.tasks == TASKS.index("edit")).sum())
-    context.say(f"{len(data) - edits} generation and {edits} editing records, {size_note(mixture)}")
-    objective = FlowMatching.for_worker(context)
-    objective.heldout = Heldout(context, objective)
-    return MixtureSource(data, mixture, objective, settings.data.threads), objective
-
-
-def size_note(mixture: Mixture) -> str:
-    """For the console: whether records of equal size are drawn together."""
-    count = mixture.buckets
-    return f"in {count} size buckets" if count > 1 else "one size bucket (equal, or no columns width and height)"
-
-
-def open_training_set(context: WorkerContext) -> TrainingSet:
-    """data.train for this model. Raises UserError when a file cannot be read or lacks a column."""
-    data = context.settings.data
-    return TrainingSet(ParquetStore(data.train), data.image_size, context.model.tokenizer.all_special_tokens)
 
 
 def _to(tensors: list[Tensor], device: torch.device) -> list[Tensor]:

@@ -16,20 +16,23 @@ import numpy as np
 import torch
 
 from actors.experience.policy_sampler import PolicySampler
-from actors.experience.rollout_actor import EvaluationRequest
 from actors.learner.collectives import gather
-from actors.learner.loop import Evaluate
+from actors.learner.protocols import Evaluate
+from actors.messages import EvaluationRequest
+from deepgen.data.images import usable_image
 from deepgen.data.loading.collate import MicroBatch
 from deepgen.data.loading.dataset import Picture, resized
-from deepgen.data.records import Record, usable_image
+from deepgen.data.records import Record
 from deepgen.data.usable import left_out
-from deepgen.evaluation.results import GRID_PROMPTS, Evaluation, choose_records, grid, heldout_records
+from deepgen.evaluation.choose import GRID_PROMPTS, choose_records, heldout_records
+from deepgen.evaluation.pictures import grid
+from deepgen.evaluation.results import Evaluation
 from deepgen.seeds import stable_seed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from actors.learner.loop import StepContext, WorkerContext
+    from actors.learner.protocols import StepContext, WorkerContext
     from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro
     from deepgen.config.settings import Settings
     from deepgen.models.unified import UnifiedModel
@@ -165,6 +168,9 @@ class Heldout:
         grid_every = self._settings.tracking.grid_every
         pictures = self._loss is not None and grid_every > 0 and self._due(step, grid_every)
         return partial(self._evaluate, loss, pictures) if loss or pictures else None
+
+    def close(self) -> None:
+        """Everything is logged as soon as it is there."""
 
     def _evaluate(
         self, loss: bool, pictures: bool, model: UnifiedModel, context: StepContext, suffix: str

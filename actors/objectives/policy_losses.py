@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from actors.experience.policy_sampler import LearnerGroup, trained_steps
-from actors.experience.stream import GroupBatch
-from actors.learner.loop import Metrics, StepContext
+from actors.experience.policy_sampler import Samples, trained_steps
+from actors.learner.protocols import Metrics, StepContext
+from actors.messages import Group
 from deepgen.algorithms.losses import (
     PolicyStep,
     clipped_policy_loss,
@@ -54,14 +54,12 @@ class PolicyMicro:
     conditioning: Conditioning  # batch B
     unconditional: Conditioning | None
     references: list[Tensor]  # latents of an edit's source images
-    version: int  # of the policy that drew the samples
+    version: int | None  # of the policy that drew the samples
     share: float  # of the rank's policy loss
     images: float  # images this micro-batch stands for
 
     @classmethod
-    def split(
-        cls, group: GroupBatch, samples: LearnerGroup, share: float, largest: int, **pairs: Tensor
-    ) -> Iterator[Self]:
+    def split(cls, group: Group, samples: Samples, share: float, largest: int, **pairs: Tensor) -> Iterator[Self]:
         """Micro-batches of at most `largest` pairs. pairs: the fields with one row a pair, noise level by noise level,
         so that a micro-batch of G samples has the rollout's very shapes."""
         advantages = torch.tensor(group.advantages, device=pairs["x"].device)
@@ -96,7 +94,7 @@ class PolicyMicro:
 class PolicyTerm(Protocol):
     def __init__(self, settings: Settings) -> None: ...
 
-    def micros(self, group: GroupBatch, samples: LearnerGroup, step: int, share: float) -> Iterator[PolicyMicro]:
+    def micros(self, group: Group, samples: Samples, step: int, share: float) -> Iterator[PolicyMicro]:
         """Micro-batches of a group, whose losses together count `share` in the rank's policy loss."""
 
     def loss(
@@ -121,9 +119,9 @@ class ClippedRatio:
         self._precision = settings.model.precision
         self._checked_step: int | None = None
 
-    def micros(self, group: GroupBatch, samples: LearnerGroup, step: int, share: float) -> Iterator[TransitionMicro]:
+    def micros(self, group: Group, samples: Samples, step: int, share: float) -> Iterator[TransitionMicro]:
         steps = [samples.trajectory.step(j) for j in range(len(samples.trajectory))]
-        size = len(group.advantages)
+        size = len(samples.trajectory.final)
         return TransitionMicro.split(
             group,
             samples,
@@ -200,11 +198,11 @@ class NegativeAware:
     def __init__(self, settings: Settings) -> None:
         self._settings, self._algorithm = settings, settings.algorithm
 
-    def micros(self, group: GroupBatch, samples: LearnerGroup, step: int, share: float) -> Iterator[SampleMicro]:
+    def micros(self, group: Group, samples: Samples, step: int, share: float) -> Iterator[SampleMicro]:
         """The samples at the noise levels of this step's trained steps. All samples of a group get the same noise, so
         that what they have in common cancels out with their advantages."""
         final, levels = samples.trajectory.final, trained_steps(self._settings, step)
-        seed = stable_seed("forward", self._settings.run.seed, step, group.prompt_id)
+        seed = stable_seed("forward", self._settings.run.seed, step, group.record.id)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.cat([draw_noise([generator], final.shape[1:]).expand_as(final) for _ in levels])
         x0 = final.repeat(len(levels), 1, 1, 1)

@@ -17,11 +17,12 @@ from diffusers import AutoencoderKL
 from transformers import AutoTokenizer, CLIPModel, Qwen2_5_VLForConditionalGeneration
 
 from actors.experience.policy_sampler import PolicySampler
-from actors.experience.rollout_actor import EvaluationRequest
+from actors.messages import EvaluationRequest
 from deepgen.config import load_settings
 from deepgen.config.recipes import find_recipe
 from deepgen.config.settings import TASKS
-from deepgen.data.records import Record, decode_image
+from deepgen.data.images import decode_image
+from deepgen.data.records import Record
 from deepgen.tracking.grids import image_grid
 from rewards.base import RewardRequest
 from rewards.ocr import OcrReward

@@ -14,7 +14,9 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from deepgen.data.records import Record, decode_image, write_records
+from deepgen.data.images import decode_image
+from deepgen.data.parquet import write_records
+from deepgen.data.records import Record
 from stages.base.training import DATA, FADED, load_split
 from stages.base.world import encode
 

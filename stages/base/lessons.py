@@ -14,7 +14,8 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-from deepgen.data.records import Record, write_records
+from deepgen.data.parquet import write_records
+from deepgen.data.records import Record
 from stages.base import concepts as C
 from stages.base.training import LESSONS, load_split
 from stages.base.world import Icons, World, dejavu, draw_word, encode

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from deepgen.data.images import decode_image
 from deepgen.data.loading.dataset import image_to_tensor
-from deepgen.data.records import Record, decode_image
+from deepgen.data.records import Record
 from deepgen.models.bridge import BRIDGE_PREFIXES
 from deepgen.models.chat_template import TURN_END, TURN_START
 from deepgen.models.unified import UnifiedModel

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from deepgen.data.records import read_records
+from deepgen.data.parquet import read_records
 from rewards.clip import CLIP_MEAN, CLIP_STD
 from stages.base.train_vlm import Lessons, degrade
 from stages.base.training import LESSONS, MODEL, REWARDS, load_split, training_steps, unique_pictures, update_ema

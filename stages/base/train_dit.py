@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from deepgen.data.records import Record, decode_image
+from deepgen.data.images import decode_image
+from deepgen.data.records import Record
 from deepgen.diffusion.schedule import rollout_sigmas
 from deepgen.models.dit import DeepGenTransformer
 from stages.base.training import MODEL, load_split, to_float, training_steps, update_ema

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from deepgen.data.records import read_records
+from deepgen.data.parquet import read_records
 from rewards.judge import JUDGE_QUESTION
 from stages.base.train_vlm import (
     JUDGE_SIZE,

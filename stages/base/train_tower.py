@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from deepgen.data.records import read_records
+from deepgen.data.parquet import read_records
 from stages.base.train_vlm import JUDGE_SIZE, Lessons, degrade, make_vlm, patchify
 from stages.base.training import LESSONS, MODEL, TOWER, training_steps
 

@@ -29,7 +29,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from deepgen.data.records import Record, decode_image
+from deepgen.data.images import decode_image
+from deepgen.data.records import Record
 from rewards.judge import JUDGE_QUESTION
 from stages.base.concepts import BACKGROUNDS, COLOURS, HAIR, TONES
 from stages.base.training import (

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from deepgen.data.records import Record, decode_image, read_records
+from deepgen.data.images import decode_image
+from deepgen.data.parquet import read_records
+from deepgen.data.records import Record
 
 DATA = Path("assets/tiny/data")
 MODEL = Path("assets/tiny/model")

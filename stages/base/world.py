@@ -23,7 +23,8 @@ import numpy as np
 import resvg_py
 from PIL import Image, ImageDraw, ImageFont
 
-from deepgen.data.records import Record, write_records
+from deepgen.data.parquet import write_records
+from deepgen.data.records import Record
 from stages.base import concepts as C
 
 SIZE = 64
@@ -132,7 +133,7 @@ class Icons:
         width, height = (icon.get(k, self._svg.get(k, 32)) for k in ("width", "height"))
         svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
         png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE)
-        return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+        return Image.open(io.BytesIO(bytes(png)), formats=("PNG",)).convert("RGBA")
 
     def label(self, label: str) -> Image.Image:
         return self.draw(self.entry[label]["hexcode"])

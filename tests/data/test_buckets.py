@@ -17,7 +17,8 @@ from deepgen.data.loading.dataset import TrainingSet
 from deepgen.data.loading.epoch_order import RUN, BucketOrder, WeightedOrder
 from deepgen.data.loading.mixture import Mixture
 from deepgen.data.loading.parquet_store import ParquetStore
-from deepgen.data.records import SIZES, Record, write_records
+from deepgen.data.parquet import SIZES, write_records
+from deepgen.data.records import Record
 from tests.data.test_records import EDIT, GOOD, encoded
 
 SHAPES = ((48, 48), (96, 32), (32, 96), (40, 60))
@@ -147,7 +148,7 @@ def test_a_resume_on_other_ranks_loses_nothing(folder: Path, weights: str) -> No
     """Rank by rank and place by place, the row goes on: 5 steps of 3 ranks x 2, then 1 rank x 5, then 2 ranks x 4."""
     more = [weights] if weights else []
     whole, seen = make(folder, 1, *more), list[int]()
-    row = [batch.members[0] for step in range(200) for batch in whole.plan(step, 0, 1) if batch.source == "t2i"]
+    row = [batch.members[0] for step in range(200) for batch in whole.plan(step, 0, 1) if batch.kind == "t2i"]
     state, step = whole.state_dict(0, 1), 0
     for steps, ranks, micro in ((5, 3, 2), (7, 1, 5), (4, 2, 4)):
         mixture = make(folder, micro, *more)

@@ -24,8 +24,9 @@ from deepgen.data.conversion.convert_units import (
     write_plan,
     write_report,
 )
-from deepgen.data.conversion.sources import Source, guess_form, plan_units
-from deepgen.data.records import Record, read_records, write_records
+from deepgen.data.conversion.raw_data import RawData, guess_form, plan_units
+from deepgen.data.parquet import read_records, write_records
+from deepgen.data.records import Record
 from deepgen.data.uris import UriError
 from deepgen.errors import UserError
 
@@ -43,7 +44,7 @@ def picture(width: int = 32, height: int = 32, kind: str = "PNG", value: int = 9
 
 def convert(path: Path, out: Path, **options) -> list[Record]:
     form = options.pop("form", None) or guess_form(path)
-    source = Source(path, form, **options)
+    source = RawData(path, form, **options)
     units = plan_units(source, rows=3)
     write_plan(out, source, LIMITS, 3, 0, units)
     for unit in unfinished(out, units):

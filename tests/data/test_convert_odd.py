@@ -28,7 +28,7 @@ from deepgen.data.conversion.convert_units import (
     image_fault,
     write_plan,
 )
-from deepgen.data.conversion.sources import Source, guess_form, plan_units
+from deepgen.data.conversion.raw_data import RawData, guess_form, plan_units
 from deepgen.data.uris import UriError
 from deepgen.errors import UserError
 from tests.data.test_convert import LIMITS, ROOT, convert, picture, reasons
@@ -145,7 +145,7 @@ def test_a_damaged_tally_is_one_line(tmp_path):
 
 def test_a_full_disk_is_one_line(tmp_path):
     path = pack(tmp_path / "a.tar", samples())
-    source = Source(path, "webdataset")
+    source = RawData(path, "webdataset")
     (unit,) = plan_units(source, 3)
     write_plan(tmp_path / "out", source, LIMITS, 3, 0, [unit])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -389,7 +389,7 @@ def test_what_is_wrong_in_a_unit_is_one_line_of_the_program(tmp_path):
     pack(tmp_path / "in" / "a.tar", [(f"{i}.txt", b"no image") for i in range(250)])
     path = pack(tmp_path / "in" / "b.tar", samples())
     path.write_bytes(path.read_bytes()[: header_of(path, 4)])
-    source = Source(tmp_path / "in", "webdataset", name="in")
+    source = RawData(tmp_path / "in", "webdataset", name="in")
     units = plan_units(source, 1000)
     write_plan(tmp_path / "out", source, LIMITS, 1000, 0, units)
     convert_unit(source, units[0], tmp_path / "out", LIMITS, 0)
@@ -404,7 +404,7 @@ def test_what_is_wrong_in_a_unit_is_one_line_of_the_program(tmp_path):
 
 @pytest.mark.processes
 def test_nothing_kept_is_an_error(tmp_path):
-    source = Source(pack(tmp_path / "a.tar", [("0.txt", b"no image")]), "webdataset", name="a")
+    source = RawData(pack(tmp_path / "a.tar", [("0.txt", b"no image")]), "webdataset", name="a")
     (unit,) = plan_units(source, 1000)
     limits = stage.Limits()
     write_plan(tmp_path / "out", source, limits, 1000, 0, [unit])

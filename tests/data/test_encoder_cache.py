@@ -1,4 +1,4 @@
-"""What frozen parts make of images, kept in memory or on disk: equal to the bit, never stale, never half written."""
+"""Encodings of images, kept in memory or on disk: equal to the bit, never stale, never half written."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.learner.loop import StepContext, WorkerContext
-from actors.learner.ray_train import prepare_run
-from actors.objectives import encoder_cache as frozen
-from actors.objectives.flow_matching import FlowMatching, MixtureSource
+from actors.learner.preflight import prepare_run
+from actors.learner.protocols import StepContext, WorkerContext
+from actors.objectives import encoder_cache
+from actors.objectives.flow_matching import FlowMatching
+from actors.objectives.record_source import MixtureSource
 from deepgen.config import UserError, load_settings
-from deepgen.data.cache import disk_store as frozen_store
+from deepgen.data.cache import disk_store
 from deepgen.data.cache.disk_store import SUFFIX, WRITING, DiskStore
-from deepgen.data.cache.encoded import FrozenCache, MemoryStore
+from deepgen.data.cache.encoded import EncodingCache, MemoryStore
 from deepgen.data.loading.dataset import FEATURES, LATENT, Picture, TrainingSet
 from deepgen.data.loading.mixture import Mixture
 from deepgen.data.loading.parquet_store import ParquetStore
+from deepgen.data.parquet import write_records
 from deepgen.data.quarantine import Quarantine
-from deepgen.data.records import write_records
 from deepgen.models.presets import DEEPGEN_5B
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings, add_lora
@@ -58,16 +59,18 @@ def make_context(model: UnifiedModel, folder: Path, *overrides: str) -> WorkerCo
     return WorkerContext("sft", settings, model, 0, 1, CPU, None, lambda _: None)
 
 
-def make_source(context: WorkerContext, cache: FrozenCache | None = None) -> tuple[FlowMatching, MixtureSource]:
+def make_source(context: WorkerContext, cache: EncodingCache | None = None) -> tuple[FlowMatching, MixtureSource]:
     settings = context.settings
     objective = FlowMatching.for_worker(context)
     if cache is not None:
         objective = FlowMatching(settings, cache, Quarantine(1.0, settings.run.dir / "other"))
     data = TrainingSet(ParquetStore(settings.data.train), settings.data.image_size)
-    return objective, MixtureSource(data, Mixture.from_settings(settings, data.store, 3), objective)
+    return objective, MixtureSource(
+        data, Mixture.from_settings(settings, data.store, 3), objective.cache, objective.quarantine
+    )
 
 
-def train(context: WorkerContext, cache: FrozenCache | None = None, steps: int = 2) -> list[Tensor]:
+def train(context: WorkerContext, cache: EncodingCache | None = None, steps: int = 2) -> list[Tensor]:
     """Losses and a gradient of steps that read all records once each, as the engine computes them."""
     objective, source = make_source(context, cache)
     numbers = []
@@ -104,9 +107,9 @@ def test_with_and_without_a_cache_all_numbers_are_the_same(
     own = f"model.precision={precision}"
     memory = make_context(model, tmp_path, own)
     disk = make_context(model, tmp_path, own, f"data.cache_dir={tmp_path / 'cache'}")
-    parts = frozen.make_cache(memory).parts
+    parts = encoder_cache.make_cache(memory).parts
     assert set(parts) == {LATENT, FEATURES}
-    expected = train(memory, FrozenCache(parts, MemoryStore(0)))
+    expected = train(memory, EncodingCache(parts, MemoryStore(0)))
     assert same(train(memory), expected)
     assert same(train(disk), expected)
     assert files(tmp_path / "cache")
@@ -129,12 +132,13 @@ def test_an_image_seen_before_is_the_image(model: UnifiedModel) -> None:
 
 def test_what_lora_or_zero_3_forbid_is_not_kept(tmp_path: Path, shard: str) -> None:
     """Our LoRA leaves the tower alone; an imported one on all modules has dropout there."""
-    assert FEATURES not in frozen.make_cache(make_context(make_tiny_model(), tmp_path, "train.zero_stage=3")).parts
+    split = make_context(make_tiny_model(), tmp_path, "train.zero_stage=3")
+    assert FEATURES not in encoder_cache.make_cache(split).parts
     for modules, kept in (("live", True), ("all", False)):
         model = make_tiny_model()
         add_lora(model.vlm, LoraSettings(rank=2, modules=modules), model.architecture.fusion_layers[0])
         context = make_context(model, tmp_path, f"data.cache_dir={tmp_path / modules}")
-        assert (FEATURES in frozen.make_cache(context).parts) == kept
+        assert (FEATURES in encoder_cache.make_cache(context).parts) == kept
         if not kept:  # pixels reach the VLM, also when the latents are there
             model.eval()
             assert same(train(context), train(context))
@@ -148,7 +152,7 @@ def test_memory_is_bounded() -> None:
         calls.append(round((float(image[0, 0, 0]) + 1) * 127.5))
         return image[0, 0] * 2
 
-    cache = FrozenCache({LATENT: encode}, MemoryStore(max_bytes=2 * 8 * 4))
+    cache = EncodingCache({LATENT: encode}, MemoryStore(max_bytes=2 * 8 * 4))
     for _ in range(2):
         for row in range(3):
             key, kept = cache.find(("a", row, 0), b"", [LATENT])
@@ -167,7 +171,7 @@ def test_a_bad_record_leaves_nothing(model: UnifiedModel, tmp_path: Path) -> Non
     write_records(tmp_path / "train.parquet", records)
     context = make_context(model, tmp_path, f"data.cache_dir={tmp_path / 'cache'}", "data.max_bad_share=1")
     assert same(train(context), train(make_context(model, tmp_path, "data.max_bad_share=1")))
-    store: Any = frozen.make_cache(context).store
+    store: Any = encoder_cache.make_cache(context).store
     file = str(tmp_path / "train.parquet")
     for row, record in enumerate(records, 1):
         assert record.image is not None
@@ -183,7 +187,7 @@ def test_each_part_of_the_key_has_a_folder_of_its_own(tmp_path: Path, shard: str
 
     def folders(*overrides: str) -> dict[str, str]:
         before = set(tmp_path.glob("cache/*"))
-        frozen.make_cache(make_context(model, tmp_path, f"data.cache_dir={tmp_path / 'cache'}", *overrides))
+        encoder_cache.make_cache(make_context(model, tmp_path, f"data.cache_dir={tmp_path / 'cache'}", *overrides))
         return {path.name.partition("-")[0]: path.name for path in set(tmp_path.glob("cache/*")) - before}
 
     assert set(folders()) == {LATENT, FEATURES}
@@ -198,9 +202,9 @@ def test_each_part_of_the_key_has_a_folder_of_its_own(tmp_path: Path, shard: str
         next(model.vlm.model.visual.parameters()).view(-1)[0] += 1e-3
         next(model.transformer.parameters()).view(-1)[0] += 1e-3  # nothing that is kept depends on it
     assert set(folders()) == {FEATURES}
-    monkeypatch.setattr(frozen, "PREPARATION", 1000)
+    monkeypatch.setattr(encoder_cache, "PREPARATION", 1000)
     assert set(folders()) == {LATENT, FEATURES}
-    monkeypatch.setattr(frozen, "version", lambda package: "0.0")
+    monkeypatch.setattr(encoder_cache, "version", lambda package: "0.0")
     assert set(folders()) == {LATENT, FEATURES}
 
 
@@ -374,7 +378,7 @@ def test_the_path_is_absolute_and_empty_is_none(tmp_path: Path, monkeypatch: pyt
 
 def test_little_of_it_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pending results go to disk in time, and so does the index of shards that were not used for long."""
-    monkeypatch.setattr(frozen_store, "MOST_ENTRIES", 10)
+    monkeypatch.setattr(disk_store, "MOST_ENTRIES", 10)
     shards = []
     for number in range(4):
         shards.append(str(tmp_path / f"{number}.parquet"))

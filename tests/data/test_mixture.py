@@ -15,7 +15,8 @@ from deepgen.data.loading.collate import collate
 from deepgen.data.loading.dataset import TrainingSet
 from deepgen.data.loading.mixture import Mixture, Part
 from deepgen.data.loading.parquet_store import ListStore, ParquetStore
-from deepgen.data.records import Record, write_records
+from deepgen.data.parquet import write_records
+from deepgen.data.records import Record
 from tests.data.test_records import PICTURE
 
 CYCLE = {"edit": 1, "t2i": 3}
@@ -31,7 +32,7 @@ def test_every_rank_has_the_same_tasks_in_the_same_order() -> None:
     for step in range(5):
         for rank in range(3):
             plan = make().plan(step, rank, 3)
-            assert [(b.source, b.number) for b in plan] == [("edit", 0), ("t2i", 1), ("t2i", 2), ("t2i", 3)]
+            assert [(b.kind, b.number) for b in plan] == [("edit", 0), ("t2i", 1), ("t2i", 2), ("t2i", 3)]
             assert all(len(b.members) == 2 for b in plan)
 
 

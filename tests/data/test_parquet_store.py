@@ -14,7 +14,8 @@ from deepgen.config.settings import load_settings
 from deepgen.data.loading.epoch_order import BlockOrder
 from deepgen.data.loading.mixture import make_parts
 from deepgen.data.loading.parquet_store import ParquetStore
-from deepgen.data.records import SCHEMA, Record, RecordError, read_rows, write_records
+from deepgen.data.parquet import SCHEMA, read_rows, write_records
+from deepgen.data.records import Record, RecordError
 from deepgen.errors import UserError
 
 COUNTS = [5, 1, 7, 3, 3, 8, 2, 4]

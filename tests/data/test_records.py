@@ -13,18 +13,12 @@ import pytest
 from PIL import Image
 
 from deepgen.config import UserError
+from deepgen.data.images import decode_image, header_size
 from deepgen.data.loading.buckets import fixed_area_size
 from deepgen.data.loading.dataset import TrainingSet, image_to_tensor
 from deepgen.data.loading.parquet_store import ListStore
-from deepgen.data.records import (
-    Record,
-    RecordError,
-    decode_image,
-    header_size,
-    quoted_words,
-    read_records,
-    write_records,
-)
+from deepgen.data.parquet import read_records, write_records
+from deepgen.data.records import Record, RecordError, quoted_words
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:

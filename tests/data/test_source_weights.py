@@ -13,7 +13,8 @@ from deepgen.data.loading import epoch_order as order_module
 from deepgen.data.loading.epoch_order import WeightedOrder
 from deepgen.data.loading.mixture import Mixture, Part, make_parts
 from deepgen.data.loading.parquet_store import ListStore, ParquetStore
-from deepgen.data.records import Record, write_records
+from deepgen.data.parquet import write_records
+from deepgen.data.records import Record
 
 SLOTS = 512  # the real number would take minutes
 SETS = {"photos": 27, "posters": 9, "edits": 6}
@@ -33,7 +34,8 @@ def store() -> ListStore:
 
 def shares(*overrides: str) -> list[float]:
     """Of the parts of generation."""
-    weights = [part.weight for part in make_parts(store(), load_settings(None, overrides), ["edit", "t2i"])["t2i"]]
+    parts = make_parts(store(), load_settings(None, overrides), ["edit", "t2i"])
+    weights = [part.source_weight for part in parts["t2i"]]
     return [weight / sum(weights) for weight in weights]
 
 
@@ -53,9 +55,9 @@ def test_parquet_says_the_same(tmp_path: Path) -> None:
     write_records(tmp_path / "b.parquet", records[30:], row_group_size=5)
     settings = load_settings(None, ["data.temperature=3"])
     ours, theirs = (make_parts(s, settings, ["edit", "t2i"]) for s in (ParquetStore(tmp_path), store()))
-    for source in ("edit", "t2i"):
-        assert [p.weight for p in ours[source]] == [p.weight for p in theirs[source]]
-        assert [p.rows.tolist() for p in ours[source]] == [p.rows.tolist() for p in theirs[source]]
+    for kind in ("edit", "t2i"):
+        assert [p.source_weight for p in ours[kind]] == [p.source_weight for p in theirs[kind]]
+        assert [p.rows.tolist() for p in ours[kind]] == [p.rows.tolist() for p in theirs[kind]]
     assert [p.counts().tolist() for p in ours["t2i"]] == [[4, 4, 4, 4, 4, 4, 3], [1, 2, 5, 1]]
 
 

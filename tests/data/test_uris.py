@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from deepgen.config import UserError
+from deepgen.data.images import decode_image
 from deepgen.data.loading.dataset import TrainingSet
 from deepgen.data.loading.parquet_store import ParquetStore
-from deepgen.data.records import SCHEMA, RecordError, decode_image, read_records, write_records
+from deepgen.data.parquet import SCHEMA, read_records, write_records
+from deepgen.data.records import RecordError
 from deepgen.data.uris import UriError, read_uri, version_of
 from tests.data.test_records import EDIT, GOOD, PICTURE, PIXELS
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from deepgen.config import Settings, UserError, load_settings
-from deepgen.data.records import Record, write_records
+from deepgen.data.parquet import write_records
+from deepgen.data.records import Record
 from deepgen.data.usable import left_out, usable_records
-from deepgen.evaluation.results import heldout_records
+from deepgen.evaluation.choose import heldout_records
 from stages.rl import read_prompts
 from tests.data.test_records import EDIT, GOOD, PICTURE
 from tests.helpers.factories import make_tokenizer

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from actors.experience.rollout_actor import EvaluationRequest, GroupRequest
+from actors.experience.prompt_order import PromptOrder
 from actors.experience.rollout_fleet import RolloutError, RolloutFleet
-from actors.experience.stream import BatchLateError, ExperienceStream, PromptOrder, RankBatch
+from actors.experience.stream import BatchLateError, ExperienceStream
 from actors.experience.weight_sync import WeightsMismatchError, publish_weights
+from actors.messages import EvaluationRequest, Group, RankBatch
 from actors.start import start_rollouts
 from deepgen.config import Settings, UserError
-from deepgen.data.records import read_records
+from deepgen.data.parquet import read_records
 from deepgen.models.unified import UnifiedModel
 from rewards import REWARDS
 from tests.helpers.frail_actors import Frail, Slow
@@ -156,7 +157,7 @@ def test_rewards_are_routed_and_a_missing_score_is_not_zero(world: Path, rollout
 def test_any_actor_draws_the_same_group(ray_local: ModuleType, world: Path, rollouts: dict[str, Any]) -> None:
     record = read_records(make_settings(world).data.prompts)[2]
     assert record.task == "edit"
-    request = GroupRequest(number=2, step=0, epoch=0, record=record)
+    request = Group(number=2, step=0, epoch=0, record=record)
     drawn = [
         ray_local.get(list(actor.sample_group.options(num_returns=2).remote(request, None)))
         for actor in (*rollouts.values(), *rollouts.values())
@@ -164,7 +165,7 @@ def test_any_actor_draws_the_same_group(ray_local: ModuleType, world: Path, roll
     for images, packed in drawn[1:]:
         assert np.array_equal(images.images, drawn[0][0].images)
         assert_same([packed], [drawn[0][1]])
-    other = GroupRequest(number=8, step=0, epoch=1, record=record)
+    other = Group(number=8, step=0, epoch=1, record=record)
     images, _ = ray_local.get(list(rollouts["rollout-0"].sample_group.options(num_returns=2).remote(other, None)))
     assert not np.array_equal(images.images, drawn[0][0].images)
 
@@ -378,7 +379,7 @@ def test_evaluation_scores_by_prompt(world: Path, rollouts: dict[str, Any]) -> N
     assert names == ["clip", "aesthetic"]
     assert first.scores.shape == (4, 2, 2)
     assert np.array_equal(first.scores, second.scores, equal_nan=True)
-    asked = first.weights > 0
+    asked = first.reward_weights > 0
     assert asked[:, names.index("clip")].tolist() == [False, True, False, True]
     assert np.isfinite(first.scores).all(axis=1)[asked].all()
     assert np.isnan(first.scores[:, :, names.index("clip")][0]).all()

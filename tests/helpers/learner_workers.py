@@ -35,7 +35,7 @@ def work(rank: int, world: int, rendezvous: str, runs: list[dict[str, Any]]) -> 
     """One worker."""
     import torch.distributed as dist
 
-    from actors.learner.ray_train import prepare_process
+    from actors.learner.worker import prepare_process
     from deepgen.config import load_settings
     from deepgen.config.recipes import find_recipe
 
@@ -63,8 +63,9 @@ def _measure(settings: Any, run: dict[str, Any], rank: int, world: int) -> None:
 
 
 def _train_stage(settings: Any, run: dict[str, Any], rank: int, world: int) -> None:
-    from actors.learner.ray_train import LearnerJob, run_worker
-    from actors.objectives.flow_matching import build_flow_matching
+    from actors.learner.worker import run_worker
+    from actors.messages import LearnerJob
+    from actors.objectives.build import build_flow_matching
 
     build = functools.partial(_build, build_flow_matching, run.get("die_after", 0))
     run_worker(LearnerJob(run["stage"], settings, build, gpus=False), "", rank, world)
@@ -74,7 +75,8 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
     import torch
 
     from actors.learner.checkpoint_store import CheckpointStore
-    from actors.learner.loop import WorkerContext, train
+    from actors.learner.loop import train
+    from actors.learner.protocols import Parts, WorkerContext
     from tests.helpers.toy import ToyModel, ToyObjective, ToySource
 
     class Log:
@@ -85,7 +87,8 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
     model: Any = ToyModel()
     tracker: Any = Log() if rank == 0 else None
     context = WorkerContext("rl", settings, model, rank, world, torch.device("cpu"), tracker, print)
-    parts = (ToySource(), ToyObjective(run.get("noise", 0.0)))
+    toy = ToyObjective(run.get("noise", 0.0))
+    parts = Parts(ToySource(), toy, toy)
     build = functools.partial(_build, lambda _: parts, run.get("die_after", 0))
     if "die_writing" in run:
         _die_writing(run["die_writing"])
@@ -93,8 +96,8 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
 
 
 def _build(build: Callable[[Any], Any], die_after: int, context: Any) -> Any:
-    source, objective = build(context)
-    return (_Dying(source, die_after) if die_after else source), objective
+    parts = build(context)
+    return parts._replace(source=_Dying(parts.source, die_after)) if die_after else parts
 
 
 def _die_writing(left: int) -> None:

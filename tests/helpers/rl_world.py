@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from deepgen.config import Settings, load_settings
-from deepgen.data.records import Record, write_records
+from deepgen.data.parquet import write_records
+from deepgen.data.records import Record
 from tests.helpers.factories import make_tiny_folder
 
 SIZE = 64

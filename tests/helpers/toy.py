@@ -104,6 +104,8 @@ class ToyObjective:
 
         return measure if step % 2 == 0 else None
 
+    def close(self) -> None: ...
+
     def loss(self, model: Any, micro: tuple[Tensor, Tensor], context: Any) -> tuple[Tensor, dict[str, Any]]:
         x, y = micro
         error = ((model(x + self.noise * torch.randn_like(x)) - y) ** 2).mean()
@@ -137,7 +139,8 @@ class Expected:
 
 
 def plain_torch(overrides: Sequence[str] = ()) -> Expected:
-    from actors.learner.engine import learning_rate, parameter_groups
+    from actors.learner.engine import parameter_groups
+    from actors.learner.lr_schedule import learning_rate
 
     settings = load_settings(None, [*TOY, *overrides])
     model: Any = ToyModel()

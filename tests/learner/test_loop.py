@@ -27,18 +27,22 @@ from torch import Tensor
 
 from actors.learner import checkpoint_store as checkpoints
 from actors.learner.checkpoint_store import CheckpointStore
-from actors.learner.engine import learning_rate, parameter_groups
-from actors.learner.loop import StepContext, reduce_metrics
-from actors.learner.ray_train import own_folder, prepare_run, resolve_weights
-from actors.objectives.flow_matching import FlowMatching, MixtureSource
+from actors.learner.engine import parameter_groups
+from actors.learner.loop import reduce_metrics
+from actors.learner.lr_schedule import learning_rate
+from actors.learner.preflight import own_folder, prepare_run, resolve_weights
+from actors.learner.protocols import StepContext
+from actors.objectives.flow_matching import FlowMatching
+from actors.objectives.record_source import MixtureSource
 from deepgen.algorithms.losses import flow_matching_loss
 from deepgen.config import UserError, load_settings
-from deepgen.data.cache.encoded import FrozenCache, MemoryStore
+from deepgen.data.cache.encoded import EncodingCache, MemoryStore
 from deepgen.data.loading.dataset import LATENT, TrainingSet
 from deepgen.data.loading.mixture import Mixture
 from deepgen.data.loading.parquet_store import ListStore
+from deepgen.data.parquet import write_records
 from deepgen.data.quarantine import Quarantine
-from deepgen.data.records import Record, write_records
+from deepgen.data.records import Record
 from deepgen.models.presets import DEEPGEN_5B
 from deepgen.tracking.journal import read_series
 from tests.helpers.factories import make_tiny_folder
@@ -281,9 +285,9 @@ def make_records(count: int = 12) -> list[Record]:
 def test_flow_matching_targets_and_dropped_captions(tmp_path: Path) -> None:
     settings = load_settings(None, ["data.micro_batch=8", "data.image_size=64", "data.caption_drop=0.5"])
     data = TrainingSet(ListStore(make_records()), 64)
-    cache = FrozenCache({LATENT: lambda image: image[:, ::4, ::4]}, MemoryStore())
+    cache = EncodingCache({LATENT: lambda image: image[:, ::4, ::4]}, MemoryStore())
     objective = FlowMatching(settings, cache, Quarantine(0.0, tmp_path))
-    source = MixtureSource(data, Mixture.from_settings(settings, data.store, 8), objective)
+    source = MixtureSource(data, Mixture.from_settings(settings, data.store, 8), objective.cache, objective.quarantine)
     context = StepContext(1, 0, 0, 1, torch.device("cpu"))
     asked: list[tuple[list[str], Any]] = []
 

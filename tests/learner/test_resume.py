@@ -121,7 +121,8 @@ def test_only_what_may_go_well_is_tried_again(tmp_path: Path) -> None:
 
     from actors.experience.reward_pool import RewardPoolError
     from actors.experience.rollout_fleet import NoRolloutLeftError
-    from actors.learner.ray_train import CONSOLE, _failure_policy
+    from actors.learner.console import FILE
+    from actors.learner.ray_train import _failure_policy
 
     settings = load_settings(None, [f"run.dir={tmp_path}", "run.name=a", "train.max_failures=1"])
     policy = _failure_policy(settings, FailureConfig(max_failures=1))
@@ -138,5 +139,5 @@ def test_only_what_may_go_well_is_tried_again(tmp_path: Path) -> None:
     died = WorkerGroupError("", {1: remote})
     policy = cloudpickle.loads(cloudpickle.dumps(policy))  # as it comes to Ray Train's controller
     assert [policy.make_decision(died) for _ in range(2)] == [FailureDecision.RETRY, FailureDecision.RAISE]
-    said = (tmp_path / "a" / CONSOLE).read_text()
+    said = (tmp_path / "a" / FILE).read_text()
     assert said == "starting the workers again (1, train.max_failures 1): worker 1: the actor died\n"

@@ -15,15 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from actors.learner.loop import StepContext
-from actors.objectives.flow_matching import FlowMatching, MixtureSource
+from actors.learner.protocols import StepContext
+from actors.objectives.flow_matching import FlowMatching
+from actors.objectives.record_source import MixtureSource
 from deepgen.config import UserError, load_settings
-from deepgen.data.cache.encoded import FrozenCache, MemoryStore
+from deepgen.data.cache.encoded import EncodingCache, MemoryStore
 from deepgen.data.loading.dataset import LATENT, TrainingSet
 from deepgen.data.loading.mixture import Mixture
 from deepgen.data.loading.parquet_store import ListStore, ParquetStore
+from deepgen.data.parquet import write_records
 from deepgen.data.quarantine import FILE, BadRow, Quarantine
-from deepgen.data.records import Record, RecordError, write_records
+from deepgen.data.records import Record, RecordError
 from tests.data.test_records import EDIT, GOOD, PICTURE
 from tests.helpers.factories import make_tiny_folder, make_tiny_model
 from tests.helpers.learner_workers import run_workers
@@ -131,10 +133,12 @@ def damaged(*numbers: int) -> list[Record]:
 
 def make_objective(records: list[Record], folder: Path, micro_batch: int = 3) -> tuple[FlowMatching, MixtureSource]:
     settings = load_settings(None, ["data.micro_batch=3", "data.image_size=64", "data.t2i_per_cycle=3"])
-    cache = FrozenCache({LATENT: lambda image: image[:1, ::4, ::4].repeat(8, 1, 1)}, MemoryStore())
+    cache = EncodingCache({LATENT: lambda image: image[:1, ::4, ::4].repeat(8, 1, 1)}, MemoryStore())
     objective = FlowMatching(settings, cache, Quarantine(1.0, folder))
     data = TrainingSet(ListStore(records), 64)
-    return objective, MixtureSource(data, Mixture.from_settings(settings, data.store, micro_batch), objective)
+    return objective, MixtureSource(
+        data, Mixture.from_settings(settings, data.store, micro_batch), objective.cache, objective.quarantine
+    )
 
 
 def test_a_bad_record_is_in_no_mean(tmp_path: Path) -> None:

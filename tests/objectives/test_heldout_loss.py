@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from actors.learner.loop import StepContext
+from actors.learner.protocols import StepContext
 from actors.objectives.flow_matching import FlowMatching
 from actors.objectives.heldout_loss import Heldout, share_out
 from deepgen.config import load_settings
-from deepgen.data.cache.encoded import FrozenCache, MemoryStore
+from deepgen.data.cache.encoded import EncodingCache, MemoryStore
 from deepgen.data.loading.dataset import LATENT
 from deepgen.data.records import Record
 
@@ -57,7 +57,7 @@ class Model:
 
 def test_records_without_usable_target_take_no_part_and_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_settings(None, ["data.micro_batch=2", "data.image_size=64", "evaluation.seed=3"])
-    cache = FrozenCache({LATENT: lambda image: image[:, ::4, ::4]}, MemoryStore())
+    cache = EncodingCache({LATENT: lambda image: image[:, ::4, ::4]}, MemoryStore())
     objective: Any = FlowMatching(settings, cache, SimpleNamespace())  # type: ignore[arg-type]
     context: Any = SimpleNamespace(settings=settings, rank=0, world=1, tracker=None, say=lambda line: None)
     model: Any = Model()

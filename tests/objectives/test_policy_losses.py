@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actors.experience.policy_sampler import LearnerGroup, trained_steps
-from actors.experience.stream import GroupBatch
-from actors.learner.loop import StepContext
+from actors.experience.policy_sampler import Samples, trained_steps
+from actors.learner.protocols import StepContext
+from actors.messages import Group
 from deepgen.config import Settings, load_settings
+from deepgen.data.records import Record
 from deepgen.diffusion.schedule import rollout_sigmas
 from deepgen.diffusion.trajectory import sample, start_group
 from deepgen.models.unified import Conditioning
@@ -37,7 +38,7 @@ class Dit(nn.Module):
         return self.weight * x
 
 
-def make(name: str, *more: str) -> tuple[Settings, GroupBatch, LearnerGroup]:
+def make(name: str, *more: str) -> tuple[Settings, Group, Samples]:
     common = ["rollout.num_steps=5", "rollout.sde_steps=2", "rollout.eta=0.7", "rollout.group_size=4"]
     settings = load_settings(None, [*common, "algorithm.update_micro_batch=3", *OWN[name], *more])
     noise, generators = start_group(SHAPE, run_seed=1, prompt_id="p", epoch=0, indices=range(4))
@@ -52,8 +53,9 @@ def make(name: str, *more: str) -> tuple[Settings, GroupBatch, LearnerGroup]:
     )
     advantages = np.array([1.0, -1.0, 0.5, -0.5], dtype=np.float32)
     conditioning = Conditioning(torch.zeros(1, 3, 8), torch.zeros(1, 8), None)
-    group = GroupBatch(0, "p", "t2i", 3, advantages, None)
-    return settings, group, LearnerGroup(trajectory, conditioning, None, [])
+    record = Record("p", "t2i", "", "", None, (), "")
+    group = Group(0, 3, 0, record, version=3, advantages=advantages)
+    return settings, group, Samples(trajectory, conditioning, None, [])
 
 
 def total(name: str, *more: str) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from actors.objectives.flow_matching import MixtureSource
+from actors.objectives.record_source import MixtureSource
 from deepgen.config import UserError, load_settings
 from deepgen.data.loading.dataset import Picture, Sample
 from deepgen.data.loading.mixture import Mixture
@@ -31,10 +31,9 @@ def make_source(threads: int, told: Callable[[int], None] = lambda index: None) 
 
     data: Any = SimpleNamespace(store=store, sample=sample)
     state = {"read": 0, "bad": 0, "rows": []}
-    quarantine = SimpleNamespace(state_dict=lambda: state, load_state_dict=lambda _: None)
-    cache = SimpleNamespace(flush=lambda: None, find=None)
-    records: Any = SimpleNamespace(cache=cache, quarantine=quarantine)
-    return MixtureSource(data, Mixture.from_settings(load_settings(None, []), store, 2), records, threads)
+    quarantine: Any = SimpleNamespace(state_dict=lambda: state, load_state_dict=lambda _: None)
+    cache: Any = SimpleNamespace(flush=lambda: None, find=None)
+    return MixtureSource(data, Mixture.from_settings(load_settings(None, []), store, 2), cache, quarantine, threads)
 
 
 def contents(source: MixtureSource, steps: range, rank: int, world: int) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepgen.data.records import write_records
+from deepgen.data.parquet import write_records
 from tests.helpers.rl_world import PROMPTS, make_records, make_world, overrides
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]

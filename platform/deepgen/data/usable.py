@@ -15,8 +15,10 @@ from functools import partial
 from pathlib import Path
 
 from deepgen.config import Settings, UserError
+from deepgen.data.images import FORMATS, usable_image
+from deepgen.data.parquet import read_rows
 from deepgen.data.quarantine import FILES, BadRow, Quarantine, rows_in
-from deepgen.data.records import Record, RecordError, check_prompt, read_rows, usable_image
+from deepgen.data.records import Record, RecordError, check_prompt
 
 JUDGED = ".judged"  # suffix of the file beside a quarantine that says what has been judged
 Place = tuple[str, int]  # file and row, from 1
@@ -33,13 +35,13 @@ def usable_records(
     Raises UserError when too many rows are bad (``deepgen.data.quarantine``), when none can be used, or when the file
     is no such file.
     """
-    source: Path = getattr(settings.data, key.removeprefix("data."))
-    rows = read_rows(source)
+    given: Path = getattr(settings.data, key.removeprefix("data."))
+    rows = read_rows(given)
     found = [((row.file, row.number), row.record) for row in rows if isinstance(row.record, Record)]
     wanted = {record.id for record in choose([record for _, record in found])} if choose else None
     chosen = [(place, record) for place, record in found if wanted is None or record.id in wanted]
     path = settings.run.folder / FILES[key]
-    marker, state = path.with_suffix(JUDGED), _state(settings, source, [record.id for _, record in chosen])
+    marker, state = path.with_suffix(JUDGED), _state(settings, given, [record.id for _, record in chosen])
     if marker.exists() and marker.read_text() == state:
         out = rows_in(path)
         return [(place, record) for place, record in chosen if place not in out]
@@ -53,18 +55,18 @@ def usable_records(
     quarantine.add(len(rows) - len(found) + len(chosen), bad)
     usable = [one for one, fault in judgement if not fault]
     if not usable:
-        raise UserError(f"{key}: no record of {source} can be used; see {path}")
+        raise UserError(f"{key}: no record of {given} can be used; see {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     marker.write_text(state)
     return usable
 
 
-def _state(settings: Settings, source: Path, ids: Sequence[str]) -> str:
+def _state(settings: Settings, given: Path, ids: Sequence[str]) -> str:
     """Changes when the files, the choice of records or what they are judged by do."""
-    files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
+    files = sorted(given.glob("*.parquet")) if given.is_dir() else [given]
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    judged_by = [str(settings.model.weights), settings.data.max_bad_share]
-    return hashlib.blake2b(json.dumps([str(source), facts, list(ids), judged_by]).encode(), digest_size=16).hexdigest()
+    judged_by = [str(settings.model.weights), settings.data.max_bad_share, *FORMATS]
+    return hashlib.blake2b(json.dumps([str(given), facts, list(ids), judged_by]).encode(), digest_size=16).hexdigest()
 
 
 def left_out(settings: Settings, *keys: str) -> dict[str, float]:
@@ -84,9 +86,9 @@ def _fault(record: Record, reserved: Sequence[str]) -> str:
     return ""
 
 
-def _special_tokens(weights: Path) -> list[str]:
+def _special_tokens(model_weights: Path) -> list[str]:
     """The tokenizer's, from its file: loading it takes seconds. It refuses them itself where there is no such file."""
-    file = Path(weights) / "tokenizer" / "tokenizer.json"
+    file = Path(model_weights) / "tokenizer" / "tokenizer.json"
     if not file.is_file():
         return []
     return [

@@ -333,7 +333,7 @@ class _ImageItem:
         if self.image is not None:
             self.image.save(self.path)
             self.image = None
-        with Image.open(self.path) as image:
+        with Image.open(self.path, formats=("PNG",)) as image:
             self.client().log_image(
                 self.run_id, image, key=self.key, step=self.step, timestamp=self.timestamp, synchronous=True
             )

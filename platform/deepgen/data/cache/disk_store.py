@@ -1,14 +1,15 @@
-"""Results of frozen parts on disk, beside the runs, for all ranks and all later runs with the same frozen weights.
+"""Encodings of images on disk, beside the runs, for all ranks and all later runs with the same VAE and visual tower.
 
     <data.cache_dir>/latent-3f9c01…/about.json                    what the number of the folder was made of
-                                    train-00000-81d2…/8b0e….safetensors     results of one parquet shard; ...
+                                    train-00000-81d2…/8b0e….safetensors     encodings for one parquet shard; ...
                                                       .5c1a….writing        being written, or left by a kill
 
-A folder is named by a hash of all its results depend on beside the images: the part's weights and config, how images
-are prepared, precision, kind of device, versions. A shard is known by its size and footer, an image in it by a hash of
-its encoded bytes, so nothing that has changed is ever found. Files never change: each is written aside by one process
-and renamed when it is whole, so any number of processes may fill the same folder at once; what two have made is equal.
-No more than the index of the shards in use is in memory; results are read when they are asked for.
+A folder is named by a hash of all its encodings depend on beside the images: the encoder's weights and config, how
+images are prepared, precision, kind of device, versions. A shard is known by its size and footer, an image in it by a
+hash of its encoded bytes, so nothing that has changed is ever found. Files never change: each is written aside by one
+process and renamed when it is whole, so any number of processes may fill the same folder at once; what two have made is
+equal.
+No more than the index of the shards in use is in memory; encodings are read when they are asked for.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from deepgen.data.loading.dataset import Key, Place
 from deepgen.data.uris import version_of
 from deepgen.errors import UserError
 
-PENDING_BYTES = 128 << 20  # of results that wait to be written, per process; so much work a kill costs at most
+PENDING_BYTES = 128 << 20  # of encodings that wait to be written, per process; so much work a kill costs at most
 MOST_ENTRIES = 1 << 20  # of the index, about 150 bytes each; shards not used for longest go first
 OPEN_FILES = 64
 FORMAT = 1  # of the files, their names and the digests in them
@@ -46,7 +47,7 @@ _LEFT_BEHIND_S = 3600.0  # no write takes so long: what is older was left by a k
 
 @dataclass
 class _Shard:
-    """Index of one part's results of one parquet shard: digest of the image -> number of the file."""
+    """Index of one encoder's results for one parquet shard: digest of the image -> number of the file."""
 
     folder: Path
     files: list[str] = field(default_factory=list)
@@ -55,10 +56,11 @@ class _Shard:
 
 
 class DiskStore:
-    """A `deepgen.data.cache.encoded.Store` in files. ``parts``: of each part all that its results depend on, JSON-able.
+    """A `deepgen.data.cache.encoded.Store` in files. ``parts``: of each encoder all that its results depend on,
+    JSON-able.
 
-    Results wait in memory until PENDING_BYTES have come together or `flush`; they are found meanwhile. Raises UserError
-    naming the path when a file cannot be written or read.
+    Encodings wait in memory until PENDING_BYTES have come together or `flush`; they are found meanwhile. Raises
+    UserError naming the path when a file cannot be written or read.
     """
 
     def __init__(

@@ -1,10 +1,9 @@
-"""What frozen parts of the model make of the records' images, made once and kept: in memory, or on disk.
+"""What the model's two encoders make of the records' images, made once and kept: in memory, or on disk.
 
-Two parts are frozen in every stage: the VAE, which makes ``latent`` [c, h, w] float32 of targets and references, and
-the visual tower of the VLM, which makes ``features`` [H / 32, W / 32, vlm_hidden] of references. Everything behind the
-tower depends on what is trained (think tokens, LoRA) and is never kept. Images are worked on one at a time, so that a
-result does not depend on its neighbours or on whether it was kept: with and without a cache, and on resume, a run is
-the same to the bit.
+No stage trains these two: the VAE makes ``latent`` [c, h, w] float32 of targets and references, the visual tower of
+the VLM makes ``features`` [H / 32, W / 32, vlm_hidden] of references. Everything behind the tower depends on what is
+trained (think tokens, LoRA) and is never kept. Images are encoded one at a time, so an encoding depends neither on the
+images beside it nor on whether it was kept: with and without a cache, and on resume, a run is the same to the bit.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from torch import Tensor
 
 from deepgen.data.loading.dataset import LATENT, Key, Picture, Place
 
-MEMORY_BYTES = 512 << 20  # of results kept in memory, per process
+MEMORY_BYTES = 512 << 20  # of encodings kept in memory, per process
 
 
 class Store(Protocol):
-    """Where results lie. A part of the model is named by a word, an image by a key."""
+    """Where encodings lie. An encoder, ``part``, is LATENT or FEATURES; an image is named by a key."""
 
     def key(self, place: Place, data: bytes | str) -> Key | None:
         """The key of an image; None for one that cannot be kept."""
 
     def find(self, part: str, key: Key, *, refresh: bool) -> Tensor | None:
-        """The result kept, on the CPU, or None. ``refresh``: also look for what other processes have put by now."""
+        """The encoding kept, on the CPU, or None. ``refresh``: also look for what other processes have put by now."""
 
     def put(self, part: str, key: Key, made: Tensor) -> None: ...
 
@@ -35,7 +34,7 @@ class Store(Protocol):
 
 
 class MemoryStore:
-    """Results of the first images it sees, up to ``max_bytes``.
+    """Encodings of the first images it sees, up to ``max_bytes``.
 
     Once full, nothing is thrown out: under shuffled epochs every image is equally likely to come next.
     """
@@ -64,9 +63,9 @@ class MemoryStore:
         """Nothing outlives the process."""
 
 
-class FrozenCache:
-    """Results of frozen parts by way of a store. ``parts``: from one image, float32 [3, h, w] in [-1, 1] on the CPU, to
-    a result on the CPU; LATENT is always among them.
+class EncodingCache:
+    """Encodings by way of a store. ``parts``: the encoders by name, each from one image, float32 [3, h, w] in [-1, 1]
+    on the CPU, to its encoding on the CPU. Raises ValueError when LATENT is not among them.
 
     The latent is the mode of the VAE's posterior. (The reference samples it, M1.7; its spread is small against the
     noise that flow matching adds.)
@@ -78,7 +77,7 @@ class FrozenCache:
         self.parts, self.store = parts, store
 
     def find(self, place: Place, data: bytes | str, needed: Sequence[str]) -> tuple[Key | None, dict[str, Tensor]]:
-        """Key of a record's image, and the results that are kept of those ``needed``."""
+        """Key of a record's image, and those of the encodings ``needed`` that are kept."""
         key = self.store.key(place, data)
         if key is None:
             return None, {}
@@ -86,7 +85,7 @@ class FrozenCache:
         return key, {part: made for part, made in found.items() if made is not None}
 
     def get(self, part: str, picture: Picture) -> Tensor:
-        """What a part makes of an image; it is kept if it was not yet."""
+        """The encoding of an image, kept from now on."""
         if part in picture.kept:
             return picture.kept[part]
         made = None if picture.key is None else self.store.find(part, picture.key, refresh=False)

@@ -1,6 +1,6 @@
 """Turning raw samples into parquet shards of our schema, each checked; what cannot be used goes to a quarantine file.
 
-A unit of the source becomes one shard. Beside it stand its quarantine (JSON lines: place, id, reason) and, written
+A unit of the raw data becomes one shard. Beside it stand its quarantine (JSON lines: place, id, reason) and, written
 last, its tally; a unit with a tally is done and never read again, so a conversion that was stopped goes on.
 """
 
@@ -24,8 +24,10 @@ import numpy as np
 from PIL import Image
 
 from deepgen.config.settings import TASKS
-from deepgen.data.conversion.sources import RawSample, Source, Unit, read_unit
-from deepgen.data.records import MAX_ASPECT, MAX_PIXELS, Record, header_size, open_image, read_records, write_records
+from deepgen.data.conversion.raw_data import RawData, RawSample, Unit, read_unit
+from deepgen.data.images import MAX_ASPECT, MAX_PIXELS, header_size, open_image
+from deepgen.data.parquet import read_records, write_records
+from deepgen.data.records import Record
 from deepgen.data.uris import UriError
 from deepgen.errors import UserError
 
@@ -179,10 +181,10 @@ def tally_path(out: Path, number: int) -> Path:
     return out / "tally" / f"{number:06d}.json"
 
 
-def convert_unit(source: Source, unit: Unit, out: Path, limits: Limits, seed: int) -> Tally:
+def convert_unit(raw: RawData, unit: Unit, out: Path, limits: Limits, seed: int) -> Tally:
     """Convert one unit, its samples in a random order that follows from (seed, unit)."""
     with writing(out):
-        return _convert_unit(source, unit, out, limits, seed)
+        return _convert_unit(raw, unit, out, limits, seed)
 
 
 @contextmanager
@@ -197,14 +199,14 @@ def writing(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _convert_unit(source: Source, unit: Unit, out: Path, limits: Limits, seed: int) -> Tally:
+def _convert_unit(raw: RawData, unit: Unit, out: Path, limits: Limits, seed: int) -> Tally:
     tally, kept = Tally(), list[Record]()
     quarantine = out / "quarantine" / f"{unit.number:06d}.jsonl"
     quarantine.parent.mkdir(parents=True, exist_ok=True)
     (out / "tally").mkdir(exist_ok=True)
     seen: set[str] = set()
     with quarantine.open("w", encoding="utf-8") as bad:
-        for sample in read_unit(source, unit):
+        for sample in read_unit(raw, unit):
             record, reason = check_sample(sample, limits)
             if record is not None and record.id in seen:
                 record, reason = None, "id used twice"
@@ -244,30 +246,30 @@ def _count(tally: Tally, record: Record) -> None:
 # ---------------------------------------------------------------- all units
 
 
-def check_folders(source: Path, out: Path) -> None:
-    """Raise UserError when `out` cannot be a folder, or one of the two lies in the other."""
+def check_folders(path: Path, out: Path) -> None:
+    """Raise UserError when `out` cannot be a folder, or it and the raw data's `path` lie in one another."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give a folder to write to")
-    given, made = source.resolve(), out.resolve()
+    given, made = path.resolve(), out.resolve()
     if given.is_relative_to(made) or made.is_relative_to(given):
-        inner, outer = (source, out) if given.is_relative_to(made) else (out, source)
+        inner, outer = (path, out) if given.is_relative_to(made) else (out, path)
         raise UserError(f"{inner} lies in {outer}, whose files would be mixed with it; give a folder elsewhere")
 
 
-def write_plan(out: Path, source: Source, limits: Limits, rows: int, seed: int, units: list[Unit]) -> None:
+def write_plan(out: Path, raw: RawData, limits: Limits, rows: int, seed: int, units: list[Unit]) -> None:
     """Note what is converted and how; raises UserError when `out` holds a conversion of something else."""
     plan = {
-        "source": str(source.path.resolve()),
-        "name": source.name,
-        "form": source.form,
-        "task": source.task,
-        "images": str(source.images.resolve()) if source.images else None,
-        "caption_key": source.caption_key,
-        "columns": dict(source.columns),
+        "source": str(raw.path.resolve()),
+        "name": raw.name,
+        "form": raw.form,
+        "task": raw.task,
+        "images": str(raw.images.resolve()) if raw.images else None,
+        "caption_key": raw.caption_key,
+        "columns": dict(raw.columns),
         "limits": vars(limits),
         "rows": rows,
         "seed": seed,
-        "units": [_unit_plan(source, unit) for unit in units],
+        "units": [_unit_plan(raw, unit) for unit in units],
     }
     path = out / "plan.json"
     if path.exists():
@@ -283,10 +285,10 @@ def write_plan(out: Path, source: Source, limits: Limits, rows: int, seed: int, 
         partial.replace(path)
 
 
-def _unit_plan(source: Source, unit: Unit) -> list[Any]:
+def _unit_plan(raw: RawData, unit: Unit) -> list[Any]:
     """What a unit is read from: file, its size, and which of its rows."""
     file = Path(unit.file)
-    name = file.relative_to(source.path).as_posix() if source.path.is_dir() else file.name
+    name = file.relative_to(raw.path).as_posix() if raw.path.is_dir() else file.name
     try:
         return [name, file.stat().st_size, unit.first, unit.last]
     except OSError as error:
@@ -375,14 +377,14 @@ def draw_histograms(tally: Tally, path: Path) -> None:
 
 
 def draw_samples(out: Path, path: Path, count: int = 24) -> None:
-    """A sheet of random kept records with their prompts; sources of edits beside them."""
-    from deepgen.data.records import decode_image
+    """A sheet of random kept records with their prompts; references of edits beside them."""
+    from deepgen.data.images import decode_image
     from deepgen.tracking.grids import image_grid
 
     records = list(_some_records(out, count))
-    sources = [decode_image(r.references[0]) if r.references else None for r in records]
+    references = [decode_image(r.references[0]) if r.references else None for r in records]
     images = [decode_image(r.image) for r in records if r.image is not None]
-    image_grid(images, [r.prompt for r in records], columns=6, sources=sources).save(path)
+    image_grid(images, [r.prompt for r in records], columns=6, sources=references).save(path)
 
 
 def _some_records(out: Path, count: int) -> Iterator[Record]:

@@ -48,7 +48,7 @@ def collate(
             usable.append(index)
             places.append(place)
     return MicroBatch(
-        task=planned.source,
+        task=planned.kind,
         indices=tuple(usable),
         prompts=[sample.prompt for sample in samples],
         references=[sample.references for sample in samples],

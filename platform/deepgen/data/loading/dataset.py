@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from deepgen.data.images import usable_image
 from deepgen.data.loading.buckets import fixed_area_size
 from deepgen.data.loading.parquet_store import RecordStore
-from deepgen.data.records import RecordError, check_prompt, usable_image
+from deepgen.data.records import RecordError, check_prompt
 
 # Raise it when an image of the same bytes and image_size becomes other pixels, for VAE or VLM, or others are refused.
-PREPARATION = 2
+PREPARATION = 3
 LATENT, FEATURES = "latent", "features"  # what the VAE and the VLM's visual tower make of an image
 Place = tuple[str, int, int]  # file and row (from 1) of a record, and its target (0) or its reference number n (from 1)
 Key = tuple[str, bytes]  # the file an image belongs to, and what tells it from the others of the file
@@ -64,7 +65,7 @@ class Picture:
 
 
 class Kept(Protocol):
-    """Results of frozen parts, by image (`deepgen.data.cache.encoded`)."""
+    """Encodings that are kept, by image (`deepgen.data.cache.encoded`)."""
 
     def find(self, place: Place, data: bytes | str, needed: Sequence[str]) -> tuple[Key | None, dict[str, Tensor]]: ...
 

@@ -120,9 +120,9 @@ def _in_runs(buckets: np.ndarray, head: int, generator: np.random.Generator) -> 
 
 
 class WeightedOrder:
-    """Endless row over several groups of blocks, each drawn by its weight and each in epochs of its own.
+    """Endless row over several groups of blocks (sources), each drawn by its weight and each in epochs of its own.
 
-    counts: for each group the records of its blocks; weights: one a group, above 0, in any unit; stream: 0 or 1;
+    counts: for each group the records of its blocks; source_weights: one a group, above 0, in any unit; stream: 0 or 1;
     buckets: for each group those of its records, None without any. Of the lanes a group has its share, so that together
     they hold about as many blocks as one order would. With buckets a group is drawn RUN records at a time.
     """
@@ -130,12 +130,12 @@ class WeightedOrder:
     def __init__(
         self,
         counts: Sequence[Sequence[int] | np.ndarray],
-        weights: Sequence[float],
+        source_weights: Sequence[float],
         seed: int,
         stream: int,
         buckets: Sequence[np.ndarray] | None = None,
     ) -> None:
-        shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+        shares = np.asarray(source_weights, dtype=np.float64) / np.sum(source_weights)
         self.slots = _apportion(shares)
         self._key = [seed, stream, 0x736C6F74]
         self._run = RUN if buckets else 1

@@ -2,7 +2,7 @@
 
 One optimizer step is one whole cycle (M2.4, M8.7): first ``edit_per_cycle`` micro-batches of editing, then
 ``t2i_per_cycle`` of generation, the same task on every rank at the same time. Each of the two is an endless row of
-shuffled epochs (``epoch_order``); where data sets are told apart, an endless row in which each comes up by its
+shuffled epochs (``epoch_order``); where sources are told apart, an endless row in which each comes up by its
 weight, in epochs of its own. Where a batch lies in that row follows from the step number and an origin (step,
 positions), so nothing has to be replayed on resume, and a resume on another number of ranks goes on where the old run
 stopped. Where records say how large their images are, those that become equally large come together
@@ -27,22 +27,22 @@ from deepgen.errors import UserError, nearest
 if TYPE_CHECKING:
     from deepgen.config.settings import Settings
 
-SOURCES = ("edit", "t2i")
-MOST_SETS = 1000  # different data sets that can be weighed
+BATCH_KINDS = ("edit", "t2i")  # editing, and generation of whichever task
+MOST_SOURCES = 1000  # that can be weighed
 _SHOWN = 20  # names in a message
 
 
 @dataclass(frozen=True)
 class Part:
-    """Records of one task that are drawn together: a data set, or all of them.
+    """Records of one kind that are drawn together: those of a source, or all of them.
 
-    rows: their numbers in the store, ascending. starts: where the store's blocks begin. weight: above 0. buckets: of
-    each of the rows, None when all are one.
+    rows: their numbers in the store, ascending. starts: where the store's blocks begin. source_weight: how often they
+    are drawn, above 0 and in any unit. buckets: of each of the rows, None when all are one.
     """
 
     rows: np.ndarray
     starts: np.ndarray
-    weight: float = 1.0
+    source_weight: float = 1.0
     buckets: np.ndarray | None = None
 
     def counts(self) -> np.ndarray:
@@ -53,13 +53,13 @@ class Part:
 
 @dataclass(frozen=True)
 class PlannedMicroBatch:
-    """One micro-batch of one rank: ``members`` number records of the store; ``source`` is "edit" or "t2i".
+    """One micro-batch of one rank: ``members`` number records of the store; ``kind`` is "edit" or "t2i".
 
     ``first`` is the place of its first record in the micro-batch of all ranks together; random numbers are drawn per
     place, so they do not depend on how many ranks share the work.
     """
 
-    source: str
+    kind: str
     number: int
     first: int
     members: tuple[int, ...]
@@ -67,7 +67,7 @@ class PlannedMicroBatch:
 
 @dataclass
 class Mixture:
-    """Plan of batches. ``parts``: what each source is drawn from; every rank builds the same object.
+    """Plan of batches. ``parts``: what each kind is drawn from; every rank builds the same object.
 
     ``image_size``: what the buckets of the parts follow from, so that it belongs to the place in the data.
     ``records``: what tells the records from others (`fingerprint`); empty: a resume does not compare them.
@@ -78,7 +78,7 @@ class Mixture:
     per_cycle: dict[str, int]
     micro_batch: int
     origin_step: int = 0
-    origin: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SOURCES, 0))
+    origin: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BATCH_KINDS, 0))
     image_size: int = 0
     records: Mapping[str, Any] = field(default_factory=dict)
 
@@ -86,54 +86,54 @@ class Mixture:
     def from_settings(cls, settings: Settings, store: RecordStore, micro_batch: int) -> Mixture:
         """What data.* says of these records. Raises UserError when it does not fit them, naming the key."""
         per_cycle = {"edit": settings.data.edit_per_cycle, "t2i": settings.data.t2i_per_cycle}
-        used = [source for source in SOURCES if per_cycle[source]]
+        used = [kind for kind in BATCH_KINDS if per_cycle[kind]]
         parts = make_parts(store, settings, used)
         size, records = settings.data.image_size, fingerprint(store, parts)
         return cls(settings.run.seed, parts, per_cycle, micro_batch, image_size=size, records=records)
 
     def __post_init__(self) -> None:
-        for source in SOURCES:
-            count = self.per_cycle.get(source, 0)
-            if count and not self.parts.get(source):
-                others = "editing (task edit)" if source == "edit" else "generation (tasks t2i, reasoning, text)"
+        for kind in BATCH_KINDS:
+            count = self.per_cycle.get(kind, 0)
+            if count and not self.parts.get(kind):
+                others = "editing (task edit)" if kind == "edit" else "generation (tasks t2i, reasoning, text)"
                 raise UserError(
-                    f"data.{source}_per_cycle: got {count}, but data.train holds no {others} records; "
+                    f"data.{kind}_per_cycle: got {count}, but data.train holds no {others} records; "
                     "allowed with this data: 0"
                 )
         buckets = [part.buckets for parts in self.parts.values() for part in parts if part.buckets is not None]
         self.buckets = len(np.unique(np.concatenate(buckets))) if buckets else 1  # sizes the records are known to have
         self._orders = {
-            source: WeightedOrder(
-                [part.counts() for part in self.parts[source]],
-                [part.weight for part in self.parts[source]],
+            kind: WeightedOrder(
+                [part.counts() for part in self.parts[kind]],
+                [part.source_weight for part in self.parts[kind]],
                 self.seed,
-                SOURCES.index(source),
-                [part.buckets for part in self.parts[source] if part.buckets is not None],
+                BATCH_KINDS.index(kind),
+                [part.buckets for part in self.parts[kind] if part.buckets is not None],
             )
-            for source in SOURCES
-            if self.per_cycle.get(source, 0)
+            for kind in BATCH_KINDS
+            if self.per_cycle.get(kind, 0)
         }
 
     @property
     def cycle(self) -> int:
         """Micro-batches in one optimizer step."""
-        return sum(self.per_cycle.get(source, 0) for source in SOURCES)
+        return sum(self.per_cycle.get(kind, 0) for kind in BATCH_KINDS)
 
     def plan(self, step: int, rank: int, world: int) -> list[PlannedMicroBatch]:
         """The micro-batches of ``rank`` at optimizer step ``step``, in the order they are worked on."""
         batches: list[PlannedMicroBatch] = []
-        for source in SOURCES:
-            start = self._position(source, step, world)
-            for turn in range(self.per_cycle.get(source, 0)):
+        for kind in BATCH_KINDS:
+            start = self._position(kind, step, world)
+            for turn in range(self.per_cycle.get(kind, 0)):
                 first = rank * self.micro_batch
                 begin = start + turn * self.micro_batch * world + first
-                members = tuple(self._member(source, begin + j) for j in range(self.micro_batch))
-                batches.append(PlannedMicroBatch(source, len(batches), first, members))
+                members = tuple(self._member(kind, begin + j) for j in range(self.micro_batch))
+                batches.append(PlannedMicroBatch(kind, len(batches), first, members))
         return batches
 
     def state_dict(self, step: int, world: int) -> dict[str, Any]:
-        """State before optimizer step ``step``: where each source goes on, and among which records. JSON-able."""
-        state = {"step": step, "positions": {source: self._position(source, step, world) for source in SOURCES}}
+        """State before optimizer step ``step``: where each kind goes on, and among which records. JSON-able."""
+        state = {"step": step, "positions": {kind: self._position(kind, step, world) for kind in BATCH_KINDS}}
         state |= {"image_size": self.image_size} if self.buckets > 1 else {}
         return state | ({"records": dict(self.records)} if self.records else {})
 
@@ -147,10 +147,10 @@ class Mixture:
             )
         self._check_records(state.get("records", {}))
         self.origin_step = int(state["step"])
-        self.origin = {source: int(state["positions"][source]) for source in SOURCES}
+        self.origin = {kind: int(state["positions"][kind]) for kind in BATCH_KINDS}
 
     def _check_records(self, then: Mapping[str, Any]) -> None:
-        """Compare what both know: states of older versions know nothing, and a source may have been left out."""
+        """Compare what both know: states of older versions know nothing, and a kind may have been left out."""
         if all(then[name] == self.records[name] for name in then.keys() & self.records.keys()):
             return
         counts = f"{then['count']:,} records then, {self.records['count']:,} now"
@@ -161,13 +161,13 @@ class Mixture:
             "order, or a new run"
         )
 
-    def _position(self, source: str, step: int, world: int) -> int:
-        per_step = self.per_cycle.get(source, 0) * self.micro_batch * world
-        return self.origin[source] + (step - self.origin_step) * per_step
+    def _position(self, kind: str, step: int, world: int) -> int:
+        per_step = self.per_cycle.get(kind, 0) * self.micro_batch * world
+        return self.origin[kind] + (step - self.origin_step) * per_step
 
-    def _member(self, source: str, position: int) -> int:
-        part, member = self._orders[source].member(position)
-        return int(self.parts[source][part].rows[member])
+    def _member(self, kind: str, position: int) -> int:
+        part, member = self._orders[kind].member(position)
+        return int(self.parts[kind][part].rows[member])
 
 
 def check_training_data(settings: Settings) -> None:
@@ -176,28 +176,28 @@ def check_training_data(settings: Settings) -> None:
 
 
 def fingerprint(store: RecordStore, parts: Mapping[str, Sequence[Part]]) -> dict[str, Any]:
-    """What the order of the records follows from, apart from the seed: their count and, for each source, a hash.
+    """What the order of the records follows from, apart from the seed: their count and, for each kind, a hash.
 
-    Of tasks, blocks, data sets and buckets, all of which are in memory anyway. Names and places of files do not count.
+    Of tasks, blocks, sources and buckets, all of which are in memory anyway. Names and places of files do not count.
     """
     common = hashlib.blake2b(digest_size=16)
     common.update(store.tasks.astype(np.uint8).tobytes())
     common.update(store.starts.astype(np.int64).tobytes())
     found: dict[str, Any] = {"count": len(store.tasks)}
-    for source, own in parts.items():
+    for kind, own in parts.items():
         digest = common.copy()
         for part in own:
             buckets = np.zeros(0) if part.buckets is None else part.buckets
             for numbers in (part.rows, buckets):
                 digest.update(f"{len(numbers)}:".encode())
                 digest.update(np.ascontiguousarray(numbers, dtype=np.int64).data)
-        found[source] = digest.hexdigest()
+        found[kind] = digest.hexdigest()
     return found
 
 
 def make_parts(store: RecordStore, settings: Settings, used: Sequence[str]) -> dict[str, list[Part]]:
-    """What each source of the cycle is drawn from: one part, or one a data set if data.weights or data.temperature
-    tell them apart. A source without records has no parts. Raises UserError naming the key that does not fit.
+    """What each kind of the cycle is drawn from: one part, or one a source if data.weights or data.temperature
+    tell them apart. A kind without records has no parts. Raises UserError naming the key that does not fit.
     """
     is_edit = store.tasks == TASKS.index("edit")
     sizes = store.sizes()
@@ -205,32 +205,33 @@ def make_parts(store: RecordStore, settings: Settings, used: Sequence[str]) -> d
     if buckets is not None and not buckets.any():
         buckets = None  # all of one size
 
-    def part(found: np.ndarray, weight: float = 1.0) -> Part:
-        return Part(found, store.starts, weight, None if buckets is None else buckets[found])
+    def part(found: np.ndarray, source_weight: float = 1.0) -> Part:
+        return Part(found, store.starts, source_weight, None if buckets is None else buckets[found])
 
     rows = {"edit": np.flatnonzero(is_edit), "t2i": np.flatnonzero(~is_edit)}
     by_hand, temperature = settings.data.weights, settings.data.temperature
     if not by_hand and temperature == 1:
-        return {source: [part(rows[source])] if len(rows[source]) else [] for source in used}
+        return {kind: [part(rows[kind])] if len(rows[kind]) else [] for kind in used}
     names, codes = store.sources()
-    if len(names) > MOST_SETS:
+    if len(names) > MOST_SOURCES:
         raise UserError(
             f"data.train: {len(names):,} different texts in the column source ({names[0]!r}, {names[1]!r}, ...); "
-            f"allowed with data.weights or data.temperature: at most {MOST_SETS:,}, the names of data sets"
+            f"allowed with data.weights or data.temperature: at most {MOST_SOURCES:,}, the names of data sets"
         )
     _check_names(by_hand, names)
     parts: dict[str, list[Part]] = {}
-    for source in used:
-        own = [(name, rows[source][codes[rows[source]] == number]) for number, name in enumerate(names)]
+    for kind in used:
+        own = [(name, rows[kind][codes[rows[kind]] == number]) for number, name in enumerate(names)]
         own = [(name, found) for name, found in own if len(found)]
         missing = [name for name, _ in own if by_hand and name not in by_hand]
         if missing:
             raise UserError(f"data.weights: no weight for {_listed(missing)}; allowed: one for each, 0 leaves it out")
         largest = max((len(found) for _, found in own), default=1)
-        weights = [by_hand[name] if by_hand else (len(found) / largest) ** (1 / temperature) for name, found in own]
-        parts[source] = [part(found, weight) for (_, found), weight in zip(own, weights, strict=True) if weight]
-        if own and not parts[source]:
-            raise UserError(f"data.weights: all 0 for the {source} records of {_listed([n for n, _ in own])}")
+        by_size = [(len(found) / largest) ** (1 / temperature) for _, found in own]
+        source_weights = [by_hand[name] for name, _ in own] if by_hand else by_size
+        parts[kind] = [part(found, weight) for (_, found), weight in zip(own, source_weights, strict=True) if weight]
+        if own and not parts[kind]:
+            raise UserError(f"data.weights: all 0 for the {kind} records of {_listed([n for n, _ in own])}")
     return parts
 
 

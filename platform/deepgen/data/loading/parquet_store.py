@@ -15,18 +15,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from deepgen.config.settings import TASKS
-from deepgen.data.records import (
-    PARQUET_ERRORS,
-    SCHEMA,
-    SIZES,
-    Record,
-    as_type,
-    check_row,
-    conform,
-    parquet_files,
-    to_rows,
-    unreadable,
-)
+from deepgen.data.parquet import PARQUET_ERRORS, SCHEMA, SIZES, as_type, conform, parquet_files, to_rows, unreadable
+from deepgen.data.records import Record, check_row
 from deepgen.errors import UserError
 
 CACHE_BYTES = 1 << 30  # of encoded images, per process; what is evicted too soon is read again (data.order)
@@ -46,7 +36,7 @@ class RecordStore(Protocol):
         """File and row (from 1) of a record."""
 
     def sources(self) -> tuple[list[str], np.ndarray]:
-        """Names in the source column and, for each record, which of them it has, int64 [N]."""
+        """Names in the column source and, for each record, the number of its own, int64 [N]."""
 
     def sizes(self) -> list[np.ndarray]:
         """Pixels (width, height), int32 [N, 2], of the target, of the first reference, ...; 0 where there is none or

@@ -2,7 +2,7 @@
 
 | form        | what it is                                                                                          |
 |-------------|-----------------------------------------------------------------------------------------------------|
-| records     | our parquet (`deepgen.data.records`)                                                                |
+| records     | our parquet (`deepgen.data.parquet`)                                                                |
 | hf          | parquet of Hugging Face datasets: image structs {bytes, path}, text columns                         |
 | webdataset  | tars; files of one sample share the name before the first dot: 07.jpg, 07.txt (or 07.json), and for |
 |             | editing 07.source.jpg (or input, src) and 07.target.jpg (or output)                                 |
@@ -10,8 +10,8 @@
 | blip3o      | JSON list: {type, txt, image or image_path}                                                         |
 | edits       | JSON list: {input_image: [...], output_image, instruction}                                          |
 
-The last three are those of M2.6 (captions counts twice: list and folder). A `Unit` is the part of a source that one
-process converts at a time; the same source and settings always give the same units.
+The last three are those of M2.6 (captions counts twice: list and folder). A `Unit` is the part of the raw data that one
+process converts at a time; the same data and settings always give the same units.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deepgen.data.records import decoded_rows
+from deepgen.data.parquet import decoded_rows
 from deepgen.data.uris import UriError, absolute, read_uri
 from deepgen.errors import UserError
 
@@ -46,7 +46,7 @@ HF_IMAGE, HF_TEXT = ("image", "jpg", "png", "webp"), ("caption", "text", "prompt
 
 
 @dataclass(frozen=True)
-class Source:
+class RawData:
     """What to read. `columns` names the columns of `hf` (image, prompt, references); the rest fits one form each.
 
     `name` is the data set's, which becomes the column source; `records` keep their own.
@@ -55,7 +55,7 @@ class Source:
     path: Path
     form: str
     task: str = "t2i"
-    images: Path | None = None  # folder that relative image paths start from; None: the source's own
+    images: Path | None = None  # folder that relative image paths start from; None: that of `path`
     caption_key: str = "caption"
     columns: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
@@ -76,8 +76,8 @@ class Unit:
 class RawSample:
     """One sample as found and where: encoded images, None for an absent one, or why one cannot be read.
 
-    `id` is unique among those of a source, except that of `records`, which is their own. `fault`: why the sample cannot
-    be told from its files, "kind: details".
+    `id` is unique in the data set, except that of `records`, which is their own. `fault`: why the sample cannot be told
+    from its files, "kind: details".
     """
 
     id: str
@@ -129,21 +129,21 @@ def _files(path: Path, suffixes: Sequence[str] = (".parquet", ".tar", ".json")) 
 # ---------------------------------------------------------------- units
 
 
-def plan_units(source: Source, rows: int) -> list[Unit]:
-    """Split the source into units of about `rows` samples (a tar is one unit, a parquet row group is never split)."""
+def plan_units(raw: RawData, rows: int) -> list[Unit]:
+    """Split the raw data into units of about `rows` samples (a tar is one unit, a parquet row group is never split)."""
     parts: list[tuple[str, int, int, tuple[Any, ...]]] = []
-    suffix = FILE_SUFFIX.get(source.form, ".json")
-    for file in _files(source.path, [suffix]):
-        if source.form == "webdataset":
+    suffix = FILE_SUFFIX.get(raw.form, ".json")
+    for file in _files(raw.path, [suffix]):
+        if raw.form == "webdataset":
             parts.append((str(file), 0, 0, ()))
-        elif source.form in ("records", "hf"):
+        elif raw.form in ("records", "hf"):
             parts += [(str(file), first, last, ()) for first, last in _row_groups(file, rows)]
         else:
-            entries = _json_list(file, source.path)
+            entries = _json_list(file, raw.path)
             starts = range(0, len(entries), rows)
             parts += [(str(file), s, min(s + rows, len(entries)), tuple(entries[s : s + rows])) for s in starts]
     if not parts:
-        raise UserError(f"{source.path}: nothing to convert in it (form {source.form}: no samples in {suffix} files)")
+        raise UserError(f"{raw.path}: nothing to convert in it (form {raw.form}: no samples in {suffix} files)")
     return [Unit(number, *part) for number, part in enumerate(parts)]
 
 
@@ -189,27 +189,27 @@ def _json_list(file: Path, given: Path) -> list[Any]:
 # ---------------------------------------------------------------- samples
 
 
-def read_unit(source: Source, unit: Unit) -> Iterator[RawSample]:
+def read_unit(raw: RawData, unit: Unit) -> Iterator[RawSample]:
     """The samples of a unit. What is absent comes as None; nothing is skipped."""
-    if source.form == "webdataset":
-        yield from _read_tar(source, Path(unit.file))
-    elif source.form in ("records", "hf"):
-        yield from _read_parquet(source, unit)
+    if raw.form == "webdataset":
+        yield from _read_tar(raw, Path(unit.file))
+    elif raw.form in ("records", "hf"):
+        yield from _read_parquet(raw, unit)
     else:
         for row, entry in enumerate(unit.entries, start=unit.first + 1):
-            yield _read_entry(source, Path(unit.file), row, entry)
+            yield _read_entry(raw, Path(unit.file), row, entry)
 
 
-def _read_parquet(source: Source, unit: Unit) -> Iterator[RawSample]:
+def _read_parquet(raw: RawData, unit: Unit) -> Iterator[RawSample]:
     file = Path(unit.file)
     with _open_parquet(file) as parquet:
         before = sum(parquet.metadata.row_group(i).num_rows for i in range(unit.first))
         names = parquet.schema_arrow.names
-        pick = _records_row if source.form == "records" else _hf_picker(source, names, file)
+        pick = _records_row if raw.form == "records" else _hf_picker(raw, names, file)
         for group in range(unit.first, unit.last):
             for row in _group_rows(parquet, group, file):
                 before += 1
-                yield pick(row, f"{_stem(source, file)}-{before}", f"{file}, row {before}", source)
+                yield pick(row, f"{_stem(raw, file)}-{before}", f"{file}, row {before}", raw)
 
 
 def _group_rows(parquet: pq.ParquetFile, group: int, file: Path) -> list[dict[str, Any]]:
@@ -223,18 +223,18 @@ def _group_rows(parquet: pq.ParquetFile, group: int, file: Path) -> list[dict[st
         ) from error
 
 
-def _stem(source: Source, file: Path) -> str:
+def _stem(raw: RawData, file: Path) -> str:
     """The file's name in ids: from SOURCE on, so that ids of equally named files differ."""
-    return (file.relative_to(source.path) if source.path.is_dir() else Path(file.name)).with_suffix("").as_posix()
+    return (file.relative_to(raw.path) if raw.path.is_dir() else Path(file.name)).with_suffix("").as_posix()
 
 
-def _records_row(row: dict[str, Any], name: str, place: str, source: Source) -> RawSample:
+def _records_row(row: dict[str, Any], name: str, place: str, raw: RawData) -> RawSample:
     folder = Path(place.rpartition(", row ")[0]).parent
     given = row.get("references")
     values = given if isinstance(given, list) else [] if given is None else [given]
     references = tuple(_record_image(value, folder) for value in values)
     image = _record_image(row.get("image"), folder)
-    own = str(row.get("source") or source.name)
+    own = str(row.get("source") or raw.name)
     id = name if row.get("id") in (None, "") else str(row["id"])
     return RawSample(id, str(row.get("task")), row.get("prompt"), row.get("answer"), image, references, place, own)
 
@@ -250,27 +250,27 @@ def _record_image(value: Any, folder: Path) -> bytes | UriError | None:
         return error
 
 
-def _hf_picker(source: Source, names: list[str], file: Path) -> Any:
+def _hf_picker(raw: RawData, names: list[str], file: Path) -> Any:
     """A function of a row that knows which columns are which."""
-    image = _column(source, "image", HF_IMAGE, names, file)
-    prompt = _column(source, "prompt", HF_TEXT, names, file)
-    references = source.columns.get("references")
-    if references and references not in names:
-        raise UserError(f"{file}: no column {references!r}; it has: {', '.join(names)}")
+    image = _column(raw, "image", HF_IMAGE, names, file)
+    prompt = _column(raw, "prompt", HF_TEXT, names, file)
+    reference_column = raw.columns.get("references")
+    if reference_column and reference_column not in names:
+        raise UserError(f"{file}: no column {reference_column!r}; it has: {', '.join(names)}")
 
-    def pick(row: dict[str, Any], name: str, place: str, source: Source) -> RawSample:
-        values = row[references] if references else []
-        sources = tuple(
+    def pick(row: dict[str, Any], name: str, place: str, raw: RawData) -> RawSample:
+        values = row[reference_column] if reference_column else []
+        references = tuple(
             _image_bytes(_unpacked(v), file.parent) for v in (values if isinstance(values, list) else [values])
         )
         text, target = row[prompt], _image_bytes(_unpacked(row[image]), file.parent)
-        return RawSample(name, source.task, text, text, target, sources, place, source.name)
+        return RawSample(name, raw.task, text, text, target, references, place, raw.name)
 
     return pick
 
 
-def _column(source: Source, role: str, usual: tuple[str, ...], names: list[str], file: Path) -> str:
-    given = source.columns.get(role)
+def _column(raw: RawData, role: str, usual: tuple[str, ...], names: list[str], file: Path) -> str:
+    given = raw.columns.get(role)
     found = given if given in names else next((n for n in usual if n in names), None) if given is None else None
     if found is None:
         raise UserError(f"{file}: which column is the {role}? It has: {', '.join(names)}; say --column {role}=NAME")
@@ -291,21 +291,21 @@ def _image_bytes(value: Any, folder: Path) -> bytes | UriError | None:
     return _file_bytes(folder, value)
 
 
-def _read_entry(source: Source, file: Path, row: int, entry: Any) -> RawSample:
+def _read_entry(raw: RawData, file: Path, row: int, entry: Any) -> RawSample:
     """One row of the JSON forms (M2.6)."""
-    place, name = f"{file}, row {row}", f"{_stem(source, file)}-{row}"
-    root = source.images or (source.path if source.path.is_dir() else source.path.parent)
+    place, name = f"{file}, row {row}", f"{_stem(raw, file)}-{row}"
+    root = raw.images or (raw.path if raw.path.is_dir() else raw.path.parent)
     entry = entry if isinstance(entry, Mapping) else {}
-    if source.form == "edits":
+    if raw.form == "edits":
         given = entry.get("input_image") or []
-        sources = tuple(_image_bytes(v, root) for v in (given if isinstance(given, list) else [given]))
+        references = tuple(_image_bytes(v, root) for v in (given if isinstance(given, list) else [given]))
         text, image = entry.get("instruction"), entry.get("output_image")
-        return RawSample(name, "edit", text, text, _image_bytes(image, root), sources, place, source.name)
-    if source.form == "blip3o":
+        return RawSample(name, "edit", text, text, _image_bytes(image, root), references, place, raw.name)
+    if raw.form == "blip3o":
         text, image = entry.get("txt"), entry.get("image") or entry.get("image_path")
     else:
-        text, image = _annotation(root, entry.get("annotation"), source.caption_key), entry.get("image")
-    return RawSample(name, source.task, text, text, _image_bytes(image, root), (), place, source.name)
+        text, image = _annotation(root, entry.get("annotation"), raw.caption_key), entry.get("image")
+    return RawSample(name, raw.task, text, text, _image_bytes(image, root), (), place, raw.name)
 
 
 def _annotation(root: Path, name: Any, key: str) -> Any:
@@ -334,7 +334,7 @@ def _file_bytes(root: Path, name: str) -> bytes | UriError | None:
 # ---------------------------------------------------------------- tars
 
 
-def _read_tar(source: Source, file: Path) -> Iterator[RawSample]:
+def _read_tar(raw: RawData, file: Path) -> Iterator[RawSample]:
     """Samples of one tar. Raises UserError when the archive is cut or damaged."""
     key, parts = "", list[tuple[str, bytes]]()
     for name, content in _members(file):
@@ -343,12 +343,12 @@ def _read_tar(source: Source, file: Path) -> Iterator[RawSample]:
         if not stem:  # .hidden, ._0.png of macOS: belongs to no sample
             continue
         if f"{folder}/{stem}" != key and parts:
-            yield _tar_sample(source, file, key, parts)
+            yield _tar_sample(raw, file, key, parts)
             parts = []
         key = f"{folder}/{stem}"
         parts.append((extension.lower(), content))
     if parts:
-        yield _tar_sample(source, file, key, parts)
+        yield _tar_sample(raw, file, key, parts)
 
 
 def _members(file: Path) -> Iterator[tuple[str, bytes]]:
@@ -391,10 +391,10 @@ def _require_end(tar: tarfile.TarFile) -> None:
         raise tarfile.ReadError(f"ends without its closing block at byte {tar.offset}")
 
 
-def _tar_sample(source: Source, file: Path, key: str, files: Sequence[tuple[str, bytes]]) -> RawSample:
+def _tar_sample(raw: RawData, file: Path, key: str, files: Sequence[tuple[str, bytes]]) -> RawSample:
     parts = dict(files)
     images = {name: data for name, data in parts.items() if f".{name.rpartition('.')[2]}" in IMAGE_SUFFIXES}
-    sources = tuple(images[name] for name in sorted(images, key=_natural) if name.startswith(_SOURCES))
+    references = tuple(images[name] for name in sorted(images, key=_natural) if name.startswith(_SOURCES))
     targets = _targets([name for name in images if not name.startswith(_SOURCES)])
     text: Any = None
     if "txt" in parts:  # what is not UTF-8 stays invalid, so that the sample is refused
@@ -402,16 +402,16 @@ def _tar_sample(source: Source, file: Path, key: str, files: Sequence[tuple[str,
     elif "json" in parts:
         content = _json_or_none(parts["json"])
         if isinstance(content, Mapping):
-            text = next((content[k] for k in (source.caption_key, *HF_TEXT) if k in content), None)
+            text = next((content[k] for k in (raw.caption_key, *HF_TEXT) if k in content), None)
     repeated = [name for name, count in Counter(name for name, _ in files).items() if count > 1]
     fault = f"a name twice: {_some(repeated)}" if repeated else ""
     if not fault and len(targets) > 1:
         fault = f"more than one target image: {_some(targets)}"
     place, key = f"{file}, sample {key.lstrip('/')}", key.lstrip("/")
-    name = f"{file.relative_to(source.path).as_posix() if source.path.is_dir() else file.name}/{key}"
-    task = "edit" if sources else source.task
+    name = f"{file.relative_to(raw.path).as_posix() if raw.path.is_dir() else file.name}/{key}"
+    task = "edit" if references else raw.task
     image = images[targets[0]] if targets else None
-    return RawSample(name, task, text, text, image, sources, place, source.name, fault)
+    return RawSample(name, task, text, text, image, references, place, raw.name, fault)
 
 
 def _targets(names: list[str]) -> list[str]:

@@ -1,0 +1,48 @@
+"""Which prompt is group n of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deepgen.config import Settings, UserError
+from deepgen.data.records import Record
+
+
+@dataclass
+class PromptOrder:
+    """Every prompt once an epoch, in an order that follows from (seed, epoch) alone."""
+
+    records: Sequence[Record]
+    seed: int
+    _orders: dict[int, list[int]] = field(default_factory=dict)
+
+    def at(self, number: int) -> tuple[int, Record]:
+        """Epoch and prompt of group `number` of the run."""
+        epoch, position = divmod(number, len(self.records))
+        if epoch not in self._orders:
+            order = list(range(len(self.records)))
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            self._orders = {epoch: order, **{e: o for e, o in self._orders.items() if e == epoch - 1}}
+        return epoch, self.records[self._orders[epoch][position]]
+
+    def fingerprint(self) -> str:
+        """Changes when the prompts or their order do."""
+        content = json.dumps([self.seed, [record.id for record in self.records]])
+        return hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
+
+
+def check_state(settings: Settings, prompts: Sequence[Record], state: Mapping[str, Any]) -> None:
+    """Raise UserError when a stream with these prompts cannot continue from a saved state."""
+    per_step = settings.rollout.prompts_per_step
+    if state["cursor"]["group"] != state["step"] * per_step:
+        raise UserError(
+            f"rollout.prompts_per_step: got {per_step}, but the checkpoint has used {state['cursor']['group']} prompts "
+            f"in {state['step']} steps; allowed: the value it was written with"
+        )
+    if state["prompts"] != PromptOrder(prompts, settings.run.seed).fingerprint():
+        raise UserError("data.prompts: other prompts than the checkpoint was written with; allowed: the same")

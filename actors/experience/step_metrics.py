@@ -1,0 +1,81 @@
+"""Figures of one step (names as in `deepgen.tracking`): its rewards and advantages, and where its time went."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from actors.messages import Group
+from deepgen.evaluation.results import weighted_total
+
+if TYPE_CHECKING:
+    from deepgen.algorithms.advantages import AdvantageResult
+
+Tally = dict[str, tuple[int, int, float]]  # reward -> scores had, scores missing, their sum
+
+
+class StepClock:
+    """When the groups of one step began, were sampled and were scored, in seconds of this process."""
+
+    def __init__(self) -> None:
+        self._first_begun, self._last_sampled, self._last_scored = math.inf, -math.inf, -math.inf
+
+    def begun(self) -> None:
+        self._first_begun = min(self._first_begun, time.monotonic())
+
+    def sampled(self) -> None:
+        self._last_sampled = time.monotonic()
+
+    def scored(self) -> None:
+        self._last_scored = time.monotonic()
+
+    def metrics(self, images: int) -> dict[str, float]:
+        """Seconds of sampling, and of scoring that was waited for after the last of `images` had been drawn."""
+        rollout_s = self._last_sampled - self._first_begun
+        return {
+            "time/rollout_s": rollout_s,
+            "time/reward_s": self._last_scored - self._last_sampled,
+            "throughput/rollout_images_per_s": images / rollout_s,
+        }
+
+
+def stacked_scores(groups: Sequence[Group]) -> np.ndarray:
+    """Scores float32 [groups, G, K] of scored groups."""
+    return np.stack([group.scores for group in groups])
+
+
+def step_metrics(
+    groups: Sequence[Group], reward_weights: np.ndarray, names: Sequence[str], result: AdvantageResult
+) -> tuple[dict[str, float], Tally]:
+    """Figures of a step, and what it adds to the run's reward statistics.
+
+    reward_weights: [groups, K], 0 where a reward is not asked for. names: of the K rewards.
+    """
+    scores = stacked_scores(groups)
+    size = scores.shape[1]
+    scores = scores.reshape(-1, len(names))  # [N, K]
+    weights = np.repeat(reward_weights, size, axis=0)
+    metrics = {
+        "advantage/std": result.spread_after,
+        "policy/staleness_max": float(max(group.step - (group.version or 0) for group in groups)),
+    }
+    total = weighted_total(scores, weights)
+    if np.isfinite(total).any():
+        metrics["reward/total"] = float(np.nanmean(total))
+    tally: Tally = {}
+    for k, name in enumerate(names):
+        asked = weights[:, k] > 0
+        had = asked & np.isfinite(scores[:, k])
+        if not asked.any():
+            continue  # no prompt of this step has a weight for it
+        tally[name] = int(had.sum()), int(asked.sum() - had.sum()), float(scores[had, k].sum())
+        metrics[f"reward_missing/{name}"] = float(tally[name][1])
+        metrics[f"advantage/zero_spread/{name}"] = float(result.zero_spread[k])
+        if had.any():
+            metrics[f"reward/{name}"] = float(scores[had, k].mean())
+            metrics[f"reward_normalised/{name}"] = float(np.abs(result.normalised[:, k].numpy()[had]).mean())
+    return metrics, tally

@@ -1,0 +1,60 @@
+"""Lines of the learner on the console of whoever started the run: rank 0 writes a file, the driver prints it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FILE = "console.log"
+_POLL_S = 0.2
+
+
+def console(folder: Path) -> Callable[[str], None]:
+    """Adds lines to the console file of a run, from whichever process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE
+
+    def say(line: str) -> None:
+        with path.open("a") as stream:
+            stream.write(line + "\n")
+
+    return say
+
+
+def silent(line: str) -> None:
+    """Ranks above 0 say nothing."""
+
+
+@contextmanager
+def shown(folder: Path) -> Iterator[None]:
+    """Print what is added to the console file of a run meanwhile."""
+    done = threading.Event()
+
+    def follow() -> None:
+        while not done.wait(_POLL_S):
+            _copy_lines(lines)
+
+    path = folder / FILE
+    path.touch()
+    with path.open() as lines:
+        lines.seek(0, os.SEEK_END)
+        follower = threading.Thread(target=follow, daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            done.set()
+            follower.join()
+            _copy_lines(lines)
+
+
+def _copy_lines(lines: Any) -> None:
+    text = lines.read()
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()

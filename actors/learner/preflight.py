@@ -1,0 +1,144 @@
+"""What is checked on the driver before Ray is asked for anything, and the run's folder.
+
+Whatever is found wrong here costs seconds; found by an actor it costs the start of a cluster.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from actors.learner.checkpoint_store import RESULT, SPARE_BYTES, CheckpointStore, megabytes
+from deepgen.config import Settings, UserError
+from deepgen.data.usable import JUDGED
+from deepgen.models.presets import check_width
+from deepgen.models.stage_parts import TRAINED_PARTS
+from deepgen.tracking.tracker import check_tracking
+
+
+def prepare_run(settings: Settings, stage: str) -> Settings:
+    """Check what can be checked before anything starts and make the run folder; settings with weights resolved.
+
+    Raises UserError when a folder cannot be written, the disk is too small, MLflow's server does not answer, there is
+    nothing to resume, the checkpoint does not fit, or an input lies in the folder of an older run that `own_folder`
+    would put aside.
+    """
+    weights = resolve_weights(Path(settings.model.weights))
+    settings = settings.model_copy(update={"model": settings.model.model_copy(update={"weights": weights})})
+    check_width(settings.model.preset, weights)
+    folder, store = settings.run.folder, CheckpointStore(settings, stage)
+    if settings.run.resume:
+        _check_resume(store, settings)
+    elif store.folder.exists():
+        _check_inputs_elsewhere(settings)
+    check_tracking(settings)
+    _check_writable(folder)
+    if settings.data.cache_dir:
+        _check_cache_folder(Path(settings.data.cache_dir))
+    _check_space(folder, settings, stage)
+    return settings
+
+
+@contextmanager
+def own_folder(settings: Settings) -> Iterator[None]:
+    """A new run never writes into the folder of an older one that has checkpoints: the older one is renamed to
+    ``<name>.1`` (.2, ...). If the start fails inside this context, everything is as it was."""
+    folder = settings.run.folder
+    if settings.run.resume:
+        yield
+        return
+    if not (folder / "checkpoints").exists():
+        for judged in folder.glob(f"*{JUDGED}"):  # by a start that came to nothing: what was bad may be mended
+            judged.unlink()
+        yield
+        return
+    kept = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
+    folder.rename(kept)
+    folder.mkdir()
+    try:
+        yield
+    except BaseException:  # Ctrl-C, too
+        shutil.rmtree(folder)
+        kept.rename(folder)
+        raise
+    print(f"an earlier run of this name is kept as {kept}", flush=True)
+
+
+def _check_inputs_elsewhere(settings: Settings) -> None:
+    """Raise UserError when a new run would put its own input aside."""
+    folder, data = settings.run.folder.resolve(), settings.data
+    inputs: dict[str, Path | str] = {"model.weights": settings.model.weights, "data.cache_dir": data.cache_dir}
+    inputs |= {f"data.{key}": getattr(data, key) for key in ("train", "prompts", "heldout")}
+    for key, path in inputs.items():
+        if str(path) and Path(path).resolve().is_relative_to(folder):
+            raise UserError(
+                f"{key}: {path} lies in the folder of run {settings.run.name!r}, which a new run of this name puts "
+                "aside; allowed: another run.name, or --resume to continue that run"
+            )
+
+
+def _check_resume(store: CheckpointStore, settings: Settings) -> None:
+    if not store.run_folder.is_dir():
+        raise UserError(f"--resume: there is no run {settings.run.name!r} in {settings.run.dir}")
+    manifest = store.newest()
+    if manifest is None:
+        print(f"{store.run_folder} has no complete checkpoint yet: starting from step 0", flush=True)
+    else:
+        store.check_fits(manifest)
+
+
+def resolve_weights(path: Path) -> Path:
+    """The component folder ``path`` is, or that the finished run in folder ``path`` has written."""
+    if (path / "transformer").is_dir():
+        return path
+    if (path / RESULT / "transformer").is_dir():
+        return path / RESULT
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"model.weights: the run {path} has not finished; finish it with --resume")
+    raise UserError(f"model.weights: {path} is not a component folder (it has no transformer/) and not a finished run")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        _probe(folder)
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write the run folder {folder}: {error.strerror or error}") from error
+
+
+def _check_cache_folder(folder: Path) -> None:
+    try:
+        _probe(folder)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: got {str(folder)!r}, which cannot be written ({error.strerror or error}); allowed: a "
+            "folder to write to, or empty for none"
+        ) from error
+
+
+def _probe(folder: Path) -> None:
+    """Make a folder and write something into it. OSError when that cannot be done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    probe.write_bytes(b"\0" * 4096)
+    probe.unlink()
+
+
+def _check_space(folder: Path, settings: Settings, stage: str) -> None:
+    """Room for the checkpoints (weights and two moments in fp32) and the result, estimated from the weights' files."""
+    weights = Path(settings.model.weights)
+    trained = sum(_folder_bytes(weights / part) for part in TRAINED_PARTS[stage])
+    count = min(settings.train.keep_checkpoints, settings.train.steps // settings.train.checkpoint_every + 1) + 1
+    needed = 3 * trained * count + _folder_bytes(weights) + SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"run.dir: {folder} has {megabytes(free)} free, this run needs about {megabytes(needed)} ({count} "
+            "checkpoints and the result); make room, lower train.keep_checkpoints or choose another run.dir"
+        )
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

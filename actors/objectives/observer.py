@@ -1,0 +1,68 @@
+"""Evaluation during rl: held-out prompts are drawn by the rollout actors and scored while the training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from actors.learner.protocols import WorkerContext
+from deepgen.data.usable import left_out
+from deepgen.evaluation.choose import GRID_PROMPTS, choose_records, heldout_records
+from deepgen.evaluation.pictures import grid
+from deepgen.evaluation.results import Evaluation
+from deepgen.tracking.tracker import Tracker
+
+
+class Observer:
+    """Asks the stream for pictures and held-out scores every few steps, and logs them once they are there. Rank 0."""
+
+    def __init__(self, context: WorkerContext, stream: Any, tracker: Tracker) -> None:
+        settings = self._settings = context.settings
+        self._stream, self._tracker = stream, tracker
+        self._heldout = heldout_records(settings)
+        if quarantined := left_out(settings, "data.prompts", "data.heldout"):
+            tracker.log(0, quarantined)
+        self._grid = choose_records(self._heldout, GRID_PROMPTS, settings.evaluation.seed) if self._heldout else []
+        self._pending: list[tuple[int, str, Any]] = []
+
+    def evaluation(self, step: int) -> None:
+        """Order what is due after ``step`` steps; the policy of that step has been published. Log what has come.
+
+        After the last step it waits for all of it. The last policy itself is evaluated by the stage (`rl_report`).
+        """
+        last = step >= self._settings.train.steps
+        if self._heldout and not last:
+            if _due(step, self._settings.tracking.grid_every):
+                self._order(step, "grid", self._grid, 1)
+            if step and _due(step, self._settings.evaluation.every):
+                self._order(step, "eval", self._heldout, self._settings.evaluation.samples_per_prompt)
+        self._collect(wait_s=self._settings.experience.deadline_s if last else 0.0)
+
+    def close(self) -> None:
+        """Log what has come meanwhile."""
+        self._collect(wait_s=0.0)
+
+    def _collect(self, wait_s: float) -> None:
+        """Log the evaluations that are finished, after waiting for the rest at most `wait_s`."""
+        if not self._pending:
+            return
+        references = [reference for _, _, reference in self._pending]
+        ready, _ = ray.wait(references, num_returns=len(references), timeout=wait_s)
+        for step, what, reference in [item for item in self._pending if item[2] in ready]:
+            self._log(step, what, ray.get(reference))
+        self._pending = [item for item in self._pending if item[2] not in ready]
+
+    def _order(self, step: int, what: str, records: Sequence[Any], samples: int) -> None:
+        self._pending.append((step, what, self._stream.evaluate.remote(records, samples)))
+
+    def _log(self, step: int, what: str, evaluation: Evaluation) -> None:
+        if what == "grid":
+            self._tracker.log_images("samples", step, grid(evaluation, f"step {step}"))
+        else:
+            self._tracker.log(step, {f"eval/{name}": value for name, value in evaluation.means().items()})
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

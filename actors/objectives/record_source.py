@@ -1,0 +1,88 @@
+"""Training records as batches: the source of pretrain and sft, and of the auxiliary loss of rl."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from actors.learner.protocols import Weights, WorkerContext
+from deepgen.data.cache.encoded import EncodingCache
+from deepgen.data.loading.collate import MicroBatch, collate
+from deepgen.data.loading.dataset import TrainingSet
+from deepgen.data.loading.mixture import Mixture
+from deepgen.data.loading.parquet_store import ParquetStore
+from deepgen.data.quarantine import Quarantine
+
+Turn = tuple[int, int, int]  # step, rank, world
+
+
+class MixtureSource:
+    """Micro-batches of the edit:T2I cycle (M2.4). What is in them follows from the step number and positions.
+
+    While a step is worked on, ``threads`` of them read the records of the next one (0: they are read when asked for).
+    ``quarantine`` belongs to the state: how many records were read, and how many of them were bad.
+    """
+
+    def __init__(
+        self, data: TrainingSet, mixture: Mixture, cache: EncodingCache, quarantine: Quarantine, threads: int = 0
+    ) -> None:
+        self.data, self.mixture = data, mixture
+        self._cache, self._quarantine = cache, quarantine
+        self._world = 1
+        self._readers = ThreadPoolExecutor(threads, thread_name_prefix="records") if threads else None
+        self._coming: dict[Turn, list[Future[MicroBatch]]] = {}
+
+    def next(self, step: int, rank: int, world: int) -> list[MicroBatch]:
+        self._world = world
+        if self._readers is None:
+            return [read() for read in self._reads((step, rank, world))]
+        begun = self._coming.pop((step, rank, world), None) or self._begin((step, rank, world))
+        batch = [micro.result() for micro in begun]
+        following = (step + 1, rank, world)
+        self._coming = {following: self._begin(following)}
+        return batch
+
+    def _reads(self, turn: Turn) -> list[Callable[[], MicroBatch]]:
+        step, rank, world = turn
+        kept, seed = self._cache, self.mixture.seed
+        plan = self.mixture.plan(step, rank, world)
+        return [partial(collate, self.data, planned, seed=seed, step=step, kept=kept) for planned in plan]
+
+    def _begin(self, turn: Turn) -> list[Future[MicroBatch]]:
+        assert self._readers is not None
+        return [self._readers.submit(read) for read in self._reads(turn)]
+
+    def publish(self, weights: Callable[[], Weights], version: int) -> None:
+        """Nobody waits for new weights."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """Also makes the encodings made so far durable, so that a resume need not make them again."""
+        self._cache.flush()
+        quarantine = self._quarantine.state_dict()
+        return self.mixture.state_dict(step, self._world) | {"quarantine": quarantine}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._coming = {}  # of another place in the data
+        self.mixture.load_state_dict(state)
+        self._quarantine.load_state_dict(state["quarantine"])
+
+    def close(self) -> None:
+        if self._readers:
+            self._readers.shutdown(wait=False, cancel_futures=True)
+
+
+def size_note(mixture: Mixture) -> str:
+    """For the console: whether records of equal size are drawn together."""
+    count = mixture.buckets
+    return f"in {count} size buckets" if count > 1 else "one size bucket (equal, or no columns width and height)"
+
+
+def open_training_set(context: WorkerContext) -> TrainingSet:
+    """data.train for this model. Raises UserError when a file cannot be read or lacks a column."""
+    data = context.settings.data
+    return TrainingSet(ParquetStore(data.train), data.image_size, context.model.tokenizer.all_special_tokens)

@@ -1,0 +1,124 @@
+"""Before and after an rl run: held-out prompts drawn and scored with the same seeds, a table, a picture, MLflow.
+
+Evaluation on the way is the learner's (`actors/objectives/observer.py`); both ask the experience stream.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from actors.learner.checkpoint_store import AVERAGED
+from deepgen.config import Settings
+from deepgen.data.records import Record
+from deepgen.evaluation.pictures import grid_rows
+from deepgen.evaluation.results import Evaluation
+
+BEFORE, AFTER = "evaluation-before.npz", "evaluation-after.npz"
+
+
+class BeforeAfter:
+    """The comparison of one run; nothing happens without held-out prompts. `stream`: the experience stream's handle."""
+
+    def __init__(self, settings: Settings, stream: Any, heldout: Sequence[Record]) -> None:
+        self._settings, self._stream, self._heldout = settings, stream, heldout
+        self._folder = settings.run.folder
+        self._before: Future[Evaluation] = Future()
+
+    def begin(self) -> None:
+        """Have the initial policy evaluated, or take what an earlier start of this run has kept.
+
+        Of a resumed run it waits: its learner publishes other weights as soon as it is there.
+        """
+        if not self._heldout:
+            return
+        resume, path = self._settings.run.resume, self._folder / BEFORE
+        if resume and path.exists() and (saved := Evaluation.load(path, self._heldout)):
+            self._before.set_result(saved)
+            return
+        drawn = self._order()  # here, so that it comes before the first step
+
+        def finish() -> None:
+            try:
+                evaluation = self._wait(drawn)
+                if evaluation.version != 0:
+                    raise RuntimeError(
+                        f"the evaluation before the first step was drawn by version {evaluation.version}"
+                    )
+                evaluation.save(path)
+                say("held-out before: " + means_text(evaluation))
+                self._before.set_result(evaluation)
+            except Exception as error:  # noqa: BLE001  # carried to the main thread, which raises it
+                self._before.set_exception(error)
+
+        threading.Thread(target=finish, daemon=True).start()  # daemon: Ctrl-C does not wait for it
+        if resume:
+            self._before.result()
+
+    def report(self, result: Path) -> None:
+        """Evaluate the trained model in folder `result` and the averages beside it, and compare with before."""
+        if not self._heldout:
+            return
+        after = self._wait(self._order(result))
+        after.save(self._folder / AFTER)
+        averaged = None
+        if self._settings.train.ema_decay:
+            averaged = self._wait(self._order(result.with_name(AVERAGED), averaged=True))
+        write_report(self._settings, self._before.result(), after, averaged)
+
+    def _order(self, folder: Path | None = None, *, averaged: bool = False) -> Any:
+        """Have the prompts drawn and scored; `folder`: by the policy that lies there, or by its average."""
+        samples = self._settings.evaluation.samples_per_prompt
+        return self._stream.evaluate.remote(self._heldout, samples, folder=folder, averaged=averaged)
+
+    def _wait(self, drawn: Any) -> Evaluation:
+        import ray
+
+        evaluation: Evaluation = ray.get(drawn, timeout=self._settings.experience.deadline_s)
+        return evaluation
+
+
+def write_report(settings: Settings, before: Evaluation, after: Evaluation, averaged: Evaluation | None = None) -> None:
+    """Table, before/after grid and MLflow entries of the whole run; `averaged`: after it, by the averaged weights."""
+    from deepgen.tracking.curves import CURVES, draw_curves
+    from deepgen.tracking.grids import before_after_grid
+    from deepgen.tracking.journal import FILE_NAME
+    from deepgen.tracking.paired_table import paired_table
+    from deepgen.tracking.tracker import Tracker
+
+    folder, seed = settings.run.folder, settings.evaluation.seed
+    table = paired_table(
+        before.columns(), after.columns(), before.sample_weights(), prompt_ids=before.sample_ids(), seed=seed
+    )
+    table.save_json(folder / "report.json")
+    subtitle = f"{settings.run.name}: {after.version} steps; same prompts, seeds and sampler"
+    before_after_grid(folder / "before-after.png", grid_rows(before, after), subtitle=subtitle)
+    with Tracker(settings, "rl", attach=True) as tracker:  # the learner's run, which has ended
+        for evaluation in (before, after):
+            tracker.log(evaluation.version, {f"eval/{name}": mean for name, mean in evaluation.means().items()})
+        if averaged:
+            tracker.log(after.version, {f"eval_ema/{name}": mean for name, mean in averaged.means().items()})
+        tracker.log_file(folder / "before-after.png")
+        tracker.log_file(folder / "report.json")
+        draw_curves(folder / FILE_NAME, folder / CURVES, title=settings.run.name)
+        tracker.log_file(folder / CURVES)
+        page = tracker.where()
+    count, samples = len(before.records), before.scores.shape[1]
+    print(f"\n{count} held-out prompts, {samples} images each, seed {seed}, {settings.evaluation.num_steps} steps")
+    print(f"\n{table.to_text()}\n")
+    if averaged:
+        say("averaged weights after: " + means_text(averaged))
+    say(f"grid:   {folder / 'before-after.png'}")
+    say(f"curves: {folder / CURVES}")
+    say(f"MLflow: {page}")
+
+
+def means_text(evaluation: Evaluation) -> str:
+    return "  ".join(f"{name} {mean:.3f}" for name, mean in evaluation.means().items())
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
