@@ -33,7 +33,7 @@ from deepgen.models.presets import DEEPGEN_5B
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings, add_lora
 from tests.helpers.factories import make_tiny_model
-from tests.learner.test_loop import make_records
+from tests.helpers.sft_world import make_records
 
 ABOUT = {LATENT: {"weights": "1"}, FEATURES: {"weights": "2"}}
 CPU = torch.device("cpu")

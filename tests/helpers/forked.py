@@ -16,21 +16,13 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-IMPORTED = [
-    "actors.learner.ray_train",
-    "actors.learner.loop",
-    "actors.objectives.flow_matching",
-    "deepspeed.runtime.zero.muon.original_muon",  # every ZeRO engine imports it, and with it torch's compiler
-    "mlflow.store.tracking.sqlalchemy_store",
-    "matplotlib.pyplot",
-]
 DEADLINE_S = 600
 
 
 @functools.cache
 def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context.set_forkserver_preload(["tests.helpers.worker_imports"])
     return context
 
 
