@@ -91,10 +91,10 @@ def longest_chain(graph: Graph) -> list[str]:
     @cache
     def below(name: str, above: frozenset[str]) -> tuple[str, ...]:
         chains = [below(other, above | {other}) for other in sorted(graph.get(name, set()) - above)]
-        return (name, *max(chains, key=len, default=()))
+        return (name, *max(chains, key=len, default=tuple[str, ...]()))
 
     chains = [below(name, frozenset({name})) for name in sorted(graph)]
-    return list(max(chains, key=len, default=()))
+    return list(max(chains, key=len, default=tuple[str, ...]()))
 
 
 def room(graph: Graph, folder: str) -> dict[str, set[str]]:
