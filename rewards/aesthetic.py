@@ -1,76 +1,16 @@
-"""Aesthetic reward: a small head over unit-length CLIP image features, as LAION's predictor (M3.8 f).
+"""Aesthetic reward: how good an image looks, by a small head over CLIP (M3.8 f).
 
-Folder: `head.safetensors` and `config.json` with {"clip": folder of the CLIP, relative to this one; "in_features";
-"hidden": widths of hidden layers, [] for LAION's linear head; "activation": "none" or "gelu"}.
-LAION's own MLP has no activations: {"in_features": 768, "hidden": [1024, 128, 64, 16], "activation": "none"}.
+What its folder holds is said in `rewards.aesthetic_head`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Sequence
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
-from deepgen.errors import UserError
-from rewards.base import RewardRequest, existing_folder
-from rewards.clip import ClipEncoder
+from deepgen.config import InputPath, PoolSettings, setting
+from rewards.base import RewardRequest
 
 LOWEST, HIGHEST = 1.0, 10.0
-
-
-class AestheticHead(nn.Module):
-    """Features [B, in_features] (unit length) -> scores [B]."""
-
-    def __init__(self, in_features: int = 768, hidden: Sequence[int] = (), activation: str = "none") -> None:
-        super().__init__()
-        if activation not in ("none", "gelu"):
-            raise UserError(f"aesthetic head: activation is {activation!r}; allowed: none, gelu")
-        self.config = {"in_features": in_features, "hidden": list(hidden), "activation": activation}
-        widths = [in_features, *hidden, 1]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
-        self.activation: nn.Module = nn.GELU() if activation == "gelu" else nn.Identity()
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, in_features] -> [B], on the scale 1..10 as far as training took it there."""
-        for layer in self.layers[:-1]:
-            features = self.activation(layer(features))
-        scores: Tensor = self.layers[-1](features)
-        return scores.squeeze(-1)
-
-    def save(self, folder: Path, *, clip: str) -> None:
-        """Write weights and config; `clip` is the CLIP folder relative to `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in self.state_dict().items()}, folder / "head.safetensors")
-        (folder / "config.json").write_text(json.dumps({"clip": clip, **self.config}, indent=2) + "\n")
-
-
-def load_head(path: str | Path) -> tuple[AestheticHead, Path]:
-    """The head in a folder, and the folder of the CLIP that it was trained on.
-
-    Raises:
-        UserError: a file is missing, or the weights do not fit the config.
-    """
-    folder = existing_folder("aesthetic", path, "head.safetensors", "config.json")
-    config = json.loads((folder / "config.json").read_text())
-    if "clip" not in config:
-        raise UserError(f'rewards.aesthetic.path: {str(folder / "config.json")!r} does not say which "clip" it uses')
-    clip = (folder / config.pop("clip")).resolve()
-    try:
-        head = AestheticHead(**config)
-        head.load_state_dict(load_file(folder / "head.safetensors"))
-    except (TypeError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"rewards.aesthetic.path: the head in {str(folder)!r} does not fit its config: {reason}"
-        ) from error
-    return head.eval().requires_grad_(False), clip
 
 
 class AestheticReward:
@@ -81,34 +21,17 @@ class AestheticReward:
     finds a way to 14 has found a hole in it.
     """
 
-    name = "aesthetic"
+    class Options(PoolSettings):
+        path: InputPath = setting("weights/aesthetic", "Folder of the aesthetic model.")
 
-    def __init__(self, path: str | Path, batch_size: int = 64) -> None:
-        self.head, clip = load_head(path)
-        self.encoder = ClipEncoder(clip, batch_size, reward=self.name)
-        width = self.encoder.model.config.projection_dim
-        if width != self.head.config["in_features"]:
-            raise UserError(
-                f"rewards.aesthetic.path: the head takes features of width {self.head.config['in_features']}, "
-                f"the CLIP in {str(clip)!r} gives {width}"
-            )
+    def __init__(self, options: Options) -> None:
+        from rewards.aesthetic_head import AestheticPredictor
 
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """Reads `path` and `batch_size`."""
-        return cls(settings["path"], settings["batch_size"])
+        self.predictor = AestheticPredictor(options.path, options.batch_size, key=options.dotted("path"))
 
-    @staticmethod
-    def applies(request: RewardRequest) -> bool:
-        """Always: it looks at nothing but the image."""
-        return True
-
-    @torch.inference_mode()
     def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
         """One score in 0..1 a request."""
         if not requests:
             return []
-        features = self.encoder.embed_images([request.image for request in requests])  # [B, D]
-        raw: Tensor = self.head(features).clamp(LOWEST, HIGHEST)
-        scores: list[float] = ((raw - LOWEST) / (HIGHEST - LOWEST)).tolist()
-        return list(scores)
+        raw = self.predictor.predict([request.image for request in requests])
+        return [(min(max(value, LOWEST), HIGHEST) - LOWEST) / (HIGHEST - LOWEST) for value in raw]

@@ -1,18 +1,18 @@
 """What a reward is: a plain class that turns requests into scores.
 
-A reward knows nothing of Ray, pools, retries or caches; `RewardPool` adds those. It is built in the process
-that runs it, so its heavy imports belong into its constructor, and the module itself stays light enough for the
-process that only routes requests.
+A reward knows nothing of Ray, retries or caches; `RewardPool` adds those. Every process that reads the settings imports
+its module, for the options it declares; only its replicas build it. So heavy imports belong into its constructor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 from deepgen.errors import UserError
 
@@ -50,35 +50,29 @@ class RewardUnavailable(Exception):
 
 
 class Reward(Protocol):
-    """One scorer. Calls are not concurrent: a replica scores one batch at a time."""
+    """One scorer. Calls are not concurrent: a replica scores one batch at a time.
 
-    name: str
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """Build the reward from its settings (`rewards.<name>`); bad ones raise `UserError`."""
-        ...
-
-    @staticmethod
-    def applies(request: RewardRequest) -> bool:
-        """Whether this reward can say anything about the request. The pool never sends those it can't."""
-        ...
+    A class may have two more things. `Options`, a subclass of `deepgen.config.PoolSettings`, declares its options; the
+    constructor then gets the pool's settings, of that class, as its only argument (without `Options` it gets none), and
+    raises `UserError` for those it can't work with. `applies(request) -> bool`, a static method, says whether the
+    reward can say anything about a request; the pool never sends those it can't. Without it all are sent.
+    """
 
     def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
         """One score a request, in order; higher is better; None = could not be had (never 0 instead)."""
         ...
 
 
-def existing_folder(reward: str, path: str | Path, *files: str) -> Path:
+def existing_folder(key: str, path: str | Path, *files: str) -> Path:
     """The folder at `path`, checked to hold `files`.
 
     Raises:
-        UserError: the folder or one of the files is missing.
+        UserError: the folder or one of the files is missing; it names `key`.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"rewards.{reward}.path: no such folder: {str(folder.absolute())!r}")
+        raise UserError(f"{key}: no such folder: {str(folder.absolute())!r}")
     for file in files:
         if not (folder / file).is_file():
-            raise UserError(f"rewards.{reward}.path: {str(folder.absolute())!r} holds no {file}")
+            raise UserError(f"{key}: {str(folder.absolute())!r} holds no {file}")
     return folder

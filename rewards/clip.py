@@ -1,135 +1,23 @@
-"""CLIP reward: cosine similarity of image and description, raw and unscaled (M3.8 c).
-
-`ClipEncoder` is shared with the aesthetic reward and with the programs that train a small CLIP or a head over one.
-The weights folder is a transformers folder (config.json, weights, tokenizer). Its tokenizer must end every text with
-the token that the text model pools at, which is checked when the folder is loaded.
-"""
+"""CLIP reward: cosine similarity of image and description, raw and unscaled (M3.8 c)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Sequence
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.functional import interpolate, normalize
-
-from deepgen.errors import UserError
-from rewards.base import RewardRequest, existing_folder
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def preprocess(image: np.ndarray, size: int) -> Tensor:
-    """One image as CLIP sees it: shorter side resized to `size` (bicubic), centre square, normalised.
-
-    Args:
-        image: uint8 [H, W, 3], RGB.
-        size: side of the model's input in pixels.
-
-    Returns:
-        float32 [3, size, size].
-    """
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()  # copied: what Ray hands out is read-only
-    height, width = pixels.shape[1:]
-    if min(height, width) != size:
-        scale = size / min(height, width)
-        sides = (max(size, round(height * scale)), max(size, round(width * scale)))
-        pixels = interpolate(pixels[None], sides, mode="bicubic", antialias=True)[0].clamp(0, 255)
-    top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
-    pixels = pixels[:, top : top + size, left : left + size] / 255
-    return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
-
-
-class ClipEncoder:
-    """A CLIP from a folder that gives normalised features.
-
-    Args:
-        path: transformers CLIP folder with its tokenizer inside.
-        batch_size: images or texts per forward pass.
-        reward: whose setting `path` is, for error messages.
-
-    Raises:
-        UserError: the folder is missing, is not a CLIP, or its tokenizer does not fit the model.
-    """
-
-    def __init__(self, path: str | Path, batch_size: int = 64, *, reward: str = "clip") -> None:
-        from transformers import AutoConfig, AutoTokenizer, CLIPModel
-
-        folder = existing_folder(reward, path, "config.json")
-        config = AutoConfig.from_pretrained(folder)
-        if config.model_type != "clip":
-            raise UserError(
-                f"rewards.{reward}.path: {str(folder)!r} holds a {config.model_type!r} model; wanted a 'clip'"
-            )
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.batch_size = batch_size
-        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False).to(self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        text_config = config.text_config
-        self.max_length = min(self.tokenizer.model_max_length, text_config.max_position_embeddings)
-        self._check_pooling(text_config, folder, reward)
-
-    def _check_pooling(self, text_config: Any, folder: Path, reward: str) -> None:
-        """Features are taken at the end token; where a text has none, or another one, they are noise."""
-        end = self.tokenizer.eos_token_id
-        if end is None or self.tokenizer("a").input_ids[-1] != end:
-            raise UserError(
-                f"rewards.{reward}.path: the tokenizer in {str(folder)!r} does not end texts with an end token"
-            )
-        pooled = text_config.eos_token_id
-        if pooled == 2:  # transformers' mark of an old config: the model pools at the highest id of the text
-            pooled = text_config.vocab_size - 1
-        if pooled != end:
-            raise UserError(
-                f"rewards.{reward}.path: in {str(folder)!r} the model pools at token {pooled}, the tokenizer ends "
-                f"texts with {end}"
-            )
-
-    @property
-    def image_size(self) -> int:
-        """Side of the model's input in pixels."""
-        return int(self.model.config.vision_config.image_size)
-
-    @torch.inference_mode()
-    def embed_images(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Features of uint8 [H, W, 3] images (sizes may differ): float32 [B, D] on the CPU, unit length."""
-        features = []
-        for start in range(0, len(images), self.batch_size):
-            batch = [preprocess(image, self.image_size) for image in images[start : start + self.batch_size]]
-            pixels = torch.stack(batch).to(self.device)  # [b, 3, S, S]
-            features.append(self.model.get_image_features(pixel_values=pixels).pooler_output.cpu())
-        return normalize(torch.cat(features), dim=-1)
-
-    @torch.inference_mode()
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Features of texts, cut at the model's maximum length: float32 [B, D] on the CPU, unit length."""
-        features = []
-        for start in range(0, len(texts), self.batch_size):
-            batch = list(texts[start : start + self.batch_size])
-            tokens = self.tokenizer(
-                batch, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-            ).to(self.device)
-            output = self.model.get_text_features(tokens.input_ids, attention_mask=tokens.attention_mask)
-            features.append(output.pooler_output.cpu())
-        return normalize(torch.cat(features), dim=-1)
+from deepgen.config import InputPath, PoolSettings, setting
+from rewards.base import RewardRequest
 
 
 class ClipReward:
     """Cosine of image and description, -1..1 (a trained CLIP: about 0.2..0.35)."""
 
-    name = "clip"
+    class Options(PoolSettings):
+        path: InputPath = setting("weights/clip", "Folder of the CLIP model.")
 
-    def __init__(self, path: str | Path, batch_size: int = 64) -> None:
-        self.encoder = ClipEncoder(path, batch_size)
+    def __init__(self, options: Options) -> None:
+        from rewards.clip_encoder import ClipEncoder
 
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """Reads `path` and `batch_size`."""
-        return cls(settings["path"], settings["batch_size"])
+        self.encoder = ClipEncoder(options.path, options.batch_size, key=options.dotted("path"))
 
     @staticmethod
     def applies(request: RewardRequest) -> bool:
@@ -142,7 +30,7 @@ class ClipReward:
             return []
         # The samples of a group share their description: each distinct one is encoded once.
         texts = list(dict.fromkeys(request.target for request in requests))
-        rows = torch.tensor([texts.index(request.target) for request in requests])
+        rows = [texts.index(request.target) for request in requests]
         images = self.encoder.embed_images([request.image for request in requests])  # [B, D]
         scores: list[float] = (images * self.encoder.embed_texts(texts)[rows]).sum(-1).tolist()
         return list(scores)

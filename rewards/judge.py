@@ -14,13 +14,14 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from deepgen.config import InputPath, PoolSettings, Share, setting
 from deepgen.errors import UserError
 from rewards.base import RewardRequest, existing_folder
 
@@ -35,7 +36,6 @@ YES, NO = "Yes", "No"
 PATCH = 28  # pixels of one visual token: patches of 14, merged 2 x 2
 PROMPT_TOKENS = 512  # room for the text of a prompt
 CPU_KV_CACHE_BYTES = 64 << 20
-GPU_MEMORY_SHARE = 0.85
 
 
 def judge_prompt(answer: str) -> str:
@@ -63,37 +63,35 @@ def judge_image(image: np.ndarray, min_pixels: int = JUDGE_PIXELS, max_pixels: i
 
 
 class JudgeReward:
-    """Probability of Yes, 0..1.
+    """VLM judge on vLLM: the probability, 0..1, that it answers Yes when asked whether the image shows the answer.
 
-    Args:
-        path: transformers folder of a Qwen2.5-VL with tokenizer and image processor. The range of pixels is the image
-            processor's.
-        batch_size: most requests in the engine at a time.
-
-    Raises:
-        UserError: the folder is missing or holds another model, or Yes or No is not one token.
+    The range of pixels is the image processor's. Raises UserError when the folder is missing or holds another model, or
+    Yes or No is not one token.
     """
 
-    name = "judge"
+    class Options(PoolSettings):
+        path: InputPath = setting(
+            "weights/judge", "Folder of a Qwen2.5-VL in transformers' layout, with tokenizer and image processor."
+        )
+        gpus: Share = setting(1.0, "GPUs of one replica; on a cluster without any none are asked for.", unit="GPUs")
+        gpu_memory_share: float = setting(
+            0.85, "Share of a GPU's memory that vLLM takes; less where a GPU is shared.", gt=0, le=1
+        )
 
-    def __init__(self, path: str | Path, batch_size: int = 64) -> None:
-        folder = existing_folder(self.name, path, "config.json")
+    def __init__(self, options: Options) -> None:
+        self._key = options.dotted("path")
+        folder = existing_folder(self._key, options.path, "config.json")
         _prepare_process()
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
         model_type = AutoConfig.from_pretrained(folder).model_type
         if model_type != "qwen2_5_vl":
-            raise UserError(f"rewards.judge.path: {str(folder)!r} holds a {model_type!r} model; wanted a 'qwen2_5_vl'")
+            raise UserError(f"{self._key}: {str(folder)!r} holds a {model_type!r} model; wanted a 'qwen2_5_vl'")
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._yes, self._no = (self._single_token(word, folder) for word in (YES, NO))
         pixels = AutoImageProcessor.from_pretrained(folder).size
         self.pixel_range = (int(pixels["shortest_edge"]), int(pixels["longest_edge"]))
-        self._engine = _engine(folder, batch_size, self.pixel_range[1])
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """Reads `path` and `batch_size`."""
-        return cls(settings["path"], settings["batch_size"])
+        self._engine = _engine(folder, options, self.pixel_range[1])
 
     @staticmethod
     def applies(request: RewardRequest) -> bool:
@@ -129,9 +127,7 @@ class JudgeReward:
     def _single_token(self, word: str, folder: Path) -> int:
         ids = self._tokenizer.encode(word, add_special_tokens=False)
         if len(ids) != 1 or ids[0] == self._tokenizer.unk_token_id:
-            raise UserError(
-                f"rewards.judge.path: the tokenizer in {str(folder)!r} has no single token for {word!r}: {ids}"
-            )
+            raise UserError(f"{self._key}: the tokenizer in {str(folder)!r} has no single token for {word!r}: {ids}")
         return int(ids[0])
 
 
@@ -151,14 +147,14 @@ def _prepare_process() -> None:
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
 
-def _engine(folder: Path, batch_size: int, max_pixels: int) -> Any:
+def _engine(folder: Path, options: JudgeReward.Options, max_pixels: int) -> Any:
     """vLLM's offline engine. Untyped: importing its classes costs seconds, and only this process may do it."""
     import torch
     from vllm import LLM
 
     on_gpu = torch.cuda.is_available()
     device: dict[str, Any] = (
-        {"dtype": "auto", "gpu_memory_utilization": GPU_MEMORY_SHARE}
+        {"dtype": "auto", "gpu_memory_utilization": options.gpu_memory_share}
         if on_gpu
         else {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
     )
@@ -166,7 +162,7 @@ def _engine(folder: Path, batch_size: int, max_pixels: int) -> Any:
         model=str(folder),
         distributed_executor_backend="uni",
         max_model_len=max_pixels // PATCH**2 + PROMPT_TOKENS + 1,
-        max_num_seqs=batch_size,
+        max_num_seqs=options.batch_size,
         limit_mm_per_prompt={"image": 1, "video": 0},
         # `judge_image` has sized the image already; this keeps the processor from rounding it once more.
         mm_processor_kwargs={"size": {"shortest_edge": PATCH**2, "longest_edge": max_pixels}},

@@ -16,8 +16,7 @@ Left out: the reference's folding of look-alikes (0 and o, 1 and l). It gives cr
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,9 +27,10 @@ LONGEST_NGRAM = 3
 
 
 class OcrReward:
-    """Share of the quoted text that can be read, 0..1; None for a prompt without quotes."""
+    """Share of the quoted text that can be read, 0..1; None for a prompt without quotes.
 
-    name = "ocr"
+    It has no options: the models come with RapidOCR.
+    """
 
     def __init__(self) -> None:
         from rapidocr import RapidOCR
@@ -47,11 +47,6 @@ class OcrReward:
                 "EngineConfig.onnxruntime.inter_op_num_threads": 1,
             }
         )
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """OCR has no settings of its own: the models come with RapidOCR."""
-        return cls()
 
     @staticmethod
     def applies(request: RewardRequest) -> bool:

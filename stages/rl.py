@@ -37,7 +37,6 @@ from actors.experience.prompt_order import check_state  # noqa: E402
 from actors.learner.checkpoint_store import CheckpointStore  # noqa: E402
 from actors.learner.preflight import own_folder, prepare_run  # noqa: E402
 from actors.messages import LearnerJob  # noqa: E402
-from actors.plan import plan_text  # noqa: E402
 from deepgen.cluster.connect import connect  # noqa: E402
 from deepgen.cluster.resources import rl_needs  # noqa: E402
 from deepgen.config import Settings, UserError, parse_command_line, run_program  # noqa: E402
@@ -45,6 +44,7 @@ from deepgen.data.loading.mixture import check_training_data  # noqa: E402
 from deepgen.data.records import Record  # noqa: E402
 from deepgen.data.usable import usable_records  # noqa: E402
 from deepgen.evaluation.choose import heldout_records  # noqa: E402
+from deepgen.planning.plan import plan_text  # noqa: E402
 from stages.rl_report import BeforeAfter, say  # noqa: E402
 
 MARGIN_S = 30.0  # an actor's own error, which says more, comes first

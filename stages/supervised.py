@@ -7,12 +7,12 @@ from pathlib import Path
 
 from actors.learner.preflight import own_folder, prepare_run
 from actors.messages import LearnerJob
-from actors.plan import plan_text
 from deepgen.cluster.connect import connect
 from deepgen.config import parse_command_line
 from deepgen.data.loading.mixture import check_training_data
 from deepgen.evaluation.choose import heldout_records
 from deepgen.models.stage_parts import Stage
+from deepgen.planning.plan import plan_text
 
 
 def main(stage: Stage) -> int:

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "rewards": {"deepgen"},
     "actors": {"rewards", "deepgen"},
     "stages": {"actors", "rewards", "deepgen"},
+    "examples": {"rewards", "deepgen"},
 }
 PACKAGES = (*MAY_IMPORT, "benchmarks")
 # Inside actors each of these may import those before it.
@@ -222,7 +223,18 @@ def test_assets_stay_small(root: Path) -> None:
 
 
 def test_what_git_keeps_beside_assets_is_small(root: Path) -> None:
-    folders = ("docs", "tests", "stages", "actors", "rewards", "platform", "benchmarks", "clusters", "tools")
+    folders = (
+        "docs",
+        "tests",
+        "stages",
+        "actors",
+        "rewards",
+        "platform",
+        "benchmarks",
+        "clusters",
+        "tools",
+        "examples",
+    )
     files = [file for folder in folders for file in (root / folder).rglob("*") if file.is_file()]
     assert len(files) > 100
     assert not [file.name for file in files if file.stat().st_size > 1_000_000]

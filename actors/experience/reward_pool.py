@@ -18,17 +18,18 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
-from pydantic import BaseModel
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from deepgen.cluster.resources import pool_resources
+from deepgen.config import PoolSettings
 from deepgen.errors import UserError
-from rewards import RewardRequest, RewardUnavailable, build_reward, reward_class, reward_path
+from rewards import RewardRequest, RewardUnavailable, applies, build_reward
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +73,12 @@ class RewardScores:
 class RewardActor:
     """Hosts one reward in a Ray process of its own. Built by `start`, so that its errors arrive as they were raised."""
 
-    def __init__(self, path: str, settings: Mapping[str, Any]) -> None:
-        self._path, self._settings = path, settings
+    def __init__(self, settings: PoolSettings) -> None:
+        self._settings = settings
 
     def start(self) -> None:
         """Load the reward and score one grey image, which pays for whatever the first call costs."""
-        self._reward = build_reward(self._path, self._settings)
+        self._reward = build_reward(self._settings)
         grey = np.full((64, 64, 3), 128, dtype=np.uint8)
         self._reward.score([RewardRequest('a sign with the word "ok"', "a sign", "t2i", grey)])
 
@@ -89,7 +90,7 @@ class RewardActor:
         except RewardUnavailable as error:
             return BatchReply([], str(error) or "unavailable")
         if len(values) != len(requests):
-            raise ValueError(f"{self._path} returned {len(values)} scores for {len(requests)} requests")
+            raise ValueError(f"{self._settings.class_} returned {len(values)} scores for {len(requests)} requests")
         # A score that is not a number can't be had either; NaN must not reach the cache or the mean of a group.
         return BatchReply([None if value is None or not math.isfinite(value) else float(value) for value in values])
 
@@ -116,37 +117,27 @@ class RewardPool:
     """The replicas of one reward. Lives in one asyncio event loop: call `start` there first, `stop` at the end.
 
     Args:
-        name: a reward of `rewards.REWARDS`, or "module:Class".
-        settings: `rewards.<name>`: the pool's replicas, batch_size, deadline_s (seconds, one call) and retries, and
-            what the reward itself reads.
-        num_cpus, num_gpus: of one replica, in Ray's units.
+        settings: `rewards.<name>`: keys of the pool and options of its reward.
+        gpus: whether the cluster has GPUs; without, none are asked for.
         start_deadline_s: for placing, loading and warming up one replica.
         max_restarts: of one replica without a good call in between; after that it is given up.
         backoff_s: pause before the first retry; doubles with each, up to 10 s.
         cache_size: scores remembered, the least recently used go first; 0 = none.
-
-    Raises:
-        UserError: unknown reward.
     """
 
     def __init__(
         self,
-        name: str,
-        settings: Mapping[str, Any] | BaseModel,
+        settings: PoolSettings,
         *,
-        num_cpus: float = 0.05,
-        num_gpus: float = 0.0,
+        gpus: bool = False,
         start_deadline_s: float = 300.0,
         max_restarts: int = 3,
         backoff_s: float = 0.5,
         cache_size: int = 1 << 16,
     ) -> None:
-        self.name, self._path = name, reward_path(name)
-        self._settings = settings.model_dump() if isinstance(settings, BaseModel) else dict(settings)
-        self._batch_size: int = self._settings["batch_size"]
-        self._deadline_s: float = self._settings["deadline_s"]
-        self._retries: int = self._settings["retries"]
-        self._resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+        self.name, self._settings = settings.pool_name, settings
+        resources = pool_resources(settings, gpus=gpus)
+        self._resources = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0.0)}
         self._start_deadline_s, self._max_restarts, self._backoff_s = start_deadline_s, max_restarts, backoff_s
         self._cache_size = cache_size
         self._cache: OrderedDict[bytes, float] = OrderedDict()
@@ -166,7 +157,7 @@ class RewardPool:
         """
         if self._workers:
             raise RuntimeError(f"reward pool {self.name}: started twice")
-        labels = [f"{self.name} reward #{index}" for index in range(self._settings["replicas"])]
+        labels = [f"{self.name} reward #{index}" for index in range(self._settings.replicas)]
         self._replicas = [_Replica(label, self._create()) for label in labels]
         try:
             await asyncio.gather(*(self._warm_up(replica) for replica in self._replicas))
@@ -212,8 +203,7 @@ class RewardPool:
         counters = dict.fromkeys(COUNTERS, 0.0)
         values: list[float | None] = [None] * len(listed)
         reasons: list[str | None] = [NOT_APPLICABLE] * len(listed)
-        applies = reward_class(self._path).applies
-        asked = [index for index, request in enumerate(listed) if applies(request)]
+        asked = [index for index, request in enumerate(listed) if applies(self._settings, request)]
         keys = {index: request_key(listed[index]) for index in asked} if self._cache_size else {}
         waiting: dict[int, _Item] = {}
         for index in asked:
@@ -238,7 +228,7 @@ class RewardPool:
         if not isinstance(requests, ray.ObjectRef):
             return requests
         listed: Sequence[RewardRequest] = await _answer(
-            requests, f"reward pool {self.name}", "read requests from the object store", self._deadline_s
+            requests, f"reward pool {self.name}", "read requests from the object store", self._settings.deadline_s
         )
         return listed
 
@@ -271,7 +261,7 @@ class RewardPool:
 
     def _create(self) -> Any:
         remote = ray.remote(RewardActor).options(**self._resources)
-        return remote.remote(self._path, self._settings)
+        return remote.remote(self._settings)
 
     async def _warm_up(self, replica: _Replica) -> None:
         try:
@@ -297,7 +287,7 @@ class RewardPool:
         """Wait for work and take a fair share of it, so that other replicas have some too."""
         batch = [await self._queue.get()]
         share = math.ceil((self._queue.qsize() + 1) / len(self._replicas))
-        while len(batch) < min(share, self._batch_size):
+        while len(batch) < min(share, self._settings.batch_size):
             batch.append(self._queue.get_nowait())
         return [item for item in batch if not item.future.done()]  # whoever asked may have gone
 
@@ -308,7 +298,9 @@ class RewardPool:
         self._count_batch(batch, "calls")
         began = time.monotonic()
         try:
-            reply: BatchReply = await _answer(self._call(replica, batch), replica.label, "score", self._deadline_s)
+            reply: BatchReply = await _answer(
+                self._call(replica, batch), replica.label, "score", self._settings.deadline_s
+            )
         except CallTimeout as error:
             self._count_batch(batch, "timeouts")
             return str(error), True
@@ -349,7 +341,7 @@ class RewardPool:
         again: list[_Item] = []
         for item in batch:
             item.failures += 1
-            if item.failures > self._retries:
+            if item.failures > self._settings.retries:
                 _settle(item, None, f"{reason} (attempt {item.failures}, the last)")
             else:
                 again.append(item)

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from actors.experience.reward_pool import RewardPool
-from deepgen.cluster.resources import process_resources
 from deepgen.config import Settings
 from deepgen.data.images import decode_image
 from deepgen.data.records import Record
-from rewards import RewardRequest, reward_class
+from rewards import RewardRequest, applies
 
 
 class RewardRouter:
@@ -26,7 +25,11 @@ class RewardRouter:
     def __init__(self, settings: Settings, *, gpus: bool) -> None:
         self.names = settings.rewards.used()
         self._weights = settings.rewards.weights
-        self._pools = {name: _pool(name, settings, gpus) for name in self.names}
+        self._settings = settings.rewards.pools
+        self._pools = {
+            name: RewardPool(self._settings[name], gpus=gpus, start_deadline_s=settings.cluster.start_deadline_s)
+            for name in self.names
+        }
 
     async def start(self) -> None:
         """Start all pools at once; returns when every one can score."""
@@ -66,18 +69,7 @@ class RewardRouter:
 
     def _weight(self, name: str, record: Record) -> float:
         weight = self._weights.get(record.task, {}).get(name, 0.0)
-        return weight if weight and reward_class(name).applies(_request(record, _NO_IMAGE)) else 0.0
-
-
-def _pool(name: str, settings: Settings, gpus: bool) -> RewardPool:
-    resources = process_resources(name, gpus=gpus)
-    return RewardPool(
-        name,
-        getattr(settings.rewards, name),
-        num_cpus=resources["CPU"],
-        num_gpus=resources.get("GPU", 0.0),
-        start_deadline_s=settings.cluster.start_deadline_s,
-    )
+        return weight if weight and applies(self._settings[name], _request(record, _NO_IMAGE)) else 0.0
 
 
 _NO_IMAGE = np.zeros((1, 1, 3), dtype=np.uint8)  # whether a reward applies is decided before anything is drawn

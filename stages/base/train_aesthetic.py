@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from rewards.aesthetic import AestheticHead
-from rewards.clip import ClipEncoder
+from rewards.aesthetic_head import AestheticHead
+from rewards.clip_encoder import ClipEncoder
 from stages.base.train_clip import normalise
 from stages.base.training import MODEL, REWARDS, load_split, to_float, training_steps, unique_pictures
 

@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from deepgen.data.parquet import read_records
-from rewards.clip import CLIP_MEAN, CLIP_STD
+from rewards.clip_encoder import CLIP_MEAN, CLIP_STD
 from stages.base.train_vlm import Lessons, degrade
 from stages.base.training import LESSONS, MODEL, REWARDS, load_split, training_steps, unique_pictures, update_ema
 

@@ -11,7 +11,15 @@ from types import ModuleType
 import pytest
 
 from deepgen.cluster.connect import MAX_TEMP_DIR, connect
-from deepgen.cluster.resources import Capacity, Need, check_capacity, learner_needs, process_resources, rl_needs
+from deepgen.cluster.resources import (
+    Capacity,
+    Need,
+    check_capacity,
+    learner_needs,
+    pool_resources,
+    process_resources,
+    rl_needs,
+)
 from deepgen.config import Settings, UserError, load_settings
 
 TINY = Path(__file__).resolve().parents[2] / "stages" / "recipes" / "tiny-rl.yaml"
@@ -53,12 +61,10 @@ def test_a_process_must_fit_one_node() -> None:
 
 
 def test_on_gpus_learner_rollout_and_judge_have_one_each() -> None:
-    assert [process_resources(r, gpus=True).get("GPU") for r in ("learner", "rollout", "judge", "ocr")] == [
-        1,
-        1,
-        1,
-        None,
-    ]
+    processes = [process_resources(role, gpus=True) for role in ("learner", "rollout")]
+    pools = [pool_resources(Settings().rewards.pools[name], gpus=True) for name in ("judge", "ocr")]
+    assert [resources.get("GPU") for resources in (*processes, *pools)] == [1, 1, 1, None]
+    assert "GPU" not in pool_resources(Settings().rewards.pools["judge"], gpus=False)
     assert "GPU" not in process_resources("learner", gpus=False)
 
 

@@ -20,6 +20,7 @@ from actors.experience.reward_pool import (
     RewardScores,
     request_key,
 )
+from deepgen.config.pools import make_pool as make_pool_settings
 from deepgen.errors import UserError
 from rewards.base import RewardRequest
 
@@ -47,12 +48,14 @@ def batches(folder: Path) -> list[int]:
 
 
 def make_pool(folder: Path, **changes: Any) -> RewardPool:
-    """A pool of the fake reward. `changes` are settings of the pool or arguments of its constructor."""
-    settings = {"path": str(folder), "replicas": 1, "batch_size": 4, "deadline_s": 60.0, "retries": 2}
-    arguments: dict[str, Any] = {"num_cpus": 0.1, "backoff_s": 0.01}
+    """A pool of the fake reward. `changes` are its name, its settings or arguments of its constructor."""
+    settings = {"class": FAKE, "path": str(folder), "cpus": 0.1}
+    settings |= {"replicas": 1, "batch_size": 4, "deadline_s": 60.0, "retries": 2}
+    name = changes.pop("name", "FakeReward")
+    arguments: dict[str, Any] = {"backoff_s": 0.01}
     for key, value in changes.items():
         (settings if key in settings else arguments)[key] = value
-    return RewardPool(FAKE, settings, **arguments)
+    return RewardPool(make_pool_settings(name, settings), **arguments)
 
 
 def run(folder: Path, scenario: Callable[[RewardPool], Coroutine[Any, Any, Any]], **changes: Any) -> Any:
@@ -251,8 +254,8 @@ def test_start_reports_bad_settings_and_deadline(ray_local: ModuleType, tmp_path
         raise AssertionError("the pool started")
 
     with pytest.raises(UserError, match=r"^rewards\.fake\.path: no such folder"):
-        run(tmp_path / "nowhere", never)
+        run(tmp_path / "nowhere", never, name="fake")
     with pytest.raises(CallTimeout, match="FakeReward reward #0: call 'start' has not answered"):
-        run(tmp_path, never, num_cpus=1000.0, start_deadline_s=0.5)
+        run(tmp_path, never, cpus=1000.0, start_deadline_s=0.5)
     with pytest.raises(UserError, match="unknown reward 'nice'"):
-        RewardPool("nice", {})
+        make_pool_settings("nice", {})

@@ -23,10 +23,8 @@ from actors.start import start_rollouts
 from deepgen.config import Settings, UserError
 from deepgen.data.parquet import read_records
 from deepgen.models.unified import UnifiedModel
-from rewards import REWARDS
 from tests.helpers.frail_actors import Frail, Slow
 from tests.helpers.rl_world import PROMPTS, make_records, make_settings, make_world
-from tests.helpers.visible_rewards import use_visible_rewards
 
 pytestmark = pytest.mark.ray
 
@@ -44,14 +42,6 @@ def rollouts(ray_local: ModuleType, world: Path) -> Iterator[dict[str, Any]]:
     yield actors
     for actor in actors.values():
         ray_local.kill(actor)
-
-
-@pytest.fixture(autouse=True)
-def visible_rewards() -> Iterator[None]:
-    before = dict(REWARDS)
-    use_visible_rewards()
-    yield
-    REWARDS.update(before)
 
 
 def run(settings: Settings, actors: dict[str, Any], scenario: Scenario, *, resume: bool = False) -> Any:

@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Sequence
 
 from deepgen.errors import UserError
-from rewards.base import RewardRequest, RewardUnavailable
+from rewards import InputPath, PoolSettings, RewardRequest, RewardUnavailable, setting
 
 
 class FakeReward:
-    """Scores an image by its first pixel / 255. `settings["path"]` is a folder that holds what shall happen.
+    """Scores an image by its first pixel / 255. Its `path` is a folder that holds what shall happen.
 
     A prompt may ask for mishaps, each as often as the folder holds a file of its name (`hang-0`, `hang-1` ...):
     "hang", "die", "unavailable". "bug" raises, "none" scores None and "nan" NaN, each time.
     """
 
-    name = "fake"
+    class Options(PoolSettings):
+        path: InputPath = setting("nowhere", "Folder of mishaps.")
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        folder = Path(settings["path"])
-        if not folder.is_dir():
-            raise UserError(f"rewards.fake.path: no such folder: {str(folder)!r}")
-        return cls(folder)
+    def __init__(self, options: Options) -> None:
+        self.folder = options.path
+        if not self.folder.is_dir():
+            raise UserError(f"{options.dotted('path')}: no such folder: {str(self.folder)!r}")
 
     @staticmethod
     def applies(request: RewardRequest) -> bool:

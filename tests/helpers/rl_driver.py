@@ -1,4 +1,4 @@
-"""`rl_driver.py KEY=VALUE ...`: stages/rl.py with rewards one can see, registered on every Ray worker."""
+"""`rl_driver.py KEY=VALUE ...`: stages/rl.py on a small Ray of its own, whose workers find `tests`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ sys.path.insert(0, ROOT)
 from deepgen.cluster.connect import QUIET_ENVIRONMENT  # noqa: E402
 from deepgen.config import run_program  # noqa: E402
 from stages.rl import main  # noqa: E402
-from tests.helpers.visible_rewards import use_visible_rewards  # noqa: E402
 
 if __name__ == "__main__":
     os.environ.update(QUIET_ENVIRONMENT, PYTHONPATH=ROOT)
     import ray  # reads its authentication mode while it is imported
 
-    use_visible_rewards()
     ray.init(
         address="local",
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=256 << 20,
         log_to_driver=True,
-        runtime_env={"worker_process_setup_hook": "tests.helpers.visible_rewards.use_visible_rewards"},
     )
     run_program(main)

@@ -12,13 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from actors import plan
 from deepgen.config import load_settings
 from deepgen.config.recipes import find_recipe
 from deepgen.models.presets import TINY, Architecture
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings, _decode, add_lora, lora_parameters
-from deepgen.planning import memory
+from deepgen.planning import memory, plan
 from deepgen.planning.memory import CPU_BF16, CPU_FP32, Numbers, states
 from tests.helpers.factories import make_tiny_model, narrow_architecture
 from tests.helpers.learner_workers import run_workers

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import CLIPModel
 
+from deepgen.config.pools import make_pool
 from deepgen.errors import UserError
-from rewards.aesthetic import AestheticHead, AestheticReward, load_head
-from rewards.base import RewardRequest
+from rewards import RewardRequest
+from rewards.aesthetic import AestheticReward
+from rewards.aesthetic_head import AestheticHead, load_head
 from tests.helpers.reward_models import make_clip_folder
 
 
@@ -27,6 +30,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dict(head.named_parameters())["layers.1.bias"].fill_(5.0)
     head.save(root / "aesthetic", clip="../clip")
     return root / "aesthetic"
+
+
+def aesthetic(folder: Path, **options: Any) -> AestheticReward:
+    return AestheticReward(make_pool("aesthetic", {"path": folder, **options}))  # type: ignore[arg-type]
 
 
 def requests(count: int) -> list[RewardRequest]:
@@ -51,16 +58,16 @@ def test_saved_head_is_loaded_with_its_clip(folder: Path) -> None:
 
 
 def test_scores_are_the_heads_and_stay_on_the_scale(folder: Path) -> None:
-    reward = AestheticReward.from_settings({"path": folder, "batch_size": 4})
+    reward = aesthetic(folder, batch_size=4)
     batch = requests(6)
-    features = reward.encoder.embed_images([request.image for request in batch])
+    features = reward.predictor.encoder.embed_images([request.image for request in batch])
     scores = reward.score(batch)
-    raw = reward.head(features).clamp(1, 10)
+    raw = reward.predictor.head(features).clamp(1, 10)
     assert scores == pytest.approx(((raw - 1) / 9).tolist(), abs=1e-5)
     assert len(set(scores)) == 6
     assert reward.score([]) == []
     with torch.no_grad():
-        dict(reward.head.named_parameters())["layers.1.bias"].fill_(50.0)
+        dict(reward.predictor.head.named_parameters())["layers.1.bias"].fill_(50.0)
     assert reward.score(batch) == [1.0] * 6
 
 
@@ -75,7 +82,7 @@ def test_unusable_heads_are_refused(folder: Path, tmp_path: Path) -> None:
         load_head(broken)
     AestheticHead(8).save(broken, clip=str(folder.parent / "clip"))
     with pytest.raises(UserError, match=r"width 8, the CLIP .* gives 16"):
-        AestheticReward(broken)
+        aesthetic(broken)
 
 
 def test_a_clip_saved_in_bf16_serves_a_head_in_fp32(folder: Path, tmp_path: Path) -> None:
@@ -84,7 +91,7 @@ def test_a_clip_saved_in_bf16_serves_a_head_in_fp32(folder: Path, tmp_path: Path
     shutil.copytree(folder.parent / "clip", half)
     CLIPModel.from_pretrained(half).to(torch.bfloat16).save_pretrained(half)
     load_head(folder)[0].save(tmp_path / "aesthetic", clip="../clip")
-    reward = AestheticReward(tmp_path / "aesthetic")
-    assert reward.encoder.embed_images([requests(1)[0].image]).dtype == torch.float32
-    scores, wanted = (np.array(r.score(requests(3)), dtype=float) for r in (reward, AestheticReward(folder)))
+    reward = aesthetic(tmp_path / "aesthetic")
+    assert reward.predictor.encoder.embed_images([requests(1)[0].image]).dtype == torch.float32
+    scores, wanted = (np.array(r.score(requests(3)), dtype=float) for r in (reward, aesthetic(folder)))
     np.testing.assert_allclose(scores, wanted, atol=0.01)

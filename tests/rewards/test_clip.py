@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from deepgen.config.pools import make_pool, reward_class
 from deepgen.errors import UserError
-from rewards import REWARDS, build_reward, reward_class
-from rewards.base import RewardRequest
-from rewards.clip import CLIP_MEAN, CLIP_STD, ClipEncoder, ClipReward, preprocess
+from deepgen.registry import REWARDS
+from rewards import RewardRequest, build_reward
+from rewards.clip import ClipReward
+from rewards.clip_encoder import CLIP_MEAN, CLIP_STD, ClipEncoder, preprocess
 from tests.helpers.reward_models import make_clip_folder
 
 
@@ -35,11 +38,17 @@ def request(image: np.ndarray, prompt: str = "a red apple", answer: str = "") ->
     return RewardRequest(prompt=prompt, answer=answer, task="t2i", image=image)
 
 
+def clip_reward(folder: Path, **options: Any) -> ClipReward:
+    return ClipReward(make_pool("clip", {"path": folder, **options}))  # type: ignore[arg-type]
+
+
 def test_registry_names_import_and_unknown_name_is_refused(folder: Path) -> None:
-    assert {name: reward_class(name).name for name in REWARDS} == {name: name for name in REWARDS}
-    assert isinstance(build_reward("clip", {"path": folder, "batch_size": 4, "replicas": 2}), ClipReward)
-    with pytest.raises(UserError, match="unknown reward 'clipp'; known are aesthetic, clip, judge, ocr"):
-        reward_class("clipp")
+    assert {name: reward_class(name, "k").__name__ for name in REWARDS} == {
+        name: f"{name.capitalize()}Reward" for name in REWARDS
+    }
+    assert isinstance(build_reward(make_pool("clip", {"path": folder, "batch_size": 4, "replicas": 2})), ClipReward)
+    with pytest.raises(UserError, match=r"^k: got 'clipp'.*'clip'.*allowed: judge, ocr, clip, aesthetic"):
+        reward_class("clipp", "k")
 
 
 def test_preprocess_resizes_crops_and_normalises() -> None:
@@ -73,7 +82,7 @@ def test_features_are_of_unit_length_and_do_not_depend_on_the_batch(encoder: Cli
 
 
 def test_scores_are_cosines_with_answer_or_prompt(folder: Path, encoder: ClipEncoder) -> None:
-    reward = ClipReward(folder, batch_size=4)
+    reward = clip_reward(folder, batch_size=4)
     images = pictures(3)
     scores = reward.score(
         [
@@ -97,8 +106,8 @@ def test_long_texts_are_cut_and_keep_their_end_token(encoder: ClipEncoder) -> No
 
 def test_unusable_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rewards\.clip\.path: no such folder"):
-        ClipReward(tmp_path / "nowhere")
+        clip_reward(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"holds no config\.json"):
-        ClipReward(tmp_path)
+        clip_reward(tmp_path)
     with pytest.raises(UserError, match="does not end texts with an end token"):
-        ClipReward(make_clip_folder(tmp_path / "endless", end_token=False))
+        clip_reward(make_clip_folder(tmp_path / "endless", end_token=False))

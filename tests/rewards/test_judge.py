@@ -15,12 +15,17 @@ import torch
 from PIL import Image
 
 from actors.experience.reward_pool import RewardPool, RewardScores
+from deepgen.config.pools import make_pool
 from deepgen.errors import UserError
-from rewards.base import RewardRequest
-from rewards.judge import JUDGE_QUESTION, PROMPT_TOKENS, JudgeReward, judge_image, judge_prompt
+from rewards import Reward, RewardRequest, build_reward
+from rewards.judge import JUDGE_QUESTION, PROMPT_TOKENS, judge_image, judge_prompt
 from tests.helpers.reward_models import WORDS, make_judge_folder
 
 RED, GREEN = "a red apple", "the green cat"
+
+
+def judge(folder: Path) -> Reward:
+    return build_reward(make_pool("judge", {"path": folder}))
 
 
 def test_prompt_is_one_user_turn_with_the_image_first() -> None:
@@ -57,13 +62,13 @@ def test_image_of_the_right_size_is_not_touched() -> None:
 
 def test_unusable_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rewards\.judge\.path: no such folder"):
-        JudgeReward(tmp_path / "nowhere")
+        judge(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(UserError, match="holds a 'clip' model; wanted a 'qwen2_5_vl'"):
-        JudgeReward(tmp_path)
+        judge(tmp_path)
     folder = make_judge_folder(tmp_path / "silent", words=tuple(word for word in WORDS if word != "No"))
     with pytest.raises(UserError, match="no single token for 'No'"):
-        JudgeReward(folder)
+        judge(folder)
 
 
 def transformers_probabilities(folder: Path, requests: list[RewardRequest]) -> list[float]:
@@ -102,7 +107,7 @@ def test_probability_of_yes_equals_that_of_transformers(ray_local: ModuleType, t
 
     async def score() -> RewardScores:
         settings = {"path": str(folder), "replicas": 1, "batch_size": 16, "deadline_s": 120.0, "retries": 0}
-        pool = RewardPool("judge", settings)
+        pool = RewardPool(make_pool("judge", settings))
         await pool.start()
         scores = await pool.score([*requests, too_long])
         pool.stop()

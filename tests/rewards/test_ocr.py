@@ -59,7 +59,7 @@ def test_extra_text_costs_credit() -> None:
 
 @pytest.fixture(scope="module")
 def reward() -> OcrReward:
-    return OcrReward.from_settings({"batch_size": 8})
+    return OcrReward()
 
 
 def drawn(word: str, ink: str = "black", paper: str = "white") -> np.ndarray:

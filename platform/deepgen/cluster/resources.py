@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from deepgen.config import Settings, UserError
+from deepgen.config import PoolSettings, Settings, UserError
 
-# CPU shares of one process of each role: learner, two rollout actors, stream and four pools fit a single core.
+# Shares of one process of each role; those of reward pools are settings. Learner, two rollout actors, stream and four
+# pools fit a single core.
 CPU_SHARE = {"learner": 0.35, "rollout": 0.2, "experience": 0.05}
-CPU_SHARE_OF_A_REWARD = 0.05
-GPU_SHARE = {"learner": 1.0, "rollout": 1.0, "judge": 1.0}
+GPU_SHARE = {"learner": 1.0, "rollout": 1.0}
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,16 @@ class Capacity:
 
 
 def process_resources(role: str, *, gpus: bool) -> dict[str, float]:
-    """Resources of one process of `role` ("learner", "rollout", "experience" or a reward's name), as Ray names them."""
-    resources = {"CPU": CPU_SHARE.get(role, CPU_SHARE_OF_A_REWARD)}
+    """Resources of one process of `role` ("learner", "rollout" or "experience"), as Ray names them."""
+    resources = {"CPU": CPU_SHARE[role]}
     if gpus and role in GPU_SHARE:
         resources["GPU"] = GPU_SHARE[role]
     return resources
+
+
+def pool_resources(pool: PoolSettings, *, gpus: bool) -> dict[str, float]:
+    """Resources of one replica of a reward pool, as Ray names them."""
+    return {"CPU": pool.cpus} | ({"GPU": pool.gpus} if gpus and pool.gpus else {})
 
 
 def learner_needs(settings: Settings, *, gpus: bool) -> list[Need]:
@@ -59,8 +64,8 @@ def rl_needs(settings: Settings, *, gpus: bool) -> list[Need]:
     needs.append(Need("rollout actor", settings.rollout.actors, rollout, "rollout.actors"))
     needs.append(Need("experience stream", 1, process_resources("experience", gpus=gpus), "always 1"))
     for name in settings.rewards.used():
-        replicas = getattr(settings.rewards, name).replicas
-        needs.append(Need(f"{name} reward", replicas, process_resources(name, gpus=gpus), f"rewards.{name}.replicas"))
+        pool = settings.rewards.pools[name]
+        needs.append(Need(f"{name} reward", pool.replicas, pool_resources(pool, gpus=gpus), pool.dotted("replicas")))
     return needs
 
 

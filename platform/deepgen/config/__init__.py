@@ -1,17 +1,24 @@
 """Settings, recipes and the command line. Imports neither torch nor ray."""
 
+from deepgen.config.choices import Share
 from deepgen.config.cli import parse_command_line
-from deepgen.config.paths import resolve_path
+from deepgen.config.paths import InputPath, resolve_path
+from deepgen.config.pools import PoolSettings
+from deepgen.config.section import setting
 from deepgen.config.settings import Settings, load_settings, settings_from_dict, settings_hash
 from deepgen.errors import UserError, run_program
 
 __all__ = [
+    "InputPath",
+    "PoolSettings",
     "Settings",
+    "Share",
     "UserError",
     "load_settings",
     "parse_command_line",
     "resolve_path",
     "run_program",
+    "setting",
     "settings_from_dict",
     "settings_hash",
 ]

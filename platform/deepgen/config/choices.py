@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -39,3 +39,21 @@ class OneOf:
                 raise PydanticCustomError("one_of", "{error}", {"error": str(error)}) from error
             return given
         raise PydanticCustomError("one_of", "not one of the names")
+
+
+class ShareRule:
+    """Annotation of a `float` key: how much of a resource one process gets, in what Ray can hand out."""
+
+    allowed = "0 or more, above 1 a whole number"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    @staticmethod
+    def _check(given: float) -> float:
+        if given < 0 or (given > 1 and given != int(given)):
+            raise PydanticCustomError("share", "not a share of a resource")
+        return given
+
+
+Share = Annotated[float, ShareRule()]

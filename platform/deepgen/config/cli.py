@@ -6,15 +6,28 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic.fields import FieldInfo
 
+from deepgen.config.pools import about_pool, own_keys, pool_keys, pool_type
 from deepgen.config.recipes import find_recipe, read_recipe
-from deepgen.config.settings import Settings, allowed_values, leaf_keys, load_settings, sections
+from deepgen.config.settings import (
+    ANY_POOL,
+    Settings,
+    allowed_values,
+    is_pool_class,
+    leaf_keys,
+    load_settings,
+    merge_settings,
+    sections,
+)
 from deepgen.config.stage_rules import check_inputs, check_stage
 from deepgen.errors import UserError, nearest
 from deepgen.models.stage_parts import Stage
+from deepgen.registry import REWARDS
 
 WIDTH = 100
 _FLAGS = ("help", "plan", "print-config", "resume")
@@ -58,7 +71,7 @@ def parse_command_line(
     """
     arguments = _read_arguments(stage, argv)
     if arguments.help:
-        print(help_text(stage, arguments.recipe))
+        print(help_text(stage, arguments.recipe, arguments.overrides))
         sys.exit(0)
     settings = load_settings(find_recipe(arguments.recipe), arguments.overrides)
     check_stage(settings, stage)
@@ -114,8 +127,11 @@ def _check_option(name: str, *, has_value: bool) -> None:
 # ---- Help ----
 
 
-def help_text(stage: Stage, recipe: str) -> str:
-    """The whole --help: examples, options, then each key with its meaning, what it allows, default and recipe value."""
+def help_text(stage: Stage, recipe: str, overrides: Sequence[str] = ()) -> str:
+    """The whole --help: examples, options, then each key with its meaning, what it allows, default and recipe value.
+
+    Of `overrides` only the classes of reward pools count: they bring keys. Raises UserError for a wrong class.
+    """
     program, purpose = f"python stages/{stage}.py", textwrap.fill(_PURPOSE[stage], WIDTH)
     examples = [
         (program, f"the recipe tiny-{stage}"),
@@ -134,22 +150,44 @@ def help_text(stage: Stage, recipe: str) -> str:
     lines += ["examples:", *(f"  {command:<{width}}  {what}" for command, what in examples), ""]
     lines += [_OPTIONS.format(recipe=f"tiny-{stage}")]
     lines += [f"settings (default; in brackets what {recipe} sets):"]
-    return "\n".join([*lines, *_help_of_keys(recipe)])
+    return "\n".join([*lines, *_help_of_keys(recipe, overrides)])
 
 
-def _help_of_keys(recipe: str) -> Iterator[str]:
-    chosen, groups = read_recipe(find_recipe(recipe)), sections()
-    section = ""
-    for key, leaf in leaf_keys().items():
+def _help_of_keys(recipe: str, overrides: Sequence[str]) -> Iterator[str]:
+    path, section = find_recipe(recipe), ""
+    chosen, groups = read_recipe(path), sections()
+    for key, leaf in leaf_keys({}).items():
         owner = key.rpartition(".")[0]
+        if section == ANY_POOL != owner:
+            yield from _help_of_pools(path, overrides)
         if owner != section:
             section = owner
             yield f"\n{section}: {groups[section].about}"
-        unit = leaf.json_schema_extra.get("unit") if isinstance(leaf.json_schema_extra, dict) else ""
-        head = f"{key} = {_show(leaf.default)}" + (f" {unit}" if unit else "")
-        value = _lookup(chosen, key)
-        yield _wrap(head + (f"  [{_show(value)}]" if value is not None else ""), 2, 6)
-        yield _wrap(f"{leaf.description} Allowed: {allowed_values(leaf)}.", 6, 6)
+        yield from _help_of_key(key, leaf, _lookup(chosen, key))
+
+
+def _help_of_pools(recipe: Path, overrides: Sequence[str]) -> Iterator[str]:
+    """Each pool with the keys that not all pools have, and those of them that the recipe sets."""
+    classes = [override for override in overrides if is_pool_class(override.partition("=")[0])]
+    rewards = merge_settings(recipe, classes)[0]["rewards"]
+    for name in dict.fromkeys([*REWARDS, *rewards]):
+        if name == "weights":
+            continue
+        content = rewards.get(name) or {}
+        kind = pool_type(name, content)
+        yield "\n" + _wrap(f"rewards.{name}: {about_pool(name, content)}", 0, 2)
+        shown = own_keys(kind) | {key: leaf for key, leaf in pool_keys(kind).items() if key in content}
+        for key, leaf in shown.items():
+            if key != "class":
+                yield from _help_of_key(f"rewards.{name}.{key}", leaf, content.get(key))
+
+
+def _help_of_key(key: str, leaf: FieldInfo, value: Any) -> Iterator[str]:
+    unit = leaf.json_schema_extra.get("unit") if isinstance(leaf.json_schema_extra, dict) else ""
+    default = "(needed)" if leaf.is_required() else _show(leaf.get_default(call_default_factory=True))
+    head = f"{key} = {default}" + (f" {unit}" if unit else "")
+    yield _wrap(head + (f"  [{_show(value)}]" if value is not None else ""), 2, 6)
+    yield _wrap(f"{leaf.description or ''} Allowed: {allowed_values(leaf)}.".strip(), 6, 6)
 
 
 def _lookup(content: Any, key: str) -> Any:

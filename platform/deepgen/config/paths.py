@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator, PlainSerializer, ValidationInfo
+from pydantic.fields import FieldInfo
 
 
 def _find_checkout() -> Path | None:
@@ -73,6 +74,12 @@ def _portable(path: Path) -> str:
     return str(path)
 
 
-InputPath = Annotated[Path, BeforeValidator(_read_input), PlainSerializer(_portable)]
+_INPUT = BeforeValidator(_read_input)
+InputPath = Annotated[Path, _INPUT, PlainSerializer(_portable)]
 OutputPath = Annotated[Path, BeforeValidator(_read_output), PlainSerializer(str)]
 OptionalOutputPath = Annotated[str, BeforeValidator(_read_optional_output)]  # "" is none
+
+
+def is_input(field: FieldInfo) -> bool:
+    """Whether a key is an `InputPath`."""
+    return _INPUT in field.metadata

@@ -6,37 +6,30 @@ Left out on purpose: what the weights folder already says, such as widths, layer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    model_serializer,
+    model_validator,
+)
 
 from deepgen.algorithms.rules import WHITEN, check_noise
 from deepgen.config.choices import OneOf
 from deepgen.config.paths import InputPath, OptionalOutputPath, OutputPath
+from deepgen.config.pools import PoolSettings, make_pools
+from deepgen.config.section import Section, setting
 from deepgen.errors import nearest
 from deepgen.models.presets import PADDINGS, PRESETS
-from deepgen.registry import ADVANTAGES, KL_FORMS, POLICY_LOSSES, SAMPLERS, SDE_WINDOWS
+from deepgen.registry import ADVANTAGES, KL_FORMS, POLICY_LOSSES, REWARDS, SAMPLERS, SDE_WINDOWS
 
 TASKS = ("t2i", "reasoning", "text", "edit")
 Weight = Annotated[float, Field(ge=0)]
-
-
-def setting(default: Any, meaning: str, *, unit: str = "", **limits: Any) -> Any:
-    """A leaf key: default, one-sentence meaning, unit, and pydantic limits (ge, gt, le, lt, pattern, multiple_of)."""
-    return Field(default, description=meaning, json_schema_extra={"unit": unit}, **limits)
-
-
-class Section(BaseModel):
-    """Base of all sections: closed, immutable, strict (a recipe's true is not 1, its "10" not 10)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
-    about: ClassVar[str] = ""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Pickled settings (Ray arguments) find their files again in the process that unpacks them.
-        return type(self).model_validate, (self.model_dump(),)
 
 
 class RunSettings(Section):
@@ -98,7 +91,9 @@ class DataSettings(Section):
         ge=1,
     )
     weights: dict[str, Weight] = setting(
-        {}, "How often each source is drawn instead, as {name: weight} with every source; empty is by temperature."
+        {},
+        "How often each source is drawn instead, as {name: weight} with every source; empty is by temperature.",
+        allowed="a weight >= 0 for each source, as in {photos: 2, posters: 1}",
     )
     max_bad_share: float = setting(
         0.01,
@@ -242,67 +237,49 @@ class AlgorithmSettings(Section):
     )
 
 
-class PoolSettings(Section):
-    about: ClassVar[str] = "the pool of one reward"
-    replicas: int = setting(1, "Actors that score in parallel.", ge=1)
-    batch_size: int = setting(64, "Images in one call.", unit="images", ge=1)
-    deadline_s: float = setting(
-        120.0, "Longest wait for one call; after all retries the score is missing.", unit="s", gt=0
-    )
-    retries: int = setting(2, "Further attempts after a failed call.", ge=0, le=20)
-
-
-class JudgeSettings(PoolSettings):
-    about: ClassVar[str] = "VLM judge on vLLM: does the image show the answer?"
-    path: InputPath = setting("weights/judge", "Folder of the judge's VLM.")
-
-
-class OcrSettings(PoolSettings):
-    about: ClassVar[str] = "RapidOCR: edit distance to the quoted words; its models come with the package"
-
-
-class ClipSettings(PoolSettings):
-    about: ClassVar[str] = "CLIP similarity of image and answer"
-    path: InputPath = setting("weights/clip", "Folder of the CLIP model.")
-
-
-class AestheticSettings(PoolSettings):
-    about: ClassVar[str] = "aesthetic head over CLIP"
-    path: InputPath = setting("weights/aesthetic", "Folder of the aesthetic model.")
-
-
 _GENERAL = {"judge": 0.7, "clip": 0.3}
 _TEXT = {"judge": 0.2, "clip": 0.1, "ocr": 0.7}
 
 
 class RewardSettings(Section):
-    about: ClassVar[str] = "rewards and their weights by task"
+    """`weights`, and beside them in recipes and in `model_dump()` any number of pools, each under its own name."""
+
+    about: ClassVar[str] = "the pools of rewards, and their weights by task"
     weights: dict[str, dict[str, Weight]] = setting(
         {"t2i": _GENERAL, "reasoning": _GENERAL, "text": _TEXT, "edit": _GENERAL},
-        "Weight of each reward for the prompts of each task; absent or 0 is never called. A recipe replaces whole "
-        "tasks; one weight is set as rewards.weights.text.ocr=0.5.",
+        "Weight of each pool's reward for the prompts of each task; absent or 0 is never called. A recipe replaces "
+        "whole tasks; one weight is set as rewards.weights.text.ocr=0.5.",
+        allowed=f"a weight >= 0 for each pool ({', '.join(REWARDS)}, or one of your own) of a task "
+        f"({', '.join(TASKS)})",
     )
-    judge: JudgeSettings = JudgeSettings()
-    ocr: OcrSettings = OcrSettings()
-    clip: ClipSettings = ClipSettings()
-    aesthetic: AestheticSettings = AestheticSettings()
+    pools: dict[str, SerializeAsAny[PoolSettings]] = Field(default_factory=dict)  # filled by `_gather_pools`
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_pools(cls, content: Any, info: ValidationInfo) -> Any:
+        if not isinstance(content, Mapping):
+            return content
+        rest = {name: value for name, value in content.items() if name != "weights"}
+        weights = {"weights": content["weights"]} if "weights" in content else {}
+        return weights | {"pools": make_pools(rest, info.context)}
+
+    @model_serializer(mode="wrap")
+    def _spread_pools(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content = dump(self)
+        return {"weights": content["weights"], **content["pools"]}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         for task, row in self.weights.items():
             _require_known(f"rewards.weights.{task}", "task", task, TASKS)
             for name in row:
-                _require_known(f"rewards.weights.{task}.{name}", "reward", name, self.names())
+                own = f"; a new one: rewards.{name}.class=package.module:Class"
+                _require_known(f"rewards.weights.{task}.{name}", "reward", name, tuple(self.pools), own)
         return self
 
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """Names a weight may have: the sections beside `weights`."""
-        return tuple(name for name in cls.model_fields if name != "weights")
-
     def used(self) -> tuple[str, ...]:
-        """Rewards with a weight above 0 for some task."""
-        return tuple(n for n in self.names() if any(row.get(n, 0) > 0 for row in self.weights.values()))
+        """Pools with a weight above 0 for some task."""
+        return tuple(n for n in self.pools if any(row.get(n, 0) > 0 for row in self.weights.values()))
 
 
 class ExperienceSettings(Section):
@@ -342,6 +319,7 @@ class EvaluationSettings(Section):
     every: int = setting(10, "Steps between evaluations; 0 is only before the first and after the last.", ge=0)
 
 
-def _require_known(key: str, what: str, given: str, allowed: Sequence[str]) -> None:
+def _require_known(key: str, what: str, given: str, allowed: Sequence[str], otherwise: str = "") -> None:
     if given not in allowed:
-        raise ValueError(f"{key}: unknown {what} {given!r}; allowed: {', '.join(allowed)}{nearest(given, allowed)}")
+        hint = nearest(given, allowed) or otherwise
+        raise ValueError(f"{key}: unknown {what} {given!r}; allowed: {', '.join(allowed)}{hint}")

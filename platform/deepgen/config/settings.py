@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from deepgen.algorithms.rules import check_group
-from deepgen.config.choices import OneOf
+from deepgen.config.choices import OneOf, ShareRule
+from deepgen.config.pools import PoolSettings, own_keys, pool_keys, pool_types
 from deepgen.config.recipes import describe_yaml_error, parse_value, read_recipe
+from deepgen.config.section import Section
+from deepgen.config.sections import TASKS as TASKS
 from deepgen.config.sections import (
-    TASKS,
     AlgorithmSettings,
     ClusterSettings,
     DataSettings,
@@ -30,13 +34,13 @@ from deepgen.config.sections import (
     RewardSettings,
     RolloutSettings,
     RunSettings,
-    Section,
     TrackingSettings,
     TrainSettings,
 )
 from deepgen.errors import UserError, nearest
 
 _NO_HINT = "; --help lists all keys"
+ANY_POOL = "rewards.<name>"  # stands for each reward pool where keys are listed
 
 
 class Settings(Section):
@@ -48,7 +52,7 @@ class Settings(Section):
     train: TrainSettings = TrainSettings()
     rollout: RolloutSettings = RolloutSettings()
     algorithm: AlgorithmSettings = AlgorithmSettings()
-    rewards: RewardSettings = RewardSettings()
+    rewards: RewardSettings = Field(default_factory=RewardSettings)  # imports the rewards: not before it is needed
     experience: ExperienceSettings = ExperienceSettings()
     cluster: ClusterSettings = ClusterSettings()
     tracking: TrackingSettings = TrackingSettings()
@@ -65,17 +69,40 @@ def load_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> 
 
     Raises UserError with one line: the key, what was given and where, what is allowed, the nearest spelling.
     """
+    content, origin = merge_settings(recipe, overrides)
+    return _validate(content, origin, from_user=True)
+
+
+def merge_settings(recipe: Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What `load_settings` validates, and where each key comes from. UserError."""
     content = Settings().model_dump()
+    # What a pool may hold depends on its class, which may still change: only what was given.
+    content["rewards"] = {"weights": content["rewards"]["weights"]}
     origin: dict[str, str] = {}
     if recipe is not None:
         _merge(content, read_recipe(recipe), "", f"in {recipe.name}", origin)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"cannot read {override!r}; allowed: key=value, as in train.steps=10")
-        _override(content, key, text)
+    pairs = [_split(override) for override in overrides]
+    for key, text in pairs:
+        if is_pool_class(key):
+            content["rewards"].setdefault(key.split(".")[1], {})["class"] = text
+    pools = pool_types(content["rewards"])
+    leaves, groups = real_keys(pools), [*sections(), *(f"rewards.{name}" for name in pools)]
+    for key, text in pairs:
+        _override(content, key, text, leaves, groups)
         origin[key] = "on the command line"
-    return _validate(content, origin, from_user=True)
+    return content, origin
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"cannot read {override!r}; allowed: key=value, as in train.steps=10")
+    return key, text
+
+
+def is_pool_class(key: str) -> bool:
+    """Whether it says the class of a pool, on which the pool's other keys depend."""
+    return re.fullmatch(r"rewards\.[^.]+\.class", key) is not None
 
 
 def settings_from_dict(content: Mapping[str, Any]) -> Settings:
@@ -94,7 +121,9 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any], prefix: str, place:
     leaves, groups = leaf_keys(), sections()
     for name, value in changes.items():
         key = f"{prefix}{name}"
-        if key in groups:
+        if prefix == "rewards." and name != "weights":
+            _merge_pool(base, name, value, place, origin)
+        elif key in groups:
             if value is not None and not isinstance(value, Mapping):
                 raise UserError(f"{key}: got {value!r} {place}; allowed: a section, as in '{key}: {{key: value}}'")
             _merge(base[name], value or {}, f"{key}.", place, origin)
@@ -110,19 +139,43 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any], prefix: str, place:
             raise UserError(f"unknown key {key!r} {place}{nearest(key, [*leaves, *groups]) or _NO_HINT}")
 
 
-def _override(content: dict[str, Any], key: str, text: str) -> None:
-    leaves, groups = leaf_keys(), sections()
+def _merge_pool(rewards: dict[str, Any], name: str, value: Any, place: str, origin: dict[str, str]) -> None:
+    key = f"rewards.{name}"
+    if "." in name:
+        raise UserError(f"{key}: written with dots {place}; allowed: nested, a section and its keys under it")
+    if value is not None and not isinstance(value, Mapping):
+        raise UserError(f"{key}: got {value!r} {place}; allowed: a section, as in '{key}: {{class: NAME}}'")
+    rewards[name] = rewards.get(name, {}) | (value or {})
+    origin |= {f"{key}.{option}": place for option in value or {}}
+
+
+def _override(
+    content: dict[str, Any], key: str, text: str, leaves: Mapping[str, FieldInfo], groups: Sequence[str]
+) -> None:
+    cell = key.startswith("rewards.weights.") and key.count(".") <= 3
     if key in groups:
         inside = [leaf for leaf in leaves if leaf.startswith(f"{key}.")]
         raise UserError(f"{key}: is a section; allowed: one of its keys, as in {inside[0]}=...")
-    cell = key.startswith("rewards.weights.") and key.count(".") <= 3
     if key not in leaves and not cell:
-        raise UserError(f"unknown key {key!r} on the command line{nearest(key, leaves) or _NO_HINT}")
+        pool = ".".join(key.split(".")[:2])
+        new = pool.startswith("rewards.") and pool not in groups
+        more = f" (a new pool needs {pool}.class=NAME or package.module:Class)" if new else ""
+        raise UserError(f"unknown key {key!r} on the command line{_hint(key, leaves) or _NO_HINT}{more}")
     *path, name = key.split(".")
     for part in path:
         inner = content.setdefault(part, {})
         content = inner if isinstance(inner, dict) else {}  # a recipe's row that is no mapping is reported later
     content[name] = text if not cell and leaves[key].annotation in (str, Path) else _parse(key, text)
+
+
+def _hint(key: str, leaves: Iterable[str]) -> str:
+    """What an unknown key may have been meant for; in a pool only keys that this pool has."""
+    pool = key.rpartition(".")[0]
+    options = {leaf.removeprefix(f"{pool}."): leaf for leaf in leaves if leaf.startswith(f"{pool}.")}
+    if not pool.startswith("rewards.") or not options:
+        return nearest(key, leaves)
+    close = get_close_matches(key.removeprefix(f"{pool}."), options, n=1)
+    return f"; did you mean {options[close[0]]!r}?" if close else f"; allowed in this pool: {', '.join(options)}"
 
 
 def _parse(key: str, text: str) -> Any:
@@ -136,27 +189,29 @@ def _validate(content: Mapping[str, Any], origin: Mapping[str, str], *, from_use
     try:
         return Settings.model_validate(content, context={"from_user": from_user})
     except ValidationError as error:
-        raise UserError(_describe(error, origin)) from error
+        rewards = content.get("rewards")
+        pools = pool_types(rewards if isinstance(rewards, Mapping) else {})
+        raise UserError(_describe(error, origin, real_keys(pools))) from error
 
 
-def _describe(error: ValidationError, origin: Mapping[str, str]) -> str:
+def _describe(error: ValidationError, origin: Mapping[str, str], leaves: Mapping[str, FieldInfo]) -> str:
     """One line for the first problem, and how many keys have others."""
-    leaves = leaf_keys()
     lines: dict[str, str] = {}
     for problem in error.errors():
         dotted = ".".join(str(part) for part in problem["loc"])
         leaf = next((key for key in leaves if dotted == key or dotted.startswith(f"{key}.")), None)
+        place = next((f" {origin[key]}" for key in (dotted, leaf) if key and key in origin), "")
         if problem["type"] == "value_error":
-            lines.setdefault(dotted, str(problem["ctx"]["error"]))
+            said = str(problem["ctx"]["error"])  # of a section: it names its keys itself; of a pool: it can't
+            lines.setdefault(dotted, f"{dotted}: {said}" if dotted.startswith("rewards.") else said)
         elif problem["type"] == "extra_forbidden":
-            lines.setdefault(dotted, f"unknown key {dotted!r}{nearest(dotted, leaves)}")
+            lines.setdefault(dotted, f"unknown key {dotted!r}{place}{_hint(dotted, leaves)}")
         elif leaf is None:
             lines.setdefault(dotted, f"{dotted}: got {problem['input']!r}; allowed: a section of keys")
         else:
             key = dotted if leaf.endswith(".weights") else leaf
-            given = problem["input"]
+            given = None if problem["type"] == "missing" else problem["input"]
             said = "nothing" if given is None else repr(given)
-            place = next((f" {origin[k]}" for k in (key, leaf) if k in origin), "")
             options = [str(o) for o in _options(leaves[leaf])]
             hint = nearest(given, options) if isinstance(given, str) else ""
             lines.setdefault(key, f"{key}: got {said}{place}; allowed: {allowed_values(leaves[leaf])}{hint}")
@@ -183,39 +238,55 @@ def _literals(kind: Any) -> Iterator[Any]:
 # ---- Keys and what they allow ----
 
 
-def leaf_keys() -> dict[str, FieldInfo]:
-    """Dotted name of every leaf key, in order, with its field."""
-    return dict(_walk(Settings, ""))
+def leaf_keys(pools: Mapping[str, type[PoolSettings]] | None = None) -> dict[str, FieldInfo]:
+    """Dotted name of every leaf key, in order, with its field; what every reward pool has is there once.
+
+    pools: class of each pool's settings by name; without, those of the registered rewards.
+    """
+    pools = pool_types({}) if pools is None else pools
+    found: dict[str, FieldInfo] = {}
+    for name, field in Settings.model_fields.items():
+        if name != "rewards":
+            found |= {f"{name}.{key}": inner for key, inner in _section_type(field).model_fields.items()}
+            continue
+        found["rewards.weights"] = RewardSettings.model_fields["weights"]
+        found |= {f"{ANY_POOL}.{key}": inner for key, inner in pool_keys(PoolSettings).items()}
+        for pool, kind in pools.items():
+            found |= {f"rewards.{pool}.{key}": inner for key, inner in own_keys(kind).items()}
+    return found
+
+
+def real_keys(pools: Mapping[str, type[PoolSettings]]) -> dict[str, FieldInfo]:
+    """`leaf_keys` as they can be given: each pool with all it has."""
+    found = {key: field for key, field in leaf_keys({}).items() if not key.startswith(ANY_POOL)}
+    for pool, kind in pools.items():
+        found |= {f"rewards.{pool}.{key}": field for key, field in pool_keys(kind).items()}
+    return found
 
 
 def sections() -> dict[str, type[Section]]:
     """Dotted name of every section, in order, with its class."""
     found: dict[str, type[Section]] = {}
     for name, field in Settings.model_fields.items():
-        found[name] = _section_type(field)  # type: ignore[assignment]
-        for inner, inner_field in found[name].model_fields.items():
-            if section := _section_type(inner_field):
-                found[f"{name}.{inner}"] = section
+        found[name] = _section_type(field)
+        if name == "rewards":
+            found[ANY_POOL] = PoolSettings
     return found
 
 
-def _section_type(field: FieldInfo) -> type[Section] | None:
+def _section_type(field: FieldInfo) -> type[Section]:
     kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
-
-
-def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
-    for name, field in section.model_fields.items():
-        if inner := _section_type(field):
-            yield from _walk(inner, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field
+    assert isinstance(kind, type) and issubclass(kind, Section)
+    return kind
 
 
 def allowed_values(field: FieldInfo) -> str:
     """What a key accepts, in words: "whole number >= 1", "cps, flow_sde, dance_sde or ode", "path"."""
-    choice = next((limit for limit in field.metadata if isinstance(limit, OneOf)), None)
-    return choice.allowed if choice else _allowed(field.annotation, field.metadata)
+    for limit in field.metadata:
+        if isinstance(limit, OneOf | ShareRule):
+            return limit.allowed
+    said = field.json_schema_extra.get("allowed") if isinstance(field.json_schema_extra, dict) else ""
+    return str(said or _allowed(field.annotation, field.metadata))
 
 
 def _allowed(kind: Any, limits: Sequence[Any]) -> str:
@@ -226,12 +297,9 @@ def _allowed(kind: Any, limits: Sequence[Any]) -> str:
         return " or ".join(", ".join(str(a) for a in arguments).rsplit(", ", 1))
     if origin in (Union, UnionType):
         return " or ".join(_allowed(a, []) for a in arguments)
-    if origin is dict and get_origin(arguments[1]) is not dict:
-        return "a weight >= 0 for each source, as in {photos: 2, posters: 1}"
-    if origin is dict:
-        return f"a weight >= 0 for each reward ({', '.join(RewardSettings.names())}) of a task ({', '.join(TASKS)})"
-    names = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path"}
-    return " ".join([names[kind], *_limits(limits)])
+    names = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path", dict: "a mapping"}
+    kind = origin or kind
+    return " ".join([names.get(kind, getattr(kind, "__name__", str(kind))), *_limits(limits)])
 
 
 def _limits(limits: Sequence[Any]) -> Iterator[str]:

@@ -231,19 +231,23 @@ def _other_processes(job: Job) -> Iterator[str]:
     """GPUs beside the learner's."""
     if job.stage != "rl":
         return
-    from rewards.judge import GPU_MEMORY_SHARE
-
     settings, parameters = job.settings, job.parameters
     model = sum(parameters.frozen) + parameters.trained + parameters.whole
     yield f"to be added: {settings.rollout.actors} rollout actors, one GPU each (rollout.actors)"
     yield _row("the model in fp32, on each", FP32 * model)
     yield "  not estimated: their forward passes and decoding, which keep nothing"
-    if "judge" in settings.rewards.used():
-        yield (
-            f"to be added: {settings.rewards.judge.replicas} judge(s), one GPU each (rewards.judge.replicas), of which "
-            f"vLLM takes {GPU_MEMORY_SHARE:.0%}"
-        )
-        yield "  not estimated: how much of that the judge's weights leave for its cache"
+    for name in settings.rewards.used():
+        pool = settings.rewards.pools[name]
+        if not pool.gpus:
+            continue
+        amount = "one GPU" if pool.gpus == 1 else f"{pool.gpus:g} GPUs"
+        head = f"to be added: {pool.replicas} {name}(s), {amount} each ({pool.dotted('replicas')})"
+        if share := getattr(pool, "gpu_memory_share", 0.0):  # of a reward on vLLM
+            yield f"{head}, of which vLLM takes {share:.0%}"
+            yield "  not estimated: how much of that its weights leave for its cache"
+        else:
+            yield head
+            yield "  not estimated: the memory it needs there"
     yield ""
 
 

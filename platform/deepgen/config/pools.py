@@ -1,0 +1,166 @@
+"""Reward pools in the settings: keys that every pool has, and options that the class of its reward owns.
+
+`rewards.<name>` says which reward a pool runs (`class`) and how; `<name>` is what weights, metrics and tables call it.
+A reward declares its options in its own file, as `class Options(PoolSettings)` inside the reward's class, so the class
+of every pool is imported when settings are read. Left out: sections within options.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import PrivateAttr, TypeAdapter
+from pydantic.fields import FieldInfo
+
+from deepgen.config.choices import OneOf, Share
+from deepgen.config.paths import is_input
+from deepgen.config.section import Section, setting
+from deepgen.errors import UserError, nearest
+from deepgen.registry import REWARDS
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_RESERVED = ("weights", "total")  # the key beside the pools, and what the weighted sum is called in metrics
+
+
+class PoolSettings(Section):
+    """One reward pool. A reward that has options of its own adds them in a subclass."""
+
+    about: ClassVar[str] = "a pool of replicas of one reward; any number of pools, also two of one class"
+    class_: Annotated[str, OneOf(REWARDS)] = setting(
+        ..., "The reward. May be left out where the pool is called like a registered one.", alias="class"
+    )
+    replicas: int = setting(1, "Actors that score in parallel.", ge=1)
+    batch_size: int = setting(64, "Images in one call.", unit="images", ge=1)
+    deadline_s: float = setting(
+        120.0, "Longest wait for one call; after all retries the score is missing.", unit="s", gt=0
+    )
+    retries: int = setting(2, "Further attempts after a failed call.", ge=0, le=20)
+    gpus: Share = setting(0.0, "GPUs of one replica; on a cluster without any none are asked for.", unit="GPUs")
+    cpus: Share = setting(0.05, "CPUs of one replica: a share for placement, not a limit.", unit="CPUs")
+    _pool: str = PrivateAttr("")
+
+    @property
+    def pool_name(self) -> str:
+        """The name under `rewards`."""
+        return self._pool
+
+    def dotted(self, option: str) -> str:
+        """The key of an option, for errors: "rewards.judge.path"."""
+        return f"rewards.{self._pool}.{option}"
+
+    def inputs(self) -> dict[str, Path]:
+        """Files and folders that the reward reads, by their keys."""
+        return {
+            self.dotted(name): getattr(self, name) for name, field in type(self).model_fields.items() if is_input(field)
+        }
+
+    def reward_class(self) -> type[Any]:
+        """The class of the reward. Raises UserError when it can't be imported here."""
+        return reward_class(self.class_, self.dotted("class"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return make_pool, (self._pool, self.model_dump())
+
+
+def reward_class(given: str, key: str) -> type[Any]:
+    """The class that a name or a path means, checked to be a reward (`rewards.base.Reward`).
+
+    key: the setting to blame. Raises UserError: no such name, module or attribute; something that is no reward.
+    """
+    found, path = REWARDS.load(given, key), REWARDS.path(given, key)
+    if not isinstance(found, type) or not callable(getattr(found, "score", None)):
+        what = "class without it" if isinstance(found, type) else type(found).__name__
+        raise UserError(
+            f"{key}: got {path!r}, a {what}; allowed: a class with a method score(requests), see docs/own-reward.md"
+        )
+    if hasattr(found, "from_settings"):
+        raise UserError(
+            f"{key}: {path!r} has from_settings, as rewards had before; now: class Options(PoolSettings) with its "
+            "options, which __init__(self, options) gets; see docs/own-reward.md"
+        )
+    options = getattr(found, "Options", PoolSettings)
+    if not isinstance(options, type) or not issubclass(options, PoolSettings):
+        raise UserError(f"{key}: Options of {path!r} are no settings; allowed: class Options(PoolSettings)")
+    return found
+
+
+def pool_type(name: str, content: Any) -> type[PoolSettings]:
+    """Class of the settings of pool `name`, which its reward owns. `content` may be wrong in any way: UserError."""
+    if not isinstance(content, Mapping):
+        return PoolSettings  # which will refuse it
+    given = content.get("class", name if name in REWARDS else None)
+    if given is None:
+        raise UserError(
+            f"rewards.{name}: unknown reward {name!r}{nearest(name, ['weights', *REWARDS])}; for a pool of your own "
+            f"write its class, rewards.{name}.class: NAME or package.module:Class; names: {', '.join(REWARDS)}"
+        )
+    if not isinstance(given, str):
+        return PoolSettings
+    options: type[PoolSettings] = getattr(reward_class(given, f"rewards.{name}.class"), "Options", PoolSettings)
+    return options
+
+
+def pool_types(content: Mapping[str, Any]) -> dict[str, type[PoolSettings]]:
+    """`pool_type` of every pool by name: the registered rewards, then those that `content` names. UserError."""
+    names = [name for name in dict.fromkeys([*REWARDS, *content]) if name != "weights"]
+    return {name: pool_type(name, _section(content.get(name))) for name in names}
+
+
+def make_pools(content: Mapping[str, Any], context: Any = None) -> dict[str, PoolSettings]:
+    """Pools by name, from the content of `rewards` without its weights; one of each registered reward is always there.
+
+    Raises UserError for a wrong class, pydantic's ValidationError for wrong options.
+    """
+    return {name: make_pool(name, content.get(name), context) for name in dict.fromkeys([*REWARDS, *content])}
+
+
+def make_pool(name: str, content: Any, context: Any = None) -> PoolSettings:
+    """One pool. Errors as `make_pools`."""
+    if not _NAME.fullmatch(name) or name in _RESERVED:
+        raise UserError(
+            f"rewards.{name}: {name!r} cannot be the name of a pool; allowed: letters, digits, dash and underscore, "
+            f"but not {' or '.join(_RESERVED)}"
+        )
+    content = _section(content)
+    kind = pool_type(name, content)
+    if isinstance(content, Mapping) and name in REWARDS:
+        content = {"class": name, **content}
+    # As a dictionary, so that errors name the pool.
+    pools: TypeAdapter[dict[str, PoolSettings]] = TypeAdapter(dict[str, kind])  # type: ignore[valid-type]
+    pool = pools.validate_python({name: content}, context=context)[name]
+    pool._pool = name
+    return pool
+
+
+def _section(content: Any) -> Any:
+    """YAML's `judge:` with nothing under it is an empty section."""
+    return {} if content is None else content
+
+
+# ---- Keys ----
+
+
+def pool_keys(kind: type[PoolSettings]) -> dict[str, FieldInfo]:
+    """Keys of a pool as recipes spell them, with their fields."""
+    return {field.alias or name: field for name, field in kind.model_fields.items()}
+
+
+def own_keys(kind: type[PoolSettings]) -> dict[str, FieldInfo]:
+    """Those of `pool_keys` that not every pool has, or not with this default."""
+    common = pool_keys(PoolSettings)
+    return {
+        key: field
+        for key, field in pool_keys(kind).items()
+        if key not in common or field.default != common[key].default
+    }
+
+
+def about_pool(name: str, content: Any) -> str:
+    """In one line, for `--help`: class and first line of its docstring."""
+    given = content.get("class", name) if isinstance(content, Mapping) else name
+    lines = (inspect.getdoc(reward_class(given, f"rewards.{name}.class")) or "").splitlines()
+    return f"class {given}" + (f". {lines[0]}" if lines else "")
