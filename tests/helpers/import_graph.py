@@ -91,10 +91,10 @@ def longest_chain(graph: Graph) -> list[str]:
     @cache
     def below(name: str, above: frozenset[str]) -> tuple[str, ...]:
         chains = [below(other, above | {other}) for other in sorted(graph.get(name, set()) - above)]
-        return (name, *max(chains, key=len, default=tuple[str, ...]()))
+        return (name, *(max(chains, key=len) if chains else ()))
 
     chains = [below(name, frozenset({name})) for name in sorted(graph)]
-    return list(max(chains, key=len, default=tuple[str, ...]()))
+    return list(max(chains, key=len)) if chains else []
 
 
 def room(graph: Graph, folder: str) -> dict[str, set[str]]:
