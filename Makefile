@@ -2,7 +2,7 @@
 # nothing but Python 3.11, g++ and make. Settings go through ARGS: make rl ARGS="train.steps=10 run.name=try"
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup rl test check format base bench ui
+.PHONY: help setup rl test test-fast check format base bench ui
 
 PYTHON ?= python3.11
 PORT ?= 5000
@@ -10,6 +10,7 @@ ARGS ?=
 VENV := $(CURDIR)/.venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
+PYTEST := -n 2 --dist loadfile --no-loadscope-reorder
 
 export PYTHON
 export VIRTUAL_ENV := $(VENV)
@@ -29,10 +30,10 @@ export TOKENIZERS_PARALLELISM ?= false
 
 # One thread a process: several run side by side, and two threads collapse when anything else wants a core. Not so in
 # `base`, whose trainings run one after another and choose for themselves.
-rl test bench: export OMP_NUM_THREADS ?= 1
+rl test test-fast bench: export OMP_NUM_THREADS ?= 1
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## the virtual environment .venv, with everything in it (other targets call it)
 
@@ -47,9 +48,12 @@ endif
 rl: setup  ## reinforcement learning on the tiny world: about nine minutes, ends with a table and a picture
 	$(RUN) stages/rl.py --recipe tiny-rl $(ARGS)
 
-# Two files side by side: most of a test's time is waiting for processes to start.
-test: setup  ## the tests; one of them: make test ARGS="-n 0 tests/test_setup.py -k alias"
-	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+# Two files side by side, the slow ones first: most of a test's time is waiting for processes to start.
+test: setup  ## all tests; one of them: make test ARGS="-n 0 tests/test_setup.py -k alias"
+	$(RUN) -m pytest $(PYTEST) $(ARGS)
+
+test-fast: setup  ## nine in ten of the tests, in less than a minute: those without Ray, vLLM and other processes
+	$(RUN) -m pytest $(PYTEST) -m "not (ray or vllm or processes or slow or gpu)" $(ARGS)
 
 check: setup  ## ruff and mypy
 	$(RUN) -m ruff check .

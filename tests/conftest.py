@@ -12,12 +12,16 @@ import secrets
 import shutil
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from cpu_stack_hook import build_of
+
+from tests.helpers.process_guard import GUARD
 
 ROOT = Path(__file__).resolve().parent.parent
 # Ray's sockets lie under RAY_TMPDIR, and the path of a Unix socket ends at 107 characters.
@@ -54,8 +58,33 @@ def _set_environment() -> None:
 _set_environment()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    with GUARD.watching(_marks(item)):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with GUARD.watching(_marks(item)):
+        return (yield)
+
+
+def _marks(item: pytest.Item) -> set[str]:
+    return {mark.name for mark in item.iter_markers()}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, then those that share a cluster; whoever is done early takes a quick file."""
+    slow = Counter(item.path for item in items if "slow" in _marks(item))
+    clusters = {item.path for item in items if "ray" in _marks(item)}
+    items.sort(key=lambda item: (-slow[item.path], item.path not in clusters))
+
+
 def pytest_sessionfinish() -> None:
-    """Remove Ray's session folders; its processes have ended with their fixtures."""
+    """End the cluster of `ray_local` and remove Ray's session folders."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
     shutil.rmtree(RAY_TMPDIR, ignore_errors=True)
 
 
@@ -65,17 +94,33 @@ def root() -> Path:
     return ROOT
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables and no runs: making them takes seconds, copying does not."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture(scope="module")
 def ray_local() -> Iterator[ModuleType]:
-    """Ray, with a cluster of this test module's own (4 logical CPUs), ended after the module."""
+    """Ray, with a cluster of this test process (4 logical CPUs) that the next module goes on with, once all is free."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=256 * 2**20,
-        log_to_driver=False,
-    )
+    if not ray.is_initialized():
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=256 * 2**20,
+            log_to_driver=False,
+        )
     yield ray
-    ray.shutdown()
+    deadline = time.monotonic() + 5
+    while ray.available_resources().get("CPU") != 4:
+        if time.monotonic() > deadline:  # an actor was left behind
+            ray.shutdown()
+            return
+        time.sleep(0.05)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.import_graph import circles, import_graph, longest_chain, merged, module_name, room
 
 # Each package and what it may import of the others: stages -> actors -> rewards, deepgen.
 MAY_IMPORT = {
@@ -16,6 +20,11 @@ MAY_IMPORT = {
     "stages": {"actors", "rewards", "deepgen"},
     "examples": {"rewards", "deepgen"},
 }
+PACKAGES = (*MAY_IMPORT, "benchmarks")
+# Inside actors each of these may import those before it.
+ORDER_IN_ACTORS = ("experience", "learner", "objectives", "start")
+FLOORS, FILES = 4, 14  # of a room: files in the longest chain of imports, files besides __init__.py
+FUNCTION_LINES, FILE_LINES = 80, 600
 ASSETS_BYTES = 48 * 10**6
 # Every way to have Pillow, or somebody on top of it, choose a decoder by what the bytes say.
 OPENS_IMAGES = re.compile(
@@ -76,14 +85,137 @@ def test_images_are_opened_in_one_place(root: Path) -> None:
     assert all("formats=" in line for _, line in lines)
 
 
-def test_files_can_be_read_in_one_sitting(root: Path) -> None:
-    long = {
-        str(file.relative_to(root)): lines
-        for package in MAY_IMPORT
-        for file in sources(root, package)
-        if (lines := len(file.read_text(encoding="utf-8").splitlines())) > 600
-    }
-    assert not long
+@pytest.fixture(scope="module")
+def graph(root: Path) -> dict[str, set[str]]:
+    """All modules of the packages and who imports whom."""
+    files = [file for package in PACKAGES for file in sources(root, package)]
+    return import_graph({module_name(file, root): file.read_text(encoding="utf-8") for file in files})
+
+
+def test_no_two_files_share_a_name(root: Path) -> None:
+    wrong = shared_names(file for package in PACKAGES for file in sources(root, package))
+    assert not wrong
+
+
+def shared_names(files: Iterable[Path]) -> list[str]:
+    counted = Counter(file.name for file in files)
+    return [name for name, count in counted.items() if count > 1 and name not in ("__init__.py", "__main__.py")]
+
+
+def test_no_circles_of_imports(graph: dict[str, set[str]]) -> None:
+    """Neither at the top of files, nor in functions, nor for type checkers only."""
+    wrong = circles(graph)
+    assert not wrong
+
+
+def test_rooms_of_deepgen_go_one_way(graph: dict[str, set[str]]) -> None:
+    rooms = merged(graph, lambda name: ".".join(name.split(".")[:2]) if name.startswith("deepgen.") else None)
+    wrong = circles(rooms)
+    assert not wrong
+
+
+def test_rooms_are_few_files_on_few_floors(graph: dict[str, set[str]]) -> None:
+    wrong = crowded(graph)
+    assert not wrong
+
+
+def crowded(graph: dict[str, set[str]]) -> list[str]:
+    """Rooms with too many files, or with a chain of imports on too many floors."""
+    found = []
+    for folder in sorted({name.rpartition(".")[0] for name in graph} - {""}):
+        inside = room(graph, folder)
+        chain = longest_chain(inside)
+        if len(inside) > FILES:
+            found.append(f"{folder}: {len(inside)} files; allowed: {FILES}")
+        if len(chain) > FLOORS:
+            found.append(f"{folder}: {len(chain)} floors; allowed: {FLOORS}: {' → '.join(chain)}")
+    return found
+
+
+def test_actors_go_one_way(graph: dict[str, set[str]]) -> None:
+    wrong = upward(graph, "actors", ORDER_IN_ACTORS)
+    assert not wrong
+
+
+def upward(graph: dict[str, set[str]], package: str, order: tuple[str, ...]) -> list[str]:
+    """Imports from a part of the package to one that stands after it."""
+    place = {f"{package}.{part}": number for number, part in enumerate(order)}
+
+    def place_of(name: str) -> int | None:
+        return place.get(".".join(name.split(".")[:2]))
+
+    pairs = [(name, other) for name, wanted in graph.items() for other in sorted(wanted)]
+    return [
+        f"{name} → {other}"
+        for name, other in pairs
+        if (here := place_of(name)) is not None and (there := place_of(other)) is not None and here < there
+    ]
+
+
+def test_files_and_functions_can_be_read_in_one_sitting(root: Path) -> None:
+    files = [file for package in PACKAGES for file in sources(root, package)]
+    wrong = [line for file in files for line in too_long(str(file.relative_to(root)), file.read_text("utf-8"))]
+    assert not wrong
+
+
+def too_long(name: str, source: str) -> list[str]:
+    lines = {name: len(source.splitlines())} if len(source.splitlines()) > FILE_LINES else {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            lines |= {f"{name}: {node.name}": length} if length > FUNCTION_LINES else {}
+    return [f"{what}: {length} lines" for what, length in lines.items()]
+
+
+def test_folders_of_tests_are_those_of_the_source(root: Path) -> None:
+    folders = [path.relative_to(root / "tests") for path in (root / "tests").rglob("*") if path.is_dir()]
+    tested = [path for path in folders if path.parts[0] not in ("helpers", "golden") and path.name != "__pycache__"]
+    assert len(tested) > 10
+    homes = (root, root / "platform" / "deepgen", root / "actors")
+    wrong = [str(path) for path in tested if not any((home / path).is_dir() for home in homes)]
+    assert not wrong
+
+
+# -- the checks can fail ---------------------------------------------------------------------------------------------
+
+
+def test_imports_are_found_wherever_they_stand() -> None:
+    source = "from a import b\nif TYPE_CHECKING:\n    import a.c\ndef f():\n    from a.d import name\nimport os"
+    modules = {"a": "", "a.b": "", "a.c": "", "a.d": "", "a.e": source}
+    assert import_graph(modules)["a.e"] == {"a.b", "a.c", "a.d"}
+
+
+def test_a_circle_is_told_from_a_chain() -> None:
+    straight = {"a": {"b", "c"}, "b": {"c"}, "c": set[str]()}
+    assert circles(straight) == [] and longest_chain(straight) == ["a", "b", "c"]
+    bent = straight | {"c": {"d"}, "d": {"b"}}
+    assert circles(bent) == ["b → c → d → b"] and longest_chain(bent) == ["a", "b", "c", "d"]
+    rooms = merged({"p.x.one": {"p.y.one"}, "p.y.two": {"p.x.two"}, "other": set()}, lambda name: name[:3])
+    assert circles(rooms) == ["p.x → p.y → p.x"]
+
+
+def test_a_crowded_room_is_found() -> None:
+    tower = {f"p.m{i}": {f"p.m{i + 1}"} for i in range(FLOORS)} | {f"p.m{FLOORS}": set[str]()}
+    assert crowded(tower) == [f"p: 5 floors; allowed: 4: {' → '.join(sorted(tower))}"]
+    hall = {f"p.m{i}": set[str]() for i in range(FILES)}
+    assert crowded(hall | {"p": set(hall), "p.inner.m": set()}) == []
+    assert crowded(hall | {"p.one_more": set()}) == ["p: 15 files; allowed: 14"]
+
+
+def test_an_import_upward_is_found() -> None:
+    graph = {"p.low.a": {"p.high.b", "p.other"}, "p.high.b": {"p.low.a"}, "p.other": {"p.high.b"}}
+    assert upward(graph, "p", ("low", "high")) == ["p.low.a → p.high.b"]
+
+
+def test_long_things_and_shared_names_are_found() -> None:
+    function = "def f():\n" + "    pass\n" * FUNCTION_LINES
+    assert too_long("x.py", function) == ["x.py: f: 81 lines"]
+    assert too_long("x.py", "pass\n" * 601) == ["x.py: 601 lines"] and not too_long("x.py", "pass\n" * 600)
+    paths = [Path(name) for name in ("a/b.py", "c/b.py", "a/__init__.py", "c/__init__.py", "a/d.py")]
+    assert shared_names(paths) == ["b.py"]
+
+
+# -- sizes -----------------------------------------------------------------------------------------------------------
 
 
 def test_assets_stay_small(root: Path) -> None:

@@ -100,6 +100,7 @@ def test_repair_of_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "no such site-packages folder" in capsys.readouterr().err
 
 
+@pytest.mark.processes
 def test_hook_in_a_fresh_process() -> None:
     """In this environment: absent packages are absent, torchvision's transforms work, vLLM takes its CPU platform."""
     site = Path(str(importlib.metadata.distribution("torch").locate_file("")))
@@ -154,6 +155,7 @@ def test_installed_packages_are_those_of_the_lock(root: Path) -> None:
         assert Version(found) == version, f"{name}: installed {found}, locked {version}"
 
 
+@pytest.mark.processes
 def test_wheel_holds_the_packages_and_not_the_shim(root: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -202,18 +204,21 @@ def run_setup(root: Path, tmp_path: Path, programs: list[str]) -> subprocess.Com
     )
 
 
+@pytest.mark.processes
 def test_setup_without_python(root: Path, tmp_path: Path) -> None:
     done = run_setup(root, tmp_path, [])
     assert done.returncode == 1
     assert done.stderr.startswith("error: python3.11 is not on the PATH; install Python 3.11")
 
 
+@pytest.mark.processes
 def test_setup_without_compiler(root: Path, tmp_path: Path) -> None:
     done = run_setup(root, tmp_path, ["python3.11"])
     assert done.returncode == 1
     assert done.stderr.startswith("error: g++ is not on the PATH")
 
 
+@pytest.mark.processes
 def test_makefile_uses_the_environment_of_the_checkout(root: Path) -> None:
     """Another active environment changes nothing: programs are called by their full path."""
     other = {"VIRTUAL_ENV": "/somewhere/else", "PATH": "/somewhere/else/bin:/usr/bin:/bin", "HOME": os.environ["HOME"]}
@@ -222,7 +227,8 @@ def test_makefile_uses_the_environment_of_the_checkout(root: Path) -> None:
         assert f"{root}/.venv/bin/python {program}" in done.stdout
 
 
+@pytest.mark.processes
 def test_every_target_is_explained(root: Path) -> None:
     done = subprocess.run(["make", "help"], cwd=root, capture_output=True, text=True, check=True)
-    for target in ("setup", "rl", "test", "check", "base", "bench", "ui"):
+    for target in ("setup", "rl", "test", "test-fast", "check", "base", "bench", "ui"):
         assert re.search(rf"^  make {target} +\S", done.stdout, re.MULTILINE)

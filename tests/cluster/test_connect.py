@@ -90,6 +90,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("address", "message"),
     [
@@ -104,6 +105,7 @@ def test_a_cluster_that_is_not_there_is_a_user_error(address: str, message: str)
     assert message in result.stderr
 
 
+@pytest.mark.processes
 def test_a_temporary_folder_too_deep_for_sockets_is_a_user_error() -> None:
     folder = "/tmp/" + "x" * MAX_TEMP_DIR
     result = python("run_program(lambda: connect(load_settings()))", RAY_TMPDIR=folder)

@@ -378,6 +378,7 @@ def run_python(code: str, *argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=60, check=False)
 
 
+@pytest.mark.processes
 def test_config_imports_neither_torch_nor_ray() -> None:
     heavy = ["torch", "ray", "vllm", "transformers", "diffusers", "mlflow", "numpy", "pyarrow"]
     done = run_python(f"import sys, deepgen.config; print([m for m in {heavy} if m in sys.modules])")
@@ -387,24 +388,28 @@ def test_config_imports_neither_torch_nor_ray() -> None:
 PROGRAM = "import sys; from deepgen.config import *; run_program(lambda: {})"
 
 
+@pytest.mark.processes
 def test_user_error_leaves_with_2_and_one_line() -> None:
     done = run_python(PROGRAM.format("parse_command_line('rl', sys.argv[1:])"), "--train.stepz", "3")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown key 'train.stepz' on the command line; did you mean 'train.steps'?\n"
 
 
+@pytest.mark.processes
 def test_ctrl_c_leaves_with_130_and_says_how_to_resume() -> None:
     done = run_python(PROGRAM.format("(_ for _ in ()).throw(KeyboardInterrupt)"), "train.steps=3", "--resume")
     assert done.returncode == 130
     assert done.stderr.strip() == "stopped; to continue: python -c train.steps=3 --resume"
 
 
+@pytest.mark.processes
 def test_sigterm_leaves_with_143_and_says_how_to_resume() -> None:
     done = run_python(PROGRAM.format("__import__('os').kill(__import__('os').getpid(), 15)"), "train.steps=3")
     assert done.returncode == 143
     assert done.stderr.strip() == "stopped; to continue: python -c train.steps=3 --resume"
 
 
+@pytest.mark.processes
 def test_who_reads_the_help_may_stop_reading() -> None:
     program = PROGRAM.format("parse_command_line('rl', ['--help'])")
     command = [sys.executable, "-c", program]
@@ -431,6 +436,7 @@ def test_names_no_file_can_have_are_not_there(name: str) -> None:
             parse_command_line("rl", argv)
 
 
+@pytest.mark.processes
 def test_user_error_of_a_ray_actor_is_still_one_line() -> None:
     remote = (
         "type('RayTaskError(UserError)', (UserError,), {'cause': UserError('data.train: row 3')})('long\\ntraceback')"

@@ -280,6 +280,7 @@ def test_another_conversion_is_not_mixed_in(tmp_path):
         convert(tmp_path / "in", tmp_path / "full")
 
 
+@pytest.mark.processes
 def test_the_program(tmp_path):
     """On a Ray cluster of its own: report, samples, and a stop above the share of bad samples."""
     (tmp_path / "in").mkdir()

@@ -383,6 +383,7 @@ def program(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.processes
 def test_what_is_wrong_in_a_unit_is_one_line_of_the_program(tmp_path):
     """And what the last run stopped for stops the next, before it connects to a cluster."""
     pack(tmp_path / "in" / "a.tar", [(f"{i}.txt", b"no image") for i in range(250)])
@@ -401,6 +402,7 @@ def test_what_is_wrong_in_a_unit_is_one_line_of_the_program(tmp_path):
     assert "100.0% of 250 samples cannot be used" in done.stderr
 
 
+@pytest.mark.processes
 def test_nothing_kept_is_an_error(tmp_path):
     source = RawData(pack(tmp_path / "a.tar", [("0.txt", b"no image")]), "webdataset", name="a")
     (unit,) = plan_units(source, 1000)
@@ -413,6 +415,7 @@ def test_nothing_kept_is_an_error(tmp_path):
     assert "data.train=" not in done.stdout
 
 
+@pytest.mark.processes
 def test_ctrl_c_says_the_same_command_again():
     code = "import sys; sys.argv = ['c.py', 'a b']; from deepgen.config import run_program\n"
     code += "def main(): raise KeyboardInterrupt\nrun_program(main, resumes=False)"

@@ -33,7 +33,7 @@ from deepgen.models.presets import DEEPGEN_5B
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings, add_lora
 from tests.helpers.factories import make_tiny_model
-from tests.learner.test_loop import make_records
+from tests.helpers.sft_world import make_records
 
 ABOUT = {LATENT: {"weights": "1"}, FEATURES: {"weights": "2"}}
 CPU = torch.device("cpu")
@@ -281,6 +281,7 @@ def test_two_writers_fill_one_folder(tmp_path: Path, shard: str) -> None:
     assert not list((tmp_path / "cache").rglob(f"*{WRITING}"))
 
 
+@pytest.mark.processes
 def test_a_killed_writer_leaves_nothing_to_be_read(tmp_path: Path, shard: str, monkeypatch: Any) -> None:
     """Killed with half of its file written; whoever comes an hour later cleans up."""
     child = os.fork()

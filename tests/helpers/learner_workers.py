@@ -1,4 +1,4 @@
-"""Processes for learner tests: ``learner_workers.py JOB`` is one worker of a gloo group without Ray."""
+"""Workers for learner tests, without Ray: processes of one gloo group."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import functools
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.forked import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,40 +26,26 @@ def run_workers(folder: Path, runs: Sequence[dict[str, Any]], *, world: int = 1,
     """
     folder.mkdir(parents=True, exist_ok=True)
     rendezvous = folder / f"rendezvous-{len(list(folder.glob('rendezvous-*')))}"
-    processes = []
-    for rank in range(world):
-        job = {"rank": rank, "world": world, "rendezvous": str(rendezvous), "runs": list(runs)}
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-        }
-        command = [sys.executable, str(Path(__file__)), json.dumps(job)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [exit_code] * world, "\n".join(outputs)
+    exit_codes, outputs = run_ranks(work, world, f"file://{rendezvous}", list(runs))
+    assert exit_codes == [exit_code] * world, "\n".join(outputs)
     return "\n".join(outputs)
 
 
-def main() -> None:
-    job = json.loads(sys.argv[1])
+def work(rank: int, world: int, rendezvous: str, runs: list[dict[str, Any]]) -> None:
+    """One worker."""
     import torch.distributed as dist
 
     from actors.learner.worker import prepare_process
     from deepgen.config import load_settings
     from deepgen.config.recipes import find_recipe
 
-    for number, run in enumerate(job["runs"]):
+    for number, run in enumerate(runs):
         settings = load_settings(find_recipe(run["recipe"]) if "recipe" in run else None, run["overrides"])
         if number == 0:
             prepare_process(settings)
-            method = f"file://{job['rendezvous']}"
-            dist.init_process_group("gloo", init_method=method, rank=job["rank"], world_size=job["world"])
+            dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
         start = _measure if "measure" in run else _train_toy if "stage" not in run else _train_stage
-        start(settings, run, job["rank"], job["world"])
+        start(settings, run, rank, world)
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -144,7 +131,3 @@ class _Dying:
             os._exit(9)
         self._left -= 1
         return self._source.next(step, rank, world)
-
-
-if __name__ == "__main__":
-    main()

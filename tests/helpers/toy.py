@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deepgen.config import load_settings
+from deepgen.models.presets import DEEPGEN_5B
 
 WIDTH = 6
 MICRO_BATCHES = 3
@@ -188,3 +190,11 @@ def check_toy(folder: Path, name: str, expected: Expected) -> None:
         result = toy_result(folder, name, part)
         for key, value in tensors.items():
             torch.testing.assert_close(result[key], value, rtol=1e-5, atol=1e-6, msg=f"{name}, {part}: {key}")
+
+
+def start(tmp_path: Path, *overrides: str) -> Any:
+    """Settings of a run whose weights are a config alone, for what happens before they are read."""
+    (tmp_path / "weights" / "transformer").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "weights" / "transformer" / "config.json").write_text(json.dumps(dict(DEEPGEN_5B.transformer)))
+    own = [f"run.dir={tmp_path / 'runs'}", "run.name=a", f"model.weights={tmp_path / 'weights'}"]
+    return load_settings(None, [*own, *overrides])

@@ -36,6 +36,7 @@ def resumed(folder: Path, before: tuple[int, int], workers: int, stage: int, *mo
     return run(folder, name, workers, stage, "run.resume=true", *more)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_other_workers_and_other_zero_stages(tmp_path: Path) -> None:
     """2 -> 1, 1 -> 2 and changes of stage end like plain training; an unchanged layout ends bit for bit the same."""
@@ -63,6 +64,7 @@ def test_other_workers_and_other_zero_stages(tmp_path: Path) -> None:
             assert all(torch.equal(result[name], undisturbed[name]) for name in undisturbed), (stage, part)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_offloaded_optimizer_states(tmp_path: Path) -> None:
     """The same training in the host's memory, for each ZeRO stage; checkpoints go from one way to the other."""

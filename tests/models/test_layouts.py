@@ -18,6 +18,7 @@ from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings, add_lora, lora_parameters
 from deepgen.models.weights_io.layout_reader import _only_tensors, read_weights
 from deepgen.models.weights_io.layout_writer import Bases, check_weights, complete, find_architecture, write
+from tests.helpers.deepspeed_writer import write_deepspeed
 from tests.helpers.factories import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -198,6 +199,7 @@ def test_damaged_files(tmp_path, name, content, message):
         read_weights(tmp_path / name)
 
 
+@pytest.mark.processes
 def test_export_program(folder, tmp_path):
     command = [sys.executable, str(ROOT / "stages/export.py"), str(folder), str(tmp_path / "out"), "--dtype", "bf16"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
@@ -221,13 +223,11 @@ def test_large_parts_are_sharded(folder, tmp_path, monkeypatch):
     assert same(UnifiedModel.from_folder(out), UnifiedModel.from_folder(folder))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("stage", "world"), [(1, 2), (2, 2), (3, 2)])
 def test_deepspeed_folders(tmp_path, stage, world):
     """ZeRO 1-3 of two workers, put together: fp32 masters to the bit, under the name *.pth and as its parent."""
-    arguments = [[str(stage), str(rank), str(world), str(tmp_path / "meet"), str(tmp_path)] for rank in range(world)]
-    program = str(ROOT / "tests/helpers/deepspeed_writer.py")
-    writers = [subprocess.Popen([sys.executable, program, *a]) for a in arguments]
-    assert [writer.wait(timeout=180) for writer in writers] == [0] * world
+    write_deepspeed(tmp_path, stage, world)
     truth = load_file(tmp_path / "truth.safetensors")
     for path in (tmp_path, tmp_path / "iter_3.pth"):
         weights = read_weights(path)

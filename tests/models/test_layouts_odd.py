@@ -355,6 +355,7 @@ def test_places_that_cannot_be_written(folder, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"file", "dangling"}
 
 
+@pytest.mark.processes
 def test_a_full_disk(folder, tmp_path):
     """Files that may not grow, as a full disk has them: one line, code 2, nothing left."""
     limit = 40_000

@@ -27,9 +27,9 @@ from deepgen.data.parquet import write_records
 from deepgen.data.quarantine import FILE, BadRow, Quarantine
 from deepgen.data.records import Record, RecordError
 from tests.data.test_records import EDIT, GOOD, PICTURE
-from tests.helpers.factories import make_tiny_folder, make_tiny_model
+from tests.helpers.factories import make_tiny_model
 from tests.helpers.learner_workers import run_workers
-from tests.learner.test_loop import component, make_records, stage_overrides
+from tests.helpers.sft_world import component, make_records, make_sft_world, stage_overrides
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -204,10 +204,11 @@ def test_a_step_without_any_usable_record_ends_the_run(tmp_path: Path) -> None:
         objective.prepare(make_tiny_model(), source.next(0, 0, 1), StepContext(1, 0, 0, 1, torch.device("cpu")))
 
 
+@pytest.mark.processes
 @pytest.mark.slow
-def test_ranks_with_nothing_to_do_and_a_resume_change_nothing(tmp_path: Path) -> None:
+def test_ranks_with_nothing_to_do_and_a_resume_change_nothing(tmp_path: Path, empty_database: Path) -> None:
     """Two ranks under ZeRO-3 with one record each, so that a bad one leaves a rank without any; then killed."""
-    make_tiny_folder(tmp_path / "weights")
+    make_sft_world(tmp_path, empty_database)
     write_records(tmp_path / "train.parquet", damaged(1, 2, 3, 8))
 
     def run(name: str, ranks: int, micro: int, **more: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ ACTIVATIONS_OFF = 0.06  # modulation vectors, and keys repeated to all heads whe
 # ---- States ----
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_states_are_what_the_engine_holds(tmp_path: Path) -> None:
     """ZeRO 0 to 3 on two gloo workers, rank 0, in the middle of a step: every part, and nothing beside them."""

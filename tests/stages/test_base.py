@@ -28,6 +28,7 @@ def test_every_need_is_a_step_that_stands_before():
         seen.add(name)
 
 
+@pytest.mark.processes
 def test_steps_run_once_their_needs_are_met(workshop):
     log = workshop / "order"
     plan = {"a": Step(append(log, "a")), "b": Step(append(log, "b"), ("a",)), "c": Step(append(log, "c"), ("b",))}
@@ -38,6 +39,7 @@ def test_steps_run_once_their_needs_are_met(workshop):
     assert {path.name for path in (workshop / "done").iterdir()} == {"a", "b", "c"}
 
 
+@pytest.mark.processes
 def test_a_failed_step_is_named_with_its_log(workshop):
     plan = {"a": Step([sys.executable, "-c", "print('no room'); raise SystemExit(3)"]), "b": Step(["true"], ("a",))}
     with pytest.raises(UserError, match=r"step a failed \(no room\); see .*a.log"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,9 +54,11 @@ def decided(entry: dict[str, float]) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
     """With a prompt and a held-out record that cannot be used."""
     folder = make_world(tmp_path_factory.mktemp("world"))
+    (folder / "runs").mkdir()
+    shutil.copy(empty_database, folder / "runs" / "mlflow.db")
     for name, prefix, count in (("prompts", "rl", PROMPTS), ("heldout", "heldout", 3)):
         records = make_records(count, prefix)
         broken = replace(records[2], id="broken", references=(records[2].references[0][:40],))

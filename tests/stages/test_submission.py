@@ -188,6 +188,7 @@ def test_platform_is_the_standard_library(submission: Submission, process: str) 
     assert submission.places[process]["python"] == sys.version.split()[0]
 
 
+@pytest.mark.processes
 def test_installed_copy_is_another_one(installed_copy: Path) -> None:
     """The test above would prove nothing if the installed copy could not be imported."""
     code = f"import deepgen, deepgen.errors, actors; print(deepgen.{MARK}, actors.{MARK}, deepgen.__file__)"

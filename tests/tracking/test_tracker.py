@@ -31,16 +31,6 @@ def _no_server_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables and no runs: making them takes seconds, copying does not."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def runs(tmp_path: Path, empty_database: Path) -> Path:
     shutil.copy(empty_database, tmp_path / "mlflow.db")
@@ -158,6 +148,7 @@ def test_put_returns_while_the_server_hangs() -> None:
 # --- MLflow -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_a_run_and_its_continuation_are_one_mlflow_run(runs: Path) -> None:
     with Tracker(settings_in(runs), "rl") as tracker:
         tracker.log(1, {"reward/judge": 0.25, "reward/ocr": None, "loss:total": 1.5})
@@ -195,6 +186,7 @@ def test_a_run_and_its_continuation_are_one_mlflow_run(runs: Path) -> None:
     assert read_series(runs / "trial" / "metrics.jsonl")["reward/judge"][0] == [1, 2, 3]
 
 
+@pytest.mark.processes
 def test_a_resumed_run_takes_its_history_to_another_place(runs: Path, empty_database: Path) -> None:
     with Tracker(settings_in(runs), "sft") as tracker:
         tracker.log(1, {"loss/total": 2.0})
@@ -207,6 +199,7 @@ def test_a_resumed_run_takes_its_history_to_another_place(runs: Path, empty_data
     assert [(m.step, m.value) for m in history] == [(1, 2.0), (2, 1.0)]
 
 
+@pytest.mark.processes
 def test_a_second_process_attaches_to_the_run_of_the_first(runs: Path) -> None:
     with Tracker(settings_in(runs), "rl") as driver:
         driver.log(0, {"eval/judge": 0.5})
@@ -223,6 +216,7 @@ def test_a_second_process_attaches_to_the_run_of_the_first(runs: Path) -> None:
     assert not any(tag.startswith("resumed.") for tag in client.get_run(driver.run_id).data.tags)
 
 
+@pytest.mark.processes
 def test_status_tells_how_a_run_ended(runs: Path) -> None:
     statuses = []
     for error in (RuntimeError("broken"), KeyboardInterrupt()):
@@ -233,6 +227,7 @@ def test_status_tells_how_a_run_ended(runs: Path) -> None:
     assert statuses == ["FAILED", "KILLED"]
 
 
+@pytest.mark.processes
 def test_training_goes_on_when_the_database_vanishes(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = Tracker(settings_in(runs), "rl").start()
 
@@ -288,6 +283,7 @@ def test_uri_setting_before_environment_before_file(tmp_path: Path, monkeypatch:
 # --- provenance -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_git_state_of_a_checkout_and_of_a_copy_inside_one(tmp_path: Path) -> None:
     def git(*arguments: str) -> None:
         identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]

@@ -1,0 +1,89 @@
+"""Checkpoints that are cut short, damaged, in the way or of another run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors.learner import checkpoint_store as checkpoints
+from actors.learner.checkpoint_store import CheckpointStore
+from deepgen.config import UserError, load_settings
+from tests.helpers.learner_workers import ROOT, run_workers
+from tests.helpers.toy import start, toy_run
+
+
+def test_wherever_a_checkpoint_is_cut_the_one_before_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ended before each single thing that is done to the disk: never half a checkpoint, and the next one is whole."""
+
+    class Killed(BaseException):
+        """Passes every `except`."""
+
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    engine: Any = SimpleNamespace(rank=0, parameters=[])
+    engine.save = lambda folder: (folder / "engine-0.safetensors").write_bytes(bytes(1000))
+    newest: list[int] = []
+    for operations in range(40):
+        store = CheckpointStore(start(tmp_path, f"run.name=cut{operations}", "train.keep_checkpoints=1"), "rl")
+        store.save(2, engine, None, {"step": 2})
+        left = operations
+
+        def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **options: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    if real.__name__ == "write_text":
+                        real(arguments[0], arguments[1][:50])  # half a manifest
+                    raise Killed
+                return real(*arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patch, suppress(Killed):
+            for owner, name in ((Path, "mkdir"), (Path, "write_text"), (Path, "rename"), (shutil, "rmtree")):
+                patch.setattr(owner, name, counted(getattr(owner, name)))
+            patch.setattr(checkpoints, "_flush", counted(checkpoints._flush))
+            store.save(4, engine, None, {"step": 4})
+        found = store.newest()
+        assert found is not None and found.source == {"step": found.step}
+        newest.append(found.step)
+        store.save(4, engine, None, {"step": 4})
+        assert [path.name for path in store.folder.iterdir()] == ["step-000004"]
+        if left >= 0:
+            break
+    assert newest == sorted(newest) and newest.count(2) >= 6 and newest.count(4) >= 3
+
+
+@pytest.mark.processes
+def test_old_checkpoints_go_and_damaged_ones_are_passed_over(tmp_path: Path) -> None:
+    run = toy_run(tmp_path, "a", "train.keep_checkpoints=2")
+    run_workers(tmp_path, [run])
+    settings = load_settings(None, run["overrides"])
+    store = CheckpointStore(settings, "rl")
+    newest = store.newest()
+    assert newest is not None and newest.step == 6
+    assert sorted(path.name for path in store.folder.iterdir()) == ["step-000004", "step-000006"]
+    largest = max((tmp_path / "a/checkpoints/step-000006").glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-100])
+    newest = store.newest()
+    assert newest is not None and newest.step == 4
+
+    for changed, stage, says in [
+        ([], "sft", "stage: got sft"),
+        (["model.preset=tiny"], "rl", "model.preset: got tiny"),
+        (["run.seed=1"], "rl", "run.seed: got 1"),
+        (["data.temperature=2"], "rl", "data.temperature: got 2.0; allowed: 1.0"),
+        (["data.weights={a: 1}"], "rl", "data.weights: got {'a': 1.0}; allowed: {}"),
+        (["train.ema_decay=0.5"], "rl", "train.ema_decay: got above 0"),
+        (["train.steps=3"], "rl", "train.steps: got 3"),
+        ([f"model.weights={ROOT / 'tests' / 'golden'}"], "rl", "is not what the checkpoint"),
+    ]:
+        with pytest.raises(UserError, match=says) as caught:
+            CheckpointStore(load_settings(None, [*run["overrides"], *changed]), stage).check_fits(newest)
+        assert "step-000004" in str(caught.value) and "\n" not in str(caught.value)

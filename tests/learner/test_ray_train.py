@@ -1,0 +1,98 @@
+"""`stages/sft.py` under Ray Train: stopped, killed, and in the end the same weights as a run that was left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.helpers.learner_workers import ROOT, run_workers
+from tests.helpers.sft_world import component, make_sft_world, stage_overrides
+
+SFT = ROOT / "stages" / "sft.py"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
+    return make_sft_world(tmp_path_factory.mktemp("world"), empty_database)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Children started inside do not ignore Ctrl-C, even if these tests run in a shell's background and do."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def start_sft(folder: Path, overrides: list[str]) -> subprocess.Popen[str]:
+    """stages/sft.py in run folder ``folder``/ray/a, once its third checkpoint is there."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(SFT), *overrides],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while process.poll() is None and not (folder / "ray" / "a" / "checkpoints" / "step-000003").exists():
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[0]
+    return process
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sft_under_ray_train_interrupted_and_resumed(world: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the middle: exit code 130 and how to go on; then the same weights as a run that was left alone."""
+    overrides = stage_overrides(world, tmp_path / "ray", "a", "train.steps=40")
+    with interruptible():
+        first = start_sft(tmp_path, overrides)
+    first.send_signal(signal.SIGINT)
+    output = first.communicate(timeout=120)[0]
+    assert first.returncode == 130, output
+    assert "to continue:" in output and "--resume" in output
+
+    command = [sys.executable, str(SFT), *overrides, "--resume"]
+    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "resuming after step" in second.stdout and "step 40/40" in second.stdout
+    alone = stage_overrides(world, tmp_path / "alone", "a", "train.steps=40")
+    run_workers(tmp_path, [{"stage": "sft", "recipe": "tiny-sft", "overrides": alone}])
+    for part in ("bridge", "transformer", "vlm_lora"):
+        expected, result = component(tmp_path / "alone", "a", part), component(tmp_path / "ray", "a", part)
+        assert all(torch.equal(result[name], expected[name]) for name in expected), part
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_worker_is_started_again(world: Path, tmp_path: Path) -> None:
+    """SIGKILL of one of two workers: Ray Train starts both again from the last checkpoint, and nothing is different."""
+    options = ("train.workers=2", "train.steps=20", "train.max_failures=1")
+    process = start_sft(tmp_path, stage_overrides(world, tmp_path / "ray", "a", *options, "cluster.num_cpus=4"))
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if child.cmdline()[:1] and child.cmdline()[0].startswith("ray::RayTrainWorker")
+    ]
+    assert len(workers) == 2
+    workers[1].kill()
+    output = process.communicate(timeout=900)[0]
+    assert process.returncode == 0, output
+    assert output.count("starting the workers again (1, train.max_failures 1): worker ") == 1
+    assert "resuming after step" in output and "step 20/20" in output
+    alone = stage_overrides(world, tmp_path / "alone", "a", *options)
+    run_workers(tmp_path, [{"stage": "sft", "recipe": "tiny-sft", "overrides": alone}], world=2)
+    for part in ("bridge", "transformer", "vlm_lora"):
+        expected, result = component(tmp_path / "alone", "a", part), component(tmp_path / "ray", "a", part)
+        assert expected and all(torch.equal(result[name], expected[name]) for name in expected), part
