@@ -34,7 +34,7 @@ OPENS_IMAGES = re.compile(
 OPEN_THEIR_OWN = {
     "benchmarks/loader_floor.py",
     "platform/deepgen/tracking/tracker.py",
-    "stages/base/world.py",
+    "stages/base/pictures/world.py",
 }
 
 

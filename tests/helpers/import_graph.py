@@ -94,7 +94,7 @@ def longest_chain(graph: Graph) -> list[str]:
         return (name, *(max(chains, key=len) if chains else ()))
 
     chains = [below(name, frozenset({name})) for name in sorted(graph)]
-    return list(max(chains, key=len)) if chains else []
+    return list(max(chains, key=lambda chain: len(chain))) if chains else []
 
 
 def room(graph: Graph, folder: str) -> dict[str, set[str]]:

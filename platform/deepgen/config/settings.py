@@ -19,12 +19,12 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from deepgen.algorithms.rules import check_group
-from deepgen.config.choices import OneOf, ShareRule
-from deepgen.config.pools import PoolSettings, own_keys, pool_keys, pool_type, pool_types
 from deepgen.config.recipes import describe_yaml_error, parse_value, read_recipe
-from deepgen.config.section import Section
-from deepgen.config.sections import TASKS as TASKS
-from deepgen.config.sections import (
+from deepgen.config.schema.choices import OneOf, ShareRule
+from deepgen.config.schema.pools import PoolSettings, own_keys, pool_keys, pool_type, pool_types
+from deepgen.config.schema.section import Section
+from deepgen.config.schema.sections import TASKS as TASKS
+from deepgen.config.schema.sections import (
     AlgorithmSettings,
     ClusterSettings,
     DataSettings,
