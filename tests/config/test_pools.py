@@ -204,6 +204,7 @@ def test_another_class_on_the_command_line_drops_the_options_of_the_recipes(tmp_
     assert message.startswith("unknown key 'rewards.judge.paht' in mine.yaml; allowed in this pool: class, replicas")
 
 
+@pytest.mark.processes
 def test_reading_settings_imports_no_torch(root: Path) -> None:
     """The classes of the rewards are imported, not what they run on."""
     heavy = ["torch", "ray", "vllm", "transformers", "rapidocr"]
