@@ -79,7 +79,7 @@ class JudgeReward:
         )
 
     def __init__(self, options: Options) -> None:
-        self._key = options.dotted("path")
+        self._pool, self._key = options.pool_name, options.dotted("path")
         folder = existing_folder(self._key, options.path, "config.json")
         _prepare_process()
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
@@ -107,7 +107,7 @@ class JudgeReward:
         for index, request in enumerate(requests):
             text = judge_prompt(request.target)
             if len(self._tokenizer(text).input_ids) > PROMPT_TOKENS:
-                log.warning("judge: description of %d characters is too long, not scored", len(request.target))
+                log.warning("%s: description of %d characters is too long, not scored", self._pool, len(request.target))
                 continue
             image = judge_image(request.image, *self.pixel_range)
             prompts[index] = TextPrompt(prompt=text, multi_modal_data={"image": image})

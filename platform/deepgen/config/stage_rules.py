@@ -48,7 +48,7 @@ def check_inputs(settings: Settings, stage: Stage) -> None:
     if stage == "rl":
         needed["data.prompts"] = settings.data.prompts
         for name in settings.rewards.used():
-            needed |= settings.rewards.pools[name].inputs()
+            needed |= settings.rewards.pools[name].input_paths()
     for key, path in needed.items():
         if not exists(resolve_path(path)):
             places = [] if path.is_absolute() else [Path.cwd(), *([CHECKOUT] if CHECKOUT else [])]

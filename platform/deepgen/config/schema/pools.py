@@ -52,7 +52,7 @@ class PoolSettings(Section):
         """The key of an option, for errors: "rewards.judge.path"."""
         return f"rewards.{self._pool}.{option}"
 
-    def inputs(self) -> dict[str, Path]:
+    def input_paths(self) -> dict[str, Path]:
         """Files and folders that the reward reads, by their keys."""
         return {
             self.dotted(name): getattr(self, name) for name, field in type(self).model_fields.items() if is_input(field)
