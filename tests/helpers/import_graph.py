@@ -94,7 +94,8 @@ def longest_chain(graph: Graph) -> list[str]:
         return (name, *(max(chains, key=len) if chains else ()))
 
     chains = [below(name, frozenset({name})) for name in sorted(graph)]
-    return list(max(chains, key=len)) if chains else []
+    longest = max(chains, key=len) if chains else ()
+    return list(longest)
 
 
 def room(graph: Graph, folder: str) -> dict[str, set[str]]:
