@@ -1,1 +1,1 @@
-"""Everything that lives in a Ray process of its own."""
+"""The parts of a run that live in Ray processes of their own."""

@@ -1,7 +1,8 @@
 """Every type that travels between the processes of a run.
 
-One group of samples keeps one type on its whole way, `Group`: stream → rollout actor → stream → rewards → learner.
-Types of the library (`Record`, `Settings`, `Evaluation`, the rewards' `RewardRequest`) travel inside these or beside.
+A group of samples keeps one type, `Group`, on its whole way: stream → rollout actor → stream → rewards → learner.
+Library types (`Record`, `Settings`, `Evaluation`, the rewards' `RewardRequest`) travel inside these types or on their
+own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from deepgen.config import Settings
 from deepgen.data.records import Record
 
 Arrays = dict[str, np.ndarray]
-Filled = Any  # an array once its step of the way is done, None before
+Filled = Any  # an array once its part of the way is done, None before
 
 
 # -- generate → score → advantage ------------------------------------------------------------------------------------
@@ -25,20 +26,20 @@ Filled = Any  # an array once its step of the way is done, None before
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt and its G samples, from the request to the update. What is not there yet is None."""
+    """One prompt and its G samples, from request to update. Fields that are not filled yet are None."""
 
-    # asked for by the stream
+    # set in the stream's request
     number: int  # position in the run's prompt order, from 0
     step: int  # training step that the samples are for
     epoch: int
-    record: Record  # on the way to the learner without its pictures
-    # drawn by a rollout actor
-    version: int | None = None  # of the policy
-    images: Filled = None  # uint8 [G, H, W, 3]; until they are scored
-    trajectory: Filled = None  # Ray reference to `pack_samples`' arrays; the learner replaces it by these
-    # scored by the rewards
+    record: Record  # the learner gets it without its pictures
+    # set by the rollout actor
+    version: int | None = None  # policy version that drew the samples
+    images: Filled = None  # uint8 [G, H, W, 3]; dropped after scoring
+    trajectory: Filled = None  # Ray reference to the arrays of `pack_samples`; the learner puts the arrays here
+    # set after scoring
     scores: Filled = None  # float32 [G, K], NaN where missing or not asked for
-    # compared with the other groups of the step
+    # computed over all groups of the step
     advantages: Filled = None  # float32 [G]
 
     def __str__(self) -> str:
@@ -47,18 +48,18 @@ class Group:
 
 @dataclass(frozen=True)
 class RankBatch:
-    """One rank's share of a step, and figures of the whole step. Stream → learner."""
+    """One rank's share of a step, and the metrics of the whole step. Stream → learner."""
 
     groups: tuple[Group, ...]
     metrics: dict[str, float]
-    tally: dict[str, tuple[int, int, float]]  # reward -> scores had, scores missing, their sum
+    tally: dict[str, tuple[int, int, float]]  # reward -> number of scores, missing, sum of scores
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """Held-out prompts to draw: `samples` images each, with noise from `seed` and no noise on the way (ODE).
+    """Held-out prompts to draw: `samples` images each, from noise seeded with `seed`, by the ODE without further noise.
 
-    folder: draw with the policy in this component folder, which must be the one that was published, or `averaged`.
+    folder: component folder to load the policy from; it must hold the published version unless `averaged` is set.
     Stream → rollout actor.
     """
 
@@ -75,7 +76,7 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class BatchReply:
-    """What a replica of a reward answers: a score a request, or the reason why there are none. Reward actor → pool."""
+    """A reward replica's answer: one score per request, or the reason why it has none. Reward actor → pool."""
 
     values: list[float | None]
     unavailable: str | None = None
@@ -88,7 +89,7 @@ class BatchReply:
 class PolicyWeights:
     """One version of the policy's trained weights. Learner → stream → rollout actors.
 
-    `refs` are Ray references, each to a dict name -> float32 array; `names` are all of them.
+    `refs` are Ray references to dicts name -> float32 array; `names` lists the names in all of them.
     """
 
     version: int

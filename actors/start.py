@@ -1,4 +1,4 @@
-"""Starts and wires the processes of a run. Importing it loads neither torch nor the model: that is their business."""
+"""Starts and wires the processes of a run. Importing this module loads neither torch nor the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def start_rollouts(settings: Settings, *, gpus: bool) -> dict[str, Any]:
-    """Handles of the rollout actors by name, spread over the nodes; they load their models while we go on."""
+    """Start the rollout actors, spread over the nodes. Returns handles by name, without waiting for the models."""
     options: dict[str, Any] = {
         **_options("rollout", gpus),
         "max_restarts": RESTARTS,
@@ -37,13 +37,13 @@ def start_rollouts(settings: Settings, *, gpus: bool) -> dict[str, Any]:
 def start_stream(
     settings: Settings, prompts: Sequence[Record], rollouts: dict[str, Any], *, resume: bool, gpus: bool
 ) -> Any:
-    """Handle of the experience stream; call its `start` next."""
+    """Start the experience stream. Returns its handle; call the stream's `start` next."""
     remote = ray.remote(ExperienceStream).options(**_options("experience", gpus))
     return remote.remote(settings, prompts, rollouts, resume=resume, gpus=gpus)
 
 
 def learner_parts(stream: Any) -> Callable[[WorkerContext], Parts]:
-    """What `actors.learner.ray_train.LearnerJob` wants: makes source and objective inside a learner worker."""
+    """The `build` function of a `LearnerJob` (`actors.messages`); makes source and objective in a learner worker."""
     return functools.partial(_learner_parts, stream)
 
 
@@ -54,7 +54,7 @@ def _learner_parts(stream: Any, context: WorkerContext) -> Parts:
 
 
 def start_learner(job: LearnerJob) -> Path:
-    """Run the learner's workers under Ray Train to the end; the component folder with the result (`run_learner`)."""
+    """Run the learner under Ray Train to the end. Returns the component folder with the result (see `run_learner`)."""
     from actors.learner.ray_train import run_learner
     from actors.learner.worker import work
 

@@ -1,7 +1,7 @@
-"""Sampling groups and evaluation images with the model, and the form in which a group travels to the learner.
+"""Samples groups and evaluation images with the model, and packs a group for its way to the learner.
 
-A group brings along the conditioning it was sampled with, so no prompt is encoded twice and the learner scores the
-transitions under the very numbers they were drawn under.
+A packed group includes the conditioning it was sampled with. The learner therefore encodes no prompt a second time, and
+scores the transitions with exactly the numbers they were drawn with.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from deepgen.diffusion.schedule import rollout_sigmas
 from deepgen.diffusion.trajectory import Trajectory, VelocityFn, choose_sde_steps, sample, start_group, step_seed
 from deepgen.models.unified import Conditioning, UnifiedModel
 
-_EVALUATION_BATCH = 16  # images in one forward of an evaluation
+_EVALUATION_BATCH = 16  # images per forward in an evaluation
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Samples:
 
 
 class PolicySampler:
-    """The policy, without gradients, on this process's device."""
+    """Samples with the policy on this process's device, without gradients."""
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.rollout.threads)
@@ -55,7 +55,7 @@ class PolicySampler:
 
     @torch.no_grad()
     def sample_group(self, group: Group) -> tuple[np.ndarray, Arrays]:
-        """Images uint8 [G, H, W, 3] and the packed group (`unpack_samples`)."""
+        """Sample one group. Returns images uint8 [G, H, W, 3] and the packed group (see `unpack_samples`)."""
         settings, rollout, record = self._settings, self._settings.rollout, group.record
         conditioning, unconditional, references, shape = self._encode(record)
         noise, generators = start_group(
@@ -83,7 +83,7 @@ class PolicySampler:
         return images, pack_samples(Samples(trajectory, conditioning, unconditional, references))
 
     def _encode(self, record: Record) -> tuple[Conditioning, Conditioning | None, list[Tensor], tuple[int, ...]]:
-        """Conditioning and unconditional one (None without guidance), reference latents, latent shape of the target."""
+        """Conditioning, unconditional conditioning (None without guidance), reference latents, target latent shape."""
         size = self._settings.data.image_size
         images = [image_to_tensor(decode_image(data), size).to(self._device) for data in record.references]
         with self._autocast():
@@ -95,21 +95,21 @@ class PolicySampler:
         return conditioning, unconditional, references, self._latent_shape(images)
 
     def _latent_shape(self, images: Sequence[Tensor]) -> tuple[int, ...]:
-        """Latent [c, h, w] of the target: as large as the first source image, else square."""
+        """Latent shape [c, h, w] of the target: the size of the first source image, or a square without one."""
         height, width = images[0].shape[-2:] if images else (self._settings.data.image_size,) * 2
         config = self.model.vae.config
         factor = 2 ** (len(config.block_out_channels) - 1)
         return config.latent_channels, height // factor, width // factor
 
     def _velocity(self, conditioning: Conditioning, references: list[Tensor]) -> VelocityFn:
-        """Velocity of latents, one for each conditioning, or any number [B, c, h, w] for a single one."""
+        """Velocity function of latents [B, c, h, w]. B is the conditioning's batch size, or any number if that is 1."""
 
         def velocity(latents: Tensor, timesteps: Tensor) -> Tensor:
             batch = len(latents)
             per_sample = [references] * batch if references else None
             with self._autocast():
                 v = self.model.velocity(latents, timesteps, conditioning.expand(batch), per_sample)
-            assert isinstance(v, Tensor)  # a batch of one size stays a tensor
+            assert isinstance(v, Tensor)  # one tensor in, one tensor out
             return v.float()
 
         return velocity
@@ -121,7 +121,7 @@ class PolicySampler:
     # -- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate(self, request: EvaluationRequest) -> list[np.ndarray]:
-        """Images uint8 [samples, H, W, 3] of each prompt, in order."""
+        """The images of each prompt, in order: uint8 [samples, H, W, 3] per prompt."""
         images: list[list[np.ndarray]] = [[] for _ in request.records]
         for batch in self._evaluation_batches(request):
             for (i, _), image in zip(batch, self._draw(request, batch), strict=True):
@@ -129,8 +129,11 @@ class PolicySampler:
         return [np.stack(own) for own in images]
 
     def _evaluation_batches(self, request: EvaluationRequest) -> Iterator[list[tuple[int, int]]]:
-        """(prompt, sample) pairs to draw together. Only generation in masked padding shares a forward across prompts:
-        edits differ in size, and unmasked padding would let prompts change each other."""
+        """Batches of (prompt, sample) index pairs that share a forward.
+
+        Different prompts share a forward only for generation with masked padding. Edits differ in size, and without a
+        mask the padding of one prompt would change the images of another.
+        """
         together: list[tuple[int, int]] = []
         for i, record in enumerate(request.records):
             own = [(i, j) for j in range(request.samples)]
@@ -167,7 +170,7 @@ class PolicySampler:
 
 
 def trained_steps(settings: Settings, step: int) -> list[int]:
-    """Sampler steps that are kept and trained in a training step: the same for all its groups (M3.4)."""
+    """Indices of the sampler steps that training step `step` keeps and trains. All its groups share them (M3.4)."""
     rollout = settings.rollout
     return choose_sde_steps(
         rollout.num_steps, rollout.sde_steps, rollout.sde_window, step_seed(settings.run.seed, step)
@@ -175,12 +178,12 @@ def trained_steps(settings: Settings, step: int) -> list[int]:
 
 
 def to_pixels(image: Tensor) -> np.ndarray:
-    """[3, H, W] in [-1, 1] -> uint8 [H, W, 3], rounded as the published scripts do (M1.7)."""
+    """Convert [3, H, W] in [-1, 1] to uint8 [H, W, 3], rounding as the published scripts do (M1.7)."""
     return (image.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
 def pack_samples(samples: Samples) -> Arrays:
-    """A group as named arrays, which travel through the object store without copies."""
+    """Pack a group into named arrays, which pass through the object store without copies."""
     tensors = {f"trajectory/{name}": tensor for name, tensor in vars(samples.trajectory).items()}
     for branch in ("conditioning", "unconditional"):
         conditioning = getattr(samples, branch)
@@ -210,7 +213,7 @@ def unpack_samples(arrays: Mapping[str, np.ndarray], device: torch.device) -> Sa
 
 
 def _in_fp32(conditioning: Conditioning) -> Conditioning:
-    """Rollout and learner get the same numbers, whatever autocast made of them on the way."""
+    """Convert to fp32, so that rollout and learner use the same numbers whatever dtype autocast produced."""
     return replace(conditioning, context=conditioning.context.float(), pooled=conditioning.pooled.float())
 
 

@@ -1,4 +1,4 @@
-"""Which weights the policy of a rollout actor holds, and how it comes to hold others."""
+"""Tracks which weights a rollout actor's policy holds, and replaces them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from deepgen.config import Settings
 
 
 class LoadedPolicy:
-    """The policy's sampler and the version of the weights in it.
+    """A policy sampler together with the version of its weights.
 
-    `prefetch` may run in another thread than the other methods: it only brings weights into this process, and `use`
-    copies them into the model when the next group wants them. So no group is sampled with half of two versions.
+    `prefetch` may run in a different thread from the other methods. It only fetches weights into this process; `use`
+    copies them into the model before the next group. A group is therefore never sampled with a mixture of two versions.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.sampler = PolicySampler(settings)
-        self.version = 0  # what the weights folder holds
+        self.version = 0  # 0 is the weights folder
         self._start_folder, self._deadline_s = settings.model.weights, settings.experience.deadline_s
-        self._published: PolicyWeights | None = None  # what the model was made to hold, or was compared with
-        self._evaluated: Path | None = None  # the folder in the model's weights, if the last call was an evaluation's
+        self._published: PolicyWeights | None = None  # the version loaded into the model or verified in it
+        self._evaluated: Path | None = None  # folder whose weights the last evaluation left behind
         self._lock = threading.Lock()  # guards _arrived
-        self._arrived: tuple[PolicyWeights, Arrays] | None = None  # fetched, not loaded
+        self._arrived: tuple[PolicyWeights, Arrays] | None = None  # fetched but not loaded yet
 
     def prefetch(self, published: PolicyWeights) -> None:
-        """Bring a version to this process.
+        """Fetch a version into this process.
 
-        The version that this actor started with is checked instead: the learner has read the same folder.
+        If the actor already holds that version from its weights folder, the weights are only verified: the learner read
+        the same folder, so there is nothing to fetch.
         """
         if self._holds_start_weights() and published.version == self.version:
             verify_weights(self.sampler.model, published)
@@ -41,13 +42,17 @@ class LoadedPolicy:
             self._arrived = (published, arrays)
 
     def use(self, wanted: PolicyWeights | None) -> None:
-        """Make the model hold the wanted version; None is the folder that the run started from.
+        """Make the model hold version `wanted`; None means the weights folder that the run started from.
 
-        Raises WeightsMismatchError when what is in the model afterwards is not what the learner published.
+        Raises WeightsMismatchError if the model's weights afterwards differ from the published ones.
         """
+        # Ask first: the next statement clears `_evaluated`, which the answer depends on.
         unchecked_start = self._holds_start_weights()
-        # An evaluation leaves a folder's weights behind. `version` does not tell, so they are replaced in any case.
+        # `read` replaces the weights but not `version`. After an evaluation, `version` says nothing about the model and
+        # the weights have to be loaded again.
         intact, self._evaluated = self._evaluated is None, None
+        # Nothing to do if the model already holds the wanted version, or still holds the start folder and that is
+        # wanted.
         if intact and (wanted == self._published or (wanted is None and self.version == 0)):
             return
         if wanted is None:
@@ -55,13 +60,13 @@ class LoadedPolicy:
             self.version, self._published = 0, None
             return
         if unchecked_start and wanted.version == self.version:
-            verify_weights(self.sampler.model, wanted)  # the learner read the same folder: nothing to copy
+            verify_weights(self.sampler.model, wanted)  # same folder as the learner's: no copy
         else:
             load_weights(self.sampler.model, self._take(wanted), wanted)
         self.version, self._published = wanted.version, wanted
 
     def read(self, folder: Path, published: PolicyWeights | None) -> None:
-        """Make the model hold what lies in a component folder; `published`: and check that it is this version."""
+        """Load the model from a component folder for an evaluation. With `published`, verify that version."""
         if folder == self._evaluated:
             return
         self.sampler.load(folder)
@@ -70,11 +75,11 @@ class LoadedPolicy:
             verify_weights(self.sampler.model, published)
 
     def _holds_start_weights(self) -> bool:
-        """Whether the model is as it was read when this actor started, and never compared with the learner's."""
+        """Whether the model still holds the weights this actor started with, not yet verified against the learner's."""
         return self._evaluated is None and self._published is None
 
     def _take(self, wanted: PolicyWeights) -> Arrays:
-        """The arrays of a version: the prefetched ones, or fetched now (a restarted actor has none)."""
+        """Arrays of a version: prefetched if they match, otherwise fetched now (a restarted actor has none)."""
         with self._lock:
             arrived, self._arrived = self._arrived, None
         if arrived is not None and arrived[0] == wanted:

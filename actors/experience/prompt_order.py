@@ -1,4 +1,4 @@
-"""Which prompt is group n of a run."""
+"""Decides which prompt group n of a run uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deepgen.data.records import Record
 
 @dataclass
 class PromptOrder:
-    """Every prompt once an epoch, in an order that follows from (seed, epoch) alone."""
+    """Visits every prompt once per epoch, in an order that depends only on (seed, epoch)."""
 
     records: Sequence[Record]
     seed: int
@@ -27,17 +27,18 @@ class PromptOrder:
         if epoch not in self._orders:
             order = list(range(len(self.records)))
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            # Keep this order and the previous one: steps in flight may lie on both sides of an epoch boundary.
             self._orders = {epoch: order, **{e: o for e, o in self._orders.items() if e == epoch - 1}}
         return epoch, self.records[self._orders[epoch][position]]
 
     def fingerprint(self) -> str:
-        """Changes when the prompts or their order do."""
+        """Hash that changes when the prompts or their order change."""
         content = json.dumps([self.seed, [record.id for record in self.records]])
         return hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
 
 
 def check_state(settings: Settings, prompts: Sequence[Record], state: Mapping[str, Any]) -> None:
-    """Raise UserError when a stream with these prompts cannot continue from a saved state."""
+    """Raise UserError if a stream with these prompts cannot continue from a saved state."""
     per_step = settings.rollout.prompts_per_step
     if state["cursor"]["group"] != state["step"] * per_step:
         raise UserError(

@@ -1,8 +1,9 @@
-"""A rollout actor: the policy without gradients, which samples one group a call.
+"""A rollout actor: holds the policy without gradients and samples one group per call.
 
-The images of a group go to the rewards; its trajectory stays in the object store until a learner rank asks for it. A
-group depends on the policy version, the run's seed, its prompt, epoch and step only: sampled again, on any actor, it
-is the same to the bit. Left out: several groups in one forward, which would make a group depend on its neighbours.
+The images of a group go to the rewards; its trajectory stays in the object store until a learner rank fetches it. A
+group depends only on the policy version, the run's seed, and its own prompt, epoch and step. Any actor can sample it
+again and gets the same bits. Left out: several groups in one forward, which would make a group depend on its
+neighbours.
 """
 
 from __future__ import annotations
@@ -21,34 +22,34 @@ if TYPE_CHECKING:
 
 
 class RolloutActor:
-    """Runs in a Ray actor of its own; calls to `prefetch` may overlap the others (concurrency group "weights")."""
+    """Runs in a Ray actor of its own. Calls to `prefetch` may overlap the others (concurrency group "weights")."""
 
     def __init__(self, settings: Settings, name: str) -> None:
         self.name = name
         self._settings = settings
 
     def ready(self) -> str:
-        """Name of this actor, once its model is loaded; to be called first, and again after a restart.
+        """Load the model and return this actor's name. Call it first, and again after a restart.
 
-        The model is not loaded when the actor is made, where Ray would wrap up what is wrong with it.
+        The constructor does not load the model, because Ray would wrap a loading error in an exception of its own.
         """
         assert self._policy is not None
         return self.name
 
     @cached_property
     def _policy(self) -> LoadedPolicy:
-        from actors.experience.policy_version import LoadedPolicy  # the model's libraries: not for who starts actors
+        from actors.experience.policy_version import LoadedPolicy  # late: the process that starts actors has no torch
 
         return LoadedPolicy(self._settings)
 
     def prefetch(self, published: PolicyWeights) -> None:
-        """Bring a policy version to this process; the next call that wants it loads it."""
+        """Fetch a policy version into this process; the next call that needs it loads it into the model."""
         self._policy.prefetch(published)
 
     def sample_group(self, group: Group, policy: PolicyWeights | None) -> tuple[Group, Arrays]:
-        """The group with its images, and its packed trajectory (`unpack_samples`), as two Ray objects.
+        """The group with its images, and its packed trajectory (see `unpack_samples`), as two Ray objects.
 
-        `policy` is the version to sample with, None for the weights folder that the run started from.
+        `policy` is the version to sample with; None means the weights folder that the run started from.
         """
         self._policy.use(policy)
         images, arrays = self._policy.sampler.sample_group(group)

@@ -1,7 +1,7 @@
-"""The rollout actors as one: whoever is idle takes the next call, and a dead actor's call goes to another.
+"""Runs calls on the rollout actors: an idle actor takes the next call; a dead actor's call moves to another actor.
 
-Ray restarts a dead actor (`max_restarts`); until it answers again it gets no calls. A call that is late counts as a
-dead actor. Errors of the sampling code itself are not tried again: they would only come back.
+Ray restarts a dead actor (`max_restarts`), which gets no calls until it answers again. An actor that misses the
+deadline of a call counts as dead. Errors raised by the sampling code are not retried, because they would occur again.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 from actors.messages import PolicyWeights
 
 ATTEMPTS = 3
-RESTARTS = 8  # of one actor in a run; more than that is not bad luck
+RESTARTS = 8  # per actor and run; more than that is no longer bad luck
 WEIGHTS_GROUP = "weights"  # calls that may overlap sampling
-_PAUSE_S = 0.2  # before an actor that is being restarted is asked again
-_NOBODY = ""  # in the queue of idle actors: there is none left
+_PAUSE_S = 0.2  # pause before a restarting actor is asked again
+_NOBODY = ""  # in the queue of idle actors this means that none is left
 
 
 class RolloutError(RuntimeError):
-    """A call that no rollout actor could finish; names actor, call and age."""
+    """No rollout actor could finish a call. The message names actor, call and age."""
 
 
 class NoRolloutLeftError(RolloutError):
-    """All rollout actors are gone for good."""
+    """All rollout actors have failed for good."""
 
 
 class RolloutFleet:
-    """Used inside one asyncio loop. `actors` maps names to Ray handles of `RolloutActor`."""
+    """Distributes calls over the actors, inside one asyncio loop. `actors` maps names to handles of `RolloutActor`."""
 
     def __init__(self, actors: Mapping[str, Any], *, call_deadline_s: float, start_deadline_s: float) -> None:
         self._actors = dict(actors)
         self._call_deadline_s, self._start_deadline_s = call_deadline_s, start_deadline_s
         self._idle: asyncio.Queue[str] = asyncio.Queue()
-        self._busy: dict[str, tuple[str, float]] = {}  # actor -> what it does, since when
+        self._busy: dict[str, tuple[str, float]] = {}  # actor -> its call and when that began
         self._recovering: set[asyncio.Task[None]] = set()
-        self._lost: dict[str, str] = {}  # actors that did not come back
+        self._lost: dict[str, str] = {}  # actor that did not come back -> why
         self.restarts = 0
 
     async def start(self) -> None:
@@ -50,16 +50,17 @@ class RolloutFleet:
     async def call(
         self, method: str, request: Any, weights: Callable[[], PolicyWeights | None], outputs: int = 1
     ) -> tuple[Any, ...]:
-        """Run `method(request, weights())` on an idle actor; waits for its first output.
+        """Run `method(request, weights())` on an idle actor and wait for its first output.
 
-        Returns that output and the references of the others, which stay in the object store. `weights` is asked when an
-        actor is free, so that a call that waited uses the newest policy. Raises RolloutError after ATTEMPTS failures.
+        Returns that output, and references to the others, which stay in the object store. `weights` is called once an
+        actor is free, so a call that had to wait uses the newest policy. Raises RolloutError after ATTEMPTS failures.
         """
         failures: list[str] = []
         while len(failures) < ATTEMPTS:
             name = await self._next_idle()
             begin = time.monotonic()
             self._busy[name] = (f"{method} of {request}", begin)
+            # Stays True when the sampling code itself raises: the error propagates, the actor is fine.
             reusable = True
             try:
                 handle = getattr(self._actors[name], method).options(num_returns=outputs)
@@ -77,7 +78,7 @@ class RolloutFleet:
         raise RolloutError(f"{request} failed {ATTEMPTS} times; " + "; ".join(failures))
 
     async def prefetch(self, published: PolicyWeights) -> None:
-        """Bring a policy version to every actor. One that is down fetches it when it is asked to sample with it."""
+        """Send a policy version to every actor. An actor that is down fetches it later, when it samples with it."""
 
         async def one(name: str) -> None:
             begin = time.monotonic()
@@ -92,7 +93,7 @@ class RolloutFleet:
         await asyncio.gather(*(one(name) for name in self._actors))
 
     def oldest_call(self) -> str:
-        """The call that has been running longest, for the error of somebody who waits for it."""
+        """Describes the longest-running call, for the error message of a caller that waited too long."""
         if not self._busy:
             return f"no call is running; {len(self._recovering)} of {len(self._actors)} rollout actors are restarting"
         name, (what, since) = min(self._busy.items(), key=lambda item: item[1][1])
@@ -103,12 +104,12 @@ class RolloutFleet:
     async def _next_idle(self) -> str:
         name = await self._idle.get()
         if name == _NOBODY:
-            self._idle.put_nowait(_NOBODY)  # whoever waits too shall know
+            self._idle.put_nowait(_NOBODY)  # for the other waiting calls
             raise NoRolloutLeftError("no rollout actor is left; " + "; ".join(self._lost.values()))
         return name
 
     async def _admit(self, name: str) -> None:
-        """Wait until the actor answers, then let it have calls."""
+        """Wait until the actor answers, then put it into the idle queue."""
         begin = time.monotonic()
         left = self._start_deadline_s
         try:
@@ -120,7 +121,7 @@ class RolloutFleet:
         self._idle.put_nowait(name)
 
     async def _answers(self, name: str, deadline_s: float) -> bool:
-        """Whether the actor is ready, False while Ray is restarting it."""
+        """True once the actor is ready, False while Ray is restarting it."""
         try:
             await asyncio.wait_for(self._actors[name].ready.remote(), deadline_s)
         except ActorUnavailableError:

@@ -1,4 +1,4 @@
-"""Figures of one step (names as in `deepgen.tracking`): its rewards and advantages, and where its time went."""
+"""Metrics of one step (names as in `deepgen.tracking`): rewards, advantages, and where the time went."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from deepgen.evaluation.results import weighted_total
 if TYPE_CHECKING:
     from deepgen.algorithms.advantages import AdvantageResult
 
-Tally = dict[str, tuple[int, int, float]]  # reward -> scores had, scores missing, their sum
+Tally = dict[str, tuple[int, int, float]]  # reward -> number of scores, number missing, sum of the scores
 
 
 class StepClock:
-    """When the groups of one step began, were sampled and were scored, in seconds of this process."""
+    """Records when the groups of one step begin, are sampled and are scored, in seconds of this process's clock."""
 
     def __init__(self) -> None:
         self._first_begun, self._last_sampled, self._last_scored = math.inf, -math.inf, -math.inf
@@ -34,7 +34,7 @@ class StepClock:
         self._last_scored = time.monotonic()
 
     def metrics(self, images: int) -> dict[str, float]:
-        """Seconds of sampling, and of scoring that was waited for after the last of `images` had been drawn."""
+        """Seconds of sampling, seconds of scoring after the last group was sampled, and sampled images per second."""
         rollout_s = self._last_sampled - self._first_begun
         return {
             "time/rollout_s": rollout_s,
@@ -44,16 +44,16 @@ class StepClock:
 
 
 def stacked_scores(groups: Sequence[Group]) -> np.ndarray:
-    """Scores float32 [groups, G, K] of scored groups."""
+    """Scores of scored groups, float32 [groups, G, K]."""
     return np.stack([group.scores for group in groups])
 
 
 def step_metrics(
     groups: Sequence[Group], reward_weights: np.ndarray, names: Sequence[str], result: AdvantageResult
 ) -> tuple[dict[str, float], Tally]:
-    """Figures of a step, and what it adds to the run's reward statistics.
+    """Metrics of a step, and its contribution to the run's reward statistics.
 
-    reward_weights: [groups, K], 0 where a reward is not asked for. names: of the K rewards.
+    reward_weights: [groups, K], 0 where a prompt does not use a reward. names: names of the K rewards.
     """
     scores = stacked_scores(groups)
     size = scores.shape[1]
@@ -71,7 +71,7 @@ def step_metrics(
         asked = weights[:, k] > 0
         had = asked & np.isfinite(scores[:, k])
         if not asked.any():
-            continue  # no prompt of this step has a weight for it
+            continue  # no prompt of this step uses this reward
         tally[name] = int(had.sum()), int(asked.sum() - had.sum()), float(scores[had, k].sum())
         metrics[f"reward_missing/{name}"] = float(tally[name][1])
         metrics[f"advantage/zero_spread/{name}"] = float(result.zero_spread[k])

@@ -1,11 +1,11 @@
 """The experience stream: prompts in, batches with advantages out. One async Ray actor, the only owner of RL state.
 
-The path of a group: a prompt is admitted when the policy is fresh enough, sampled by a rollout actor, scored by all
-its rewards at once while other groups are still being sampled, and waits for the rest of its step; then the advantages
-of the whole step are computed together and split over the learner's ranks. Images pass through here, trajectories do
-not: they stay in the object store until a rank reads them.
+The path of a group: the stream admits a prompt when the policy is fresh enough, and a rollout actor samples it. All its
+rewards score it in parallel, while other groups are still being sampled. When the whole step is scored, the stream
+computes all advantages together and splits them over the learner's ranks. Images pass through this process;
+trajectories do not: they stay in the object store until a rank reads them.
 
-Left out: dropping samples (staleness is bounded by when a group may begin), batches that mix steps.
+Left out: dropping samples (the admission rule bounds staleness), and batches that mix steps.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from deepgen.evaluation.results import Evaluation
 if TYPE_CHECKING:
     from deepgen.algorithms.advantages import AdvantageResult
 
-_EVALUATION_IMAGES = 16  # drawn by one call of an evaluation
+_EVALUATION_IMAGES = 16  # images per evaluation call
 
 
 class BatchLateError(RuntimeError):
-    """The batch of a step was not ready in time; names the call that was waited for, and its age."""
+    """A step's batch missed its deadline. The message names the longest-running call and its age."""
 
 
 class ExperienceStream:
-    """See the module. `actors`: handles of rollout actors by name; with `resume` nothing begins before `publish`."""
+    """See the module. `actors` maps names to rollout actor handles. With `resume`, no step begins before `publish`."""
 
     def __init__(
         self, settings: Settings, records: Sequence[Record], actors: dict[str, Any], *, resume: bool, gpus: bool = False
@@ -55,13 +55,13 @@ class ExperienceStream:
         self._policy: PolicyWeights | None = None  # None: the weights folder, version 0
         self._version: int | None = None if resume else 0
         self._fresher = asyncio.Condition()
-        self._next_step = 0  # the first step no rank has taken yet
+        self._next_step = 0  # first step that no rank has fetched yet
         self._steps: dict[int, asyncio.Task[list[RankBatch]]] = {}
-        self._statistics: dict[str, list[float]] = {}  # reward -> scores had, scores missing, their sum, over the run
+        self._statistics: dict[str, list[float]] = {}  # the `Tally` of the whole run
         self._sync_seconds = 0.0
 
     async def start(self) -> None:
-        """Wait until rollout actors and reward pools are ready; raises after cluster.start_deadline_s."""
+        """Wait until rollout actors and reward pools are ready. Raises TimeoutError after cluster.start_deadline_s."""
         deadline = self._settings.cluster.start_deadline_s
         try:
             parts = self._fleet.start(), self._rewards.start(), asyncio.to_thread(_import_libraries)
@@ -70,11 +70,11 @@ class ExperienceStream:
             raise TimeoutError(f"rollout actors and reward pools were not ready within {deadline:.0f} s") from error
 
     async def begin(self) -> None:
-        """Let the first steps be sampled; a resumed stream waits for `publish` instead."""
+        """Start sampling the first steps. A resumed stream waits for `publish` instead."""
         self._schedule_steps()
 
     async def stop(self) -> None:
-        """End the reward pools and whatever is still being made; the rollout actors belong to whoever started them."""
+        """Stop the reward pools and cancel unfinished steps. Whoever started the rollout actors stops them."""
         await self._rewind(self._next_step)
         self._rewards.stop()
         await asyncio.sleep(0)  # lets the pools' cancelled tasks end
@@ -82,7 +82,7 @@ class ExperienceStream:
     # -- one step: generate -> score -> advantage --------------------------------------------------------------------
 
     async def next_batch(self, step: int, rank: int, world: int) -> RankBatch:
-        """This rank's share of a step, sampled and scored for all ranks once."""
+        """This rank's share of a step. The step is sampled and scored once for all ranks."""
         if world != self._settings.train.workers:
             raise ValueError(f"{world} ranks ask for batches that were planned for {self._settings.train.workers}")
         self._consume(step)
@@ -117,7 +117,7 @@ class ExperienceStream:
         return replace(drawn, images=None, scores=scores)
 
     def _advantages(self, groups: Sequence[Group]) -> AdvantageResult:
-        """Over all groups of the step together, so that they do not depend on the number of ranks."""
+        """Advantages over all groups of the step together, so that they do not depend on the number of ranks."""
         import torch
 
         from deepgen.algorithms.advantages import group_advantages
@@ -137,7 +137,7 @@ class ExperienceStream:
         )
 
     def _split(self, groups: Sequence[Group], result: AdvantageResult, clock: StepClock) -> list[RankBatch]:
-        """Groups to ranks in turn; every rank gets as many."""
+        """Deal the groups out to the ranks in turn; every rank gets equally many."""
         advantages = result.advantages.reshape(len(groups), -1).numpy()
         ready = [
             replace(group, record=replace(group.record, image=None, references=()), advantages=row.copy())
@@ -158,13 +158,13 @@ class ExperienceStream:
         return [Group(number, step, *self._prompts.at(number)) for number in numbers]
 
     async def _fresh_enough(self, step: int) -> None:
-        """Wait for a policy at most max_staleness versions older than the one the update will start from."""
+        """Wait until the policy is at most max_staleness versions older than the one this step's update starts from."""
         oldest = step - self._settings.experience.max_staleness
         async with self._fresher:
             await self._fresher.wait_for(lambda: self._version is not None and self._version >= oldest)
 
     def _schedule_steps(self) -> None:
-        """Begin the steps that may begin now or as soon as the policy is fresh enough."""
+        """Start every step that the current policy is fresh enough for."""
         if self._version is None:
             return
         last = min(self._version + self._settings.experience.max_staleness, self._settings.train.steps - 1)
@@ -176,7 +176,7 @@ class ExperienceStream:
         if step not in self._steps:
             self._steps[step] = asyncio.create_task(self.make_step(step))
         for done in [number for number in self._steps if number < step]:
-            del self._steps[done]  # every rank has it: they ask for a step after updating on the one before
+            del self._steps[done]  # every rank has it: a rank asks for a step after updating on the one before
         self._next_step = step + 1
 
     async def _in_time(self, step: int) -> list[RankBatch]:
@@ -185,17 +185,17 @@ class ExperienceStream:
             return await asyncio.wait_for(asyncio.shield(self._steps[step]), deadline)
         except TimeoutError as error:
             if time.monotonic() - begin < deadline:
-                raise  # one of the reward pools' own
+                raise  # not our deadline: a reward pool raised it
             waiting = self._fleet.oldest_call()
             raise BatchLateError(f"batch of step {step} not ready after {deadline:.0f} s; {waiting}") from error
 
     # -- policy versions ---------------------------------------------------------------------------------------------
 
     async def publish(self, published: PolicyWeights) -> float:
-        """Bring a new policy version to the rollout actors; steps that waited for it begin. Returns seconds."""
+        """Send a new policy version to the rollout actors and start the steps that waited for it. Returns seconds."""
         begin = time.monotonic()
         if self._version is not None and published.version < self._version:
-            await self._rewind(published.version)  # the learner was started again from an older checkpoint
+            await self._rewind(published.version)  # the learner restarted from an older checkpoint
         await self._fleet.prefetch(published)
         async with self._fresher:
             self._policy, self._version = published, published.version
@@ -215,10 +215,10 @@ class ExperienceStream:
     async def evaluate(
         self, records: Sequence[Record], samples: int, *, folder: Path | None = None, averaged: bool = False
     ) -> Evaluation:
-        """Draw and score held-out prompts with evaluation.num_steps and evaluation.seed, by the newest policy.
+        """Draw and score held-out prompts with the newest policy, evaluation.num_steps and evaluation.seed.
 
-        `folder`: by the policy in this component folder instead, which must be what was published, unless `averaged`
-        says that it holds the policy's averaged weights.
+        With `folder`, the policy is loaded from this component folder instead. It must hold the newest published
+        version, unless `averaged` says that it holds averaged weights.
         """
         evaluation = self._settings.evaluation
         per_call = max(1, _EVALUATION_IMAGES // samples)
@@ -243,7 +243,7 @@ class ExperienceStream:
     # -- state -------------------------------------------------------------------------------------------------------
 
     async def state(self, step: int) -> dict[str, Any]:
-        """JSON-able state before `step`; everything else is sampled again from it."""
+        """JSON-able state before `step`. A resumed stream samples everything else again."""
         number = step * self._settings.rollout.prompts_per_step
         epoch, position = divmod(number, len(self._prompts.records))
         return {
@@ -256,12 +256,12 @@ class ExperienceStream:
         }
 
     async def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state. Raises UserError when the run's prompts have changed since."""
+        """Continue from a saved state. Raises UserError if the run's prompts have changed since then."""
         check_state(self._settings, self._prompts.records, state)
         await self._rewind(state["step"])
         self._statistics = state["rewards"]
 
 
 def _import_libraries() -> None:
-    """Seconds of import, spent while models load instead of when the first scores are there."""
+    """Spend the seconds of import while the models load, instead of when the first scores arrive."""
     import deepgen.algorithms.advantages  # noqa: F401

@@ -1,8 +1,10 @@
-"""Policy weights on their way from the learner to the rollout actors, once a version, checked on both sides.
+"""Moves policy weights from the learner to the rollout actors, once per version, and checks them on both sides.
 
-The learner's rank 0 puts the arrays into the object store; every rollout node copies them from there once, however many
-actors it has. The object belongs to the learner's process: actors fetch it when it is published, not when they need it.
-Left out: direct GPU-to-GPU transfer, sending only what changed.
+The learner's rank 0 puts the arrays into the object store, and every rollout node copies them once, however many actors
+it has. The objects belong to the learner's process, so actors fetch a version when it is published, not when they need
+it.
+
+Left out: direct GPU-to-GPU transfer, and sending only the weights that changed.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ SHARD_BYTES = 512 << 20  # several objects of this size travel better than one o
 
 
 class WeightsMismatchError(RuntimeError):
-    """An actor does not hold the weights that were published."""
+    """An actor's weights are not the published ones."""
 
 
 def publish_weights(version: int, weights: Mapping[str, Tensor]) -> PolicyWeights:
-    """Put the policy's weights (name -> tensor, all of them on this rank) into the object store."""
+    """Put the policy's weights (name -> tensor, complete on this rank) into the object store."""
     import ray
 
     from deepgen.models.weights_io.folder import weights_checksum
@@ -36,7 +38,7 @@ def publish_weights(version: int, weights: Mapping[str, Tensor]) -> PolicyWeight
 
 
 def fetch_weights(published: PolicyWeights, deadline_s: float) -> dict[str, np.ndarray]:
-    """The arrays of a version, read-only views into this node's object store."""
+    """Arrays of a version, as read-only views into this node's object store."""
     import ray
 
     arrays: dict[str, np.ndarray] = {}
@@ -46,7 +48,7 @@ def fetch_weights(published: PolicyWeights, deadline_s: float) -> dict[str, np.n
 
 
 def load_weights(model: nn.Module, arrays: Mapping[str, np.ndarray], published: PolicyWeights) -> None:
-    """Copy fetched arrays into the model's parameters of the same names and compare checksums."""
+    """Copy fetched arrays into the model's parameters of the same names, then compare checksums."""
     import torch
 
     parameters = dict(model.named_parameters())

@@ -1,1 +1,1 @@
-"""Update and sync: the one training loop and what it stands on."""
+"""Update and sync: the training loop and the parts it is built from."""

@@ -1,10 +1,10 @@
-"""Flat tensors in pieces: every worker writes the pieces it holds, any number of workers reads the ranges it wants.
+"""Flat tensors stored in pieces: each worker writes the pieces it holds, and any number of workers reads any range.
 
     <folder>/<name>-<rank>.safetensors      pieces of that rank, each called <key>@<its first element>
     <folder>/<name>-<rank>.blake2b          checksum of that file, see `check_shards`
 
-Each element is written by one rank. That is what lets a run go on with other workers than it was written by: who wrote
-an element does not matter, and nobody ever holds a whole model to find it.
+Exactly one rank writes each element. A run can therefore continue with a different number of workers: a reader does not
+care which rank wrote an element, and no process ever holds the whole model to find it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ CHECKSUM = ".blake2b"
 
 
 def write_shard(folder: Path, name: str, rank: int, pieces: Iterable[tuple[str, int, Tensor]]) -> None:
-    """Write this rank's pieces: key, first element, values [n]. Without any there is no file.
+    """Write this rank's pieces, each (key, first element, values [n]). Without pieces there is no file.
 
-    Raises OSError or SafetensorError when the disk does not take them.
+    Raises OSError or SafetensorError if the file cannot be written.
     """
     tensors = {f"{key}@{start}": values.detach() for key, start, values in pieces if values.numel()}
     if tensors:
@@ -41,12 +41,15 @@ def write_shard(folder: Path, name: str, rank: int, pieces: Iterable[tuple[str, 
 class _Piece:
     start: int
     end: int
-    values: Any  # safetensors' slice: reads from the file what it is indexed with
+    values: Any  # safetensors slice: indexing it reads that range from the file
 
 
 class ShardReader:
-    """Reads what ``write_shard`` wrote. ``rank``'s own file comes first and others are opened when something is not in
-    it, so a worker of an unchanged layout opens one file."""
+    """Reads the files of ``write_shard``.
+
+    The file of ``rank`` is opened first, the others only if an element is not in it. A worker whose layout has not
+    changed therefore opens one file.
+    """
 
     def __init__(self, folder: Path, name: str, rank: int) -> None:
         self._folder = folder
@@ -55,7 +58,7 @@ class ShardReader:
         self._pieces: dict[str, list[_Piece]] = {}
 
     def read(self, key: str, start: int, count: int) -> Tensor:
-        """Elements ``start`` to ``start + count`` of ``key``, [count] on the CPU. UserError when some are missing."""
+        """Elements ``start`` to ``start + count`` of ``key``, [count] on the CPU. UserError if some are missing."""
         result = torch.empty(count, dtype=torch.float32)
         missing, looked = count, 0
         while missing:
@@ -94,7 +97,7 @@ def _checksum(file: Path) -> str:
 
 
 def _copy(piece: _Piece, start: int, result: Tensor) -> int:
-    """Copy the part of ``result`` (elements from ``start`` on) that the piece has; how many elements that were."""
+    """Copy the part of the piece that overlaps ``result`` (elements from ``start`` on). Returns its element count."""
     begin, end = max(start, piece.start), min(start + result.numel(), piece.end)
     if begin >= end:
         return 0

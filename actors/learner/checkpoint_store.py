@@ -1,13 +1,13 @@
-"""Checkpoints of a run: written aside, made durable, then renamed; what has a manifest is complete.
+"""Checkpoints of a run: written aside, flushed to disk, then renamed. A folder with a manifest is complete.
 
     <run folder>/checkpoints/step-000050/engine-0.safetensors     weights and AdamW's moments that rank 0 updates; ...
-                                         ema-0.safetensors        averages it holds
+                                         ema-0.safetensors        averages that rank 0 holds
                                          manifest.json            written last: step, settings, source state, files
-    <run folder>/checkpoints/.writing-…                           cut short; never read, removed by the next checkpoint
+    <run folder>/checkpoints/.writing-…                           interrupted; never read; the next save removes it
 
-Any number of workers and any ZeRO stage can go on from it (``checkpoint_shards``). Random generators are not in it: the
-learner seeds them for every micro-batch.
-Frozen weights are not in it: the manifest has a fingerprint of the folder they come from, checked on resume.
+A run can continue from a checkpoint with any number of workers and any ZeRO stage (``checkpoint_shards``). Random
+generators are not saved: the learner seeds them for every micro-batch. Frozen weights are not saved either: the
+manifest has a fingerprint of the folder they come from, which is checked on resume.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ MANIFEST = "manifest.json"
 RESULT, AVERAGED = "model", "model-ema"  # folders of a finished run: the weights, and their averages if it keeps any
 FORMAT = 3
 _PACKAGES = ("torch", "deepspeed", "ray", "transformers", "diffusers", "peft")
-_SAMPLE, _STRIDE = 1 << 16, 1 << 22  # bytes of a weights file that are looked at, out of so many
+_SAMPLE, _STRIDE = 1 << 16, 1 << 22  # `fingerprint` reads _SAMPLE bytes of every _STRIDE
 _NAME = re.compile(r"step-(\d{6,})")
-SPARE_BYTES = 16 << 20  # left free beside a checkpoint: journal, images
+SPARE_BYTES = 16 << 20  # bytes kept free beside a checkpoint, for journal and images
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says about itself. ``step`` optimizer steps are done; ``files`` has sizes in bytes."""
+    """Describes a checkpoint. ``step`` optimizer steps are done; ``files`` maps file names to sizes in bytes."""
 
     format: int
     step: int
@@ -57,7 +57,7 @@ class Manifest:
 
 
 class CheckpointStore:
-    """The checkpoints of one run folder; ``attempt`` names this start of it. ``save`` and ``load`` are collective."""
+    """The checkpoints of a run folder. ``attempt`` identifies this start. ``save`` and ``load`` are collective."""
 
     def __init__(self, settings: Settings, stage: str, attempt: str = "") -> None:
         self.run_folder = settings.run.folder
@@ -66,7 +66,7 @@ class CheckpointStore:
         self._fingerprint = ""
 
     def newest(self) -> Manifest | None:
-        """The newest complete checkpoint, or None; one whose files are short or missing is passed over."""
+        """Manifest of the newest complete checkpoint, or None. Checkpoints with short or missing files are skipped."""
         for step, folder in reversed(self._steps()):
             content = _read_manifest(folder)
             if content.get("format", FORMAT) != FORMAT:
@@ -76,7 +76,7 @@ class CheckpointStore:
         return None
 
     def _steps(self) -> list[tuple[int, Path]]:
-        """Folders called like a checkpoint, with their steps, in order. Others in the same place are not ours."""
+        """(step, folder) of every folder named like a checkpoint, in order. Other folders are ignored."""
         if not self.folder.is_dir():
             return []
         found = [(_NAME.fullmatch(path.name), path) for path in self.folder.iterdir() if path.is_dir()]
@@ -86,7 +86,7 @@ class CheckpointStore:
         return self.folder / f"step-{step:06d}"
 
     def check_fits(self, manifest: Manifest) -> None:
-        """Raise UserError when the checkpoint cannot continue the run as it is set now."""
+        """Raise UserError if the checkpoint cannot continue the run with its present settings."""
         settings, where = self._settings, self.path(manifest.step)
         then = manifest.settings
         lora_alpha = settings.model.lora_alpha if self._stage == "sft" and settings.model.lora_rank else 0
@@ -98,7 +98,7 @@ class CheckpointStore:
             ("model.lora_alpha", lora_alpha, _lora(manifest, "lora_alpha") if lora_alpha else 0),
             ("train.ema_decay", "0" if not settings.train.ema_decay else "above 0", "above 0" if manifest.ema else "0"),
             ("run.seed", settings.run.seed, then["run"].get("seed")),
-            # Positions of the sources follow from the common one and these.
+            # The position in each data source follows from the common position and these two settings.
             ("data.temperature", settings.data.temperature, then["data"].get("temperature")),
             ("data.weights", settings.data.weights, then["data"].get("weights")),
         ]
@@ -118,7 +118,7 @@ class CheckpointStore:
             )
 
     def save(self, step: int, engine: ShardedModel, ema: SavedBeside | None, source: dict[str, Any]) -> None:
-        """Write the checkpoint of ``step`` finished steps, remove the oldest. UserError when it cannot be written."""
+        """Write the checkpoint after ``step`` steps and remove the oldest. Raises UserError if it cannot be written."""
         import torch.distributed as dist
         from safetensors import SafetensorError
 
@@ -141,7 +141,7 @@ class CheckpointStore:
             ) from error
 
     def load(self, manifest: Manifest, engine: ShardedModel, ema: SavedBeside | None) -> None:
-        """Put the checkpoint into engine and averages. Raises UserError when it does not fit."""
+        """Load the checkpoint into the engine and the averages. Raises UserError if it does not fit."""
         import torch.distributed as dist
 
         self.check_fits(manifest)
@@ -184,14 +184,16 @@ class CheckpointStore:
             _flush(file)
         final = self.path(step)
         if final.exists():
-            shutil.rmtree(final)  # only a damaged one, or the same step of a run that was started again
+            shutil.rmtree(final)  # a damaged checkpoint, or the same step written before a restart
         unfinished.rename(final)
         _flush(self.folder)
         self._prune(step)
 
     def _prune(self, newest: int) -> None:
-        """Keep the complete checkpoints written last. A later one that the run did not go on from is of no more use to
-        it, and damaged or it would have been used: it is put aside."""
+        """Keep the newest complete checkpoints. Later ones the run did not resume from are renamed `unused-…`.
+
+        Such a later checkpoint is damaged, or the run would have resumed from it.
+        """
         kept = 0
         for step, folder in reversed(self._steps()):
             if step > newest:
@@ -210,7 +212,7 @@ class CheckpointStore:
 
 
 def check_shards(folder: Path, rank: int, world: int) -> None:
-    """Raise UserError on all ranks when a file is not what was written. Collective: each file is read by one rank."""
+    """Raise UserError on all ranks if a file has changed since it was written. Collective: one rank reads each file."""
     from actors.learner.checkpoint_shards import is_as_written
     from actors.learner.collectives import gather
 
@@ -225,8 +227,10 @@ def check_shards(folder: Path, rank: int, world: int) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """12 hex digits of a weights folder: names, sizes and samples all through every file. Not of times, so a copy is
-    equal."""
+    """Fingerprint of a weights folder, 12 hex digits: names, sizes and samples from all over every file.
+
+    File times do not count, so a copy of the folder has the same fingerprint.
+    """
     digest = hashlib.blake2b(digest_size=6)
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         size = file.stat().st_size
@@ -243,7 +247,7 @@ def megabytes(size: float) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """What stands in a checkpoint's manifest; {} when there is none or it is damaged."""
+    """Content of a checkpoint's manifest; {} if it is missing or damaged."""
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -252,7 +256,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _is_complete(folder: Path, content: dict[str, Any], step: int) -> bool:
-    """Whether a folder is the checkpoint its name says, with all its files in full length."""
+    """Whether a folder holds the checkpoint that its name says, with all files at full length."""
     if content.keys() != {field.name for field in fields(Manifest)} or content["step"] != step:
         return False
     sections = content["settings"]

@@ -1,4 +1,4 @@
-"""What the learner's ranks tell each other beside gradients."""
+"""What the learner's ranks exchange apart from gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def gather(mine: T, world: int) -> list[T]:
-    """What every rank has given, by rank; collective."""
+    """Collect the value of every rank, ordered by rank. Collective."""
     everyone = [mine] * world
     if world > 1:
         dist.all_gather_object(everyone, mine)

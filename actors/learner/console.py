@@ -1,4 +1,4 @@
-"""Lines of the learner on the console of whoever started the run: rank 0 writes a file, the driver prints it."""
+"""Shows the learner's lines on the console that started the run: rank 0 writes a file, the driver prints it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _POLL_S = 0.2
 
 
 def console(folder: Path) -> Callable[[str], None]:
-    """Adds lines to the console file of a run, from whichever process."""
+    """A function that appends a line to the run's console file. It may be called in any process."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
 
@@ -27,12 +27,12 @@ def console(folder: Path) -> Callable[[str], None]:
 
 
 def silent(line: str) -> None:
-    """Ranks above 0 say nothing."""
+    """Print nothing; ranks above 0 use this."""
 
 
 @contextmanager
 def shown(folder: Path) -> Iterator[None]:
-    """Print what is added to the console file of a run meanwhile."""
+    """While the context is open, print the lines that are added to the run's console file."""
     done = threading.Event()
 
     def follow() -> None:

@@ -1,6 +1,6 @@
 """An averaged copy of the trained weights, updated after every optimizer step, saved and exported.
 
-Each worker averages what it holds: under ZeRO-3 its shard of a parameter, else the whole parameter.
+Each worker averages what it stores: its shard of a parameter under ZeRO-3, otherwise the whole parameter.
 """
 
 from __future__ import annotations
@@ -20,27 +20,30 @@ _SHARDS = "ema"
 
 
 def local_part(parameter: nn.Parameter) -> Tensor:
-    """What this worker stores of a parameter: the ZeRO-3 shard [padded numel / world], else all of it."""
+    """The part of a parameter that this worker stores: the ZeRO-3 shard [padded numel / world], otherwise all of it."""
     shard = getattr(parameter, "ds_tensor", None)
     return parameter.data if shard is None else shard.data
 
 
 class Ema:
-    """average += (1 - d) (parameter - average); d = min(decay, (1 + n) / (10 + n)) at step n, to forget the start."""
+    """average += (1 - d) (parameter - average), with d = min(decay, (1 + n) / (10 + n)) at step n.
+
+    d is small at first, so the averages soon forget the weights that the run started from.
+    """
 
     def __init__(self, parameters: NamedParameters, decay: float) -> None:
         self.decay = decay
         self.parts: dict[str, Tensor] = {name: local_part(p).detach().float().clone() for name, p in parameters}
 
     def update(self, parameters: NamedParameters, step: int) -> None:
-        """Take in the weights after optimizer step ``step`` (from 0)."""
+        """Add the weights after optimizer step ``step`` (from 0) to the averages."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, parameter in parameters:
             self.parts[name].lerp_(local_part(parameter).detach().float(), 1 - decay)
 
     @contextmanager
     def in_place(self, engine: ShardedModel) -> Iterator[None]:
-        """The averages in the model's parameters for a while; afterwards both are as before, to the bit. Collective."""
+        """Swap the averages into the model for the context; afterwards both are as before, to the bit. Collective."""
         with engine.split():
             self._exchange(engine.parameters)
         try:
@@ -57,7 +60,7 @@ class Ema:
             average.copy_(held)
 
     def full(self, engine: ShardedModel) -> Weights:
-        """Averages in full by name on rank 0, {} elsewhere. Collective."""
+        """Full averages by name on rank 0, {} elsewhere. Collective."""
         if engine.zero_stage < 3:
             return dict(self.parts) if engine.rank == 0 else {}
         whole: Weights = {}
@@ -70,18 +73,18 @@ class Ema:
         return whole
 
     def save(self, folder: Path, engine: ShardedModel) -> None:
-        """Write this worker's averages into ``folder``; below ZeRO-3 all hold the same and rank 0 writes them."""
+        """Write this worker's averages into ``folder``. Below ZeRO-3 all ranks hold the same, so only rank 0 writes."""
         if engine.zero_stage == 3 or engine.rank == 0:
             write_shard(folder, _SHARDS, engine.rank, self._stretches(engine))
 
     def load(self, folder: Path, engine: ShardedModel) -> None:
-        """Read what ``save`` wrote, on whatever workers and ZeRO stage. UserError when something is missing."""
+        """Read averages that any number of workers wrote, at any ZeRO stage. Raises UserError if some are missing."""
         reader = ShardReader(folder, _SHARDS, engine.rank)
         for name, start, part in self._stretches(engine):
             part.copy_(reader.read(name, start, part.numel()))
 
     def _stretches(self, engine: ShardedModel) -> Iterator[tuple[str, int, Tensor]]:
-        """Name, first element and view [n] of all that this worker averages, without ZeRO-3's padding."""
+        """(name, first element, view [n]) of each part that this worker averages, without ZeRO-3's padding."""
         for name, parameter in engine.parameters:
             part = self.parts[name].view(-1)
             start = engine.rank * part.numel() if engine.zero_stage == 3 else 0

@@ -1,13 +1,14 @@
-"""DeepSpeed behind five verbs: run, backward, step, save, load, and the weights in full for whoever needs them.
+"""DeepSpeed behind five verbs: run, backward, step, save, load; and access to the full weights.
 
-The model is wrapped whole, so ZeRO-3 shards the frozen parts as well, and everything that computes goes through the
-engine's forward (``run``), which is where ZeRO gathers parameters. DeepSpeed's own accumulation counter is off
-(``managed_gradient_accumulation: false``): ``step`` is the boundary, however many backward passes came before.
+DeepSpeed wraps the whole model, so ZeRO-3 shards the frozen parts too. Every computation goes through the engine's
+forward (``run``), because ZeRO gathers parameters there. DeepSpeed's own accumulation counter is off
+(``managed_gradient_accumulation: false``): a call of ``step`` ends the batch, however many backward passes came before.
 
-State is saved in pieces of our own (``checkpoint_shards``): DeepSpeed's checkpoints only load on the workers and the
-ZeRO stage that wrote them, and its universal format has no stage 0 and needs a conversion of every file in between.
+Checkpoints have a format of our own (``checkpoint_shards``). DeepSpeed's checkpoints load only with the number of
+workers and the ZeRO stage that wrote them, and its universal format lacks stage 0 and requires a conversion of every
+file.
 
-Left out on purpose: fp16, offload of parameters, pipeline and tensor parallelism.
+Left out on purpose: fp16, parameter offload, pipeline and tensor parallelism.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _SHARDS = "engine"
 
 
 def parameter_groups(parameters: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for tensors of two or more dimensions only; biases and norms have none (M2.2)."""
+    """Optimizer groups: weight decay for tensors of two or more dimensions, none for biases and norms (M2.2)."""
     decayed = [parameter for _, parameter in parameters if parameter.dim() >= 2]
     plain = [parameter for _, parameter in parameters if parameter.dim() < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -42,7 +43,7 @@ def parameter_groups(parameters: NamedParameters, weight_decay: float) -> list[d
 
 
 class _Computed(nn.Module):
-    """The model as one module whose forward runs any function of it, under autocast if asked."""
+    """Wraps the model so that forward calls any function of the model, under autocast if ``bf16``."""
 
     def __init__(self, model: UnifiedModel, device: torch.device, bf16: bool) -> None:
         super().__init__()
@@ -64,13 +65,14 @@ class TrainingEngine:
         import deepspeed
 
         deepspeed.utils.logger.setLevel("WARNING")
-        # Compiled on first use (half a minute, needs g++), for collectives of inference that training never calls.
+        # DeepSpeed compiles this extension on first use (half a minute, needs g++). It serves inference collectives
+        # that training never calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         train = settings.train
         self.zero_stage: int = train.zero_stage
         self.model = model
         self.parameters = trainable
-        # DeepSpeed's own AdamW for offloading compiles an extension; torch's fused one is vectorised on a CPU as well.
+        # DeepSpeed's AdamW for offloading compiles an extension; torch's fused AdamW is vectorised on the CPU too.
         self._adam = optimizer = torch.optim.AdamW(
             parameter_groups(trainable, train.weight_decay),
             lr=train.learning_rate,
@@ -79,7 +81,7 @@ class TrainingEngine:
         )
         self._plain_norm = 0.0
         if self.zero_stage == 0:
-            # Without ZeRO, DeepSpeed clips but does not say by how much; so the clipping is done here.
+            # Without ZeRO, DeepSpeed clips but does not report the norm, so we clip here.
             optimizer.register_step_pre_hook(lambda *_: self._clip(train.grad_clip))
         if self.zero_stage == 3:
             _keep_whole(model, "vae")
@@ -97,7 +99,7 @@ class TrainingEngine:
         return self._engine(compute, *arguments)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's (already scaled) loss."""
+        """Add the gradient of one micro-batch's loss. The loss is already scaled."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, rate: float) -> float:
@@ -109,7 +111,7 @@ class TrainingEngine:
         return float(norm)
 
     def weights(self) -> Weights:
-        """Trainable parameters in full by name on rank 0, {} elsewhere; copies only under ZeRO-3."""
+        """Full trainable parameters by name on rank 0, {} elsewhere. They are copies only under ZeRO-3."""
         weights = {}
         for name, parameter in self.parameters:
             with self._gathered([parameter]):
@@ -118,14 +120,14 @@ class TrainingEngine:
         return weights
 
     def save(self, folder: Path) -> None:
-        """Write what this worker updates, weights and moments, into ``folder``; frozen weights are not repeated."""
+        """Write the weights and moments that this worker updates into ``folder``. Frozen weights are not saved."""
         write_shard(folder, _SHARDS, self.rank, self._pieces())
 
     def load(self, folder: Path, step: int) -> None:
-        """Read what ``save`` wrote after ``step`` steps, on whatever workers and ZeRO stage.
+        """Restore what ``save`` wrote after ``step`` steps, with any number of workers and any ZeRO stage.
 
-        A worker reads the elements it updates: on an unchanged layout those of its own file, bit for bit. Raises
-        UserError when some are missing.
+        A worker reads the elements it updates. If the layout has not changed, its own file has them, bit for bit.
+        Raises UserError if some are missing.
         """
         reader, zero = ShardReader(folder, _SHARDS, self.rank), self._engine.optimizer
         with self.split():
@@ -137,14 +139,14 @@ class TrainingEngine:
 
     def _pieces(self) -> Iterator[tuple[str, int, Tensor]]:
         if self.zero_stage == 0 and self.rank > 0:
-            return  # all ranks hold the same
+            return  # all ranks hold the same state; rank 0 writes it
         for name, parameter in self.parameters:
             stretch = stretch_of(parameter, self._engine.optimizer, self.zero_stage)
             if stretch:
                 yield from pieces(name, stretch, self._adam.state[stretch.owner])
 
     def _show(self, parameter: nn.Parameter, stretch: Stretch | None) -> None:
-        """Put the restored weight where forward reads it: ZeRO updates a copy. Collective for stages 1 and 2."""
+        """Copy the restored fp32 weight to the tensor that forward reads. Collective for stages 1 and 2."""
         if self.zero_stage == 3 and stretch:
             shard: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]  # set by ZeRO-3
             shard.data[: stretch.count].copy_(stretch.of(stretch.owner))
@@ -154,7 +156,7 @@ class TrainingEngine:
             parameter.data.copy_(safe_get_full_fp32_param(parameter))
 
     def export(self, folder: Path, replaced: Weights | None = None) -> None:
-        """Write a component folder, in place of an older one. ``replaced`` (rank 0): weights to write for its own."""
+        """Write a component folder, replacing an older one. Rank 0 may pass ``replaced``, weights to write instead."""
         unfinished = folder.with_name(f".{folder.name}.writing")
         with self._gathered(list(self.model.parameters())):
             if self.rank == 0:
@@ -168,7 +170,7 @@ class TrainingEngine:
 
     @contextmanager
     def split(self) -> Iterator[None]:
-        """For writing into parameters: ZeRO-3 lets go of the small ones it keeps gathered, then gathers them anew."""
+        """Allow writes into parameters: ZeRO-3 releases the small ones it keeps gathered, then gathers them again."""
         if self.zero_stage < 3:
             yield
             return
@@ -192,9 +194,9 @@ class TrainingEngine:
 
 
 def _keep_whole(model: nn.Module, name: str) -> None:
-    """Hide a frozen part from ZeRO-3, which gathers a part whenever a rank uses it and hangs unless all do at once.
+    """Hide a frozen part from ZeRO-3, which would gather it on each use and hang unless all ranks use it together.
 
-    The VAE is such a part: a rank encodes only the images it has not cached.
+    The VAE is such a part: a rank encodes only the images that it has not cached.
     """
     part = model._modules.pop(name, None)
     if part is not None:
@@ -203,7 +205,7 @@ def _keep_whole(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def _swapped(parameters: NamedParameters, replaced: Weights) -> Iterator[None]:
-    """Other values in the parameters for a while."""
+    """Put other values into the parameters inside the context, then restore the parameters' own."""
     own = {name: parameter.detach().clone() for name, parameter in parameters if name in replaced}
     by_name = dict(parameters)
     for name in own:
@@ -219,12 +221,12 @@ def _configuration(settings: Settings, device: torch.device) -> dict[str, Any]:
     if train.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only reports with it; batches are the objective's
+        "train_micro_batch_size_per_gpu": 1,  # used in DeepSpeed's reports only
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": train.grad_clip if train.zero_stage else 0.0,
-        "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own compiles an extension
-        "zero_force_ds_cpu_optimizer": False,  # nor for offloading
+        "zero_allow_untested_optimizer": True,  # torch's AdamW; DeepSpeed's compiles an extension
+        "zero_force_ds_cpu_optimizer": False,  # the same when offloading
         "zero_optimization": zero,
         "steps_per_print": None,
     }

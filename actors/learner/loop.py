@@ -1,11 +1,11 @@
-"""The one learner loop of all stages: take a batch, accumulate its gradients, step once, publish, checkpoint.
+"""The learner loop of all stages: take a batch, accumulate its gradients, step once, publish, checkpoint.
 
-The loop knows neither data sets nor rewards. A ``BatchSource`` hands it one batch a step, an ``Objective`` turns that
-batch into losses, micro-batch by micro-batch; everything else (ZeRO, clipping, schedule, EMA, checkpoints, resume,
+The loop knows neither data sets nor rewards. A ``BatchSource`` hands it one batch per step, and an ``Objective`` turns
+that batch into losses, micro-batch by micro-batch. Everything else (ZeRO, clipping, schedule, EMA, checkpoints, resume,
 metrics) is written here once for pretrain, sft and rl. Exactly one optimizer step follows each batch, whatever the
 number of micro-batches (method 3.7: the reference takes 61 steps a batch; we do not).
 
-Left out on purpose: how the processes are started (``actors.learner.ray_train``) and what is in a batch.
+Left out on purpose: how the processes start (``actors.learner.ray_train``) and what a batch contains.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _RL_PHASES = {"time/rollout_s": "rollout", "time/reward_s": "scoring", "time/upd
 def train(
     context: WorkerContext, build: Callable[[WorkerContext], Parts], checkpoints: CheckpointStore, resume: bool
 ) -> None:
-    """Run one worker from its start or its last checkpoint to ``train.steps``, then write the component folder.
+    """Run one worker from the start or the newest checkpoint to ``train.steps``, then write the component folder.
 
-    Raises UserError when a checkpoint does not fit the run or cannot be written.
+    Raises UserError if a checkpoint does not fit the run or cannot be written, or if nothing is trainable.
     """
     settings = context.settings
     trainable = context.model.trainable_parameters(context.stage)
@@ -68,7 +68,7 @@ def train(
 
 
 class TrainingLoop:
-    """The body of the training loop and what it needs from step to step."""
+    """The body of the training loop and the state it keeps from step to step."""
 
     def __init__(
         self,
@@ -86,13 +86,13 @@ class TrainingLoop:
         self.last_said = -math.inf
 
     def begin(self) -> None:
-        """Evaluate what the run starts from."""
+        """Evaluate the weights that the run starts from."""
         figures = self._evaluate(0)
         if figures and self.context.tracker:
             self.context.tracker.log(0, figures)
 
     def run_step(self, step: int) -> None:
-        """One batch, one optimizer step, one new version of the weights."""
+        """Take one batch, make one optimizer step, publish one new version of the weights."""
         context, begin = self.context, time.monotonic()
         with self.phases("wait"):
             batch = self.source.next(step, context.rank, context.world)
@@ -113,7 +113,7 @@ class TrainingLoop:
         self._log(step + 1, metrics | self.source.metrics() | self.phases.take())
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        """Held-out figures after ``step`` steps, if any are due: of the weights, and of their averages."""
+        """Held-out metrics of the weights and of their averages after ``step`` steps; {} if none are due."""
         evaluate = self.evaluator.evaluation(step) if self.evaluator else None
         if evaluate is None:
             return {}
@@ -146,7 +146,7 @@ def update(
 ) -> dict[str, float]:
     """Accumulate the gradients of every micro-batch, then take exactly one optimizer step.
 
-    Returns the batch's metrics, reduced over micro-batches and ranks, with gradient norm and learning rate.
+    Returns the batch's metrics, reduced over micro-batches and ranks, plus gradient norm and learning rate.
     """
     _seed(context, "prepare")
     with torch.no_grad():
@@ -169,7 +169,7 @@ def update(
 
 
 def reduce_metrics(reported: Iterable[Metrics], world: int) -> dict[str, float]:
-    """Metrics of all micro-batches and ranks under one name each: mean, or maximum (``*_max``) or sum (``*_sum``)."""
+    """Combine the metrics of all micro-batches and ranks by name: mean, maximum (``*_max``) or sum (``*_sum``)."""
     mine: dict[str, list[float]] = {}
     for metrics in reported:
         for key, value in metrics.items():
@@ -188,7 +188,7 @@ def _reduce(key: str, values: list[float]) -> float:
 
 
 def _shown(metrics: Mapping[str, float]) -> dict[str, float | str]:
-    """The few numbers of a console line: in rl rewards, distance from the start and phases, else loss and speed."""
+    """The few numbers of a console line: rewards, KL, clipping and phases in rl, otherwise loss and speed."""
     if "time/rollout_s" not in metrics:
         shown: dict[str, float | str] = {"loss": metrics["loss/total"], "grad": metrics["train/grad_norm"]}
         if "throughput/images_per_s" in metrics:
@@ -219,7 +219,7 @@ def _restore(
     resume: bool,
     context: WorkerContext,
 ) -> int:
-    """Load the newest complete checkpoint if the run resumes; the step to start with."""
+    """Load the newest complete checkpoint if the run resumes. Returns the step to start with."""
     manifest: Manifest | None = checkpoints.newest() if resume else None
     if manifest is None:
         return 0

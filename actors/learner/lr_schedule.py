@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Rate of step ``step`` (from 0): linear warm-up, then constant or half a cosine down to the minimum (M2.2)."""
+    """Rate of step ``step`` (from 0): linear warm-up, then constant, or half a cosine down to the minimum (M2.2)."""
     train = settings.train
     if step < train.warmup_steps:
         return train.learning_rate * (step + 1) / train.warmup_steps

@@ -1,6 +1,6 @@
-"""What is checked on the driver before Ray is asked for anything, and the run's folder.
+"""Checks that run on the driver before Ray starts, and the preparation of the run folder.
 
-Whatever is found wrong here costs seconds; found by an actor it costs the start of a cluster.
+An error found here costs seconds. Found by an actor, the same error costs the start of a cluster.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from deepgen.tracking.tracker import check_tracking
 
 
 def prepare_run(settings: Settings, stage: str) -> Settings:
-    """Check what can be checked before anything starts and make the run folder; settings with weights resolved.
+    """Check what can be checked before the start and make the run folder. Returns settings with weights resolved.
 
-    Raises UserError when a folder cannot be written, the disk is too small, MLflow's server does not answer, there is
+    Raises UserError if a folder is not writable, the disk is too small, MLflow's server does not answer, there is
     nothing to resume, the checkpoint does not fit, or an input lies in the folder of an older run that `own_folder`
-    would put aside.
+    would rename.
     """
     weights = resolve_weights(Path(settings.model.weights))
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"weights": weights})})
@@ -44,14 +44,16 @@ def prepare_run(settings: Settings, stage: str) -> Settings:
 
 @contextmanager
 def own_folder(settings: Settings) -> Iterator[None]:
-    """A new run never writes into the folder of an older one that has checkpoints: the older one is renamed to
-    ``<name>.1`` (.2, ...). If the start fails inside this context, everything is as it was."""
+    """Keep a new run out of an older run's folder: one with checkpoints is renamed to ``<name>.1`` (.2, ...).
+
+    If the start fails inside this context, the older run gets its folder back.
+    """
     folder = settings.run.folder
     if settings.run.resume:
         yield
         return
     if not (folder / "checkpoints").exists():
-        for judged in folder.glob(f"*{JUDGED}"):  # by a start that came to nothing: what was bad may be mended
+        for judged in folder.glob(f"*{JUDGED}"):  # left by a failed start; bad records may be repaired by now
             judged.unlink()
         yield
         return
@@ -60,7 +62,7 @@ def own_folder(settings: Settings) -> Iterator[None]:
     folder.mkdir()
     try:
         yield
-    except BaseException:  # Ctrl-C, too
+    except BaseException:  # including Ctrl-C
         shutil.rmtree(folder)
         kept.rename(folder)
         raise
@@ -68,7 +70,7 @@ def own_folder(settings: Settings) -> Iterator[None]:
 
 
 def _check_inputs_elsewhere(settings: Settings) -> None:
-    """Raise UserError when a new run would put its own input aside."""
+    """Raise UserError if an input lies in the folder that the new run would rename."""
     folder, data = settings.run.folder.resolve(), settings.data
     inputs: dict[str, Path | str] = {"model.weights": settings.model.weights, "data.cache_dir": data.cache_dir}
     inputs |= {f"data.{key}": getattr(data, key) for key in ("train", "prompts", "heldout")}
@@ -91,7 +93,7 @@ def _check_resume(store: CheckpointStore, settings: Settings) -> None:
 
 
 def resolve_weights(path: Path) -> Path:
-    """The component folder ``path`` is, or that the finished run in folder ``path`` has written."""
+    """The component folder of ``path``: ``path`` itself, or the result of the finished run in that folder."""
     if (path / "transformer").is_dir():
         return path
     if (path / RESULT / "transformer").is_dir():
@@ -119,7 +121,7 @@ def _check_cache_folder(folder: Path) -> None:
 
 
 def _probe(folder: Path) -> None:
-    """Make a folder and write something into it. OSError when that cannot be done."""
+    """Make a folder and write a file into it. Raises OSError if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".probe-{uuid.uuid4().hex}"
     probe.write_bytes(b"\0" * 4096)
@@ -127,7 +129,10 @@ def _probe(folder: Path) -> None:
 
 
 def _check_space(folder: Path, settings: Settings, stage: str) -> None:
-    """Room for the checkpoints (weights and two moments in fp32) and the result, estimated from the weights' files."""
+    """Raise UserError if the disk lacks room for the result and the checkpoints (weights and two moments in fp32).
+
+    The sizes are estimated from the weight files.
+    """
     weights = Path(settings.model.weights)
     trained = sum(_folder_bytes(weights / part) for part in TRAINED_PARTS[stage])
     count = min(settings.train.keep_checkpoints, settings.train.steps // settings.train.checkpoint_every + 1) + 1

@@ -1,4 +1,4 @@
-"""What the learner's loop and the parts that a stage gives it promise each other."""
+"""Interfaces between the learner's loop and the parts that a stage gives it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 Weights = dict[str, Tensor]  # trained parameters by name
 NamedParameters = list[tuple[str, nn.Parameter]]
 Metrics = Mapping[str, float | Tensor]
-# (model, context, suffix of the names) -> figures; see `Evaluator.evaluation`
+# (model, context, suffix of the metric names) -> metrics; see `Evaluator.evaluation`
 Evaluate = Callable[["UnifiedModel", "StepContext", str], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """Where and when a batch is worked on: everything random numbers may depend on.
+    """Which worker processes which step: everything that random numbers may depend on.
 
-    ``seed`` is run.seed, ``step`` counts optimizer steps from 0, ``rank`` of ``world`` data-parallel workers.
+    ``seed`` is run.seed, ``step`` counts optimizer steps from 0, ``rank`` is one of ``world`` data-parallel workers.
     """
 
     seed: int
@@ -39,11 +39,11 @@ class StepContext:
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What a stage may use to make its source and objective inside one learner worker.
+    """Everything a stage may use to make its source and objective inside one learner worker.
 
     ``model`` is the loaded model before DeepSpeed wraps it (an objective that needs a frozen reference copies it now).
-    ``tracker`` exists on rank 0 only; sources and objectives may log images through it. ``say`` shows a line on the
-    console of the person who started the run (rank 0; elsewhere it does nothing).
+    ``tracker`` exists on rank 0 only; sources and objectives may log images through it. ``say`` prints a line on the
+    console that started the run (rank 0; elsewhere it does nothing).
     """
 
     stage: str
@@ -57,72 +57,72 @@ class WorkerContext:
 
 
 class BatchSource(Protocol):
-    """Gives every rank its batch of a step and is told about new weights.
+    """Gives every rank its batch of a step, and receives new weights.
 
-    Order of calls in a run: ``load_state_dict`` (only on resume), ``publish(weights, start)``, then for each step
-    ``next(step, rank, world)``, the update, ``publish(weights, step + 1)``, ``state_dict(step + 1)`` when a checkpoint
-    is due; ``close()`` at the end, also after an error. All methods are called on every rank and in the same order.
+    Order of calls in a run: ``load_state_dict`` (only on resume), ``publish(weights, start)``; then for each step
+    ``next(step, rank, world)``, the update, ``publish(weights, step + 1)``, and ``state_dict(step + 1)`` when a
+    checkpoint is due; ``close()`` at the end, also after an error. Every rank calls all methods in the same order.
     """
 
     def next(self, step: int, rank: int, world: int) -> Any:
-        """Batch of this rank for optimizer step ``step``. All ranks must get the same number of micro-batches."""
+        """This rank's batch for optimizer step ``step``. All ranks must get the same number of micro-batches."""
 
     def publish(self, weights: Callable[[], Weights], version: int) -> None:
-        """Weights after ``version`` optimizer steps. ``weights()`` is collective: call it on all ranks or on none.
+        """Receive the weights after ``version`` optimizer steps.
 
-        It returns on rank 0 the trainable parameters by name (full tensors, fp32, not copies: read them before
-        returning) and an empty dict elsewhere.
+        ``weights()`` is collective: call it on all ranks or on none. On rank 0 it returns the trainable parameters by
+        name (full fp32 tensors, not copies: read them before returning), elsewhere an empty dict.
         """
 
     def metrics(self) -> dict[str, float]:
-        """Figures of the last batch that do not come from the update (rewards, staleness, ...); rank 0's are logged."""
+        """Metrics of the last batch that do not come from the update (rewards, staleness, ...). Rank 0's are logged."""
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """State that continues the stream exactly before ``step``; JSON-able. Rank 0's goes into the checkpoint."""
+        """JSON-able state that continues the stream exactly before ``step``. The checkpoint stores rank 0's."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state; every rank gets the one of rank 0."""
+        """Continue from a saved state. Every rank gets the state that rank 0 saved."""
 
     def close(self) -> None: ...
 
 
 class Objective(Protocol):
-    """Turns a batch into losses. What computes runs inside the DeepSpeed engine's forward, so that ZeRO hooks fire.
+    """Turns a batch into losses. Both methods run inside the DeepSpeed engine's forward, so that ZeRO's hooks fire.
 
-    ``prepare`` runs under ``torch.no_grad`` once a batch (encode prompts and images, reference velocities) and returns
-    the micro-batches; ``loss`` is then called once for each. Autocast (model.precision) is already on in both.
-    Before each call torch's global generator is seeded from (seed, step, rank, micro-batch), so dropout and
+    ``prepare`` runs under ``torch.no_grad`` once per batch (encode prompts and images, reference velocities) and
+    returns the micro-batches; ``loss`` is then called once for each. Autocast (model.precision) is already on in both.
+    Before each call, torch's global generator is seeded from (seed, step, rank, micro-batch), so dropout and
     ``torch.rand`` are the same in a resumed run.
     """
 
     def prepare(self, model: UnifiedModel, batch: Any, context: StepContext) -> Sequence[Any]:
-        """Micro-batches of ``batch``, at least one and as many on every rank (checked: ZeRO would hang)."""
+        """Micro-batches of ``batch``: at least one, and equally many on every rank (checked: ZeRO would hang)."""
 
     def loss(self, model: UnifiedModel, micro: Any, context: StepContext) -> tuple[Tensor, Metrics]:
-        """Scalar loss to send backward, ALREADY scaled so that the sum over micro-batches is the loss of the batch.
+        """Scalar loss for the backward pass, ALREADY scaled: the sum over micro-batches is the loss of the batch.
 
-        Gradients are averaged over ranks, so a mean over the global batch needs no factor for the world size when
-        ranks hold equal shares. Metric keys: plain keys are averaged over the micro-batches and ranks that report them,
-        ``*_max`` take the maximum, ``*_sum`` are added. ``images_sum``, the number of images, gives images per second.
+        Gradients are averaged over ranks, so a mean over the global batch needs no factor for the world size if ranks
+        hold equal shares. Metrics: plain keys are averaged over the micro-batches and ranks that report them, ``*_max``
+        take the maximum, ``*_sum`` are added. ``images_sum``, the number of images, gives images per second.
         """
 
 
 class Evaluator(Protocol):
-    """What is looked at beside training, the same way in all stages. All methods are called on every rank."""
+    """Evaluates the model during training, in the same way in all stages. Every rank calls all methods."""
 
     def evaluation(self, step: int) -> Evaluate | None:
-        """What to compute with the weights after ``step`` steps, None for nothing; on all ranks alike.
+        """The function that evaluates the weights after ``step`` steps, or None. All ranks must agree.
 
-        It is called without gradients and dropout, for the weights with suffix "" and for their averages with "_ema".
-        An evaluator whose pictures are drawn elsewhere, by rollout actors, orders them here and returns None.
+        The loop calls it without gradients and dropout, with suffix "" for the weights and "_ema" for their averages.
+        An evaluator whose pictures are drawn by rollout actors requests them here and returns None.
         """
 
     def close(self) -> None:
-        """At the end, also after an error."""
+        """Called at the end, also after an error."""
 
 
 class Parts(NamedTuple):
-    """What a stage gives to the loop."""
+    """The parts that a stage gives to the loop."""
 
     source: BatchSource
     objective: Objective
@@ -130,7 +130,7 @@ class Parts(NamedTuple):
 
 
 class ShardedModel(Protocol):
-    """What checkpoints and averages need of the engine: where a worker holds which parameters."""
+    """The part of the engine that checkpoints and averages need: which parameters a worker holds."""
 
     zero_stage: int
     parameters: NamedParameters
@@ -139,7 +139,7 @@ class ShardedModel(Protocol):
     def rank(self) -> int: ...
 
     def split(self) -> AbstractContextManager[None]:
-        """For writing into parameters, see `TrainingEngine.split`."""
+        """Allow writes into parameters, see `TrainingEngine.split`."""
 
     def save(self, folder: Path) -> None: ...
 
@@ -147,7 +147,7 @@ class ShardedModel(Protocol):
 
 
 class SavedBeside(Protocol):
-    """State that is saved beside the engine's (the averages)."""
+    """State that is saved next to the engine's own (the averages)."""
 
     def save(self, folder: Path, engine: ShardedModel) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Ray Train around the learner: start its workers, start them again when one dies, bring its errors back.
+"""Runs the learner under Ray Train: starts its workers, restarts them when one dies, returns their errors.
 
 ``preflight.prepare_run`` (driver, before Ray) → ``run_learner`` (driver) → ``worker.work`` (each Ray Train worker) →
 ``loop.train``.
@@ -19,18 +19,18 @@ from deepgen.cluster.resources import process_resources
 from deepgen.config import Settings, UserError
 
 _RAY_TRAIN_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # start and end of a run wait for a look at the workers; default 2 s
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in a worker as in the submitted checkout
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less: our checkpoints do not wait for a notice
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # start and end of a run wait for a health check; default 2 s
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in a worker and in the submitted checkout
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less: our checkpoints need no preemption notice
 }
 
 
 def run_learner(job: LearnerJob, work: Callable[[dict[str, Any]], None]) -> Path:
-    """Train under Ray Train until the last step; the component folder with the result. Ray must be connected.
+    """Train under Ray Train until the last step. Returns the component folder with the result. Ray must be connected.
 
-    ``work`` (`actors.learner.worker`) runs on every worker. When one dies, all are started again and go on from the
-    last checkpoint, at most train.max_failures times. Lines of rank 0 appear on this process's stdout. Raises
-    UserError of a worker as it is, KeyboardInterrupt on Ctrl-C.
+    ``work`` (`actors.learner.worker`) runs on every worker. When a worker dies, all of them restart and continue from
+    the newest checkpoint, at most train.max_failures times. Lines of rank 0 appear on this process's stdout. Raises a
+    worker's UserError unchanged, and KeyboardInterrupt on Ctrl-C.
     """
     from ray.train import TrainingFailedError
 
@@ -58,9 +58,11 @@ def _make_trainer(job: LearnerJob, work: Callable[[dict[str, Any]], None]) -> An
     settings, limit = job.settings, job.settings.train.max_failures
 
     class LeanTrainer(TorchTrainer):
-        """Two helper processes less: we pass no Ray datasets, and Ray removes placement groups with their creator
-        (the cleaner would warn every second on a cluster without dashboard). And a failure policy that looks at what
-        failed."""
+        """A TorchTrainer with two helper processes less and a failure policy that looks at the error.
+
+        We pass no Ray datasets, and Ray removes placement groups together with their creator (the cleaner would warn
+        every second on a cluster without a dashboard).
+        """
 
         def _initialize_and_run_controller(self, **options: Any) -> Any:
             options["failure_policy"] = _failure_policy(settings, self.run_config.failure_config)
@@ -71,7 +73,7 @@ def _make_trainer(job: LearnerJob, work: Callable[[dict[str, Any]], None]) -> An
             return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
         def _register_sigint_handler(self, controller: Any) -> None:
-            """Ctrl-C stays a KeyboardInterrupt; Ray's own handler would end the program with exit code 0."""
+            """Keep Ctrl-C a KeyboardInterrupt; Ray's own handler would end the program with exit code 0."""
 
     return LeanTrainer(
         work,
@@ -86,13 +88,13 @@ def _make_trainer(job: LearnerJob, work: Callable[[dict[str, Any]], None]) -> An
             name=settings.run.name,
             storage_path=str(settings.run.folder / "ray_train"),
             failure_config=FailureConfig(max_failures=limit, controller_failure_limit=limit),
-            logging_config=LoggingConfig(log_level="CRITICAL"),  # errors come back to run_learner with their traceback
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # errors reach run_learner with their traceback
         ),
     )
 
 
 def _failure_policy(settings: Settings, config: Any) -> Any:
-    """Ray Train's own, but what would only happen again ends the run at once; restarts are told on the console."""
+    """Ray Train's policy, but errors a restart cannot fix end the run at once. Restarts are shown on the console."""
     from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
     from actors.experience.reward_pool import RewardPoolError
@@ -118,13 +120,13 @@ def _failure_policy(settings: Settings, config: Any) -> Any:
 
 
 def _user_error(error: Exception) -> UserError | None:
-    """The worker's UserError inside Ray's exception, if that is what it was."""
+    """The worker's UserError inside Ray's exception, or None if the cause is another error."""
     found = _cause(error, (UserError,))
     return found if isinstance(found, UserError) else None
 
 
 def _cause(error: Exception, kinds: tuple[type[Exception], ...]) -> BaseException | None:
-    """What a worker raised, as Ray Train's exception carries it, if it is one of ``kinds``."""
+    """The exception of a worker inside Ray Train's exception, if it is one of ``kinds``; otherwise None."""
     for failure in getattr(error, "worker_failures", {}).values():
         inner: BaseException | None = failure
         while inner is not None:
@@ -135,12 +137,12 @@ def _cause(error: Exception, kinds: tuple[type[Exception], ...]) -> BaseExceptio
 
 
 def _wrapped(error: BaseException) -> BaseException | None:
-    """What an exception of Ray's or Ray Train's is about."""
+    """The exception inside an exception of Ray or Ray Train, or None."""
     return getattr(error, "_base_exc", None) or getattr(error, "cause", None)
 
 
 def _first_line(error: BaseException) -> str:
-    """What went wrong, from the inside of the exceptions that Ray wraps around it."""
+    """First line of the innermost exception, inside all of Ray's wrappers."""
     while (inner := _wrapped(error)) is not None:
         error = inner
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]

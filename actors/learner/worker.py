@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def work(config: dict[str, Any]) -> None:
-    """The function of every Ray Train worker."""
+    """The function that every Ray Train worker runs."""
     import ray.train
 
     job: LearnerJob = config["job"]
@@ -33,7 +33,7 @@ def work(config: dict[str, Any]) -> None:
 
 
 def prepare_process(settings: Settings) -> None:
-    """Environment of a worker process; must run before DeepSpeed is imported."""
+    """Set up the environment of a worker process. Must run before DeepSpeed is imported."""
     import torch
 
     if not torch.cuda.is_available():
@@ -44,12 +44,13 @@ def prepare_process(settings: Settings) -> None:
     torch.set_num_threads(settings.train.threads)
     from huggingface_hub.serialization import _torch as saving
 
-    saving.logger.setLevel(logging.WARNING)  # Ray Train would show on the console where each component was saved
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's older names
+    saving.logger.setLevel(logging.WARNING)  # hides a line per saved component, which Ray Train would print
+    # DeepSpeed uses deprecated names of torch.distributed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def run_worker(job: LearnerJob, attempt: str, rank: int, world: int) -> None:
-    """One worker of an initialised torch process group: load the model, then train."""
+    """Run one worker of an initialised torch process group: load the model, then train."""
     import torch
 
     from deepgen.tracking.tracker import Tracker
@@ -68,12 +69,12 @@ def run_worker(job: LearnerJob, attempt: str, rank: int, world: int) -> None:
 
 
 def _resumes(settings: Settings, newest: Manifest | None, attempt: str) -> bool:
-    """A run resumes when the user asked for it, or when Ray Train started its workers again."""
+    """Whether this start resumes: the user asked for it, or Ray Train has restarted the workers."""
     return settings.run.resume or (newest is not None and newest.attempt == attempt)
 
 
 def load_model(settings: Settings, stage: str) -> UnifiedModel:
-    """The model a stage starts from: fp32 parameters; sft attaches a new LoRA unless the folder has one."""
+    """Load the model that a stage starts from, with fp32 parameters. sft adds a new LoRA unless the folder has one."""
     import torch
 
     from deepgen.models.unified import UnifiedModel
@@ -81,7 +82,7 @@ def load_model(settings: Settings, stage: str) -> UnifiedModel:
 
     chosen = settings.model
     lora = LoraSettings(rank=chosen.lora_rank, alpha=chosen.lora_alpha, dropout=chosen.lora_dropout)
-    torch.manual_seed(settings.run.seed)  # a fresh bridge and a fresh LoRA are the same on every rank and on resume
+    torch.manual_seed(settings.run.seed)  # makes a fresh bridge or LoRA the same on every rank and on resume
     model = UnifiedModel.from_folder(
         chosen.weights,
         padding=chosen.padding,

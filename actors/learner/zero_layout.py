@@ -1,8 +1,11 @@
 """Where a worker keeps the fp32 weight and AdamW's moments of a parameter, by ZeRO stage.
 
-Without ZeRO the optimizer updates the parameter itself; stages 1 and 2 give each worker a stretch of a flat buffer that
-holds parts of many parameters, stage 3 an equal share of every parameter, the last ones padded. Here they all look the
-same: a ``Stretch``.
+- Stage 0: the optimizer updates the parameter itself, on every worker.
+- Stages 1 and 2: all parameters lie end to end in flat buffers, and each worker updates one section of each buffer. The
+  section holds all, a part or nothing of a given parameter.
+- Stage 3: each worker updates an equal share of every parameter; the last shares are padded.
+
+A ``Stretch`` describes all three cases in the same way.
 """
 
 from __future__ import annotations
@@ -14,35 +17,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Read = Callable[[str, int, int], Tensor]  # (key, first element, count) -> values, as `ShardReader.read`
+Read = Callable[[str, int, int], Tensor]  # (key, first element, count) -> values, like `ShardReader.read`
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Elements ``start`` to ``start + count`` of a parameter seen flat, which this worker updates."""
+    """Elements ``start`` to ``start + count`` of a flattened parameter, which this worker updates."""
 
-    owner: Tensor  # what the optimizer updates, and the key of its state; fp32
-    offset: int  # where the stretch begins in the owner
+    owner: Tensor  # the fp32 tensor that the optimizer updates, and the key of its state
+    offset: int  # first element inside the owner
     start: int
     count: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """View [count] of the owner, or of a tensor like it."""
+        """View [count] of this stretch in the owner, or in a tensor laid out like the owner."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.count)
 
 
 def stretch_of(parameter: nn.Parameter, optimizer: Any, zero_stage: int) -> Stretch | None:
-    """What this worker updates of a trainable parameter; None if nothing. ``optimizer`` is the DeepSpeed engine's."""
+    """The stretch of a trainable parameter that this worker updates, or None. ``optimizer`` is DeepSpeed's."""
     if zero_stage == 0:
         return Stretch(parameter, 0, 0, parameter.numel())
     if zero_stage < 3:
+        # hp ("high precision") is this worker's fp32 section, lp ("low precision") the parameter that forward reads.
         mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # set by ZeRO-1 and 2
         if mapping is None:
             return None
         owner = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
         address = mapping.hp_fragment_address
         return Stretch(owner, address.start, mapping.lp_fragment_address.start, address.numel)
+    # Every share has `padded` elements, and the shares together may exceed the parameter. The excess is padding, so the
+    # last share is cut, and a worker whose share is all padding updates nothing.
     group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = torch.distributed.get_rank() * padded
     count = min(padded, parameter.ds_numel - start)  # type: ignore[attr-defined]  # set by ZeRO-3
@@ -57,8 +63,8 @@ def pieces(name: str, stretch: Stretch, state: dict[str, Any]) -> Iterator[tuple
 
 
 def restore(read: Read, name: str, stretch: Stretch, state: dict[str, Any], step: int) -> None:
-    """Put back weight and moments of a stretch, which ``step`` optimizer steps made. UserError if they are gone."""
-    state["step"] = torch.tensor(float(step))  # AdamW's form of it
+    """Restore weight and moments of a stretch as they were after ``step`` steps. UserError if some are missing."""
+    state["step"] = torch.tensor(float(step))  # AdamW keeps it as a tensor
     stretch.of(stretch.owner).copy_(read(f"{WEIGHT}:{name}", stretch.start, stretch.count))
     for key in MOMENTS:
         if key not in state:

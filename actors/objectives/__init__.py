@@ -1,1 +1,1 @@
-"""Batches and what a model learns from them: one loss a stage."""
+"""Batches and the losses computed from them: one objective per stage."""

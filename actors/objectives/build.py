@@ -1,4 +1,4 @@
-"""The parts that each stage gives to the learner's loop, made inside each of its workers."""
+"""Builds the parts that each stage gives to the learner's loop, inside each learner worker."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build_rl(context: WorkerContext, stream: Any) -> Parts:
 
 
 def auxiliary_records(context: WorkerContext, objective: FlowMatching) -> MixtureSource:
-    """The training records of the auxiliary loss: the same edit:T2I cycle as in the other stages (M2.4)."""
+    """The training records of the auxiliary loss, in the same edit:T2I cycle as in the other stages (M2.4)."""
     settings, data = context.settings, open_training_set(context)
     size = max(1, settings.algorithm.sft_batch // (settings.data.edit_per_cycle + settings.data.t2i_per_cycle))
     mixture = Mixture.from_settings(settings, data.store, size)

@@ -17,20 +17,20 @@ from deepgen.models.weights_io.folder import weights_checksum
 if TYPE_CHECKING:
     from actors.learner.protocols import WorkerContext
 
-_PACKAGES = ("torch", "diffusers", "transformers", "pillow")  # another version may round, or resize, otherwise
+_PACKAGES = ("torch", "diffusers", "transformers", "pillow")  # other versions may round or resize differently
 
 
 def make_cache(context: WorkerContext) -> EncodingCache:
-    """The model's VAE and, where its results can be kept, its visual tower, with the store data.cache_dir asks for.
+    """Make the cache of VAE latents and visual features, in data.cache_dir if set, otherwise in memory.
 
-    To be called before ZeRO-3 splits the weights. The tower's results are not kept, and pixels go to the VLM with their
-    whole micro-batch instead,
+    Call it before ZeRO-3 splits the weights. In two cases visual features are not cached, and the VLM gets the pixels
+    of a whole micro-batch instead:
 
     - under ZeRO-3, which hangs unless all ranks call the tower equally often;
-    - if the tower itself has a LoRA. One of ours never has (`deepgen.models.vlm.is_live`), an imported one may: it has
-      dropout in sft, and a scale that is not in its weights.
+    - if the visual tower has a LoRA. Ours never touches the tower (`deepgen.models.vlm.is_live`), but an imported LoRA
+      may: it has dropout in sft, and a scale that is not part of its weights.
 
-    Raises UserError when data.cache_dir cannot be written.
+    Raises UserError if data.cache_dir cannot be written.
     """
     model, settings = context.model, context.settings
     visual = model.vlm.model.visual
@@ -53,12 +53,12 @@ def make_cache(context: WorkerContext) -> EncodingCache:
 
 
 def _fixed(visual: nn.Module) -> bool:
-    """Whether the tower gives the same for the same image all through the run."""
+    """Whether the tower gives the same features for an image throughout the run."""
     return not any(".lora_" in name or parameter.requires_grad for name, parameter in visual.named_parameters())
 
 
 def _describe(context: WorkerContext, part: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
-    """All that decides an encoder's result for an image file, to the bit on one kind of processor."""
+    """Everything that decides an encoder's result for an image file, to the bit on one kind of processor."""
     settings = context.settings
     return {
         "weights": weights_checksum(part.state_dict().items()),

@@ -1,4 +1,4 @@
-"""Experience as batches of the learner, and the way of its weights back to the stream."""
+"""Turns experience into batches for the learner, and sends the learner's weights back to the stream."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from actors.messages import Group, RankBatch
 from actors.objectives.record_source import MixtureSource
 from deepgen.data.loading.collate import MicroBatch
 
-_ANSWER_MARGIN_S = 60.0  # the stream's own error, which says more, comes first
+_ANSWER_MARGIN_S = 60.0  # lets the stream's own error, which says more, arrive first
 
 
 @dataclass(frozen=True)
 class RLBatch:
     """One rank's share of a step: samples with their advantages, and records for the auxiliary loss."""
 
-    groups: tuple[Group, ...]  # with their trajectories' arrays
+    groups: tuple[Group, ...]  # with the arrays of their trajectories
     records: tuple[MicroBatch, ...]
 
 
 class ExperienceSource:
-    """Batches from the experience stream, weights back to it, and pictures of the policy on the way (rank 0)."""
+    """Gets batches from the experience stream, and publishes rank 0's weights to it."""
 
     def __init__(self, context: WorkerContext, stream: Any, auxiliary: MixtureSource | None) -> None:
         self._context, self._stream, self._auxiliary = context, stream, auxiliary

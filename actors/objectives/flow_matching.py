@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 class FlowMatchingMicro:
     """A micro-batch ready for the loss. Lists run over B samples; latents [c, h, w] on the learner's device.
 
-    Without any usable record B is 1: a blank stands in, of which the share is 0, so that the model runs on this rank as
-    on all others (ZeRO-3 would hang) and nothing is learnt from it.
+    With no usable record, B is 1: a zero-weight dummy keeps all ranks in step (ZeRO-3 would hang without it).
     """
 
     task: str
@@ -42,17 +41,17 @@ class FlowMatchingMicro:
     reference_latents: list[list[Tensor]]
     noise: list[Tensor]
     sigmas: Tensor  # [B] fp32
-    share: float  # of the batch's loss
-    bad: int  # records that cannot be used
+    share: float  # weight of this micro-batch in the batch's loss
+    bad: int  # number of unusable records
 
 
 class FlowMatching:
     """Rectified flow (M2.1): x_t = (1 - sigma) x0 + sigma noise, the DiT predicts noise - x0.
 
-    sigma comes uniformly from the 1000 levels of the shifted training grid. Captions of generation are dropped with
-    probability ``caption_drop``; editing drops nothing (M1.8). Every sample has random numbers of its own, derived from
-    (seed, step, place in the batch), so they do not change with the number of workers. Records that cannot be used take
-    no part in any mean and are noted in ``quarantine``. ``cache`` makes latents, and features for the VLM.
+    sigma is uniform over the 1000 levels of the shifted training grid. Generation captions are dropped with probability
+    ``caption_drop``; editing drops nothing (M1.8). The random numbers of a sample derive from (seed, step, place in the
+    batch), so they do not change with the number of workers. Unusable records count in no mean and are listed in
+    ``quarantine``. ``cache`` provides latents, and features for the VLM.
     """
 
     def __init__(self, settings: Settings, cache: EncodingCache, quarantine: Quarantine) -> None:
@@ -62,7 +61,7 @@ class FlowMatching:
 
     @classmethod
     def for_worker(cls, context: WorkerContext) -> FlowMatching:
-        """With the model's own encoders and the quarantine of the run."""
+        """Make the objective with the model's own encoders and the quarantine of the run."""
         run, max_share = context.settings.run, context.settings.data.max_bad_share
         quarantine = Quarantine(max_share, run.folder, rank=context.rank, resume=run.resume, say=context.say)
         return cls(context.settings, make_cache(context), quarantine)
@@ -78,17 +77,17 @@ class FlowMatching:
     def prepare_records(
         self, batch: Sequence[MicroBatch], context: StepContext, share: float
     ) -> list[FlowMatchingMicro]:
-        """Micro-batches whose losses add up to ``share`` times the mean over the micro-batches of the batch.
+        """Micro-batches whose losses add up to ``share`` times the mean loss of the batch's micro-batches.
 
-        The mean of a micro-batch is over the usable records of all ranks; one that has none counts for nothing.
-        Collective. Raises UserError on all ranks when too many records are bad.
+        The loss of a micro-batch is the mean over the usable records of all ranks. A micro-batch without usable records
+        does not count. Collective. Raises UserError on all ranks if too many records are bad.
         """
         ranks = gather([(len(micro.indices), micro.bad) for micro in batch], context.world)
         usable = [sum(count for count, _ in micros) for micros in zip(*ranks, strict=True)]
         bad = [row for micros in ranks for _, rows in micros for row in rows]
         self.quarantine.add(sum(usable) + len(bad), bad)
         micro_share = share / max(1, sum(count > 0 for count in usable))
-        # Gradients are averaged over ranks, so a rank counts by its part of the usable records.
+        # Gradients are averaged over ranks, so each rank is weighted by its share of the usable records.
         parts = [context.world * len(m.indices) / max(1, count) for m, count in zip(batch, usable, strict=True)]
         return [
             self._prepare_one(micro, context.device, micro_share * part)
@@ -96,7 +95,7 @@ class FlowMatching:
         ]
 
     def _prepare_one(self, micro: MicroBatch, device: torch.device, share: float) -> FlowMatchingMicro:
-        """Draw captions to drop, noise and times; fetch latents. ``share`` scales the loss."""
+        """Draw dropped captions, noise and noise levels; fetch latents. ``share`` scales the loss."""
         generators = micro.generators("flow matching")
         dropped = [bool(torch.rand((), generator=g) < self.caption_drop) for g in generators]
         levels = [self.sigmas[torch.randint(len(self.sigmas), (), generator=g)] for g in generators]
@@ -105,7 +104,7 @@ class FlowMatching:
         return self.ready(micro, prompts, levels, device, share, generators)
 
     def levels(self, times: Iterable[float]) -> list[Tensor]:
-        """Noise levels at shares of the training grid, 0 the noisiest and 1 beyond its end."""
+        """Noise levels at fractions of the training grid: 0 is the noisiest level, 1 lies just past the last one."""
         return [self.sigmas[int(time * len(self.sigmas))] for time in times]
 
     def ready(
@@ -117,7 +116,7 @@ class FlowMatching:
         share: float,
         generators: Sequence[torch.Generator] | None = None,
     ) -> FlowMatchingMicro:
-        """``micro`` with these prompts and noise levels; noise from ``generators``, else from the samples' seeds."""
+        """``micro`` with these prompts and noise levels. Noise: from ``generators``, else from the samples' seeds."""
         if not micro.indices:
             return self._blank(micro, device)
         generators = generators or micro.generators("flow matching")
@@ -137,7 +136,7 @@ class FlowMatching:
         )
 
     def _blank(self, micro: MicroBatch, device: torch.device) -> FlowMatchingMicro:
-        """The smallest micro-batch of the same task that the model can work on."""
+        """The smallest micro-batch of the same task that the model can process, with share 0."""
         image = Picture(torch.zeros(SIDE_MULTIPLE, SIDE_MULTIPLE, 3, dtype=torch.uint8))
         latent = self.cache.get(LATENT, image).to(device)
         is_edit = micro.task == "edit"
@@ -154,7 +153,7 @@ class FlowMatching:
         )
 
     def errors(self, model: UnifiedModel, micro: FlowMatchingMicro) -> FlowMatchingLoss:
-        """The model's error on a micro-batch, [] and [B]."""
+        """Flow-matching loss of the model on a micro-batch: mean [] and per sample [B]."""
         is_edit = micro.task == "edit"
         conditioning = model.encode_prompts(micro.prompts, micro.references if is_edit else None)
         noisy = [interpolate(x, n, sigma) for x, n, sigma in zip(micro.latents, micro.noise, micro.sigmas, strict=True)]

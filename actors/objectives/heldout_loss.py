@@ -1,8 +1,8 @@
-"""Held-out records in pretrain and sft: their flow-matching loss, and pictures of some of them.
+"""Evaluation on held-out records in pretrain and sft: their flow-matching loss, and pictures of some of them.
 
-Both are of the same records, noise and times at every look, so that only the weights make a difference. Where an
-average of the weights is kept (train.ema_decay), the loop evaluates it by the same means. Left out: rewards, which the
-rl stage has; pictures under ZeRO-3, where one rank alone does not have the weights.
+Every evaluation uses the same records, noise and times, so only the weights make a difference. If the run keeps
+averaged weights (train.ema_decay), the loop evaluates them in the same way. Left out: rewards, which the rl stage has;
+pictures under ZeRO-3, where no single rank has all weights.
 """
 
 from __future__ import annotations
@@ -40,45 +40,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timed:
-    """A held-out record and the share of the noise schedule it is looked at, 0 the noisiest."""
+    """A held-out record and its time, as a fraction of the noise schedule; 0 is the noisiest."""
 
     record: Record
     time: float
 
 
 class HeldoutLoss:
-    """Flow-matching loss of held-out records by task. The records of a task lie evenly over the noise schedule.
+    """Flow-matching loss of held-out records by task. The times of a task's records cover the noise schedule evenly.
 
-    The work is split over the ranks, micro-batch by micro-batch; every rank has as many of each kind, empty ones at the
-    end (ZeRO-3 would hang). Records without a usable target take no part.
+    The micro-batches are split over the ranks. Every rank gets equally many of each kind, the last ones empty if
+    necessary (ZeRO-3 would hang otherwise). Records without a usable target are skipped.
     """
 
     def __init__(self, context: WorkerContext, records: Sequence[Record], objective: FlowMatching) -> None:
         self._objective, self._settings = objective, context.settings
         self._chunks = share_out(records, context.settings.data.micro_batch, context.rank, context.world)
-        self._micros: list[tuple[FlowMatchingMicro, list[str]]] | None = None  # made once: the model must be there
+        self._micros: list[tuple[FlowMatchingMicro, list[str]]] | None = None  # made at first use: needs the model
 
     def measure(self, model: UnifiedModel, context: StepContext) -> dict[str, list[float]]:
-        """Losses of the records by task, equal on all ranks. Collective."""
+        """Losses of the records by task, the same on all ranks. Collective."""
         if self._micros is None:
             self._micros = [self._prepare(kind, chunk, context.device) for kind, chunk in self._chunks]
         mine: list[tuple[str, float]] = []
         for micro, tasks in self._micros:
             errors = self._objective.errors(model, micro).per_sample.tolist()
-            mine += zip(tasks, errors, strict=False)  # a blank has no task
+            mine += zip(tasks, errors, strict=False)  # the dummy of an empty micro-batch has an error but no task
         found: dict[str, list[float]] = {}
         for task, error in (pair for rank in gather(mine, context.world) for pair in rank):
             found.setdefault(task, []).append(error)
         return dict(sorted(found.items()))
 
     def _prepare(self, kind: str, chunk: Sequence[Timed], device: torch.device) -> tuple[FlowMatchingMicro, list[str]]:
-        """A micro-batch and the tasks of its samples."""
+        """Prepare a micro-batch. Returns it with the tasks of its samples."""
         usable: list[Timed] = []
         targets: list[Picture] = []
         for timed in chunk:
             try:
                 targets.append(self._picture(timed.record.image))
-            except ValueError:  # no image to compare with, or a damaged one
+            except ValueError:  # target image missing or damaged
                 continue
             usable.append(timed)
         records = [timed.record for timed in usable]
@@ -96,7 +96,7 @@ class HeldoutLoss:
         return self._objective.ready(micro, micro.prompts, levels, device, share=1.0), [r.task for r in records]
 
     def _picture(self, data: bytes | str | None) -> Picture:
-        """ValueError when there is none or it cannot be used."""
+        """Decode and resize an image. Raises ValueError if it is missing or unusable."""
         if data is None:
             raise ValueError("no image")
         return Picture(resized(usable_image(data, "image"), self._settings.data.image_size))
@@ -105,7 +105,7 @@ class HeldoutLoss:
 def share_out(
     records: Iterable[Record], micro_batch: int, rank: int, world: int
 ) -> list[tuple[str, tuple[Timed, ...]]]:
-    """Micro-batches of this rank as (kind, records), kind "edit" or "t2i", in the same order of kinds on all ranks."""
+    """This rank's micro-batches as (kind, records), kind "edit" or "t2i". All ranks have the same order of kinds."""
     by_task: dict[str, list[Record]] = {}
     for record in records:
         by_task.setdefault(record.task, []).append(record)
@@ -114,13 +114,14 @@ def share_out(
     for kind in ("edit", "t2i"):
         own = [one for one in timed if (one.record.task == "edit") == (kind == "edit")]
         chunks = [tuple(own[i : i + micro_batch]) for i in range(0, len(own), micro_batch)]
+        # Empty chunks fill up the last round, so that every rank gets equally many.
         chunks += [()] * (-len(chunks) % world)
         mine += [(kind, chunk) for chunk in chunks[rank::world]]
     return mine
 
 
 class _OwnSampler(PolicySampler):
-    """Samples with the model that is being trained instead of one read from a folder."""
+    """Samples with the model in training instead of one read from a folder."""
 
     def __init__(self, settings: Settings, model: UnifiedModel) -> None:
         self.model = model
@@ -128,11 +129,11 @@ class _OwnSampler(PolicySampler):
         torch.set_num_threads(settings.train.threads)
 
     def load(self, folder: Path) -> None:
-        """The model is given."""
+        """Do nothing: the model was passed in."""
 
 
 class Pictures:
-    """Draws fixed held-out prompts and logs them as one grid; on rank 0, which has the tracker."""
+    """Draws fixed held-out prompts and logs them as one grid. Used on rank 0, which has the tracker."""
 
     def __init__(self, context: WorkerContext, records: Sequence[Record]) -> None:
         self._settings, self._tracker = context.settings, context.tracker
@@ -149,7 +150,7 @@ class Pictures:
 
 
 class Heldout:
-    """What is due when: the loss every evaluation.every steps, pictures every tracking.grid_every, both at the end."""
+    """Computes the loss every evaluation.every steps and pictures every tracking.grid_every, and both at the end."""
 
     def __init__(self, context: WorkerContext, objective: FlowMatching) -> None:
         settings = self._settings = context.settings
@@ -163,14 +164,14 @@ class Heldout:
             context.tracker.log(0, quarantined)
 
     def evaluation(self, step: int) -> Evaluate | None:
-        """What to do after ``step`` steps; None for nothing. The same on all ranks, but that rank 0 draws."""
+        """The evaluation due after ``step`` steps, or None; the same on all ranks, but only rank 0 draws pictures."""
         loss = self._loss is not None and self._due(step, self._settings.evaluation.every)
         grid_every = self._settings.tracking.grid_every
         pictures = self._loss is not None and grid_every > 0 and self._due(step, grid_every)
         return partial(self._evaluate, loss, pictures) if loss or pictures else None
 
     def close(self) -> None:
-        """Everything is logged as soon as it is there."""
+        """Do nothing: results are logged at once."""
 
     def _evaluate(
         self, loss: bool, pictures: bool, model: UnifiedModel, context: StepContext, suffix: str

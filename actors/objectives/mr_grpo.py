@@ -1,4 +1,4 @@
-"""MR-GRPO: what the learner makes of one batch of experience.
+"""MR-GRPO: the learner's loss on one batch of experience.
 
 (1 - lambda) * (policy loss + beta * KL) + lambda * flow matching (paper Eq. 3-5). The gradients of all trained
 timesteps, of the KL and of the flow-matching loss add up to one optimizer step (the reference takes 61, M3.7).
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class MRGRPO:
-    """The objective. `reference` is the initial DiT, frozen; None when no KL is asked for, and then it never runs."""
+    """The MR-GRPO objective. `reference` is the frozen initial DiT, or None if the settings ask for no KL."""
 
     def __init__(self, settings: Settings, reference: Any, auxiliary: FlowMatching | None) -> None:
         self._sft_coef = settings.algorithm.sft_coef

@@ -1,4 +1,4 @@
-"""Evaluation during rl: held-out prompts are drawn by the rollout actors and scored while the training goes on."""
+"""Evaluation during rl: the rollout actors draw held-out prompts, and rewards score them while training goes on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deepgen.tracking.tracker import Tracker
 
 
 class Observer:
-    """Asks the stream for pictures and held-out scores every few steps, and logs them once they are there. Rank 0."""
+    """Requests pictures and held-out scores from the stream every few steps; logs them when they arrive. Rank 0."""
 
     def __init__(self, context: WorkerContext, stream: Any, tracker: Tracker) -> None:
         settings = self._settings = context.settings
@@ -28,9 +28,9 @@ class Observer:
         self._pending: list[tuple[int, str, Any]] = []
 
     def evaluation(self, step: int) -> None:
-        """Order what is due after ``step`` steps; the policy of that step has been published. Log what has come.
+        """Request the evaluations due after ``step`` steps, whose policy is already published, and log finished ones.
 
-        After the last step it waits for all of it. The last policy itself is evaluated by the stage (`rl_report`).
+        After the last step, wait for all pending evaluations. The stage evaluates the last policy itself (`rl_report`).
         """
         last = step >= self._settings.train.steps
         if self._heldout and not last:
@@ -41,11 +41,11 @@ class Observer:
         self._collect(wait_s=self._settings.experience.deadline_s if last else 0.0)
 
     def close(self) -> None:
-        """Log what has come meanwhile."""
+        """Log the evaluations that have finished by now."""
         self._collect(wait_s=0.0)
 
     def _collect(self, wait_s: float) -> None:
-        """Log the evaluations that are finished, after waiting for the rest at most `wait_s`."""
+        """Log finished evaluations, after waiting at most `wait_s` for the pending ones."""
         if not self._pending:
             return
         references = [reference for _, _, reference in self._pending]

@@ -1,7 +1,7 @@
-"""What a group of samples teaches the policy: one class for each `algorithm.policy_loss`, and the KL beside it.
+"""Policy losses on a group of samples: one class for each `algorithm.policy_loss`, and the KL term.
 
-`ClippedRatio` scores the sampler steps that were drawn (paper Eq. 3); `NegativeAware` trains the forward process on the
-finished samples (DiffusionNFT). A new one is a class with `micros` and `loss`, named in
+`ClippedRatio` scores the sampled transitions (paper Eq. 3); `NegativeAware` trains the forward process on the finished
+samples (DiffusionNFT). To add a loss, write a class with `micros` and `loss` and name it in
 `deepgen.registry.POLICY_LOSSES`.
 """
 
@@ -34,8 +34,9 @@ from deepgen.seeds import stable_seed
 if TYPE_CHECKING:
     from deepgen.models.unified import Conditioning
 
-# An unchanged policy must give ratio 1 and KL 0. Measured on a CPU: exactly that in fp32 and in bf16 autocast, whatever
-# the micro-batch; 5e-5 off 1 in bf16 under ZeRO-3. The rest is room for other devices' kernels.
+# An unchanged policy must give ratio 1 and KL 0. Measured on a CPU: both are exact in fp32 and in bf16 autocast,
+# whatever the micro-batch; the ratio is off by 5e-5 in bf16 under ZeRO-3. The rest is room for the kernels of other
+# devices.
 RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
 KL_TOLERANCE = {"fp32": 1e-8, "bf16": 1e-3}
 
@@ -54,14 +55,17 @@ class PolicyMicro:
     conditioning: Conditioning  # batch B
     unconditional: Conditioning | None
     references: list[Tensor]  # latents of an edit's source images
-    version: int | None  # of the policy that drew the samples
-    share: float  # of the rank's policy loss
-    images: float  # images this micro-batch stands for
+    version: int | None  # version of the policy that drew the samples
+    share: float  # weight in the rank's policy loss
+    images: float  # its share of the group's images, for images per second
 
     @classmethod
     def split(cls, group: Group, samples: Samples, share: float, largest: int, **pairs: Tensor) -> Iterator[Self]:
-        """Micro-batches of at most `largest` pairs. pairs: the fields with one row a pair, noise level by noise level,
-        so that a micro-batch of G samples has the rollout's very shapes."""
+        """Split a group into micro-batches of at most `largest` pairs.
+
+        pairs: the fields with one row per pair, ordered by noise level. A micro-batch of G pairs then has exactly the
+        shapes of the rollout.
+        """
         advantages = torch.tensor(group.advantages, device=pairs["x"].device)
         count = len(pairs["x"])
         pairs["advantage"] = advantages.repeat(count // len(advantages))
@@ -78,7 +82,7 @@ class PolicyMicro:
             )
 
     def velocity(self, transformer: Any, guidance_scale: float = 1.0) -> Tensor:
-        """What a DiT says about x, fp32 [B, c, h, w]."""
+        """Velocity that a DiT predicts for x, fp32 [B, c, h, w]."""
         references = [self.references] * len(self.x) if self.references else None
 
         def branch(c: Conditioning) -> Tensor:
@@ -95,12 +99,12 @@ class PolicyTerm(Protocol):
     def __init__(self, settings: Settings) -> None: ...
 
     def micros(self, group: Group, samples: Samples, step: int, share: float) -> Iterator[PolicyMicro]:
-        """Micro-batches of a group, whose losses together count `share` in the rank's policy loss."""
+        """Micro-batches of a group. Together their losses have weight `share` in the rank's policy loss."""
 
     def loss(
         self, transformer: Any, reference: Any, micro: Any, context: StepContext
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Policy loss + beta * KL to `reference` (None: no KL), a scalar, and what to log."""
+        """Policy loss + beta * KL to `reference` (None: no KL), a scalar, and the metrics to log."""
 
 
 # -- sampler steps and their probabilities (paper Eq. 3) ------------------------------------------------------------
@@ -110,7 +114,7 @@ class PolicyTerm(Protocol):
 class TransitionMicro(PolicyMicro):
     next_x: Tensor  # [B, c, h, w] state after x
     sigma_next: Tensor  # [B]
-    old_log_prob: Tensor  # [B] fp32, under the policy that drew them
+    old_log_prob: Tensor  # [B] fp32, under the policy that drew the samples
 
 
 class ClippedRatio:
@@ -156,7 +160,7 @@ class ClippedRatio:
         return loss, metrics
 
     def _score(self, transformer: Any, micro: TransitionMicro) -> tuple[PolicyStep, Tensor]:
-        """What a DiT says about the transitions, and their log-probabilities [B]."""
+        """A DiT's prediction for the transitions, and their log-probabilities [B]."""
         v = micro.velocity(transformer, self._rollout.guidance_scale)
         result = sampler_step(
             self._rollout.sampler,
@@ -170,7 +174,7 @@ class ClippedRatio:
         return PolicyStep(v, result.mean, result.std), result.log_prob
 
     def _check(self, micro: TransitionMicro, metrics: Metrics, context: StepContext) -> None:
-        """In this process's first update: an on-policy ratio is 1, and the initial model has no KL to itself."""
+        """Check this process's first update: the on-policy ratio is 1, the KL of the initial model to itself is 0."""
         if self._checked_step not in (None, context.step) or micro.version != context.step:
             return
         self._checked_step = context.step
@@ -192,15 +196,19 @@ class SampleMicro(PolicyMicro):
 
 
 class NegativeAware:
-    """The old policy of `negative_aware_loss` is the trained one before its update: one update is made of a batch.
-    Guided rollouts (guidance_scale above 1) teach the unguided velocity."""
+    """The old policy of `negative_aware_loss` is the current policy, detached, because each batch gets one update.
+
+    Guided rollouts (guidance_scale above 1) train the unguided velocity.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._algorithm = settings, settings.algorithm
 
     def micros(self, group: Group, samples: Samples, step: int, share: float) -> Iterator[SampleMicro]:
-        """The samples at the noise levels of this step's trained steps. All samples of a group get the same noise, so
-        that what they have in common cancels out with their advantages."""
+        """Finished samples, noised to the levels of this step's trained steps.
+
+        All samples of a group get the same noise, so that what they have in common cancels out with their advantages.
+        """
         final, levels = samples.trajectory.final, trained_steps(self._settings, step)
         seed = stable_seed("forward", self._settings.run.seed, step, group.record.id)
         generator = torch.Generator().manual_seed(seed)
@@ -228,7 +236,7 @@ class NegativeAware:
             micro.x0,
             micro.sigma,
             micro.advantage,
-            beta=1.0,  # of no account in the first update, see the function
+            beta=1.0,  # no effect on the gradient while v == v_old, see the function
             clip=self._algorithm.advantage_clip,
         )
         kl = None
@@ -241,11 +249,11 @@ class NegativeAware:
         return loss, metrics | {"policy/positive_share": policy.stats["positive_share"]}
 
 
-# -- both -------------------------------------------------------------------------------------------------------------
+# -- shared by both losses ------------------------------------------------------------------------------------------
 
 
 def _with_kl(policy: Tensor, kl: Tensor | None, beta: float) -> tuple[Tensor, dict[str, float | Tensor]]:
-    """policy + beta * mean(kl) with kl [B], and both as metrics; `policy` alone without a KL."""
+    """policy + beta * mean(kl) for kl [B], and both terms as metrics; `policy` alone if kl is None."""
     metrics: dict[str, float | Tensor] = {"loss/policy": policy.detach()}
     if kl is None:
         return policy, metrics
@@ -254,7 +262,7 @@ def _with_kl(policy: Tensor, kl: Tensor | None, beta: float) -> tuple[Tensor, di
 
 
 def _check_kl(metrics: Metrics, context: StepContext, precision: str) -> None:
-    """Before the first update the policy is the initial one, and its distance to that is 0."""
+    """Raise PolicyInvariantError unless the KL is 0 at step 0, where the policy still is the initial one."""
     if context.step == 0 and "policy/kl" in metrics:
         kl, allowed = float(metrics["policy/kl"]), KL_TOLERANCE[precision]
         if not kl <= allowed:

@@ -1,4 +1,4 @@
-"""Training records as batches: the source of pretrain and sft, and of the auxiliary loss of rl."""
+"""Turns training records into batches, for pretrain and sft and for the auxiliary loss of rl."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Turn = tuple[int, int, int]  # step, rank, world
 
 
 class MixtureSource:
-    """Micro-batches of the edit:T2I cycle (M2.4). What is in them follows from the step number and positions.
+    """Micro-batches of the edit:T2I cycle (M2.4). The step number and the saved positions determine their records.
 
-    While a step is worked on, ``threads`` of them read the records of the next one (0: they are read when asked for).
-    ``quarantine`` belongs to the state: how many records were read, and how many of them were bad.
+    While the learner works on a step, ``threads`` threads read the records of the next one (0: records are read on
+    demand). ``quarantine`` is part of the state: how many records were read, and how many of them were bad.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class MixtureSource:
         return [self._readers.submit(read) for read in self._reads(turn)]
 
     def publish(self, weights: Callable[[], Weights], version: int) -> None:
-        """Nobody waits for new weights."""
+        """Do nothing: the records do not depend on the weights."""
 
     def metrics(self) -> dict[str, float]:
         return {}
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """Also makes the encodings made so far durable, so that a resume need not make them again."""
+        """State before ``step``. Also writes the encodings made so far to disk, so a resume need not repeat them."""
         self._cache.flush()
         quarantine = self._quarantine.state_dict()
         return self.mixture.state_dict(step, self._world) | {"quarantine": quarantine}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._coming = {}  # of another place in the data
+        self._coming = {}  # these were read for another place in the data
         self.mixture.load_state_dict(state)
         self._quarantine.load_state_dict(state["quarantine"])
 
@@ -77,12 +77,12 @@ class MixtureSource:
 
 
 def size_note(mixture: Mixture) -> str:
-    """For the console: whether records of equal size are drawn together."""
+    """A note for the console: whether records of equal size are drawn together."""
     count = mixture.buckets
     return f"in {count} size buckets" if count > 1 else "one size bucket (equal, or no columns width and height)"
 
 
 def open_training_set(context: WorkerContext) -> TrainingSet:
-    """data.train for this model. Raises UserError when a file cannot be read or lacks a column."""
+    """Open data.train for this model. Raises UserError if a file cannot be read or lacks a column."""
     data = context.settings.data
     return TrainingSet(ParquetStore(data.train), data.image_size, context.model.tokenizer.all_special_tokens)

@@ -26,11 +26,11 @@ from deepgen.data.records import Record
 from deepgen.tracking.grids import image_grid
 from rewards.base import RewardRequest
 from rewards.ocr import OcrReward
+from stages.base.pictures.world import TEXT_WORDINGS
 from stages.base.train_clip import retrieval
 from stages.base.train_vae import psnr
 from stages.base.train_vlm import Batcher, heldout_pairs, judge_accuracy
 from stages.base.training import MODEL, REWARDS, load_split, to_float, unique_pictures
-from stages.base.world import TEXT_WORDINGS
 
 
 def draw(sampler: PolicySampler, records: list[Record]) -> list[np.ndarray]:

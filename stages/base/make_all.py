@@ -74,10 +74,10 @@ def steps() -> dict[str, Step]:
     """In the order in which they start when their needs are met: the longest chain first."""
     drawn = ("--packages", str(WORK / "packages"))
     return {
-        "world": Step(module("world", *drawn)),
+        "world": Step(module("pictures.world", *drawn)),
         "tokenizer": Step(module("train_tokenizer"), ("world",)),
         "vae": Step(module("train_vae"), ("world",)),
-        "lessons": Step(module("lessons", *drawn), ("world",)),
+        "lessons": Step(module("pictures.lessons", *drawn), ("world",)),
         "dit": Step(module("train_dit"), ("vae", "tokenizer")),
         "tower": Step(module("train_tower"), ("tokenizer", "lessons")),
         "vlm": Step(module("train_vlm"), ("tower",)),
@@ -88,7 +88,7 @@ def steps() -> dict[str, Step]:
         "decoder": Step(module("train_vae", "--decoder"), ("dit",)),
         "aesthetic": Step(module("train_aesthetic"), ("clip", "decoder")),
         "sft": Step(stage("sft", "model.weights=runs/tiny-pretrain/model"), ("pretrain",)),
-        "fade": Step(module("fade"), ("sft",)),
+        "fade": Step(module("pictures.fade"), ("sft",)),
         "mixed": Step(stage("sft", *MIXED), ("fade",)),
         "collect": Step(module("collect", "runs/tiny-mixed/model"), ("mixed", "decoder")),
         "report": Step(module("base_report"), ("collect", "judge", "clip")),

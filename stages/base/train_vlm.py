@@ -32,7 +32,7 @@ from transformers import (
 from deepgen.data.images import decode_image
 from deepgen.data.records import Record
 from rewards.judge import JUDGE_QUESTION
-from stages.base.concepts import BACKGROUNDS, COLOURS, HAIR, TONES
+from stages.base.pictures.concepts import BACKGROUNDS, COLOURS, HAIR, TONES
 from stages.base.training import (
     BACKBONE,
     MODEL,

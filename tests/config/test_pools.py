@@ -159,7 +159,7 @@ def test_a_registered_name_needs_no_class_and_may_get_another() -> None:
         (["rewards.ocr.gpus=1.5"], ["rewards.ocr.gpus: got 1.5", "0 or more, above 1 a whole number"]),
         (["rewards.judge=x"], ["rewards.judge: is a section"]),
         # old spellings
-        ([f"rewards.mine.class={HERE}:Old"], ["has from_settings, as rewards had before", "class Options(PoolSettings)"]),
+        ([f"rewards.mine.class={HERE}:Old"], ["has from_settings, as rewards had", "class Options(PoolSettings)"]),
         (
             ["rewards.weights.t2i.brightness=1"],
             ["unknown reward 'brightness'", "rewards.brightness.class=package.module:Class"],
@@ -190,17 +190,25 @@ def test_wrong_pool_in_a_recipe_is_one_clear_line(tmp_path: Path, rewards: str, 
     assert all(part in message for part in parts), message
 
 
-def test_options_of_a_class_that_was_replaced_are_refused(tmp_path: Path) -> None:
-    recipe = recipe_file(tmp_path, "rewards: {judge: {path: tests}}")
+def test_another_class_on_the_command_line_drops_the_options_of_the_recipes(tmp_path: Path) -> None:
+    """And nothing else: not what every pool has, nor what neither class knows."""
+    recipe = recipe_file(tmp_path, "rewards: {judge: {path: tests, gpu_memory_share: 0.5, replicas: 3}}")
+    plain = load_settings(recipe, [f"rewards.judge.class={HERE}:Plain"]).rewards.pools["judge"]
+    assert (plain.replicas, plain.class_) == (3, f"{HERE}:Plain")
+    blurry = load_settings(recipe, ["rewards.judge.path=stages", f"rewards.judge.class={HERE}:Blurry"])
+    assert blurry.model_dump()["rewards"]["judge"]["path"] == "stages"
+    recipe = recipe_file(tmp_path, "rewards: {mine: {path: tests}}")  # whose class only the command line says
+    assert load_settings(recipe, ["rewards.mine.class=clip"]).rewards.pools["mine"].class_ == "clip"
+    recipe = recipe_file(tmp_path, "rewards: {judge: {paht: tests}}")
     message = message_of(f"rewards.judge.class={HERE}:Plain", recipe=recipe)
-    assert message.startswith("unknown key 'rewards.judge.path' in mine.yaml; allowed in this pool: class, replicas")
+    assert message.startswith("unknown key 'rewards.judge.paht' in mine.yaml; allowed in this pool: class, replicas")
 
 
+@pytest.mark.processes
 def test_reading_settings_imports_no_torch(root: Path) -> None:
     """The classes of the rewards are imported, not what they run on."""
     heavy = ["torch", "ray", "vllm", "transformers", "rapidocr"]
     code = f"import sys, deepgen.config as c; c.load_settings(); print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False, timeout=60
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr

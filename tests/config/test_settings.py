@@ -14,9 +14,9 @@ import yaml
 
 from deepgen.config import Settings, UserError, load_settings, parse_command_line, settings_from_dict, settings_hash
 from deepgen.config.cli import WIDTH
-from deepgen.config.paths import CHECKOUT
 from deepgen.config.recipes import find_recipe, parse_value
-from deepgen.config.sections import TASKS
+from deepgen.config.schema.paths import CHECKOUT
+from deepgen.config.schema.sections import TASKS
 from deepgen.config.settings import allowed_values, leaf_keys, sections
 from deepgen.config.stage_rules import check_stage
 from deepgen.models.stage_parts import Stage

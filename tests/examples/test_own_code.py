@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -68,15 +67,16 @@ def test_the_same_pool_on_the_command_line(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.fixture
-def router(ray_local: ModuleType, settings: Settings) -> Iterator[RewardRouter]:
+def router(ray_local: ModuleType, settings: Settings) -> RewardRouter:
     bright = {task: {"light": 1.0, "dark": 0.5} if task == "t2i" else {"dark": 1.0} for task in ("t2i", "edit")}
     rewards = settings.rewards.model_copy(update={"weights": bright})
-    yield RewardRouter(settings.model_copy(update={"rewards": rewards}), gpus=False)
+    return RewardRouter(settings.model_copy(update={"rewards": rewards}), gpus=False)
 
 
 @pytest.mark.ray
 def test_pools_of_one_class_score_beside_each_other(router: RewardRouter) -> None:
-    items = [(Record("a", "t2i", "a cat"), grey(255)), (Record("b", "edit", "darker"), grey(51))]
+    drawn, edited = (Record(task, task, "a cat", "", None, (), "test") for task in ("t2i", "edit"))
+    items = [(drawn, grey(255)), (edited, grey(51))]
 
     async def score() -> np.ndarray:
         await router.start()

@@ -20,7 +20,7 @@ from actors.experience.reward_pool import (
     RewardScores,
     request_key,
 )
-from deepgen.config.pools import make_pool as make_pool_settings
+from deepgen.config.schema.pools import make_pool as make_pool_settings
 from deepgen.errors import UserError
 from rewards.base import RewardRequest
 

@@ -93,8 +93,8 @@ def longest_chain(graph: Graph) -> list[str]:
         chains = [below(other, above | {other}) for other in sorted(graph.get(name, set()) - above)]
         return (name, *(max(chains, key=len) if chains else ()))
 
-    chains = [below(name, frozenset({name})) for name in sorted(graph)]
-    longest = max(chains, key=len) if chains else ()
+    chains: list[tuple[str, ...]] = [below(name, frozenset({name})) for name in sorted(graph)]
+    longest = max(chains, key=len, default=())
     return list(longest)
 
 

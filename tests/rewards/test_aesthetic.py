@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import CLIPModel
 
-from deepgen.config.pools import make_pool
+from deepgen.config.schema.pools import make_pool
 from deepgen.errors import UserError
 from rewards import RewardRequest
 from rewards.aesthetic import AestheticReward

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deepgen.config.pools import make_pool, reward_class
+from deepgen.config.schema.pools import make_pool, reward_class
 from deepgen.errors import UserError
 from deepgen.registry import REWARDS
 from rewards import RewardRequest, build_reward

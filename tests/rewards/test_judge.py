@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from actors.experience.reward_pool import RewardPool, RewardScores
-from deepgen.config.pools import make_pool
+from deepgen.config.schema.pools import make_pool
 from deepgen.errors import UserError
 from rewards import Reward, RewardRequest, build_reward
 from rewards.judge import JUDGE_QUESTION, PROMPT_TOKENS, judge_image, judge_prompt

@@ -3,10 +3,10 @@
 The default, GDPO, normalises every reward inside its group *before* adding them up with the prompt's weights. Adding
 raw rewards first (GRPO) lets the reward with the widest scale decide; normalising first lets the weights decide.
 
-A score that could not be had is NaN. It is left out of every mean and spread and counts as "average": it adds 0 to the
-normalised sum, or its group's mean to a raw sum. The other weights are not scaled up in its place, so a sample is not
-pushed harder because a judge was away. A sample without any score gets advantage 0 and is left out of the batch
-statistics. A score with weight 0 plays no part at all and is not counted as missing.
+A missing score is NaN. Means and spreads leave it out, and it counts as "average": it adds 0 to the normalised sum, or
+its group's mean to a raw sum. The other weights are not scaled up to make up for it, so a sample is not pushed harder
+because a judge was away. A sample without any score gets advantage 0 and is left out of the batch statistics. A score
+with weight 0 has no effect and does not count as missing.
 
 All functions are pure. Statistics are in fp64, with the sample standard deviation (n - 1) and eps outside the root.
 """
@@ -27,9 +27,9 @@ class AdvantageResult:
     advantages: Tensor  # [N] fp32, clipped
     normalised: Tensor  # [N, K] fp32, each reward normalised within its group; NaN where missing
     zero_spread: Tensor  # [K] fp32, share of the groups using this reward that learned nothing from it
-    missing: Tensor  # [K] int, scores that were asked for (weight > 0) and could not be had
-    spread_before: float  # standard deviation of the combined signal before batch normalisation
-    spread_after: float  # and of the final advantages
+    missing: Tensor  # [K] int, missing scores among those asked for (weight > 0)
+    spread_before: float  # standard deviation of the combined signal before the batch-wide normalisation
+    spread_after: float  # standard deviation of the final advantages
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Scores:
     present: Tensor  # [N, K] bool
     weights: Tensor  # [N, K]
     groups: Tensor  # [N] int, 0..G-1
-    scope: Tensor | None  # [N] int: samples normalised together in the batch-wide part; None = no such part
+    scope: Tensor | None  # [N] int, equal for samples that share the batch-wide part; None: no such part
     eps: float
 
     @property
     def usable(self) -> Tensor:
-        """[N] bool: at least one score that counts."""
+        """[N] bool: samples with at least one score that counts."""
         return (self.present & (self.weights != 0)).any(dim=1)
 
 
@@ -60,11 +60,11 @@ def group_advantages(
     rank_ids: Tensor | None = None,
     clip: float | None = 5.0,
 ) -> AdvantageResult:
-    """Advantages of N samples by the method called `name` (of `ADVANTAGES`, or the path of your own).
+    """Advantages of N samples by the method called `name` (a key of `ADVANTAGES`, or the import path of your own).
 
     rewards: [N, K], NaN for missing. weights: [N, K], the prompt's weight of each reward.
     group_ids: [N], equal for samples of one group, in any order.
-    whiten: over what the batch-wide normalisation runs (a key of WHITEN); "rank" needs rank_ids [N].
+    whiten: scope of the batch-wide normalisation (a key of WHITEN); "rank" needs rank_ids [N].
     clip: bound on the size of an advantage, None for no bound.
 
     Raises UserError for an unknown name or scope, ValueError for shapes or values that don't fit.
@@ -91,7 +91,7 @@ def group_advantages(
 
 
 def gdpo(scores: Scores) -> tuple[Tensor, Tensor]:
-    """Paper Eq. 2: normalise each reward in its group, add with weights, then whiten over the batch."""
+    """Paper Eq. 2: normalise each reward in its group, add them up with the weights, then whiten over the batch."""
     normalised, _ = normalise(scores.rewards, scores.present, scores.groups, scores.eps)
     combined = (scores.weights * normalised).sum(dim=1)
     if scores.scope is None:
@@ -100,13 +100,13 @@ def gdpo(scores: Scores) -> tuple[Tensor, Tensor]:
 
 
 def grpo(scores: Scores) -> tuple[Tensor, Tensor]:
-    """Weighted raw sum, normalised in its group. No batch-wide part."""
+    """Weighted raw sum, normalised within its group. There is no batch-wide part."""
     total = weighted_total(scores)
     return total, normalise(total, scores.usable, scores.groups, scores.eps)[0]
 
 
 def grpo_global_std(scores: Scores) -> tuple[Tensor, Tensor]:
-    """Weighted raw sum minus the group's mean, over the spread of the batch: easy prompts don't get inflated."""
+    """Weighted raw sum minus its group's mean, divided by the spread of the batch: easy prompts are not inflated."""
     total = weighted_total(scores)
     group_mean, _, _ = _statistics(total, scores.usable, scores.groups)
     _, batch_std, _ = _statistics(total, scores.usable, _required(scores, "grpo_global_std"))
@@ -114,7 +114,7 @@ def grpo_global_std(scores: Scores) -> tuple[Tensor, Tensor]:
 
 
 def reinforcepp(scores: Scores) -> tuple[Tensor, Tensor]:
-    """REINFORCE++: weighted raw sum, normalised over the batch; groups play no part."""
+    """REINFORCE++: weighted raw sum, normalised over the batch. Groups do not matter."""
     total = weighted_total(scores)
     return total, normalise(total, scores.usable, _required(scores, "reinforcepp"), scores.eps)[0]
 
@@ -123,7 +123,7 @@ def reinforcepp(scores: Scores) -> tuple[Tensor, Tensor]:
 
 
 def normalise(values: Tensor, present: Tensor, ids: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(values - mean) / (std + eps) among the present values that share an id; and where that was impossible.
+    """Normalise the present values that share an id to (values - mean) / (std + eps), and say where that is impossible.
 
     values, present: [N] or [N, K]; ids [N]. Returns two tensors of the shape of values: the normalised values, 0 where
     not present; and True where fewer than two values, or only equal ones, share the id (normalised to exactly 0).
@@ -134,7 +134,7 @@ def normalise(values: Tensor, present: Tensor, ids: Tensor, eps: float) -> tuple
 
 
 def weighted_total(scores: Scores) -> Tensor:
-    """Sum of weight * reward [N]. A missing score stands at its group's mean, or the batch's if the group has none."""
+    """Sum of weight * reward [N]. A missing score becomes its group's mean, or the batch's if the group has none."""
     group_mean, _, count = _statistics(scores.rewards, scores.present, scores.groups)
     batch_mean, _, _ = _statistics(scores.rewards, scores.present, torch.zeros_like(scores.groups))
     stand_in = torch.where(count > 0, group_mean, batch_mean)
@@ -142,9 +142,9 @@ def weighted_total(scores: Scores) -> Tensor:
 
 
 def _statistics(values: Tensor, present: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, sample standard deviation and count among the present values that share an id, spread back over the rows.
+    """Mean, sample standard deviation and count of the present values that share an id, repeated for every row.
 
-    In fp64 equal fp32 values have exactly their own mean, so `std == 0` finds a group without spread.
+    In fp64, equal fp32 values have exactly their own mean, so `std == 0` finds a group without spread.
     """
 
     def total(rows: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def _share_of_groups(flat: Tensor, asked: Tensor, groups: Tensor) -> Tensor:
 
 
 def _numbered(ids: Tensor) -> Tensor:
-    """Any ids [N] as 0..count-1."""
+    """Renumber any ids [N] to 0..count-1."""
     numbered: Tensor = torch.unique(ids, return_inverse=True)[1]
     return numbered
 

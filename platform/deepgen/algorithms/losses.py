@@ -1,8 +1,8 @@
 """Losses: flow matching (stages 1 and 2) and MR-GRPO (stage 3), as pure functions over tensors.
 
 One RL batch minimises (1 - lambda) * (policy + beta * KL) + lambda * SFT (paper Eq. 3-5, M3.6). All three terms train
-the velocity: the policy term moves it where advantages say, the KL term holds it near the starting model, the SFT term
-(plain flow matching on real images) keeps it a good generator.
+the velocity: the policy term moves it as the advantages say, the KL term holds it near the starting model, and the SFT
+term (plain flow matching on real images) keeps it a good generator.
 
 Left out: clamping of log-probabilities and GRPO-Guard's ratio normalisation (off in the published recipe).
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from deepgen.registry import KL_FORMS
 
 _VARIANCE_EPS = 1e-7  # added to 2 std^2 in the reference's KL terms
-_SMALLEST_ERROR = 1e-5  # below it an image counts as hit, and its error is not blown up any further
+_SMALLEST_ERROR = 1e-5  # smallest divisor of an error, so that tiny errors are not blown up
 
 
 # -- flow matching (M2.1) --------------------------------------------------------------------------
@@ -30,7 +30,7 @@ class FlowMatchingLoss(NamedTuple):
 def interpolate(x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
     """(1 - sigma) x0 + sigma noise. x0, noise [B, c, h, w] with sigma [B], or one sample [c, h, w] with one number.
 
-    In fp32, then cast back to x0's dtype: rounding sigma to bf16 would not match the timestep the model is told.
+    Computed in fp32 and cast back to x0's dtype: a sigma rounded to bf16 would not match the timestep the model gets.
     """
     level = torch.as_tensor(sigma, dtype=torch.float32, device=x0.device)
     level = level.reshape(level.shape + (1,) * (x0.dim() - level.dim()))
@@ -55,15 +55,15 @@ def flow_matching_loss(
 
 class PolicyLoss(NamedTuple):
     loss: Tensor  # []
-    stats: dict[str, Tensor]  # scalars without gradient, see the function
+    stats: dict[str, Tensor]  # scalars without gradient, described at each loss
 
 
 def clipped_policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> PolicyLoss:
     """mean(max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range))) with rho = exp(log_prob - old_log_prob).
 
-    All [B]; log-probabilities must be fp32, because bf16 rounds them more coarsely than clip_range (M3.6).
+    All arguments [B]. Log-probabilities must be fp32, because bf16 rounds them more coarsely than clip_range (M3.6).
     stats: ratio_mean, ratio_max, ratio_deviation (largest |rho - 1|, exactly 0 in the first on-policy update) and
-    clip_share, the share of samples whose gradient the clip has cut off.
+    clip_share, the share of samples whose gradient is cut off by the clip.
     """
     if not log_prob.dtype == old_log_prob.dtype == torch.float32:
         raise ValueError(f"log-probabilities must be float32, got {log_prob.dtype} and {old_log_prob.dtype}")
@@ -91,15 +91,15 @@ def negative_aware_loss(
 ) -> PolicyLoss:
     """DiffusionNFT: flow matching towards samples with a high advantage and away from those with a low one.
 
-    v, v_old, x, x0 [B, c, h, w]; sigma, advantages [B]. v and v_old are the velocities of the trained policy and of the
-    one that drew x0, at x = (1 - sigma) x0 + sigma noise. With r = (clamp(A / clip, -1, 1) + 1) / 2:
-    clip / beta * mean(r err((1 - beta) v_old + beta v) + (1 - r) err((1 + beta) v_old - beta v)), where err is the
-    squared error of the image that a velocity implies, over its mean size (without gradient), so that every noise level
-    counts alike. No log-probability: samples may come from any sampler. While v equals v_old the gradient is that of
-    A times err / 2 in v; beta says how far v may go before the loss holds it back.
+    v, v_old, x, x0 [B, c, h, w]; sigma, advantages [B]. v and v_old are velocities at x = (1 - sigma) x0 + sigma noise:
+    v of the trained policy, v_old of the policy that drew x0. With r = (clamp(A / clip, -1, 1) + 1) / 2 the loss is
+    clip / beta * mean(r err((1 - beta) v_old + beta v) + (1 - r) err((1 + beta) v_old - beta v)). err is the squared
+    error of the image that a velocity implies, divided by its mean size (without gradient), so that every noise level
+    counts equally. No log-probability is needed: samples may come from any sampler. While v equals v_old, the gradient
+    is that of A times err / 2 in v; beta decides how far v may go before the loss holds it back.
 
-    The reference takes the next latent of the trajectory for x0 (M3.6), which the derivation does not; here it is the
-    final one. stats: positive_share, the mean of r.
+    The reference uses the trajectory's next latent as x0 (M3.6), for which the derivation does not hold; here x0 is the
+    final latent. stats: positive_share, the mean of r.
     """
     x, x0, v, v_old = x.float(), x0.float(), v.float(), v_old.detach().float()
     level = sigma.float().reshape(-1, 1, 1, 1)
@@ -120,15 +120,15 @@ def negative_aware_loss(
 
 
 def kl_velocity(v: Tensor, v_ref: Tensor) -> Tensor:
-    """(v - v_ref)^2, mean over elements: the paper's Eq. 4."""
+    """(v - v_ref)^2, averaged over elements: the paper's Eq. 4."""
     return ((v.float() - v_ref.float()) ** 2).flatten(1).mean(dim=1)
 
 
 def kl_velocity_scaled(v: Tensor, v_ref: Tensor, std: Tensor) -> Tensor:
-    """(v - v_ref)^2 / (2 std^2): the reference code's form, with std [B, 1, 1, 1] of the sampler step.
+    """(v - v_ref)^2 / (2 std^2): the form of the reference code, with std [B, 1, 1, 1] of the sampler step.
 
-    For CPS with eta 1, std is sigma'. Larger than `kl_velocity` by 1 / (2 std^2), which grows without bound towards the
-    clean end; a beta chosen for one form is wrong for the other, hence two names.
+    For CPS with eta 1, std is sigma'. The result exceeds `kl_velocity` by the factor 1 / (2 std^2), which grows without
+    bound towards the clean end. A beta chosen for one form is wrong for the other, so the forms have two names.
     """
     return _over_variance(v, v_ref, std)
 
@@ -143,7 +143,7 @@ def _over_variance(a: Tensor, b: Tensor, std: Tensor) -> Tensor:
 
 
 class PolicyStep(NamedTuple):
-    """What one model says about one sampler step, for the KL terms to choose from."""
+    """One model's prediction for one sampler step; each KL form uses the part it needs."""
 
     velocity: Tensor  # [B, c, h, w]
     mean: Tensor  # [B, c, h, w]
@@ -166,7 +166,7 @@ def latent_mean(new: PolicyStep, reference: PolicyStep) -> Tensor:
 
 
 def kl_divergence(name: str, new: PolicyStep, reference: PolicyStep) -> Tensor:
-    """The form called `name` (a key of KL_FORMS), [B]. "none" is not a form: without a KL no reference model runs."""
+    """KL in the form called `name` (a key of KL_FORMS), [B]. "none" is not among them: no reference model runs then."""
     divergence: Callable[[PolicyStep, PolicyStep], Tensor] = KL_FORMS.load(name)
     return divergence(new, reference)
 
@@ -174,7 +174,7 @@ def kl_divergence(name: str, new: PolicyStep, reference: PolicyStep) -> Tensor:
 def combine(policy: Tensor, kl: Tensor | float, beta: float, sft: Tensor | float, sft_coef: float) -> Tensor:
     """(1 - lambda) * (policy + beta * kl) + lambda * sft with lambda = sft_coef; policy, kl, sft are scalars (Eq. 5).
 
-    The terms usually live in different micro-batches; the loss is linear, so each can be passed alone with zeros for
-    the others and backpropagated by itself.
+    The terms usually live in different micro-batches. The loss is linear, so each term can be passed alone, with zeros
+    for the others, and backpropagated by itself.
     """
     return (1 - sft_coef) * (policy + beta * kl) + sft_coef * sft

@@ -1,22 +1,22 @@
-"""Which algorithms go together, said where the algorithms are. Imports no torch: settings ask before anything starts.
+"""Rules for combining algorithms. Imports no torch, because the settings check them before anything starts.
 
-Names of one's own (import paths) are taken to need what most need: noise for a sampler, groups for an advantage.
+An algorithm given as an import path is assumed to need what most need: noise for a sampler, groups for an advantage.
 """
 
 from __future__ import annotations
 
 from deepgen.errors import UserError
 
-DETERMINISTIC_SAMPLERS = ("ode",)  # no noise, so no log-probabilities of steps
+DETERMINISTIC_SAMPLERS = ("ode",)  # no noise, so their steps have no log-probabilities
 WHITEN = {"global": "the whole batch", "rank": "each rank's samples", "none": "not at all"}  # algorithm.whiten
-ETA_MAX = {"cps": 1.0}  # samplers whose noise level ends somewhere
-ADVANTAGES_WITHOUT_GROUPS = ("reinforcepp",)  # they compare a sample with the whole batch
-LOSSES_OF_FINISHED_SAMPLES = ("diffusion_nft",)  # they train no sampler steps and take any sampler
+ETA_MAX = {"cps": 1.0}  # largest eta, for samplers that have a limit
+ADVANTAGES_WITHOUT_GROUPS = ("reinforcepp",)  # compare a sample with the whole batch
+LOSSES_OF_FINISHED_SAMPLES = ("diffusion_nft",)  # train no sampler steps and accept any sampler
 KL_OF_VELOCITIES = ("velocity", "none")  # need no variance of a sampler step
 
 
 def check_noise(sampler: str, eta: float) -> None:
-    """Raise ValueError when a sampler cannot take this noise level."""
+    """Raise ValueError if a sampler cannot use this noise level."""
     if eta > ETA_MAX.get(sampler, eta):
         raise ValueError(
             f"rollout.eta: got {eta:g} with rollout.sampler {sampler}; allowed: > 0 and <= {ETA_MAX[sampler]:g}"
@@ -24,7 +24,7 @@ def check_noise(sampler: str, eta: float) -> None:
 
 
 def check_group(advantage: str, group_size: int, prompts_per_step: int) -> None:
-    """Raise ValueError when an advantage has too few samples to compare."""
+    """Raise ValueError if an advantage has too few samples to compare."""
     if advantage not in ADVANTAGES_WITHOUT_GROUPS and group_size < 2:
         raise ValueError(
             f"rollout.group_size: got {group_size} with algorithm.advantage {advantage}, which compares the images of "
@@ -37,7 +37,7 @@ def check_group(advantage: str, group_size: int, prompts_per_step: int) -> None:
 
 
 def check_exploration(policy_loss: str, sampler: str, eta: float, *, same_noise: bool) -> None:
-    """Raise UserError when the samples of a group would teach this policy loss nothing."""
+    """Raise UserError if the samples of a group would teach this policy loss nothing."""
     if sampler not in DETERMINISTIC_SAMPLERS:
         if eta == 0:
             raise UserError("rollout.eta: got 0, which leaves no noise to explore with; allowed in rl: number > 0")
@@ -55,7 +55,7 @@ def check_exploration(policy_loss: str, sampler: str, eta: float, *, same_noise:
 
 
 def check_kl(policy_loss: str, kl: str) -> None:
-    """Raise UserError when a policy loss has not what a KL form needs."""
+    """Raise UserError if a policy loss lacks what the KL form needs."""
     if policy_loss in LOSSES_OF_FINISHED_SAMPLES and kl not in KL_OF_VELOCITIES:
         raise UserError(
             f"algorithm.kl: got {kl!r} with algorithm.policy_loss {policy_loss}, which trains no sampler steps and so "

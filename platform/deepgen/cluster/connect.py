@@ -1,7 +1,7 @@
-"""Joining a Ray cluster, or starting one on this machine.
+"""Joins a Ray cluster, or starts one on this machine.
 
-A submitted job (`ray job submit`) and a shell with RAY_ADDRESS set join that cluster; otherwise a private one is
-started and ends with the program. Left out: Ray Client (`ray://`), which Ray Train does not support.
+A submitted job (`ray job submit`) and a shell with RAY_ADDRESS join that cluster. Otherwise a private cluster starts
+and ends with the program. Left out: Ray Client (`ray://`), which Ray Train does not support.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about CUDA_VISIBLE_DEVICES
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    # Every actor loads models: their progress bars and their libraries' announcements would bury our lines.
+    # Every actor loads models; progress bars and messages of the libraries would bury our lines.
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore::FutureWarning",
@@ -43,11 +43,11 @@ def connect(
     *,
     code_root: Path | None = None,
 ) -> bool:
-    """Connect this process to Ray and check that what the run needs can be had.
+    """Connect this process to Ray and check that the cluster has what the run needs. Returns whether it has GPUs.
 
-    `needs(settings, gpus=...)` lists it: `learner_needs` or `rl_needs`. `code_root` is the checkout whose packages the
-    workers import when no working_dir was submitted (default: the working folder).
-    Returns whether the cluster has GPUs. Raises UserError when the cluster cannot be reached or is too small.
+    `needs(settings, gpus=...)` lists the needs: `learner_needs` or `rl_needs`. `code_root` is the checkout whose
+    packages the workers import when no working_dir was submitted (default: the working folder). Raises UserError if the
+    cluster cannot be reached or is too small.
     """
     for key, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -85,7 +85,7 @@ def _address(settings: Settings) -> str:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise UserError unless a cluster listens at host:port: Ray itself ends the process, without an exception."""
+    """Raise UserError unless a server listens at host:port. Ray itself would end the process, without an exception."""
     if address in ("local", "auto"):
         return
     host, _, port = address.rpartition(":")
@@ -101,7 +101,7 @@ def _check_reachable(address: str) -> None:
 
 
 def _submitted() -> bool:
-    """Whether Ray started this program as a job; the job's own runtime environment then says where the code is."""
+    """Whether Ray started this program as a job. The job's own runtime environment then says where the code is."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
@@ -118,7 +118,7 @@ def _local_options(settings: Settings, code_root: Path | None) -> dict[str, Any]
 
 
 def _temp_dir() -> str:
-    """Folder for Ray's sockets and logs: RAY_TMPDIR, or one per user. A user's folders never collide with another's."""
+    """Folder for Ray's sockets and logs: RAY_TMPDIR, or one per user, so that users do not collide."""
     folder = os.environ.get("RAY_TMPDIR") or str(Path(tempfile.gettempdir()) / f"deepgen-ray-{os.getuid()}")
     if len(folder) > MAX_TEMP_DIR and sys.platform != "win32":
         raise UserError(

@@ -1,8 +1,8 @@
-"""What a run asks of a cluster, and the check that it can be had before anything is started.
+"""What a run requests from a cluster, and a check that the cluster can supply it, before anything starts.
 
-CPU requests are shares for placement, not limits: rollout and learner alternate on-policy and reward pools wait most of
-the time, so together they fit a two-core laptop. Where nodes have GPUs, GPUs decide the placement instead.
-Left out: node labels, placement groups, elastic counts.
+CPU requests are shares for placement, not limits. On-policy, rollout and learner take turns, and reward pools wait most
+of the time, so together they fit a two-core laptop. Where nodes have GPUs, GPUs decide the placement instead. Left out:
+node labels, placement groups, elastic counts.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 
 from deepgen.config import PoolSettings, Settings, UserError
 
-# Shares of one process of each role; those of reward pools are settings. Learner, two rollout actors, stream and four
-# pools fit a single core.
+# Shares of one process of each role; reward pools have settings for theirs. A learner, two rollout actors, the stream
+# and four pools fit on one core.
 CPU_SHARE = {"learner": 0.35, "rollout": 0.2, "experience": 0.05}
 GPU_SHARE = {"learner": 1.0, "rollout": 1.0}
 
 
 @dataclass(frozen=True)
 class Need:
-    """`count` processes of one role, each asking for `per_process` (Ray resource name -> amount)."""
+    """`count` processes of one role, each requesting `per_process` (Ray resource name -> amount)."""
 
     role: str
     count: int
@@ -30,7 +30,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a cluster has, or could have if its autoscaler started every node it may.
+    """What a cluster has, or would have if its autoscaler started every node that it may.
 
     `nodes` lists one entry per kind of node; `total` adds up all nodes.
     """
@@ -53,12 +53,12 @@ def pool_resources(pool: PoolSettings, *, gpus: bool) -> dict[str, float]:
 
 
 def learner_needs(settings: Settings, *, gpus: bool) -> list[Need]:
-    """What pretrain and SFT start: the learner's workers."""
+    """Needs of pretrain and sft: the learner's workers."""
     return [Need("learner worker", settings.train.workers, process_resources("learner", gpus=gpus), "train.workers")]
 
 
 def rl_needs(settings: Settings, *, gpus: bool) -> list[Need]:
-    """What an RL run starts: learner, rollout actors, experience stream and one pool a reward that has a weight."""
+    """Needs of rl: learner, rollout actors, experience stream, and one pool per reward that has a weight."""
     needs = learner_needs(settings, gpus=gpus)
     rollout = process_resources("rollout", gpus=gpus)
     needs.append(Need("rollout actor", settings.rollout.actors, rollout, "rollout.actors"))
@@ -70,7 +70,7 @@ def rl_needs(settings: Settings, *, gpus: bool) -> list[Need]:
 
 
 def cluster_capacity() -> Capacity:
-    """Capacity of the connected Ray cluster, counting the nodes its autoscaler may still start."""
+    """Capacity of the connected Ray cluster, including the nodes that its autoscaler may still start."""
     import ray
     from ray._private.state import state
 
@@ -86,7 +86,7 @@ def cluster_capacity() -> Capacity:
 
 
 def check_capacity(needs: Sequence[Need], capacity: Capacity) -> None:
-    """Raise UserError when `needs` can never be placed on `capacity`: Ray would wait for it without end."""
+    """Raise UserError if `needs` can never be placed on `capacity`; Ray would wait forever."""
     for need in needs:
         if not any(_fits(need.per_process, node) for node in capacity.nodes):
             raise UserError(

@@ -1,10 +1,10 @@
 """Settings, recipes and the command line. Imports neither torch nor ray."""
 
-from deepgen.config.choices import Share
 from deepgen.config.cli import parse_command_line
-from deepgen.config.paths import InputPath, resolve_path
-from deepgen.config.pools import PoolSettings
-from deepgen.config.section import setting
+from deepgen.config.schema.choices import Share
+from deepgen.config.schema.paths import InputPath, resolve_path
+from deepgen.config.schema.pools import PoolSettings
+from deepgen.config.schema.section import setting
 from deepgen.config.settings import Settings, load_settings, settings_from_dict, settings_hash
 from deepgen.errors import UserError, run_program
 

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from pydantic.fields import FieldInfo
 
-from deepgen.config.pools import about_pool, own_keys, pool_keys, pool_type
 from deepgen.config.recipes import find_recipe, read_recipe
+from deepgen.config.schema.pools import about_pool, own_keys, pool_keys, pool_type
 from deepgen.config.settings import (
     ANY_POOL,
     Settings,

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from deepgen.config.paths import CHECKOUT, exists, expanded
+from deepgen.config.schema.paths import CHECKOUT, exists, expanded
 from deepgen.errors import UserError, nearest
 
 _SCALARS = (

@@ -19,12 +19,12 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from deepgen.algorithms.rules import check_group
-from deepgen.config.choices import OneOf, ShareRule
-from deepgen.config.pools import PoolSettings, own_keys, pool_keys, pool_types
 from deepgen.config.recipes import describe_yaml_error, parse_value, read_recipe
-from deepgen.config.section import Section
-from deepgen.config.sections import TASKS as TASKS
-from deepgen.config.sections import (
+from deepgen.config.schema.choices import OneOf, ShareRule
+from deepgen.config.schema.pools import PoolSettings, own_keys, pool_keys, pool_type, pool_types
+from deepgen.config.schema.section import Section
+from deepgen.config.schema.sections import TASKS as TASKS
+from deepgen.config.schema.sections import (
     AlgorithmSettings,
     ClusterSettings,
     DataSettings,
@@ -38,6 +38,7 @@ from deepgen.config.sections import (
     TrainSettings,
 )
 from deepgen.errors import UserError, nearest
+from deepgen.registry import REWARDS
 
 _NO_HINT = "; --help lists all keys"
 ANY_POOL = "rewards.<name>"  # stands for each reward pool where keys are listed
@@ -84,13 +85,22 @@ def merge_settings(recipe: Path | None, overrides: Sequence[str]) -> tuple[dict[
     pairs = [_split(override) for override in overrides]
     for key, text in pairs:
         if is_pool_class(key):
-            content["rewards"].setdefault(key.split(".")[1], {})["class"] = text
+            _change_class(content["rewards"], key.split(".")[1], text)
     pools = pool_types(content["rewards"])
     leaves, groups = real_keys(pools), [*sections(), *(f"rewards.{name}" for name in pools)]
     for key, text in pairs:
         _override(content, key, text, leaves, groups)
         origin[key] = "on the command line"
     return content, origin
+
+
+def _change_class(rewards: dict[str, Any], name: str, given: str) -> None:
+    """Give a pool the class of the command line, without the options that only the recipe's class has."""
+    pool = rewards.get(name, {})
+    changed = {**pool, "class": given}
+    old = pool_keys(pool_type(name, pool)) if "class" in pool or name in REWARDS else {}
+    gone = old.keys() - pool_keys(pool_type(name, changed)).keys()
+    rewards[name] = {key: value for key, value in changed.items() if key not in gone}
 
 
 def _split(override: str) -> tuple[str, str]:

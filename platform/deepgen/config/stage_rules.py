@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepgen.algorithms.rules import check_exploration, check_kl
-from deepgen.config.paths import CHECKOUT, exists, resolve_path
+from deepgen.config.schema.paths import CHECKOUT, exists, resolve_path
 from deepgen.config.settings import Settings
 from deepgen.errors import UserError
 from deepgen.models.stage_parts import Stage

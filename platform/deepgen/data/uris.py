@@ -96,9 +96,9 @@ def _local(uri: str) -> Path:
 
 
 def version_of(uri: str) -> bytes | None:
-    """What becomes another when the image behind a URI does: of a file also its size and time of change.
+    """Version token that changes when the image behind a URI does: for files also with size and time of change.
 
-    None when there is no such file. Of s3, gs and http only the URI itself, so that nothing has to be fetched.
+    None when there is no such file. For s3, gs and http it is the URI alone, so that nothing has to be fetched.
     """
     scheme = _scheme(uri)
     if scheme not in ("", "file"):

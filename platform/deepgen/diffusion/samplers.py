@@ -1,6 +1,6 @@
-"""One sampling step x -> x' from noise level sigma to sigma' < sigma, and how probable that step was (M3.3).
+"""One sampling step x -> x' from noise level sigma to sigma' < sigma, and its log-probability (M3.3).
 
-Every sampler is a pair of pure functions, called by its name in `deepgen.registry.SAMPLERS`:
+A sampler is a pair of pure functions, with a name in `deepgen.registry.SAMPLERS`:
 
 * `transition(x, v, sigma, sigma', eta) -> mean, std`: the step is x' = mean + std * noise;
 * `log_prob(x', mean, std) -> [B]`: what policy-gradient training compares between the new and the old policy.
@@ -8,8 +8,8 @@ Every sampler is a pair of pure functions, called by its name in `deepgen.regist
 The rollout draws x' (`noise=`); training scores the x' that was drawn (`next_x=`). Both go through `sampler_step`, so
 an unchanged policy gives bit-equal log-probabilities and a ratio of exactly 1.
 
-Everything is computed and returned in fp32, whatever the input: in bf16 the spacing of a log-probability near -1 is
-forty times the clip range of the published recipe (M3.6).
+Everything is computed and returned in fp32, whatever the input: in bf16, neighbouring log-probabilities near -1 are
+forty times the clip range of the published recipe apart (M3.6).
 """
 
 import math
@@ -24,7 +24,7 @@ from deepgen.algorithms.rules import ETA_MAX
 from deepgen.errors import UserError
 from deepgen.registry import SAMPLERS
 
-_EPS = 1e-8  # of the Gaussian density, as in the reference; it matters once std is about 1e-3
+_EPS = 1e-8  # added to std^2 and to std in the Gaussian density, as in the reference; matters for std near 1e-3
 
 Transition = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,7 +43,7 @@ class StepResult(NamedTuple):
 class Sampler:
     transition: Transition
     log_prob: LogProb
-    eta_max: float = math.inf  # largest noise setting that means anything
+    eta_max: float = math.inf  # largest eta that makes sense
     stochastic: bool = True
 
 
@@ -60,14 +60,14 @@ def sampler_step(
 ) -> StepResult:
     """Draw a step (`noise` given) or score one that was drawn before (`next_x` given).
 
-    x, v, noise, next_x: [B, c, h, w], any float dtype. sigma, sigma_next: one number, or one per sample [B].
-    Gradients reach `mean` and `log_prob` through v; x' counts as data in `log_prob`.
+    x, v, noise, next_x: [B, c, h, w], any float dtype. sigma, sigma_next: one number, or one per sample [B]. Gradients
+    reach `mean` and `log_prob` through v; x' counts as data in `log_prob`.
 
-    `ode` draws without noise, and its log-probability is 0 for every sample: a certain step adds nothing to a
-    trajectory's log-probability. Scoring one is refused, so those zeros can't be trained on by mistake.
+    `ode` draws without noise and has log-probability 0: a deterministic step adds nothing to a trajectory's
+    log-probability. Scoring such a step is refused, so nobody can train on those zeros by mistake.
 
-    Raises UserError for an unknown sampler or an eta out of range, ValueError unless one of noise and next_x is given
-    (next_x never with `ode`).
+    Raises UserError for an unknown sampler or an eta out of range, ValueError unless exactly one of noise and next_x is
+    given (for `ode`: if next_x is given).
     """
     sampler = SAMPLERS.load(name)
     if sampler.stochastic and not 0 < eta <= sampler.eta_max:
@@ -90,14 +90,14 @@ def sampler_step(
 
 
 def guided(velocity_cond: Tensor, velocity_uncond: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance, v_u + scale * (v_c - v_u) (M1.8), same shape. A scale of 1 is exactly v_c."""
+    """Classifier-free guidance, v_u + scale * (v_c - v_u) (M1.8), same shape. A scale of 1 gives exactly v_c."""
     if scale == 1:
         return velocity_cond
     return velocity_uncond + scale * (velocity_cond - velocity_uncond)
 
 
 def _per_sample(sigma: float | Tensor, x: Tensor) -> Tensor:
-    """fp32 [B, 1, 1, 1]."""
+    """sigma as fp32 [B, 1, 1, 1]."""
     column = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
     return column.reshape(-1, *[1] * (x.dim() - 1))
 
@@ -106,10 +106,10 @@ def _per_sample(sigma: float | Tensor, x: Tensor) -> Tensor:
 
 
 def cps_transition(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-    """Coefficients-preserving sampling (paper Eq. 6): image and noise keep the exact shares that sigma' asks for.
+    """Coefficients-preserving sampling (paper Eq. 6): image and noise keep exactly the shares that sigma' demands.
 
-    Of the noise in x', the share sin(eta pi/2) is fresh. At eta 1 that is all of it: each step guesses the image and
-    re-noises it from scratch.
+    A share sin(eta pi/2) of the noise in x' is fresh. At eta 1 all of it is: each step estimates the image and adds
+    noise from scratch.
     """
     image = x - sigma * v
     old_noise = x + (1 - sigma) * v
@@ -121,7 +121,7 @@ def cps_transition(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta:
 def flow_sde_transition(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
     """Flow-GRPO's SDE: Euler-Maruyama with diffusion eta * sqrt(sigma / (1 - sigma))."""
     dt = sigma_next - sigma
-    # At sigma 1 the diffusion is infinite; the reference takes the next level in the denominator of that first step.
+    # At sigma 1 the diffusion is infinite. For that first step the reference uses the next level in the denominator.
     variance = eta**2 * sigma / (1 - torch.where(sigma >= 1, sigma_next, sigma))
     mean = x * (1 + variance / (2 * sigma) * dt) + v * (1 + variance * (1 - sigma) / (2 * sigma)) * dt
     return mean, torch.sqrt(-dt * variance)
@@ -136,7 +136,7 @@ def dance_sde_transition(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor
 
 
 def ode_transition(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-    """Euler step of the probability-flow ODE, no noise. The limit of every other sampler as eta goes to 0."""
+    """Euler step of the probability-flow ODE, without noise: the limit of every other sampler as eta goes to 0."""
     return x + v * (sigma_next - sigma), torch.zeros_like(sigma)
 
 
@@ -144,14 +144,14 @@ def ode_transition(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta:
 
 
 def _mean_per_sample(values: Tensor) -> Tensor:
-    # Summed in fp64, so the fp32 result does not depend on how a batch was split over calls or threads.
+    # Sum in fp64: the fp32 result then does not depend on how a batch was split over calls or threads.
     return values.double().flatten(1).mean(dim=1).float()
 
 
 def squared_distance_log_prob(next_x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """-(x' - mean)^2 (paper Eq. 7): no variance, no normaliser, so every step pulls in proportion to its own noise.
+    """-(x' - mean)^2 (paper Eq. 7). Without variance and normaliser, every step pulls in proportion to its own noise.
 
-    The paper writes the sum over dimensions, the reference takes the mean; so do we, and clip_range counts on it.
+    The paper sums over dimensions. The reference takes the mean; so do we, because clip_range relies on it.
     """
     return _mean_per_sample(-((next_x - mean) ** 2))
 
@@ -163,7 +163,7 @@ def gaussian_log_prob(next_x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def certain_log_prob(next_x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log 1 = 0: a deterministic step always happens."""
+    """log 1 = 0: a deterministic step has probability 1."""
     return mean.new_zeros(mean.shape[0])
 
 

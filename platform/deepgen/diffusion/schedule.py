@@ -1,7 +1,7 @@
 """Noise levels of rectified flow: from sigma 1, pure noise, to sigma 0, the image; x = (1 - sigma) x0 + sigma noise.
 
-Two grids share one static shift, s(u) = shift * u / (1 + (shift - 1) * u), which spends more steps at high noise.
-Time as the transformer sees it is 1000 * sigma. Left out: resolution-dependent ("dynamic") shifting, unused by DeepGen.
+Two grids share one static shift, s(u) = shift * u / (1 + (shift - 1) * u), which spends more steps at high noise. The
+transformer gets 1000 * sigma as its time. Left out: resolution-dependent ("dynamic") shifting, unused by DeepGen.
 """
 
 import torch
@@ -30,8 +30,8 @@ def draw_training_sigmas(count: int, shift: float = 3.0, generator: torch.Genera
 def rollout_sigmas(num_steps: int, shift: float = 3.0) -> Tensor:
     """Noise levels visited by sampling, fp32 [num_steps + 1], from 1 to 0 (M3.3; equals diffusers' flow-match Euler).
 
-    The grid runs evenly down to the smallest *training* sigma, which is shifted already, and is then shifted as a
-    whole, so the low end is shifted twice. That quirk is part of the published recipe and is kept.
+    The even grid ends at the smallest *training* sigma, which is already shifted. The whole grid is then shifted, so
+    its low end is shifted twice. The published recipe has this quirk, so we keep it.
     """
     if num_steps < 1:
         raise UserError(f"rollout.num_steps: got {num_steps}; allowed: 1 or more")

@@ -1,4 +1,4 @@
-"""Which held-out records an evaluation draws."""
+"""Chooses the held-out records that an evaluation draws."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from deepgen.config.settings import TASKS
 from deepgen.data.records import Record
 from deepgen.data.usable import usable_records
 
-GRID_PROMPTS = 8  # of the grids during training
-ROW_PROMPTS = 16  # of the before/after grid
+GRID_PROMPTS = 8  # prompts in a grid during training
+ROW_PROMPTS = 16  # prompts in the before/after grid
 
 
 def heldout_records(settings: Settings, *, say: Callable[[str], None] = print) -> list[Record]:
-    """The held-out prompts of a run, at most evaluation.prompts, as many of each task as there are; [] for none.
+    """At most evaluation.prompts held-out prompts, the same number of each task where possible; [] if it is 0.
 
-    The choice depends on the file and evaluation.seed only, so runs that are compared draw the same prompts. One that
-    cannot be used is left out, see `usable_records`.
+    The choice depends only on the file and evaluation.seed, so runs that are compared draw the same prompts. Unusable
+    prompts are left out, see `usable_records`.
     """
     count, seed = settings.evaluation.prompts, settings.evaluation.seed
     if not count:
@@ -28,7 +28,7 @@ def heldout_records(settings: Settings, *, say: Callable[[str], None] = print) -
 
 
 def choose_records(records: Sequence[Record], count: int, seed: int) -> list[Record]:
-    """At most `count` records, taking the tasks in turn, in the order of `records`."""
+    """At most `count` random records, taken from the tasks in turn, in the order of `records`."""
     rng = random.Random(seed)
     by_task = [[i for i, record in enumerate(records) if record.task == task] for task in TASKS]
     for numbers in by_task:

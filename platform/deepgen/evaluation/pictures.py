@@ -1,4 +1,4 @@
-"""Pictures of evaluations, for people to look at."""
+"""Pictures of evaluation results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deepgen.tracking.grids import GridRow, image_grid
 
 
 def grid(evaluation: Evaluation, title: str) -> Image.Image:
-    """First sample of each prompt with caption, scores and the source of an edit."""
+    """Grid of the first sample of each prompt, with caption, scores and the source of an edit."""
     records = evaluation.records
     return image_grid(
         [images[0] for images in evaluation.images],
@@ -24,7 +24,7 @@ def grid(evaluation: Evaluation, title: str) -> Image.Image:
 
 
 def grid_rows(before: Evaluation, after: Evaluation, prompts: int = ROW_PROMPTS) -> list[GridRow]:
-    """Rows of the before/after grid: the same prompts, the tasks in turn."""
+    """Rows of the before/after grid: the same prompts in both, taken from the tasks in turn."""
     chosen = {record.id for record in choose_records(before.records, prompts, seed=0)}
     return [
         GridRow(

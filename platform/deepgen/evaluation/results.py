@@ -1,4 +1,4 @@
-"""What came out of an evaluation: images and scores of the held-out prompts."""
+"""The result of an evaluation: images and scores of the held-out prompts."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from deepgen.data.records import Record
 
 @dataclass(frozen=True)
 class Evaluation:
-    """N prompts with S samples each, drawn without noise on the way from fixed seeds, and scored by K rewards."""
+    """N prompts with S samples each, drawn by the ODE from fixed seeds and scored by K rewards."""
 
     records: tuple[Record, ...]  # N
     images: tuple[np.ndarray, ...]  # N times uint8 [S, H, W, 3]
     names: tuple[str, ...]  # K
-    scores: np.ndarray  # float32 [N, S, K], NaN where not asked or missing
-    reward_weights: np.ndarray  # float32 [N, K], 0 = not asked
-    version: int  # of the policy
+    scores: np.ndarray  # float32 [N, S, K], NaN where missing or not asked for
+    reward_weights: np.ndarray  # float32 [N, K], 0 = not asked for
+    version: int  # policy version that drew the images
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Scores by reward, [N * S] each, the samples of a prompt side by side; only rewards that were asked for."""
+        """Scores by reward, [N * S] each, the samples of a prompt side by side. Only rewards that were asked for."""
         return {self.names[k]: self.scores[:, :, k].reshape(-1) for k in self._asked()}
 
     def sample_weights(self) -> np.ndarray:
-        """Reward weights as `columns` are ordered, [N * S, rewards]."""
+        """Reward weights [N * S, rewards], in the order of `columns`."""
         return np.repeat(self.reward_weights[:, self._asked()], self.scores.shape[1], axis=0)
 
     def sample_ids(self) -> list[str]:
@@ -35,7 +35,7 @@ class Evaluation:
         return [record.id for record in self.records for _ in range(self.scores.shape[1])]
 
     def means(self) -> dict[str, float]:
-        """Mean of each reward over the scores that exist, and of the weighted total; absent where there are none."""
+        """Mean of each reward and of the weighted total over the scores that exist; absent without any score."""
         columns = self.columns()
         means = {name: float(np.nanmean(column)) for name, column in columns.items() if np.isfinite(column).any()}
         total = weighted_total(np.stack(list(columns.values()), axis=1), self.sample_weights())
@@ -52,7 +52,7 @@ class Evaluation:
         return {self.names[k]: _mean(self.scores[i, :, k]) for k in asked}
 
     def save(self, path: Path) -> None:
-        """Write everything but the prompts, whose ids stay to check them by."""
+        """Write everything except the prompts. Their ids are saved, so that `load` can check them."""
         path.parent.mkdir(parents=True, exist_ok=True)
         images = {f"image/{i}": image for i, image in enumerate(self.images)}
         partial = path.with_name(path.name + ".partial.npz")
@@ -69,7 +69,7 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: Path, records: Sequence[Record]) -> Evaluation | None:
-        """What `save` wrote, or None when it was of other prompts."""
+        """Read what `save` wrote, or None if it belongs to other prompts."""
         with np.load(path, allow_pickle=False) as saved:
             if saved["ids"].tolist() != [record.id for record in records]:
                 return None
@@ -79,7 +79,7 @@ class Evaluation:
 
 
 def weighted_total(scores: np.ndarray, reward_weights: np.ndarray) -> np.ndarray:
-    """Mean [N] of the scores [N, K] that exist, by reward_weights [N, K]; NaN where there is none."""
+    """Weighted mean [N] of the scores [N, K] that exist, by reward_weights [N, K]; NaN for a row without scores."""
     used = np.where(np.isfinite(scores), reward_weights, 0.0)
     total = used.sum(axis=1)
     weighted = (np.nan_to_num(scores) * used).sum(axis=1)

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention as every transformer of ours calls it."""
+"""Scaled dot-product attention for all our transformers."""
 
 import torch
 import torch.nn.functional as F
@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of [B, heads, S, d] heads, returned as [B, S, heads·d] in the dtype of `value`.
+    """Attention over [B, heads, S, d] heads, returned as [B, S, heads·d] in the dtype of `value`.
 
-    `mask` is bool, True = may be read, broadcastable to [B, heads, S, S]; None hides nothing.
-    On a CPU it always runs in fp32: the bf16 backward kernel there takes three times as long.
+    `mask` is bool, True where a key may be read, broadcastable to [B, heads, S, S]; None hides nothing.
+    On a CPU, attention always runs in fp32, because the bf16 backward kernel takes three times as long there.
     """
     dtype = value.dtype
     if value.device.type != "cpu":

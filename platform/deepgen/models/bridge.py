@@ -69,7 +69,7 @@ class Connector(nn.Module):
         self.apply(_init_connector)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [B, L, hidden]; mask bool [B, L], True = valid, hides padded keys; None = no padding hidden."""
+        """x [B, L, hidden]; mask bool [B, L], True = valid, hides padded keys; None hides nothing."""
         key_mask = None if mask is None or bool(mask.all()) else mask[:, None, None, :]
         for layer in self.layers:
             x = layer(x, key_mask)
@@ -77,7 +77,7 @@ class Connector(nn.Module):
 
 
 def _init_connector(module: nn.Module) -> None:
-    """Xavier-uniform matrices; zero attention biases, MLP biases N(0, 1e-6) (M1.5)."""
+    """Xavier-uniform matrices, zero attention biases, MLP biases N(0, 1e-6) (M1.5)."""
     if isinstance(module, ConnectorAttention):
         for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
             nn.init.xavier_uniform_(projection.weight)
@@ -89,7 +89,7 @@ def _init_connector(module: nn.Module) -> None:
 
 
 class Bridge(nn.Module):
-    """Think tokens, projectors and connector; parameter names are those of the published checkpoints (M6.2)."""
+    """Think tokens, projectors and connector, with the parameter names of the published checkpoints (M6.2)."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Bridge(nn.Module):
 
     @torch.no_grad()
     def reset_bridge(self) -> None:
-        """Fresh weights: the start of alignment pretraining, where the DiT gets all-zero conditioning (M1.3, M1.5)."""
+        """Fresh weights for alignment pretraining, where the DiT starts with all-zero conditioning (M1.3, M1.5)."""
         nn.init.normal_(self.meta_queries, std=1 / math.sqrt(self.meta_queries.shape[1]))
         self.projector_1.reset_parameters()
         self.connector.apply(_reset_norm)
@@ -134,7 +134,7 @@ class Bridge(nn.Module):
         return self.projector_3(x), self.projector_2(mean)
 
     def bridge_state(self) -> dict[str, Tensor]:
-        """The bridge's own tensors, also when a subclass holds more."""
+        """The bridge's own tensors, without those that a subclass adds."""
         return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(BRIDGE_PREFIXES)}
 
 

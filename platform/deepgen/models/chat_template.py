@@ -20,7 +20,7 @@ VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
 IMAGE_PAD = "<|image_pad|>"
 TEXT_END = "<|endoftext|>"
-# All of Qwen2.5-VL's that a tokenizer here needs; in this order they are its first ids.
+# The special tokens of Qwen2.5-VL that we need. A tokenizer trained here has them as its first ids, in this order.
 SPECIAL_TOKENS = (TEXT_END, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD, "<|video_pad|>")
 GENERATION_PREFIX = "Generate an image: "
 
@@ -33,12 +33,12 @@ class TokenBatch(NamedTuple):
 
 
 def render(prompt: str, image_tokens: Sequence[int] = ()) -> str:
-    """The text the VLM reads.
+    """The text that the VLM reads.
 
     Args:
         prompt: caption, riddle or edit instruction; empty for the unconditional branch, which keeps the prefix of
             text-to-image and the images of editing.
-        image_tokens: per reference image, how many `<|image_pad|>` it takes; empty means text-to-image.
+        image_tokens: number of `<|image_pad|>` tokens for each reference image; empty means text-to-image.
     """
     if image_tokens:
         images = "".join(VISION_START + IMAGE_PAD * count + VISION_END for count in image_tokens)
@@ -52,7 +52,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], image_tokens: Sequence[Sequ
     """Render and tokenise a batch, padded on the left to its longest member.
 
     Raises:
-        UserError: a prompt contains one of the tokenizer's special tokens, which would pass for structure.
+        UserError: a prompt contains one of the tokenizer's special tokens, which would be read as structure.
     """
     for prompt in prompts:
         found = [token for token in tokenizer.all_special_tokens if token in prompt]
@@ -64,7 +64,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], image_tokens: Sequence[Sequ
 
 
 def check_tokenizer(tokenizer: Any, image_token_id: int, vocab_size: int) -> None:
-    """Raise `UserError` when the tokenizer does not belong to a VLM with these ids."""
+    """Raise `UserError` if the tokenizer does not belong to a VLM with these ids."""
     missing = [t for t in (TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD) if t not in tokenizer.get_vocab()]
     if missing:
         raise UserError(f"tokenizer: special tokens missing: {', '.join(missing)}")

@@ -1,8 +1,7 @@
 """The diffusion transformer: SD3 joint blocks over target and reference latents of any size (M1.6).
 
-The parameters are exactly those of diffusers' `SD3Transformer2DModel`, so its checkpoints load unchanged. What is
-added is in `forward`: a batch may hold targets of different sizes, each with its own reference latents, and a context
-with padded positions.
+The parameters are exactly those of diffusers' `SD3Transformer2DModel`, so its checkpoints load unchanged. `forward` can
+do more: a batch may hold targets of different sizes, each with its own reference latents, and contexts with padding.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ References = Sequence[Sequence[Tensor]]
 
 
 class MaskedJointAttnProcessor:
-    """SD3 joint attention over [image ‖ context] in which padded keys can be hidden.
+    """SD3 joint attention over [image ‖ context] that can hide padded keys.
 
-    `key_mask` is bool [B, 1, 1, S_image + L], True = valid, or None when nothing is padded. It hides keys only: a
-    padded query still computes something finite, which no valid token ever reads, so valid tokens get exactly what
-    the outer product of validities (M1.6) would give them at S times less mask memory.
+    `key_mask` is bool [B, 1, 1, S_image + L], True = valid, or None if nothing is padded. It hides keys only. A padded
+    query still computes a finite result, but no valid token ever reads it. Valid tokens therefore get exactly what the
+    outer product of validities (M1.6) would give them, with a mask S times smaller.
     """
 
     def __call__(
@@ -62,7 +61,7 @@ class MaskedJointAttnProcessor:
 
 
 def _heads(x: Tensor, heads: int, norm: Any = None) -> Tensor:
-    """[B, S, D] -> [B, heads, S, D / heads], normalised per head when the layer has a norm."""
+    """[B, S, D] -> [B, heads, S, D / heads], normalised per head if the layer has a norm."""
     x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
     return x if norm is None else norm(x)
 
@@ -74,12 +73,12 @@ def _image_out(attn: Attention, x: Tensor) -> Tensor:
 class DeepGenTransformer(SD3Transformer2DModel):
     """SD3 transformer whose image tokens are `[target ‖ reference 1 ‖ reference 2 …]` (M1.6).
 
-    References go through the same patch embedding and the same centre-cropped position embedding as targets; nothing
-    else marks them. Samples are right-padded to the longest; when no sample is shorter and no context position is
-    padded, no attention mask is built at all, which keeps the fastest attention kernels available.
+    References use the same patch embedding and the same centre-cropped position embedding as targets; nothing else
+    marks them. Samples are right-padded to the longest. If neither images nor context are padded, no attention mask is
+    built, so that the fastest attention kernels can run.
     """
 
-    # diffusers matches the keys of config.json with this signature
+    # diffusers matches the keys of config.json against this signature
     @functools.wraps(SD3Transformer2DModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -124,7 +123,7 @@ class DeepGenTransformer(SD3Transformer2DModel):
         return self._unpatchify(tokens, temb, hidden_states)
 
     def _embed_images(self, targets: LatentBatch, references: References | None) -> tuple[Tensor, list[int] | None]:
-        """Image tokens [B, S, D] right-padded to the longest; lengths per sample, or None when nothing is padded."""
+        """Image tokens [B, S, D], right-padded to the longest, and lengths per sample (None if nothing is padded)."""
         references = references if references is not None and any(references) else None
         if references is not None and len(references) != len(targets):
             raise ValueError(f"{len(references)} lists of references for {len(targets)} targets")
@@ -147,7 +146,7 @@ class DeepGenTransformer(SD3Transformer2DModel):
         by_shape: dict[torch.Size, list[int]] = {}
         for index, part in enumerate(flat):
             by_shape.setdefault(part.shape, []).append(index)
-        tokens: list[Tensor] = [flat[0]] * len(flat)
+        tokens: list[Tensor] = [flat[0]] * len(flat)  # placeholders, all replaced below
         for indices in by_shape.values():
             embedded = self._patch(torch.stack([flat[i] for i in indices]))
             for i, sequence in zip(indices, embedded.unbind(0), strict=True):
@@ -156,7 +155,7 @@ class DeepGenTransformer(SD3Transformer2DModel):
         return [torch.cat([next(iterator) for _ in sample]) for sample in parts]
 
     def _patch(self, latents: Tensor) -> Tensor:
-        """[B, c, h, w] -> [B, (h / patch) · (w / patch), D] with position embedding."""
+        """Embed [B, c, h, w] as [B, (h / patch) · (w / patch), D], including positions."""
         return self.pos_embed(latents.to(self.pos_embed.proj.weight.dtype)).contiguous()
 
     def _unpatchify(self, tokens: Tensor, temb: Tensor, targets: LatentBatch) -> Tensor | list[Tensor]:
@@ -177,7 +176,7 @@ class DeepGenTransformer(SD3Transformer2DModel):
 
 
 def _key_mask(tokens: Tensor, lengths: list[int] | None, context: Tensor, context_mask: Tensor | None) -> Tensor | None:
-    """Validity of keys, bool [B, 1, 1, S + L], or None when every key is valid."""
+    """Validity of keys, bool [B, 1, 1, S + L], or None if every key is valid."""
     if context_mask is not None and bool(context_mask.all()):
         context_mask = None
     if lengths is None and context_mask is None:

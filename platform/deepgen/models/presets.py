@@ -15,7 +15,7 @@ LARGEST_TINY_WIDTH = 512
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that fixes the shapes of a unified model. Component dicts are constructor arguments of their classes.
+    """All sizes of a unified model. The component dicts are constructor arguments of their classes.
 
     vlm: `Qwen2_5_VLConfig`; transformer: `SD3Transformer2DModel`; vae: `AutoencoderKL`. The rest is the bridge (M1.5).
     """
@@ -28,8 +28,8 @@ class Architecture:
     connector_mlp: int
     connector_layers: int
     connector_heads: int
-    fusion_stride: int  # every how many decoder layers a hidden state is taken
-    max_prompt_tokens: int = 1024  # text beyond it loses its beginning (M1.3)
+    fusion_stride: int  # the bridge reads one hidden state every so many decoder layers
+    max_prompt_tokens: int = 1024  # longer text loses its beginning (M1.3)
 
     @property
     def vlm_hidden(self) -> int:
@@ -54,11 +54,11 @@ class Architecture:
 
     @property
     def vae_downsample(self) -> int:
-        """Pixels a latent cell covers along one side."""
+        """Pixels that one latent cell covers along a side."""
         return int(2 ** (len(self.vae["block_out_channels"]) - 1))
 
     def bridge_config(self) -> dict[str, int]:
-        """What bridge/config.json holds."""
+        """The content of bridge/config.json."""
         names = (
             "num_queries",
             "connector_hidden",
@@ -71,7 +71,7 @@ class Architecture:
         return {name: getattr(self, name) for name in names}
 
     def describe(self) -> str:
-        """A short phrase for messages: the sizes people recognise a model by."""
+        """A short phrase for messages, with the sizes people recognise a model by."""
         dit = self.transformer
         width = dit["num_attention_heads"] * dit["attention_head_dim"]
         return (
@@ -215,13 +215,13 @@ DEEPGEN_5B = Architecture(
 )
 
 PRESETS: dict[str, Architecture] = {"tiny": TINY, "deepgen-5b": DEEPGEN_5B}
-PADDINGS = ("masked", "reference")  # of prompts: masked out, or attended to as the reference implementation does
+PADDINGS = ("masked", "reference")  # prompt padding is masked, or attended to as in the reference code
 
 
 def check_preset(preset: str, found: Architecture, where: object) -> None:
-    """Raise `UserError` when the weights at `where` are not of `preset`.
+    """Raise `UserError` if the weights at `where` do not belong to `preset`.
 
-    `deepgen-5b` is one set of sizes. `tiny` stands for everything a CPU trains: narrow weights of any shape.
+    `deepgen-5b` is one fixed set of sizes. `tiny` covers everything that a CPU can train: narrow weights of any shape.
     """
     if preset not in PRESETS:
         raise UserError(f"model.preset: {preset!r} given; allowed: {', '.join(PRESETS)}")
@@ -234,9 +234,9 @@ def check_preset(preset: str, found: Architecture, where: object) -> None:
 
 
 def check_width(preset: str, folder: Path) -> None:
-    """A first look at a component folder, before anything starts: the width of its DiT. `check_preset` compares it all.
+    """Check the DiT's width in a component folder against the preset. A quick look; `check_preset` compares everything.
 
-    Raises UserError when transformer/config.json cannot be read or is of another preset.
+    Raises UserError if transformer/config.json cannot be read or belongs to another preset.
     """
     path = folder / "transformer" / "config.json"
     try:

@@ -1,11 +1,11 @@
-"""The stages and what each of them trains, said once (M1.11)."""
+"""The training stages and the parts that each of them trains (M1.11)."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
 Stage = Literal["pretrain", "sft", "rl"]
-Part = Literal["bridge", "transformer", "vlm_lora"]  # as their folders are called; the bridge has the think tokens
+Part = Literal["bridge", "transformer", "vlm_lora"]  # folder names; the bridge includes the think tokens
 STAGES: tuple[str, ...] = get_args(Stage)
 
 TRAINED_PARTS: dict[str, tuple[Part, ...]] = {

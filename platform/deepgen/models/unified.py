@@ -35,29 +35,29 @@ References = Sequence[Sequence[Tensor | SeenImage]]
 
 @dataclass
 class Conditioning:
-    """What the DiT is told about each sample of a batch."""
+    """Conditioning of the DiT for a batch of B samples."""
 
     context: Tensor  # [B, L, joint_attention_dim]
     pooled: Tensor  # [B, pooled_projection_dim]
-    mask: Tensor | None  # bool [B, L], True = valid; None in padding="reference"
+    mask: Tensor | None  # bool [B, L], True = valid; None with padding="reference"
 
     def __len__(self) -> int:
         return self.context.shape[0]
 
     def expand(self, batch: int) -> Conditioning:
-        """A single sample's conditioning for `batch` samples, or a batch of that size as it is: views, no copies."""
+        """Repeat one sample's conditioning for `batch` samples, as views. A batch of that size stays as it is."""
         mask = None if self.mask is None else self.mask.expand(batch, -1)
         return Conditioning(self.context.expand(batch, -1, -1), self.pooled.expand(batch, -1), mask)
 
     def to(self, *args: Any, **kwargs: Any) -> Conditioning:
-        """`Tensor.to` for context and pooled; of it the mask follows only the device."""
+        """`Tensor.to` for context and pooled. The mask is moved to the device; its dtype stays."""
         context = self.context.to(*args, **kwargs)
         mask = None if self.mask is None else self.mask.to(context.device)
         return Conditioning(context, self.pooled.to(*args, **kwargs), mask)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """One batch of several, padded on the left to the longest; what is added is masked."""
+        """Join several batches into one, padded on the left to the longest. The padding is masked."""
         longest = max(part.context.shape[1] for part in parts)
         pooled = torch.cat([part.pooled for part in parts])
         if all(part.mask is None and part.context.shape[1] == longest for part in parts):
@@ -72,11 +72,10 @@ class Conditioning:
 
 
 class UnifiedModel(Bridge):
-    """The bridge with the backbones at its two ends.
+    """The bridge with the backbones at both ends.
 
-    It is a `Bridge`, so that think tokens, projectors and connector keep the top-level names of the published
-    checkpoints (M6.2). Autocast and `no_grad` are the caller's business; the visual tower and the VAE never take a
-    gradient.
+    It subclasses `Bridge`, so that think tokens, projectors and connector keep the top-level names of the published
+    checkpoints (M6.2). Callers decide about autocast and `no_grad`. The visual tower and the VAE never get a gradient.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class UnifiedModel(Bridge):
     def from_architecture(
         cls, architecture: Architecture, device: str | torch.device = "cpu", *, tokenizer: Any = None
     ) -> UnifiedModel:
-        """Random weights; on "meta" only shapes."""
+        """Make a model with random weights; on "meta" with shapes only."""
         with torch.device(device):
             return cls(
                 architecture,
@@ -135,12 +134,13 @@ class UnifiedModel(Bridge):
         """Load a component folder.
 
         Args:
-            lora: attach a fresh adapter when the folder has none; when it has one, the ranks must agree.
+            lora: settings of a new adapter, attached if the folder has none. An adapter in the folder must have its
+                rank and alpha.
             preset: raise unless the folder holds a model of this preset.
-            fresh_bridge: new think tokens and bridge instead of the folder's; it needs none then.
+            fresh_bridge: make new think tokens and a new bridge; the folder then needs none.
 
         Raises:
-            UserError: something is absent, damaged, or does not fit; the message names it.
+            UserError: something is missing, damaged, or does not fit; the message names it.
         """
         folder = Path(path)
         architecture = weights_folder.read_architecture(folder, preset if fresh_bridge else None)
@@ -169,7 +169,7 @@ class UnifiedModel(Bridge):
         return model.eval()
 
     def save_folder(self, path: str | Path) -> None:
-        """Write every component; the caller makes it atomic (write beside, then rename)."""
+        """Write every component. The caller makes the write atomic (write beside, then rename)."""
         folder = Path(path)
         weights_folder.save_vlm(self.vlm, folder / "vlm")
         if lora_parameters(self.vlm):
@@ -185,12 +185,12 @@ class UnifiedModel(Bridge):
     # ------------------------------------------------------------ conditioning
 
     def encode_prompts(self, prompts: Sequence[str], references: References | None = None) -> Conditioning:
-        """Text and reference images to conditioning (M1.2-1.5).
+        """Encode text and reference images into conditioning (M1.2-1.5).
 
         Args:
             prompts: captions or instructions; "" is the unconditional prompt of its task.
-            references: per prompt its images [3, H, W] in [-1, 1], sides multiples of 32, or what `see_image` has made
-                of them; [] means text-to-image.
+            references: the images of each prompt, [3, H, W] in [-1, 1], sides multiples of 32, or the results of
+                `see_image`; [] means text-to-image.
         """
         states, mask = self.prompt_states(prompts, references)
         visible = mask if self.padding == "masked" else None
@@ -200,7 +200,7 @@ class UnifiedModel(Bridge):
     def prompt_states(
         self, prompts: Sequence[str], references: References | None = None
     ) -> tuple[list[Tensor], Tensor]:
-        """What the bridge reads of prompts: hidden states [B, L, vlm_hidden] each, and their validity, bool [B, L]."""
+        """What the bridge reads: hidden states, [B, L, vlm_hidden] each, and their validity, bool [B, L]."""
         references = [()] * len(prompts) if references is None else references
         if len(references) != len(prompts):
             raise ValueError(f"{len(references)} lists of references for {len(prompts)} prompts")
@@ -214,9 +214,9 @@ class UnifiedModel(Bridge):
         return conditioning_states(self.vlm, tokens, flat, self.meta_queries, layers, budget)
 
     def see_image(self, image: Tensor) -> SeenImage:
-        """One reference image [3, H, W] in [-1, 1] as `encode_prompts` takes it; never a gradient.
+        """Features of one reference image [3, H, W] in [-1, 1], as `encode_prompts` takes them; without a gradient.
 
-        Together with others in one call of the tower its last bits may be others.
+        Batched with other images, the result may differ in its last bits.
         """
         return see(self.vlm, image)
 
@@ -224,9 +224,9 @@ class UnifiedModel(Bridge):
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Tensor], generator: torch.Generator | None = None) -> list[Tensor]:
-        """Images [3, H, W] in [-1, 1] to latents [c, h, w], shifted and scaled (M1.7).
+        """Encode images [3, H, W] in [-1, 1] into latents [c, h, w], shifted and scaled (M1.7).
 
-        With a generator the posterior is sampled, image by image in order; without one its mode is taken.
+        With a generator, the posterior is sampled, image by image in order; without one, its mode is used.
         """
         weight = next(self.vae.parameters())
         moments: list[Tensor] = [images[0]] * len(images) if images else []
@@ -245,7 +245,7 @@ class UnifiedModel(Bridge):
 
     @torch.no_grad()
     def decode_latents(self, latents: Sequence[Tensor] | Tensor) -> list[Tensor]:
-        """Latents [c, h, w] to images, float32 [3, H, W], not clamped (M1.7)."""
+        """Decode latents [c, h, w] into images, float32 [3, H, W], not clamped (M1.7)."""
         weight = next(self.vae.parameters())
         images: list[Tensor] = list(latents)
         for indices in _by_shape(latents):
@@ -271,7 +271,7 @@ class UnifiedModel(Bridge):
     ) -> Tensor | list[Tensor]:
         """The DiT's velocity for noisy latents ([B, c, h, w] or B tensors), timesteps [B] in 0..1000 (M1.6).
 
-        references: per sample its clean reference latents. The result has the form and dtype of `latents`.
+        references: clean reference latents of each sample. The result has the form and dtype of `latents`.
         """
         return self.transformer(latents, timesteps, cond.context, cond.pooled, references, cond.mask)
 
@@ -290,7 +290,7 @@ class UnifiedModel(Bridge):
     # ------------------------------------------------------------ training
 
     def trainable_parameters(self, stage: str) -> list[tuple[str, nn.Parameter]]:
-        """Set `requires_grad` for a stage and list what it trains, `TRAINED_PARTS[stage]` (M1.11).
+        """Set `requires_grad` for a stage and list the parameters that it trains, `TRAINED_PARTS[stage]` (M1.11).
 
         Adapters that can never receive a gradient stay frozen.
         """
@@ -312,18 +312,18 @@ class UnifiedModel(Bridge):
         return chosen
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations of DiT blocks and decoder layers in the backward pass."""
+        """Recompute the activations of DiT blocks and decoder layers in the backward pass."""
         self.transformer.enable_gradient_checkpointing()
         self.vlm.gradient_checkpointing_enable({"use_reentrant": False})
 
     def train(self, mode: bool = True) -> UnifiedModel:
-        """Training mode, except for what is frozen: the VAE, and the VLM (LoRA dropout) unless its LoRA is trained."""
+        """Set training mode, except for what is frozen: the VAE, and the VLM unless its LoRA (dropout) is trained."""
         super().train(mode)
         self.vae.eval()
         self.vlm.train(mode and any(p.requires_grad for p in lora_parameters(self.vlm).values()))
         for layer in self.vlm.model.language_model.layers:
-            # Its own flag, not its children's, decides whether a layer is checkpointed: think tokens send a gradient
-            # through the decoder also when nothing in it is trained.
+            # A layer's own flag, not its children's, decides whether the layer is checkpointed. It is on even if
+            # nothing in the decoder is trained, because the gradient of the think tokens passes through the decoder.
             layer.training = mode
         return self
 

@@ -1,7 +1,7 @@
 """The conditioning pass through Qwen2.5-VL: prompt, reference images and think tokens to hidden states (M1.3, M1.4).
 
-No text is generated. One causal pass reads the prompt and the think tokens behind it, and only as many decoder layers
-run as the bridge reads: neither the last layer, nor the final norm, nor the language-model head.
+No text is generated. One causal pass reads the prompt and the think tokens behind it. It runs only the decoder layers
+that the bridge needs: never the last layer, the final norm or the language-model head.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VISUAL_UNIT = 28
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """LoRA on the VLM (M1.10); `modules` is "live" (what can receive a gradient) or "all" (every Linear, Embedding)."""
+    """LoRA on the VLM (M1.10). `modules` is "live" (can receive a gradient) or "all" (every Linear and Embedding)."""
 
     rank: int = 64
     alpha: float = 128.0
@@ -39,13 +39,13 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class SeenImage:
-    """What the visual tower makes of a reference image [3, H, W] alone: features [H / 32, W / 32, vlm_hidden]."""
+    """Visual-tower features of one reference image [3, H, W], encoded alone: [H / 32, W / 32, vlm_hidden]."""
 
     features: Tensor
 
 
 def image_token_count(image: Tensor | SeenImage) -> int:
-    """Tokens a reference image [3, H, W] takes in the prompt: (H / 32)·(W / 32)."""
+    """Number of tokens that a reference image [3, H, W] takes in the prompt: (H / 32)·(W / 32)."""
     if isinstance(image, SeenImage):
         return image.features.shape[0] * image.features.shape[1]
     height, width = image.shape[-2:]
@@ -55,10 +55,10 @@ def image_token_count(image: Tensor | SeenImage) -> int:
 
 
 def vision_inputs(images: Sequence[Tensor], patch: int = 14, merge: int = 2) -> tuple[Tensor, Tensor]:
-    """Patches in the layout of Hugging Face's Qwen2-VL processor, without its own rescaling.
+    """Patches in the layout of Hugging Face's Qwen2-VL processor, without the processor's rescaling.
 
     Args:
-        images: [3, H, W] in [-1, 1], sides multiples of 32; resized bilinearly by 28/32.
+        images: [3, H, W] in [-1, 1], sides multiples of 32; they are resized bilinearly by 28/32.
 
     Returns:
         patches [sum of grid cells, 3·2·patch·patch], grouped in merge x merge cells, the frame doubled along time,
@@ -86,7 +86,7 @@ def vision_inputs(images: Sequence[Tensor], patch: int = 14, merge: int = 2) -> 
 
 @torch.no_grad()
 def visual_features(vlm: Qwen2_5_VLForConditionalGeneration, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Features [sum of image tokens, vlm_hidden] of all images in one call, and grid_thw [N, 3]. Never a gradient."""
+    """Features [sum of image tokens, vlm_hidden] of all images in one call, and grid_thw [N, 3]. Without a gradient."""
     visual = vlm.model.visual
     patches, grids = vision_inputs(images, visual.patch_size, visual.spatial_merge_size)
     weight = visual.patch_embed.proj.weight
@@ -95,7 +95,7 @@ def visual_features(vlm: Qwen2_5_VLForConditionalGeneration, images: Sequence[Te
 
 
 def see(vlm: Qwen2_5_VLForConditionalGeneration, image: Tensor) -> SeenImage:
-    """One image [3, H, W] in [-1, 1], sides multiples of 32, through the visual tower, which is never trained."""
+    """Encode one image [3, H, W] in [-1, 1], sides multiples of 32, with the visual tower, which is never trained."""
     rows = image.shape[-2] // PIXEL_UNIT
     features, _ = visual_features(vlm, [image])
     return SeenImage(features.unflatten(0, (rows, -1)))
@@ -104,7 +104,7 @@ def see(vlm: Qwen2_5_VLForConditionalGeneration, image: Tensor) -> SeenImage:
 def reference_features(
     vlm: Qwen2_5_VLForConditionalGeneration, images: Sequence[Tensor | SeenImage]
 ) -> tuple[Tensor, Tensor]:
-    """As `visual_features`, of images or of what it has made of each before."""
+    """Like `visual_features`, for images or for the features of images that `see` encoded before."""
     seen = [image.features for image in images if isinstance(image, SeenImage)]
     if not seen:
         return visual_features(vlm, [image for image in images if isinstance(image, Tensor)])
@@ -118,7 +118,7 @@ def reference_features(
 def position_ids(
     vlm: Qwen2_5_VLForConditionalGeneration, ids: Tensor, mask: Tensor, grids: Tensor | None, think_tokens: int
 ) -> Tensor:
-    """mRoPE positions [3, B, T + think_tokens]; think tokens go on like text after the prompt, pads get 1 (M1.3)."""
+    """mRoPE positions [3, B, T + think_tokens]. Think tokens follow the prompt like text; pads get 1 (M1.3)."""
     batch = ids.shape[0]
     full_mask = torch.cat([mask, mask.new_ones(batch, think_tokens)], dim=1)
     if grids is None:
@@ -140,12 +140,12 @@ def conditioning_states(
     layers: Sequence[int],
     max_length: int,
 ) -> tuple[list[Tensor], Tensor]:
-    """Run the decoder over [prompt ‖ think tokens] and return the hidden states the bridge reads.
+    """Run the decoder over [prompt ‖ think tokens] and return the hidden states that the bridge reads.
 
     Args:
-        tokens: left-padded prompts; their `<|image_pad|>` places are filled with the features of `images`, in order.
+        tokens: left-padded prompts; the features of `images` replace their `<|image_pad|>` tokens, in order.
         think_tokens: [N, vlm_hidden], the same for every sample, always last.
-        layers: indices of hidden states (i = output of decoder layer i, 0 = embeddings), in the order wanted.
+        layers: indices of the wanted hidden states (i = output of decoder layer i, 0 = embeddings), in order.
         max_length: longer sequences lose their beginning, as in training (M1.3).
 
     Returns:
@@ -169,8 +169,8 @@ def conditioning_states(
 
 
 def _decode(decoder: Any, embeds: Tensor, mask: Tensor, positions: Tensor, layers: Sequence[int]) -> list[Tensor]:
-    """Run decoder layers until the deepest state wanted and collect them in the order of `layers`."""
-    # With nothing padded the attention kernels can be told "causal" instead of being given a mask.
+    """Run the decoder layers up to the deepest wanted state. Returns the states in the order of `layers`."""
+    # Without padding, the attention kernels can use their "causal" flag instead of a mask.
     padding = None if bool(mask.all()) else mask
     causal = create_causal_mask(decoder.config, inputs_embeds=embeds, attention_mask=padding, past_key_values=None)
     rotary = decoder.rotary_emb(embeds, positions)
@@ -183,10 +183,11 @@ def _decode(decoder: Any, embeds: Tensor, mask: Tensor, positions: Tensor, layer
 
 
 def lora_modules(vlm: nn.Module, scope: str, deepest_state: int) -> list[str]:
-    """Names of the modules LoRA adapts (M1.10).
+    """Names of the modules that LoRA adapts (M1.10).
 
-    scope "all": every Linear and Embedding of the VLM, visual tower and head included. "live": the embedding and the
-    decoder layers up to the deepest hidden state the bridge reads; the rest can never receive a gradient (M8.12).
+    scope "all": every Linear and Embedding of the VLM, including visual tower and head. "live": the embedding and the
+    decoder layers up to the deepest hidden state that the bridge reads; other modules can never receive a gradient
+    (M8.12).
     """
     names = [name for name, module in vlm.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
     if scope == "all":
@@ -215,11 +216,11 @@ def add_lora(vlm: Qwen2_5_VLForConditionalGeneration, settings: LoraSettings, de
         target_modules=lora_modules(vlm, settings.modules, deepest_state),
     )
     with warnings.catch_warnings():
-        # The head shares the embedding's weights in the 3B VLM, but is never called and never merged.
+        # In the 3B VLM the head shares the embedding's weights, but it is never called and never merged.
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True")
         vlm.add_adapter(config)
 
 
 def lora_parameters(vlm: nn.Module) -> dict[str, nn.Parameter]:
-    """Every adapter parameter of the VLM by name."""
+    """All adapter parameters of the VLM by name."""
     return {name: parameter for name, parameter in vlm.named_parameters() if ".lora_" in name}

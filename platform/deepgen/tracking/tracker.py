@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from deepgen.config.paths import CHECKOUT
+from deepgen.config.schema.paths import CHECKOUT
 from deepgen.errors import UserError
 from deepgen.tracking.journal import Entry, Journal, make_entry, read_entries
 from deepgen.tracking.provenance import run_tags

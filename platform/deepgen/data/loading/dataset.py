@@ -19,7 +19,7 @@ from deepgen.data.loading.buckets import fixed_area_size
 from deepgen.data.loading.parquet_store import RecordStore
 from deepgen.data.records import RecordError, check_prompt
 
-# Raise it when an image of the same bytes and image_size becomes other pixels, for VAE or VLM, or others are refused.
+# Bump when preprocessing yields different pixels, for VAE or VLM, or rejects different images.
 PREPARATION = 3
 LATENT, FEATURES = "latent", "features"  # what the VAE and the VLM's visual tower make of an image
 Place = tuple[str, int, int]  # file and row (from 1) of a record, and its target (0) or its reference number n (from 1)

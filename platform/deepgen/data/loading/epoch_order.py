@@ -4,9 +4,9 @@ Records lie in blocks (parquet row groups), which are read as a whole. An epoch 
 lanes, shuffles each block inside, and takes one record from every lane in turn. So the records of one batch come from
 as many blocks as there are lanes, while each block is used up before its lane's next one is read.
 
-A rank goes over lanes / ranks of them, whose blocks it must hold (all of them when it is alone); with more samples in a
-batch of all ranks than lanes, so many times more ranks read the same block. LANES stands between the two: 128 row
-groups of 64 pictures of 100 kB are 0.8 GB for a single rank, and 32 ranks with a micro-batch of 4 read each block once.
+Each rank buffers lanes / ranks blocks. If the global batch exceeds LANES, several ranks read the same block. LANES
+trades memory for duplicate reads: 128 row groups of 64 pictures of 100 kB are 0.8 GB for a single rank, and 32 ranks
+with a micro-batch of 4 read each block once.
 
 Several such orders are drawn by weight in cycles of SLOTS places: each order owns its share of the slots, and where
 they lie is shuffled for every cycle. So an order's own position follows from the common one, none of its records is

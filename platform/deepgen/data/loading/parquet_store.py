@@ -19,7 +19,7 @@ from deepgen.data.parquet import PARQUET_ERRORS, SCHEMA, SIZES, as_type, conform
 from deepgen.data.records import Record, check_row
 from deepgen.errors import UserError
 
-CACHE_BYTES = 1 << 30  # of encoded images, per process; what is evicted too soon is read again (data.order)
+CACHE_BYTES = 1 << 30  # of encoded images, per process; what is evicted too soon is read again (epoch_order)
 
 
 class RecordStore(Protocol):

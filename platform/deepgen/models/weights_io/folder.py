@@ -1,9 +1,9 @@
-"""Component folders: reading and writing a model's weights, and naming exactly what does not fit.
+"""Component folders: reads and writes a model's weights, and names exactly what does not fit.
 
 <folder>/{vlm,transformer,vae}/    Hugging Face folders (config.json + safetensors)
 <folder>/bridge/                   config.json, bridge.safetensors (M6.2 names)
 <folder>/tokenizer/                the VLM's tokenizer
-<folder>/vlm_lora/                 peft adapter, when the model has one
+<folder>/vlm_lora/                 peft adapter, if the model has one
 <folder>/scheduler/                flow-matching Euler scheduler config
 """
 
@@ -34,18 +34,19 @@ from deepgen.models.weights_io.layout_reader import open_safetensors
 BRIDGE_WEIGHTS = "bridge.safetensors"
 LORA_FOLDER = "vlm_lora"
 LORA_WEIGHTS = "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."  # what peft puts before the names of a wrapped model
+PEFT_PREFIX = "base_model.model."  # peft's prefix for the names of a wrapped model
 NAMES_SHOWN = 3
-SHIFT = 3.0  # of SD3's flow-matching schedule (M2.1)
+SHIFT = 3.0  # shift of SD3's flow-matching schedule (M2.1)
 
 
 # ---------------------------------------------------------------- architecture
 
 
 def read_architecture(folder: Path, preset: str | None = None) -> Architecture:
-    """Sizes of the model in a component folder, from the config.json files.
+    """Sizes of the model in a component folder, from its config.json files.
 
-    Without bridge/config.json the bridge has the sizes of `preset` (a folder of base weights before pretraining).
+    If bridge/config.json is missing, the bridge has the sizes of `preset` (a folder of base weights before
+    pretraining).
     """
     if not folder.is_dir():
         raise UserError(f"model.weights: {folder} is not a folder")
@@ -79,7 +80,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the entries libraries add for themselves."""
+    """A config without the entries that libraries add for themselves."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
@@ -87,13 +88,13 @@ def _public(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_vlm(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen2_5_VLForConditionalGeneration:
-    """Qwen2.5-VL from an HF folder, every tensor accounted for."""
+    """Load Qwen2.5-VL from a Hugging Face folder; its tensors must match the model's exactly."""
     transformers_logging.disable_progress_bar()
     return _load_pretrained(Qwen2_5_VLForConditionalGeneration, folder, "model", dtype=dtype)
 
 
 def load_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> DeepGenTransformer:
-    """The DiT from a diffusers folder, also one that names diffusers' own class."""
+    """Load the DiT from a diffusers folder, also from one that names diffusers' own class."""
     return _load_pretrained(DeepGenTransformer, folder, "diffusion_pytorch_model", torch_dtype=dtype)
 
 
@@ -102,11 +103,11 @@ def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
 
 
 def _load_pretrained(cls: Any, folder: Path, stem: str, **kwargs: Any) -> Any:
-    """`cls.from_pretrained` that accepts neither missing, nor unexpected, nor mis-shaped tensors."""
+    """`cls.from_pretrained`, but missing, unexpected and mis-shaped tensors raise UserError."""
     _read_config(folder)
     _check_files(folder, stem)
     previous = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what it would warn about is reported below, as an error
+    transformers_logging.set_verbosity_error()  # its warnings are reported below, as an error
     try:
         model, info = cls.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **kwargs
@@ -122,7 +123,7 @@ def _load_pretrained(cls: Any, folder: Path, stem: str, **kwargs: Any) -> Any:
 
 
 def _check_files(folder: Path, stem: str) -> None:
-    """Open the header of every weights file, so that an absent or cut one is named before anything is built."""
+    """Open the header of every weights file, to name a missing or truncated one before anything is built."""
     index = folder / f"{stem}.safetensors.index.json"
     if index.exists():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -139,7 +140,7 @@ def load_bridge(bridge: Bridge, folder: Path) -> None:
 
 
 def load_lora(vlm: Qwen2_5_VLForConditionalGeneration, folder: Path, wanted: LoraSettings | None = None) -> None:
-    """Attach the adapter of a peft folder; `wanted`, if given, must have its rank and scale; without it no dropout."""
+    """Attach the adapter of a peft folder. It must have the rank and alpha of `wanted`; None means no dropout."""
     if not (folder / "adapter_config.json").exists():
         raise UserError(f"model.weights: {folder / 'adapter_config.json'} does not exist")
     config = LoraConfig.from_pretrained(str(folder))
@@ -165,7 +166,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 @torch.no_grad()
 def load_exactly(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: object) -> None:
-    """Copy `source` into `target` in place; `UserError` unless names and shapes are the same."""
+    """Copy `source` into `target` in place. Raises `UserError` unless names and shapes are equal."""
     mismatched = {
         name: f"{tuple(source[name].shape)} in the file, {tuple(target[name].shape)} in the model"
         for name in target.keys() & source.keys()
@@ -179,7 +180,7 @@ def load_exactly(target: Mapping[str, Tensor], source: Mapping[str, Tensor], whe
 def report_keys(
     where: object, missing: Iterable[str], unexpected: Iterable[str], mismatched: Mapping[str, str]
 ) -> None:
-    """Raise one `UserError` that counts and names what does not fit."""
+    """Raise one `UserError` that counts and names the tensors that do not fit, if there are any."""
     problems = []
     for kind, keys in (
         ("missing", sorted(missing)),
@@ -201,7 +202,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_vlm(vlm: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
-    """Base weights only, under the names they have without LoRA."""
+    """Write the base weights only, under the names they have without LoRA."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name.replace(".base_layer.", "."): t for name, t in vlm.state_dict().items() if ".lora_" not in name}
     if vlm.config.tie_word_embeddings:
@@ -212,7 +213,7 @@ def save_vlm(vlm: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
 
 
 def save_lora(vlm: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
-    """The adapter as a peft folder."""
+    """Write the adapter as a peft folder."""
     folder.mkdir(parents=True, exist_ok=True)
     vlm.peft_config["default"].save_pretrained(str(folder))
     state = {PEFT_PREFIX + _adapter_file_name(name): p.detach() for name, p in lora_parameters(vlm).items()}
@@ -220,12 +221,12 @@ def save_lora(vlm: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
 
 
 def _adapter_file_name(name: str) -> str:
-    """peft leaves the adapter's name out of its files."""
+    """An adapter parameter's name in peft's files, which leave out the name of the adapter."""
     return name.replace(".default", "")
 
 
 def save_transformer(transformer: DeepGenTransformer, folder: Path) -> None:
-    """A diffusers folder that diffusers' own class opens too."""
+    """Write a diffusers folder that diffusers' own class can open too."""
     transformer.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text()) | {"_class_name": "SD3Transformer2DModel"}
@@ -250,7 +251,7 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weights_checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Hex digest (128 bit) of names, dtypes, shapes and bytes, the same for any order and device."""
+    """Hex digest (128 bit) of names, dtypes, shapes and bytes, independent of order and device."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
@@ -259,5 +260,5 @@ def weights_checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Learnable elements; buffers such as the DiT's position grid are not counted."""
+    """Number of learnable elements. Buffers such as the DiT's position grid do not count."""
     return sum(parameter.numel() for parameter in module.parameters())

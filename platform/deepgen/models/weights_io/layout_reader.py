@@ -1,4 +1,4 @@
-"""Reading published checkpoints: every layout of M6 as the same five sets of tensors, none read before it is used.
+"""Reads published checkpoints: every layout of M6 becomes the same five sets of tensors, read only when used.
 
 | layout      | what it is                                                            |
 |-------------|-----------------------------------------------------------------------|
@@ -8,8 +8,8 @@
 | deepspeed   | a DeepSpeed checkpoint folder, ZeRO 1-3, also one named *.pth          |
 | safetensors | a folder of native keys in one or several .safetensors files          |
 
-Names become those of `UnifiedModel`: the bridge's and the DiT's own, and for the VLM those of transformers >= 4.52,
-whatever wrote it. Nothing is unpickled but tensors and plain containers.
+Tensors get the names they have in `UnifiedModel`. For the VLM these are the names of transformers >= 4.52, whatever
+version wrote the file. Only tensors and plain containers are unpickled.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _WRAPPERS = ("state_dict", "module", "model")  # keys under which a file may hold the tensors
-_OUTER = re.compile(r"^(?:(?:module|model)\.)+")  # what wrappers of the whole model put before its names
-_OTHER_MATHS = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out")  # peft's, not M1.10's
-ALPHA_KEY = "lora_alpha"  # in the metadata of a native .safetensors file, whose tensors cannot say it
+_OUTER = re.compile(r"^(?:(?:module|model)\.)+")  # prefixes that wrappers of the whole model add to names
+# Options of peft that change the formula of M1.10.
+_OTHER_MATHS = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out")
+ALPHA_KEY = "lora_alpha"  # metadata key of native .safetensors files: their tensors do not contain alpha
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file: shape and dtype are known, `read` fetches the values."""
+    """A tensor in a file. Shape and dtype are known; `read` loads the values."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -65,10 +66,11 @@ Name = TypeVar("Name")
 
 @dataclass
 class Weights:
-    """What a checkpoint holds; a part it does not hold is empty.
+    """The content of a checkpoint. A part that the checkpoint lacks is empty.
 
-    lora: adapter parameters by their names in the VLM; `lora_alpha` where the layout says it (M1.10: else 2 x rank).
-    merged: the VLM is there and its LoRA, if it ever had one, is already in its weights.
+    lora: adapter parameters by their names in the VLM. lora_alpha: None if the layout does not contain it (M1.10: then
+    2 x rank).
+    merged: the VLM is there, and its LoRA, if it ever had one, is already in its weights.
     """
 
     where: Path
@@ -91,7 +93,7 @@ class Weights:
 
 
 def detect_layout(path: Path) -> str:
-    """Name of its layout (see the module). Raises UserError when `path` is none of them."""
+    """Name of the layout of a checkpoint (see the module). Raises UserError if `path` has none of them."""
     if path.is_file():
         if path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
             return "native"
@@ -113,9 +115,9 @@ def detect_layout(path: Path) -> str:
 
 
 def read_weights(path: Path) -> Weights:
-    """Names, shapes and dtypes of a checkpoint of any layout; values are read when they are asked for.
+    """Names, shapes and dtypes of a checkpoint in any layout. Values are read on demand.
 
-    Raises UserError naming the file that is absent or damaged, or the tensors that belong to no part.
+    Raises UserError naming the file that is missing or damaged, or the tensors that belong to no part.
     """
     layout = detect_layout(path)
     weights = Weights(path, layout)
@@ -132,7 +134,7 @@ def read_weights(path: Path) -> Weights:
 
 
 def _read_folder(weights: Weights) -> None:
-    """Every part that has a folder; the others are left to the bases."""
+    """Read every part that has a folder. The other parts come from the bases."""
     folder = weights.where
 
     def part(name: str) -> State:
@@ -147,9 +149,9 @@ def _read_folder(weights: Weights) -> None:
 
 
 def read_adapter(folder: Path) -> tuple[State, float]:
-    """A peft folder's parameters by their names in the VLM, and its alpha.
+    """The parameters in a peft folder, by their names in the VLM, and its alpha.
 
-    Raises UserError at options under which a module's delta is not alpha / rank · B·A.
+    Raises UserError for options under which a module's delta is not alpha / rank · B·A.
     """
     path = folder / "adapter_config.json"
     config = read_json(path)
@@ -166,7 +168,7 @@ def _alpha_of(given: object, where: Path) -> float:
 
 
 def _sort(weights: Weights, state: State) -> None:
-    """Give the tensors of a native state dict to the parts they belong to (M6.2)."""
+    """Distribute the tensors of a native state dict over the parts they belong to (M6.2)."""
     if not state:
         raise UserError(f"{weights.where}: no tensors in it")
     if strange := sorted(name for name in state if not _place(name)[0]):
@@ -179,7 +181,7 @@ def _sort(weights: Weights, state: State) -> None:
 
 
 def _place(name: str) -> tuple[str, str]:
-    """The part a native tensor belongs to, and its name in it; a strange one belongs to ""."""
+    """The part that a native tensor belongs to ("" if unknown), and the tensor's name in that part."""
     name = _OUTER.sub("", name)
     head, _, inner = name.partition(".")
     if name.startswith(BRIDGE_PREFIXES):
@@ -195,7 +197,7 @@ def _place(name: str) -> tuple[str, str]:
 
 
 def vlm_name(name: str) -> str:
-    """A base weight's name in transformers >= 4.52, without LoRA's `base_layer`; older layouts are renamed."""
+    """Name of a base weight in transformers >= 4.52: without LoRA's `base_layer`, and older layouts renamed."""
     name = name.replace(".base_layer.", ".")
     if name.startswith("visual."):
         return "model." + name
@@ -203,7 +205,7 @@ def vlm_name(name: str) -> str:
 
 
 def lora_name(name: str) -> str:
-    """An adapter parameter's name in the VLM: new layout, adapter "default"; peft's files leave the adapter out."""
+    """Name of an adapter parameter in the VLM, with the adapter name "default", which peft's files leave out."""
     name = vlm_name(name.removeprefix("base_model.model."))
     if ".default" in name:
         return name
@@ -213,7 +215,7 @@ def lora_name(name: str) -> str:
 
 
 def renamed(where: Path, state: State, rename: Callable[[str], Name]) -> dict[Name, LazyTensor]:
-    """The tensors under their new names. Raises UserError when two of them come to the same one."""
+    """The tensors under their new names. Raises UserError if two of them get the same name."""
     result: dict[Name, LazyTensor] = {}
     before: dict[Name, str] = {}
     for name, tensor in state.items():
@@ -242,7 +244,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> State:
-    """Tensors of one .safetensors file, or of all in a folder; with an index, of exactly the files it names."""
+    """Tensors of one .safetensors file, or of all in a folder; with an index, of exactly the files it lists."""
     state: State = {}
     for file in _safetensors_files(path):
         tensors = open_safetensors(file)
@@ -266,7 +268,7 @@ def _safetensors_files(path: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> set[str]:
-    """Names of the files an index of shards names."""
+    """Names of the files that a shard index lists."""
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise UserError(f"{index}: weight_map is {files!r:.40}, expected an object of tensor: file")
@@ -274,7 +276,7 @@ def _indexed(index: Path) -> set[str]:
 
 
 def _alpha_in_metadata(path: Path) -> float | None:
-    """The adapter's alpha, if the writer of the files said it."""
+    """The adapter's alpha from the files' metadata, or None if it is missing."""
     for file in _safetensors_files(path):
         given = (_open(file).metadata() or {}).get(ALPHA_KEY)
         if given is not None:
@@ -297,7 +299,7 @@ def _open(path: Path) -> Any:
 
 
 def open_safetensors(path: Path) -> State:
-    """Tensors of one file, none read yet. Raises UserError when it is absent or damaged."""
+    """Tensors of one file, none read yet. Raises UserError if the file is missing or damaged."""
     handle = _open(path)
     state = {}
     for name in handle.keys():  # noqa: SIM118  not a dict
@@ -310,11 +312,11 @@ def open_safetensors(path: Path) -> State:
 
 
 def read_torch(path: Path) -> State:
-    """Tensors of a torch file, mapped and not loaded (but of torch before 1.6). Only they are unpickled, never code."""
+    """Tensors of a torch file, memory-mapped (files of torch before 1.6 are loaded). Never unpickles code."""
     try:
         with torch.serialization.safe_globals(_stand_ins()):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except Exception as error:  # a page of text, read as a pickle, can raise anything
+    except Exception as error:  # text read as a pickle can raise anything
         raise UserError(f"{path}: not a file of weights ({_reason(error)})") from error
     for key in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -330,9 +332,9 @@ def read_torch(path: Path) -> State:
 
 
 def read_deepspeed(path: Path) -> State:
-    """fp32 tensors of a DeepSpeed checkpoint, put together by DeepSpeed's own tool, one when it is asked for.
+    """fp32 tensors of a DeepSpeed checkpoint. DeepSpeed's own tool assembles each one when it is read.
 
-    `path` is the folder with `latest`, or the step's folder with the *_states.pt files. Frozen parameters are there
+    `path` is the folder with `latest`, or the step's folder with the *_states.pt files. Frozen parameters are present
     only if the run saved them (M6.3).
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -343,25 +345,25 @@ def read_deepspeed(path: Path) -> State:
         with _only_tensors():
             gathered = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=True)
             frozen = _frozen_of_stage_1(folder / (tag or (folder / "latest").read_text().strip()))
-    except Exception as error:  # its tool checks little: what a damaged file makes it raise has no end
+    except Exception as error:  # the tool checks little; a damaged file can raise anything
         raise UserError(f"{path}: DeepSpeed cannot put this checkpoint together ({_reason(error)})") from error
     return frozen | {name: LazyTensor(tuple(t.shape), t.dtype, t.contiguous) for name, t in gathered.items()}
 
 
 def _frozen_of_stage_1(folder: Path) -> State:
-    """Parameters that ZeRO 1 saved with the module only, which DeepSpeed's tool passes over: the frozen ones.
+    """Frozen parameters, which ZeRO 1 saves only with the module, where DeepSpeed's tool does not look.
 
-    To be called in `_only_tensors`.
+    Call this inside `_only_tensors`.
     """
     path = folder / "mp_rank_00_model_states.pt"
-    if not path.exists():  # ZeRO 3
+    if not path.exists():  # ZeRO 3 has no such file
         return {}
     module = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["module"]
     return {name: _known(t) for name, t in module.items()}
 
 
 def _zero_stage(enum: Any, name: str) -> Any:
-    """Stands in for `getattr` in DeepSpeed's files."""
+    """Replaces `getattr` while DeepSpeed's files are unpickled: it only finds members of ZeroStageEnum."""
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
     if enum is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
@@ -370,8 +372,8 @@ def _zero_stage(enum: Any, name: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The line of an error that says what was wrong; torch puts advice before it."""
-    text = repr(error) if isinstance(error, KeyError) else str(error)  # a KeyError's text is the bare key
+    """The line of an error message that says what was wrong; torch puts advice before it."""
+    text = repr(error) if isinstance(error, KeyError) else str(error)  # str of a KeyError is the bare key
     text = text.rpartition("WeightsUnpickler error:")[2]
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)[:200]
 
@@ -381,7 +383,7 @@ def _known(tensor: Tensor) -> LazyTensor:
 
 
 class _NotATensor:
-    """Stands in for what training code writes beside the tensors (logs, NumPy values): takes anything, does nothing."""
+    """Replaces what training code saves beside the tensors (logs, NumPy values). Accepts anything, does nothing."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -391,7 +393,7 @@ class _NotATensor:
 
 
 def _stand_ins() -> list[Any]:
-    """For `safe_globals`: mmengine writes its `message_hub` of logs and NumPy scalars into every checkpoint."""
+    """Entries for `safe_globals`: mmengine writes a `message_hub` of logs and NumPy scalars into every checkpoint."""
     array = [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")]
     names = ("mmengine.logging.history_buffer.HistoryBuffer", "numpy.ndarray", "numpy.dtype", *array)
     return [(_NotATensor, name) for name in names]
@@ -399,7 +401,7 @@ def _stand_ins() -> list[Any]:
 
 @contextmanager
 def _only_tensors() -> Iterator[None]:
-    """Make DeepSpeed's `torch.load` calls refuse to run code, whatever they ask for."""
+    """Make DeepSpeed's `torch.load` calls refuse to run code, whatever arguments they pass."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -408,7 +410,7 @@ def _only_tensors() -> Iterator[None]:
     os.environ[name] = "1"
     try:
         known = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-        # Python 3.11.0 to 3.11.3 pickle a member of an enum as getattr(enum, name); nothing else may be looked up so.
+        # Python 3.11.0 to 3.11.3 pickle an enum member as getattr(enum, name). `_zero_stage` allows this lookup only.
         with torch.serialization.safe_globals([*known, (_zero_stage, "builtins.getattr"), *_stand_ins()]):
             yield
     finally:

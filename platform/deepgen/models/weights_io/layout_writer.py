@@ -1,7 +1,7 @@
-"""Writing a checkpoint in another layout, tensor by tensor: nothing but the shard being written is held in memory.
+"""Writes a checkpoint in another layout, tensor by tensor: memory holds only the shard being written.
 
-`complete` adds what a checkpoint lacks from base folders, `check_weights` compares names and shapes with the model's,
-`write` makes the folder. Left out: pickled files (everything is safetensors) and the code of third-party pipelines.
+`complete` adds missing parts from base folders, `check_weights` compares names and shapes with the model's, `write`
+makes the folder. Left out: pickled files (everything is safetensors) and the code of third-party pipelines.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from deepgen.models.weights_io.layout_reader import (
 )
 
 MAX_SHARD, WHOLE = "5GB", "1000GB"
-ALPHA_PER_RANK = 2.0  # of the published adapters, whose native files do not say it (M1.10)
+ALPHA_PER_RANK = 2.0  # alpha / rank of the published adapters, whose native files lack alpha (M1.10)
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TOKENIZER_FILES = (  # of the tokenizer, the processors and the chat template, as the libraries name them
+TOKENIZER_FILES = (  # files of tokenizer, processors and chat template, as the libraries name them
     "added_tokens.json",
     "chat_template.*",
     "merges.txt",
@@ -77,20 +77,20 @@ class Bases:
     dit: Path | None = None
 
     def folders(self, part: str) -> list[Path]:
-        """Where `part` (vlm, transformer, vae, bridge, tokenizer) may lie, the nearest first."""
+        """Folders that may hold `part` (vlm, transformer, vae, bridge, tokenizer), the preferred one first."""
         special = {"vlm": self.vlm, "tokenizer": self.vlm}.get(part) or (
             self.dit / part if self.dit and part in ("transformer", "vae") else None
         )
         return [*([special] if special else []), *([self.base / part] if self.base else [])]
 
 
-# ---------------------------------------------------------------- what is to be written
+# ---------------------------------------------------------------- preparing
 
 
 def find_architecture(weights: Weights, bases: Bases, preset: str) -> Architecture:
-    """Sizes from the nearest config.json of each part; without one of the bridge, those of `preset`.
+    """Sizes from the nearest config.json of each part. A bridge without one has the sizes of `preset`.
 
-    Raises UserError naming the config.json that is absent or of which no part can be built.
+    Raises UserError naming the config.json that is missing or describes no valid part.
     """
 
     def read(part: str, build: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def find_architecture(weights: Weights, bases: Bases, preset: str) -> Architectu
         try:
             with torch.device("meta"):
                 build(config)
-        except Exception as error:  # a size may be anything, and so may what the libraries raise at it
+        except Exception as error:  # a bad size can make the libraries raise anything
             raise UserError(f"{path}: no {part} has this configuration ({error})") from error
         return config
 
@@ -119,7 +119,7 @@ def _bridge_sizes(weights: Weights, bases: Bases, preset: str) -> dict[str, int]
         return known
     written = read_json(path)
     if not written.keys() & known.keys():
-        return known  # a file of another program: the shapes of the tensors are compared in any case
+        return known  # another program's file; tensor shapes are compared anyway
     sizes = {"max_prompt_tokens": Architecture.max_prompt_tokens} | written
     if strange := sorted(key for key in sizes.keys() - known.keys() if not key.startswith("_")):
         raise UserError(
@@ -138,10 +138,11 @@ def _config_path(part: str, weights: Weights, bases: Bases) -> Path | None:
 
 
 def complete(weights: Weights, bases: Bases, *, without_lora: bool) -> Weights:
-    """Fill the parts the checkpoint lacks from the bases; with the VLM of `base` comes its LoRA.
+    """Fill the parts that the checkpoint lacks from the bases. The VLM of `base` brings its LoRA along.
 
-    Raises UserError when a part is nowhere, or when the VLM is a base one and no LoRA is found: a model of stage 2 or 3
-    without its LoRA draws badly and no error tells (M6.3). `without_lora` says that there never was one (stage 1).
+    Raises UserError if a part is found nowhere, or if the VLM is a base one and no LoRA is found: without its LoRA, a
+    model of stage 2 or 3 draws badly, and nothing reports it (M6.3). `without_lora` says that there never was one
+    (stage 1).
     """
     for option, given in (("--base", bases.base), ("--vlm", bases.vlm), ("--dit", bases.dit)):
         if given is not None and not given.is_dir():
@@ -168,7 +169,7 @@ def complete(weights: Weights, bases: Bases, *, without_lora: bool) -> Weights:
 
 
 def _take_lora(weights: Weights, adapter: Path, without_lora: bool) -> None:
-    """The LoRA of the base whose VLM was taken, if it has one."""
+    """Take the LoRA of the base that the VLM came from, if it has one."""
     if not adapter.is_dir():
         return
     if without_lora:
@@ -181,7 +182,7 @@ def _options(part: str) -> str:
 
 
 def check_weights(weights: Weights, architecture: Architecture) -> None:
-    """Compare every name and shape with the model's. Raises one UserError that names what does not fit."""
+    """Compare every name and shape with the model's. Raises one UserError that names everything that does not fit."""
     for part in (*_PARTS, "lora"):
         for name, tensor in getattr(weights, part).items():
             if not tensor.dtype.is_floating_point:
@@ -189,7 +190,7 @@ def check_weights(weights: Weights, architecture: Architecture) -> None:
     try:
         model = UnifiedModel.from_architecture(architecture, "meta")
         architecture.describe()
-    except Exception as error:  # sizes that do not go together, each of a valid config.json
+    except Exception as error:  # valid files whose sizes do not fit together
         raise UserError(f"{weights.where}: the config.json files describe no model ({error!r})") from error
     tied = architecture.vlm.get("tie_word_embeddings", False)
     vlm = {name: tuple(t.shape) for name, t in model.vlm.state_dict().items()}
@@ -213,7 +214,7 @@ def check_weights(weights: Weights, architecture: Architecture) -> None:
 
 
 def _lora_shapes(model: UnifiedModel, weights: Weights, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Adapter parameters of the modules the checkpoint should adapt: all, or those that can receive a gradient."""
+    """Shapes of the expected adapter parameters, for all modules or for those that can receive a gradient."""
     rank = weights.lora_rank
     shapes: dict[str, tuple[int, ...]] = {}
     scope = "all" if any("lm_head" in name or ".visual." in name for name in weights.lora) else "live"
@@ -230,7 +231,7 @@ def _lora_shapes(model: UnifiedModel, weights: Weights, architecture: Architectu
 
 
 def merged_vlm(weights: Weights, dtype: torch.dtype | None = None) -> State:
-    """The VLM with W + alpha/rank · B·A in place of W (for the embedding, A and B transposed as peft has them).
+    """The VLM with every adapted W replaced by W + alpha/rank · B·A (the embedding's delta is transposed, as in peft).
 
     The sum is rounded once, from fp32 to `dtype`, or to W's own type.
     """
@@ -238,7 +239,7 @@ def merged_vlm(weights: Weights, dtype: torch.dtype | None = None) -> State:
         return weights.vlm
     state, scale = dict(weights.vlm), _alpha(weights) / weights.lora_rank
     if f"{_HEAD.removesuffix('.weight')}.lora_A.default.weight" in weights.lora:
-        state.setdefault(_HEAD, weights.vlm[_EMBEDDING])  # tied until now; its own delta unties it
+        state.setdefault(_HEAD, weights.vlm[_EMBEDDING])  # tied to the embedding until now; its own delta unties it
     for name, a in weights.lora.items():
         if ".lora_A." in name:
             b, target = weights.lora[name.replace(".lora_A.", ".lora_B.")], name.split(".lora_A.")[0]
@@ -274,14 +275,14 @@ def _alpha(weights: Weights) -> float:
 
 
 def write(weights: Weights, architecture: Architecture, bases: Bases, target: str, out: Path, dtype: str) -> None:
-    """Write `out` (which must not exist) as components, diffusers or native; it appears when it is complete."""
-    if os.path.lexists(out):  # also a link to nowhere
+    """Write `out` (which must not exist) as components, diffusers or native. It appears when it is complete."""
+    if os.path.lexists(out):  # also true for a broken link
         raise UserError(f"{out} exists already; give another folder or remove it")
     tokenizer = [] if target == "native" else _tokenizer_files(weights, bases)
     if target == "diffusers":
         weights = replace(weights, vlm=merged_vlm(weights, DTYPES[dtype]), lora={}, merged=True)
     weights = _cast_all(weights, DTYPES[dtype])
-    unfinished = out.with_name(f".{out.name}.writing")  # our own name: what a broken run left there may be removed
+    unfinished = out.with_name(f".{out.name}.writing")  # our own name, so a failed run's leftovers may be removed
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -305,7 +306,7 @@ def _write_components(weights: Weights, architecture: Architecture, out: Path) -
         alpha = _alpha(weights)
         config = LoraConfig(
             r=weights.lora_rank,
-            lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # whole ones as peft itself writes them
+            lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # peft writes whole numbers as int
             target_modules=sorted({name.split(".lora_")[0] for name in weights.lora}),
         )
         (out / LORA_FOLDER).mkdir()
@@ -315,7 +316,7 @@ def _write_components(weights: Weights, architecture: Architecture, out: Path) -
 
 
 def _write_diffusers(weights: Weights, architecture: Architecture, out: Path) -> None:
-    """As DeepGen-1.0-diffusers (M6.1): connector/ holds the bridge; the LoRA is merged into vlm/ by now."""
+    """Write the layout of DeepGen-1.0-diffusers (M6.1): connector/ holds the bridge; vlm/ already includes the LoRA."""
     _write_json(out / "connector" / "config.json", architecture.bridge_config())
     _write_state(weights.bridge, out / "connector", "model.safetensors", whole=True)
     index = {
@@ -330,17 +331,17 @@ def _write_diffusers(weights: Weights, architecture: Architecture, out: Path) ->
 
 
 def _write_native(weights: Weights, out: Path) -> None:
-    """Names of the training code (M6.2): bridge, `transformer.`, the LoRA under `lmm.`; frozen parts are left out."""
+    """Write the training code's names (M6.2): bridge, `transformer.`, LoRA under `lmm.`. Frozen parts are left out."""
     alpha = {ALPHA_KEY: repr(_alpha(weights))} if weights.lora else {}
     state = dict(weights.bridge) | {f"transformer.{name}": t for name, t in weights.transformer.items()}
     state |= {f"lmm.{name}": t for name, t in weights.lora.items()}
     if weights.merged and not weights.lora:
-        state |= {f"lmm.{name}": t for name, t in weights.vlm.items()}  # else nobody could tell what was merged
+        state |= {f"lmm.{name}": t for name, t in weights.vlm.items()}  # no base has the merged VLM
     _write_state(state, out, "model.safetensors", metadata=alpha)
 
 
 def _write_common(weights: Weights, architecture: Architecture, tokenizer: list[Path], out: Path) -> None:
-    """What components and diffusers have alike."""
+    """Write the files that components and diffusers have in common."""
     config = Qwen2_5_VLConfig(**architecture.vlm)
     config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
     config.tie_word_embeddings = _HEAD not in weights.vlm
@@ -359,7 +360,7 @@ def _write_common(weights: Weights, architecture: Architecture, tokenizer: list[
 
 
 def _tokenizer_files(weights: Weights, bases: Bases) -> list[Path]:
-    """Files of the nearest tokenizer; what else a download left in its folder does not go along."""
+    """Files of the nearest tokenizer, without other files that a download left in its folder."""
     own = [weights.where / name for name in ("tokenizer", "vlm")] if weights.where.is_dir() else []
     for folder in [*own, *bases.folders("tokenizer"), *bases.folders("vlm")]:
         if (folder / "tokenizer_config.json").exists():
@@ -371,9 +372,9 @@ def _tokenizer_files(weights: Weights, bases: Bases) -> list[Path]:
 def _write_state(
     state: State, folder: Path, name: str, *, whole: bool = False, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """One .safetensors file, or shards with an index above MAX_SHARD; one shard is in memory at a time.
+    """Write one .safetensors file, or shards with an index above MAX_SHARD. One shard is in memory at a time.
 
-    `whole`: one file whatever its size, for parts that are small and read as one (bridge, adapter).
+    `whole`: one file whatever its size, for small parts that are read in one piece (bridge, adapter).
     """
     folder.mkdir(parents=True, exist_ok=True)
     stem = name.removesuffix(".safetensors")
@@ -392,7 +393,7 @@ def _write_state(
 
 
 def _cast_all(weights: Weights, dtype: torch.dtype | None) -> Weights:
-    """Every tensor in `dtype`; None keeps them."""
+    """Convert every tensor to `dtype`; None keeps them as they are."""
     if dtype is None:
         return weights
     changed: dict[str, Any] = {
@@ -403,7 +404,7 @@ def _cast_all(weights: Weights, dtype: torch.dtype | None) -> Weights:
 
 
 def _cast(what: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    """The tensor in `dtype`; reading it raises UserError when the type is too narrow for a value."""
+    """The tensor in `dtype`. Reading it raises UserError if the type is too narrow for a value."""
 
     def read() -> Tensor:
         before = tensor.read()

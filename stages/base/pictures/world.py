@@ -1,6 +1,6 @@
 """Draw the tiny world: emoji pictures, edits of them, and short words, as parquet records with three splits.
 
-    python -m stages.base.world --packages DIR --out assets/tiny/data
+    python -m stages.base.pictures.world --packages DIR --out assets/tiny/data
 
 DIR holds the unpacked npm packages `fluent-emoji-flat` (icons.json, chars.json) and `emojibase-data` (en/data.json).
 Splits never share a prompt, and a *combination* (this object in that colour, that person with this skin tone, this
@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from deepgen.data.parquet import write_records
 from deepgen.data.records import Record
-from stages.base import concepts as C
+from stages.base.pictures import concepts as C
 
 SIZE = 64
 WHITE = (255, 255, 255)

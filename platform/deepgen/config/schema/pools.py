@@ -16,9 +16,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import PrivateAttr, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from deepgen.config.choices import OneOf, Share
-from deepgen.config.paths import is_input
-from deepgen.config.section import Section, setting
+from deepgen.config.schema.choices import OneOf, Share
+from deepgen.config.schema.paths import is_input
+from deepgen.config.schema.section import Section, setting
 from deepgen.errors import UserError, nearest
 from deepgen.registry import REWARDS
 

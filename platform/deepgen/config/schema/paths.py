@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 def _find_checkout() -> Path | None:
     """The folder that holds stages/: the one this code lies in; for an installed package the current or its own."""
     here = Path(__file__).resolve()
-    for folder in (here.parents[3], Path.cwd(), here.parents[2]):
+    for folder in (here.parents[4], Path.cwd(), here.parents[3]):
         if (folder / "stages" / "recipes").is_dir():
             return folder
     return None

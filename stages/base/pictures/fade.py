@@ -1,6 +1,6 @@
 """Add faded copies to the training records: pictures of mixed quality, as collected ones are.
 
-    python -m stages.base.fade
+    python -m stages.base.pictures.fade
 
 Runs after the stand-ins for public weights were trained on clean pictures, and before fine-tuning: the fine-tuned model
 draws a prompt sometimes well and sometimes washed out, by chance, and reinforcement learning has something to choose
@@ -17,8 +17,8 @@ from PIL import Image
 from deepgen.data.images import decode_image
 from deepgen.data.parquet import write_records
 from deepgen.data.records import Record
+from stages.base.pictures.world import encode
 from stages.base.training import DATA, FADED, load_split
-from stages.base.world import encode
 
 COPIES = {"t2i": 750, "reasoning": 400, "text": 600, "edit": 300}
 LEAST, MOST = 0.25, 0.65  # share of white mixed in

@@ -1,6 +1,6 @@
 """Draw what the judge and CLIP learn from: many more combinations and words than the world's training split has.
 
-    python -m stages.base.lessons --packages DIR
+    python -m stages.base.pictures.lessons --packages DIR
 
 Every object in every colour, on every background, turned both ways; every person in every tone; and thousands of
 words. Nothing of the held-out split is among them, so the rewards are measured on combinations they never saw. The
@@ -16,9 +16,9 @@ from PIL import ImageFont
 
 from deepgen.data.parquet import write_records
 from deepgen.data.records import Record
-from stages.base import concepts as C
+from stages.base.pictures import concepts as C
+from stages.base.pictures.world import Icons, World, dejavu, draw_word, encode
 from stages.base.training import LESSONS, load_split
-from stages.base.world import Icons, World, dejavu, draw_word, encode
 
 WORDS = 5000
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -20,10 +20,10 @@ from pydantic import (
 )
 
 from deepgen.algorithms.rules import WHITEN, check_noise
-from deepgen.config.choices import OneOf
-from deepgen.config.paths import InputPath, OptionalOutputPath, OutputPath
-from deepgen.config.pools import PoolSettings, make_pools
-from deepgen.config.section import Section, setting
+from deepgen.config.schema.choices import OneOf
+from deepgen.config.schema.paths import InputPath, OptionalOutputPath, OutputPath
+from deepgen.config.schema.pools import PoolSettings, make_pools
+from deepgen.config.schema.section import Section, setting
 from deepgen.errors import nearest
 from deepgen.models.presets import PADDINGS, PRESETS
 from deepgen.registry import ADVANTAGES, KL_FORMS, POLICY_LOSSES, REWARDS, SAMPLERS, SDE_WINDOWS
