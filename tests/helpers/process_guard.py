@@ -40,7 +40,7 @@ class ProcessGuard:
 
     def _look(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Called by Python for everything it audits."""
-        if self._complaints is not None and event in STARTS:
+        if self._complaints is not None and event in STARTS and not _called_from("platform"):  # asks `uname -p`, once
             mark = next((name for name in ("vllm", "ray") if _called_from(name)), "processes")
             what = f"{event} {arguments!r:.200}"
             self._complaints.append(f"a test that starts a process needs @pytest.mark.{mark}: {what}")
