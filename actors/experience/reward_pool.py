@@ -26,6 +26,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from actors.messages import BatchReply
 from deepgen.cluster.resources import pool_resources
 from deepgen.config import PoolSettings
 from deepgen.errors import UserError
@@ -44,14 +45,6 @@ class CallTimeout(TimeoutError):
 
 class RewardPoolError(RuntimeError):
     """The pool has no replica left and can't make one."""
-
-
-@dataclass(frozen=True)
-class BatchReply:
-    """What a replica answers: a score a request, or the reason why there are none."""
-
-    values: list[float | None]
-    unavailable: str | None = None
 
 
 @dataclass(frozen=True)
