@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -47,13 +47,11 @@ class RolloutFleet:
         """Wait until every actor has loaded its model. Raises RolloutError after the deadline."""
         await asyncio.gather(*(self._admit(name) for name in self._actors))
 
-    async def call(
-        self, method: str, request: Any, weights: Callable[[], PolicyWeights | None], outputs: int = 1
-    ) -> tuple[Any, ...]:
-        """Run `method(request, weights())` on an idle actor and wait for its first output.
+    async def call(self, method: str, request: Any, policy: PolicyWeights | None, outputs: int = 1) -> tuple[Any, ...]:
+        """Run `method(request, policy)` on an idle actor and wait for its first output.
 
-        Returns that output, and references to the others, which stay in the object store. `weights` is called once an
-        actor is free, so a call that had to wait uses the newest policy. Raises RolloutError after ATTEMPTS failures.
+        Returns that output, and references to the others, which stay in the object store. Raises RolloutError after
+        ATTEMPTS failures.
         """
         failures: list[str] = []
         while len(failures) < ATTEMPTS:
@@ -64,7 +62,7 @@ class RolloutFleet:
             reusable = True
             try:
                 handle = getattr(self._actors[name], method).options(num_returns=outputs)
-                returned = handle.remote(request, weights())
+                returned = handle.remote(request, policy)
                 first, *others = [returned] if outputs == 1 else returned
                 return (await asyncio.wait_for(first, self._call_deadline_s), *others)
             except (RayActorError, TimeoutError) as error:

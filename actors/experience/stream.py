@@ -52,9 +52,10 @@ class ExperienceStream:
             start_deadline_s=settings.cluster.start_deadline_s,
         )
         self._rewards = RewardRouter(settings, gpus=gpus)
-        self._policy: PolicyWeights | None = None  # None: the weights folder, version 0
-        self._version: int | None = None if resume else 0
-        self._fresher = asyncio.Condition()
+        self._version: int | None = None if resume else 0  # the newest
+        # Versions that steps may still be drawn with; None: the weights folder, which is version 0.
+        self._policies: dict[int, PolicyWeights | None] = {} if resume else {0: None}
+        self._published = asyncio.Condition()
         self._next_step = 0  # first step that no rank has fetched yet
         self._steps: dict[int, asyncio.Task[list[RankBatch]]] = {}
         self._statistics: dict[str, list[float]] = {}  # the `Tally` of the whole run
@@ -94,22 +95,22 @@ class ExperienceStream:
         return batch
 
     async def make_step(self, step: int) -> list[RankBatch]:
-        await self._fresh_enough(step)
+        policy = await self._policy_of(step)
         clock = StepClock()
-        groups = await asyncio.gather(*(self._make_group(group, clock) for group in self._groups(step)))
+        groups = await asyncio.gather(*(self._make_group(group, policy, clock) for group in self._groups(step)))
         return self._split(groups, self._advantages(groups), clock)
 
-    async def _make_group(self, asked: Group, clock: StepClock) -> Group:
+    async def _make_group(self, asked: Group, policy: PolicyWeights | None, clock: StepClock) -> Group:
         clock.begun()
-        drawn = await self._generate(asked)
+        drawn = await self._generate(asked, policy)
         clock.sampled()
         scored = await self._score(drawn)
         clock.scored()
         return scored
 
-    async def _generate(self, asked: Group) -> Group:
+    async def _generate(self, asked: Group, policy: PolicyWeights | None) -> Group:
         drawn: Group
-        drawn, trajectory = await self._fleet.call("sample_group", asked, lambda: self._policy, outputs=2)
+        drawn, trajectory = await self._fleet.call("sample_group", asked, policy, outputs=2)
         return replace(drawn, trajectory=trajectory)
 
     async def _score(self, drawn: Group) -> Group:
@@ -157,20 +158,28 @@ class ExperienceStream:
         numbers = range(step * count, (step + 1) * count)
         return [Group(number, step, *self._prompts.at(number)) for number in numbers]
 
-    async def _fresh_enough(self, step: int) -> None:
-        """Wait until the policy is at most max_staleness versions older than the one this step's update starts from."""
-        oldest = step - self._settings.experience.max_staleness
-        async with self._fresher:
-            await self._fresher.wait_for(lambda: self._version is not None and self._version >= oldest)
+    def _version_of(self, step: int) -> int:
+        return version_of(step, self._settings.experience.max_staleness)
+
+    async def _policy_of(self, step: int) -> PolicyWeights | None:
+        """The policy that draws this step's groups, once it has been published."""
+        version = self._version_of(step)
+        async with self._published:
+            await self._published.wait_for(lambda: version in self._policies)
+        return self._policies[version]
 
     def _schedule_steps(self) -> None:
-        """Start every step that the current policy is fresh enough for."""
-        if self._version is None:
-            return
-        last = min(self._version + self._settings.experience.max_staleness, self._settings.train.steps - 1)
-        for step in range(self._next_step, last + 1):
+        """Start every step whose policy has been published."""
+        for step in range(self._next_step, self._settings.train.steps):
+            if self._version_of(step) not in self._policies:
+                break
             if step not in self._steps:
                 self._steps[step] = asyncio.create_task(self.make_step(step))
+
+    def _forget_policies(self) -> None:
+        """Let go of versions that no step is drawn with any more. A step that a rank has asked for may still be."""
+        oldest = self._version_of(min([self._next_step, *self._steps]))
+        self._policies = {v: p for v, p in self._policies.items() if v >= oldest or v == self._version}
 
     def _consume(self, step: int) -> None:
         if step not in self._steps:
@@ -178,6 +187,7 @@ class ExperienceStream:
         for done in [number for number in self._steps if number < step]:
             del self._steps[done]  # every rank has it: a rank asks for a step after updating on the one before
         self._next_step = step + 1
+        self._forget_policies()
 
     async def _in_time(self, step: int) -> list[RankBatch]:
         deadline, begin = self._settings.experience.deadline_s, time.monotonic()
@@ -195,12 +205,13 @@ class ExperienceStream:
         """Send a new policy version to the rollout actors and start the steps that waited for it. Returns seconds."""
         begin = time.monotonic()
         if self._version is not None and published.version < self._version:
-            await self._rewind(published.version)  # the learner restarted from an older checkpoint
+            await self._rewind(published.version)  # the learner started again from the beginning: no `restore`
         await self._fleet.prefetch(published)
-        async with self._fresher:
-            self._policy, self._version = published, published.version
-            self._fresher.notify_all()
+        async with self._published:
+            self._policies[published.version], self._version = published, published.version
+            self._published.notify_all()
         self._schedule_steps()
+        self._forget_policies()
         self._sync_seconds = time.monotonic() - begin
         return self._sync_seconds
 
@@ -209,13 +220,14 @@ class ExperienceStream:
             task.cancel()
         await asyncio.gather(*self._steps.values(), return_exceptions=True)
         self._steps, self._next_step = {}, step
+        self._policies, self._version = {}, None
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     async def evaluate(
         self, records: Sequence[Record], samples: int, *, folder: Path | None = None, averaged: bool = False
     ) -> Evaluation:
-        """Draw and score held-out prompts with the newest policy, evaluation.num_steps and evaluation.seed.
+        """Draw and score held-out prompts with the policy that is the newest now, and evaluation.num_steps and .seed.
 
         With `folder`, the policy is loaded from this component folder instead. It must hold the newest published
         version, unless `averaged` says that it holds averaged weights.
@@ -223,10 +235,11 @@ class ExperienceStream:
         evaluation = self._settings.evaluation
         per_call = max(1, _EVALUATION_IMAGES // samples)
         parts = [tuple(records[i : i + per_call]) for i in range(0, len(records), per_call)]
+        policy = self._policies.get(self._version or 0)  # for all parts, however long some of them wait
 
         async def one(part: tuple[Record, ...]) -> tuple[list[np.ndarray], np.ndarray, int]:
             request = EvaluationRequest(part, samples, evaluation.num_steps, evaluation.seed, folder, averaged)
-            ((images, version),) = await self._fleet.call("evaluate", request, lambda: self._policy)
+            ((images, version),) = await self._fleet.call("evaluate", request, policy)
             pairs = [(record, image) for record, own in zip(part, images, strict=True) for image in own]
             return images, await self._rewards.score(pairs), version
 
@@ -260,6 +273,14 @@ class ExperienceStream:
         check_state(self._settings, self._prompts.records, state)
         await self._rewind(state["step"])
         self._statistics = state["rewards"]
+
+
+def version_of(step: int, max_staleness: int) -> int:
+    """The policy version that draws the groups of a training step.
+
+    It is a function of the step alone, whoever draws a group and whenever: a run's result does not depend on timing.
+    """
+    return max(0, step - max_staleness)
 
 
 def _import_libraries() -> None:

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -98,6 +99,8 @@ class CheckpointStore:
             ("model.lora_alpha", lora_alpha, _lora(manifest, "lora_alpha") if lora_alpha else 0),
             ("train.ema_decay", "0" if not settings.train.ema_decay else "above 0", "above 0" if manifest.ema else "0"),
             ("run.seed", settings.run.seed, then["run"].get("seed")),
+            # In rl the checkpoint holds the policy versions that the next steps are drawn with.
+            ("experience.max_staleness", self._staleness(), _staleness(manifest)),
             # The position in each data source follows from the common position and these two settings.
             ("data.temperature", settings.data.temperature, then["data"].get("temperature")),
             ("data.weights", settings.data.weights, then["data"].get("weights")),
@@ -117,8 +120,18 @@ class CheckpointStore:
                 f"({then['model'].get('weights')}, or the folder has changed)"
             )
 
-    def save(self, step: int, engine: ShardedModel, ema: SavedBeside | None, source: dict[str, Any]) -> None:
-        """Write the checkpoint after ``step`` steps and remove the oldest. Raises UserError if it cannot be written."""
+    def save(
+        self,
+        step: int,
+        engine: ShardedModel,
+        ema: SavedBeside | None,
+        source: dict[str, Any],
+        write_more: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Write the checkpoint after ``step`` steps and remove the oldest. Raises UserError if it cannot be written.
+
+        ``source``: state of the batch source, as JSON. ``write_more``: rank 0 writes the rest of that state with it.
+        """
         import torch.distributed as dist
         from safetensors import SafetensorError
 
@@ -132,6 +145,8 @@ class CheckpointStore:
                 ema.save(unfinished, engine)
             dist.barrier()
             if engine.rank == 0:
+                if write_more:
+                    write_more(unfinished)
                 self._finish(unfinished, step, ema is not None, source)
             dist.barrier()
         except (OSError, SafetensorError) as error:
@@ -154,7 +169,8 @@ class CheckpointStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".writing-*"):
             shutil.rmtree(leftover)
-        copies = 4 if ema else 3  # the weights, AdamW's two moments, the averages; all fp32
+        # The weights, AdamW's two moments, the averages, earlier versions of the weights; all fp32.
+        copies = (4 if ema else 3) + self._staleness()
         needed = copies * 4 * sum(getattr(p, "ds_numel", p.numel()) for _, p in engine.parameters)
         free = shutil.disk_usage(self.folder).free
         if free < needed + SPARE_BYTES:
@@ -204,6 +220,9 @@ class CheckpointStore:
                 kept += 1
             else:
                 shutil.rmtree(folder)
+
+    def _staleness(self) -> int:
+        return self._settings.experience.max_staleness if self._stage == "rl" else 0
 
     def _weights_fingerprint(self) -> str:
         if not self._fingerprint:
@@ -269,6 +288,10 @@ def _is_complete(folder: Path, content: dict[str, Any], step: int) -> bool:
 
 def _lora(manifest: Manifest, key: str) -> Any:
     return manifest.settings["model"].get(key) if manifest.stage == "sft" else 0
+
+
+def _staleness(manifest: Manifest) -> Any:
+    return manifest.settings.get("experience", {}).get("max_staleness") if manifest.stage == "rl" else 0
 
 
 def _size(file: Path) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,8 @@ class TrainingLoop:
         due = (step + 1) % context.settings.train.checkpoint_every == 0 or step + 1 == context.settings.train.steps
         if due:
             with self.phases("checkpoint"):
-                self.checkpoints.save(step + 1, self.engine, self.ema, self.source.state_dict(step + 1))
+                state, more = self.source.state_dict(step + 1), partial(self.source.save, step=step + 1)
+                self.checkpoints.save(step + 1, self.engine, self.ema, state, more)
         images = metrics.pop("images_sum", 0.0)
         metrics |= {"throughput/images_per_s": images / (time.monotonic() - begin)} if images else {}
         with self.phases("evaluate"):
@@ -225,6 +227,7 @@ def _restore(
         return 0
     checkpoints.load(manifest, engine, ema)
     source.load_state_dict(manifest.source)
+    source.load(checkpoints.path(manifest.step))
     context.say(
         f"resuming after step {manifest.step} of {context.settings.train.steps}, "
         f"written by {manifest.workers} worker(s) at ZeRO-{manifest.zero_stage}"

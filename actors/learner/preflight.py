@@ -136,7 +136,8 @@ def _check_space(folder: Path, settings: Settings, stage: str) -> None:
     weights = Path(settings.model.weights)
     trained = sum(_folder_bytes(weights / part) for part in TRAINED_PARTS[stage])
     count = min(settings.train.keep_checkpoints, settings.train.steps // settings.train.checkpoint_every + 1) + 1
-    needed = 3 * trained * count + _folder_bytes(weights) + SPARE_BYTES
+    copies = 3 + (settings.experience.max_staleness if stage == "rl" else 0)
+    needed = copies * trained * count + _folder_bytes(weights) + SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(

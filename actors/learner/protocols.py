@@ -59,9 +59,10 @@ class WorkerContext:
 class BatchSource(Protocol):
     """Gives every rank its batch of a step, and receives new weights.
 
-    Order of calls in a run: ``load_state_dict`` (only on resume), ``publish(weights, start)``; then for each step
-    ``next(step, rank, world)``, the update, ``publish(weights, step + 1)``, and ``state_dict(step + 1)`` when a
-    checkpoint is due; ``close()`` at the end, also after an error. Every rank calls all methods in the same order.
+    Order of calls in a run: ``load_state_dict`` and ``load`` (only on resume), ``publish(weights, start)``; then for
+    each step ``next(step, rank, world)``, the update, ``publish(weights, step + 1)``, and ``state_dict(step + 1)`` and
+    ``save`` when a checkpoint is due; ``close()`` at the end, also after an error. Every rank calls all methods in the
+    same order, but only rank 0 calls ``save``.
     """
 
     def next(self, step: int, rank: int, world: int) -> Any:
@@ -82,6 +83,12 @@ class BatchSource(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state. Every rank gets the state that rank 0 saved."""
+
+    def save(self, folder: Path, step: int) -> None:
+        """Rank 0 alone: write into a checkpoint's folder what ``state_dict(step)`` cannot hold."""
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote; called after ``load_state_dict``, on every rank."""
 
     def close(self) -> None: ...
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from actors.experience.weight_sync import publish_weights
-from actors.learner.protocols import WorkerContext
-from actors.messages import Group, RankBatch
+from actors.experience.stream import version_of
+from actors.experience.weight_sync import fetch_weights, publish_weights
+from actors.learner.checkpoint_shards import ShardReader, write_shard
+from actors.learner.protocols import Weights, WorkerContext
+from actors.messages import Group, PolicyWeights, RankBatch
 from actors.objectives.record_source import MixtureSource
 from deepgen.data.loading.collate import MicroBatch
 
 _ANSWER_MARGIN_S = 60.0  # lets the stream's own error, which says more, arrive first
+_POLICY = "policy"  # prefix of the files that hold earlier policy versions in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class ExperienceSource:
         self._context, self._stream, self._auxiliary = context, stream, auxiliary
         self._deadline_s = context.settings.experience.deadline_s + _ANSWER_MARGIN_S
         self._metrics: dict[str, float] = {}
+        self._published: dict[int, PolicyWeights] = {}  # rank 0: versions that later steps are drawn with, and the last
 
     def next(self, step: int, rank: int, world: int) -> RLBatch:
         import ray
@@ -43,10 +48,17 @@ class ExperienceSource:
         records = self._auxiliary.next(step, rank, world) if self._auxiliary else ()
         return RLBatch(tuple(groups), tuple(records))
 
-    def publish(self, weights: Callable[[], dict[str, Tensor]], version: int) -> None:
+    def publish(self, weights: Callable[[], Weights], version: int) -> None:
         full = weights()
         if self._context.rank == 0:
-            self._ask(self._stream.publish.remote(publish_weights(version, full)))
+            self._publish(version, full)
+
+    def _publish(self, version: int, weights: Weights) -> None:
+        published = publish_weights(version, weights)
+        self._ask(self._stream.publish.remote(published))
+        self._published[version] = published
+        oldest = version_of(version, self._context.settings.experience.max_staleness)
+        self._published = {v: p for v, p in self._published.items() if v >= oldest}
 
     def metrics(self) -> dict[str, float]:
         return self._metrics
@@ -65,6 +77,26 @@ class ExperienceSource:
         if self._context.rank == 0:
             self._ask(self._stream.restore.remote(state))
 
+    def save(self, folder: Path, step: int) -> None:
+        """Write the policy versions before `step` that the next steps are drawn with; none when on-policy."""
+        for version, published in self._published.items():
+            if version < step:
+                arrays = fetch_weights(published, self._deadline_s)
+                pieces = ((name, 0, torch.tensor(array).view(-1)) for name, array in arrays.items())
+                write_shard(folder, f"{_POLICY}{version}", 0, pieces)
+
+    def load(self, folder: Path) -> None:
+        """Publish these versions again, oldest first: the learner that published them may be gone."""
+        if self._context.rank > 0:
+            return
+        trained = self._context.model.trainable_parameters(self._context.stage)
+        for version in saved_policies(folder):
+            reader = ShardReader(folder, f"{_POLICY}{version}", 0)
+            # Under ZeRO-3 a parameter holds only this rank's part, and ds_shape the whole one's shape.
+            shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in trained}
+            weights = {name: reader.read(name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
+            self._publish(version, weights)
+
     def close(self) -> None:
         if self._auxiliary:
             self._auxiliary.close()
@@ -73,3 +105,9 @@ class ExperienceSource:
         import ray
 
         return ray.get(reference, timeout=self._deadline_s)
+
+
+def saved_policies(folder: Path) -> list[int]:
+    """Versions of the policies in a checkpoint's folder, oldest first."""
+    names = (file.name.removeprefix(_POLICY).partition("-")[0] for file in folder.glob(f"{_POLICY}*.safetensors"))
+    return sorted(int(name) for name in names)

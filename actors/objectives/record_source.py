@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from actors.learner.protocols import Weights, WorkerContext
@@ -70,6 +71,12 @@ class MixtureSource:
         self._coming = {}  # these were read for another place in the data
         self.mixture.load_state_dict(state)
         self._quarantine.load_state_dict(state["quarantine"])
+
+    def save(self, folder: Path, step: int) -> None:
+        """``state_dict`` has everything."""
+
+    def load(self, folder: Path) -> None:
+        """``load_state_dict`` has read everything."""
 
     def close(self) -> None:
         if self._readers:

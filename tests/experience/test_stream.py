@@ -228,7 +228,7 @@ def call_once(ray: ModuleType, kind: type, call_deadline_s: float) -> None:
         actor = ray.remote(kind).options(num_cpus=0.1, max_restarts=1).remote()
         fleet = RolloutFleet({"only": actor}, call_deadline_s=call_deadline_s, start_deadline_s=200)
         await fleet.start()
-        await fleet.call("sample_group", "group 5", lambda: None)
+        await fleet.call("sample_group", "group 5", None)
 
     asyncio.run(body())
 

@@ -83,6 +83,10 @@ class ToySource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.published = []
 
+    def save(self, folder: Path, step: int) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
     def close(self) -> None: ...
 
 

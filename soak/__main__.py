@@ -1,0 +1,82 @@
+"""Long trials of a run's promises, with a table: `make soak`, or `python -m soak --schedules 20`.
+
+Every trial is seeded and needs nothing but the tiny world in assets/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from deepgen.config import Settings, load_settings
+from deepgen.config.recipes import find_recipe
+from deepgen.data.parquet import read_records
+from soak.schedules import Outcome, Schedule, draw_schedules, run_schedule, start_actors
+
+ACTORS = 4
+LONGEST_S = 0.3  # of one delay: about what a group takes to be sampled here
+HEADER = (
+    "| max_staleness | schedules | actors | steps | different results | versions of the steps |\n" + "|---" * 6 + "|"
+)
+
+
+def schedule_settings(folder: str, max_staleness: int, schedule: Schedule) -> Settings:
+    """Five steps of two groups of four on the tiny world, rewarded by `DelayedBrightness`."""
+    weights = [f"rewards.weights.{task}={{delayed: 1.0}}" for task in ("t2i", "reasoning", "text", "edit")]
+    overrides = [
+        f"run.dir={folder}",
+        f"experience.max_staleness={max_staleness}",
+        "train.steps=5",
+        "rollout.group_size=4",
+        "rollout.prompts_per_step=2",
+        "rewards.delayed.class=soak.schedules:DelayedBrightness",
+        f"rewards.delayed.delay_s={schedule.longest_s}",
+        f"rewards.delayed.delay_seed={schedule.seed}",
+        *weights,
+    ]
+    return load_settings(find_recipe("tiny-rl"), overrides)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m soak", description=__doc__)
+    parser.add_argument("--schedules", type=int, default=50, help="schedules for each max_staleness (default 50)")
+    arguments = parser.parse_args()
+
+    import ray
+
+    ray.init(address="local", num_cpus=ACTORS, include_dashboard=False, log_to_driver=False)
+    schedules = draw_schedules(arguments.schedules, ACTORS, LONGEST_S)
+    different = 0
+    print(HEADER, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = schedule_settings(folder, 0, schedules[0])
+        prompts, actors = read_records(settings.data.prompts), start_actors(settings, ACTORS)
+        for max_staleness in (0, 1, 2):
+            outcomes = [
+                run_schedule(schedule_settings(folder, max_staleness, schedule), prompts, actors, schedule)
+                for schedule in tqdm(schedules, desc=f"max_staleness {max_staleness}", leave=False)
+            ]
+            print(row(max_staleness, schedules, outcomes), flush=True)
+            different += odd_ones(outcomes)
+    return 1 if different else 0
+
+
+def odd_ones(outcomes: Sequence[Outcome]) -> int:
+    """How many schedules ended differently from the first, which had no delays."""
+    first = outcomes[0]
+    return sum((o.checksum, o.versions) != (first.checksum, first.versions) for o in outcomes)
+
+
+def row(max_staleness: int, schedules: Sequence[Schedule], outcomes: Sequence[Outcome]) -> str:
+    """One line of the table."""
+    actors = sorted({schedule.actors for schedule in schedules})
+    versions = ", ".join(map(str, outcomes[0].versions))
+    cells = [max_staleness, len(outcomes), f"{actors[0]} to {actors[-1]}", len(outcomes[0].versions)]
+    return "| " + " | ".join(map(str, [*cells, odd_ones(outcomes), versions])) + " |"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
