@@ -25,7 +25,7 @@ def main() -> int:
     if arguments.repeats < 2 or arguments.threads < 1:
         parser.error("--repeats needs at least 2, --threads at least 1")
 
-    import torch  # after the arguments: --help need not wait for it
+    import torch  # late: --help should not wait for it
 
     from benchmarks.timing import HEADER, save_random_model, start_process_group
 

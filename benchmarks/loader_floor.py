@@ -1,7 +1,7 @@
-"""What reading training records costs above decoding their images: the batch source against bare PIL.
+"""The cost of reading training records on top of decoding their images: the batch source against bare PIL.
 
-Ours: parquet in row groups, the plan of the mixture, checks, decoding, resizing, tensors. Floor: PIL decoding and
-resizing of the same encoded bytes in memory. Left out: the VAE and what is kept of its work, which saves all of it.
+Ours: parquet in row groups, the mixture's plan, checks, decoding, resizing, tensors. Floor: PIL decodes and resizes the
+same encoded bytes from memory. Left out: the VAE and the cache of its results, which saves all of this work.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIDES = ((640, 480), (480, 640), (768, 512), (600, 600))
 
 
 def run(weights: Path, repeats: int, threads: int) -> list[Result]:
-    """Generation and editing records in the mixture of pretraining, 512 px, one process."""
+    """Generation and editing records in the mixture of pretraining, at 512 px, in one process."""
     settings = recipe("tiny-pretrain", weights, f"data.image_size={IMAGE_SIZE}", "data.micro_batch=4")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "records.parquet"
@@ -62,7 +62,7 @@ def images_of(record: Record) -> Sequence[bytes]:
 
 
 def make_records() -> list[Record]:
-    """Smooth random pictures, a quarter of them edits with one source image."""
+    """Smooth random pictures. A quarter of the records are edits with one source image."""
     rng = np.random.default_rng(0)
 
     def picture(i: int) -> bytes:

@@ -1,4 +1,4 @@
-"""What a rollout costs above its DiT: one group sampled as an actor does it, against bare forwards of the same shapes.
+"""The cost of a rollout on top of its DiT: one group sampled as an actor does it, against equally large bare forwards.
 
 Ours: encode the prompt (and an edit's source), sample with noise and log-probabilities, decode, pack for the object
 store. Floor: `num_steps` forwards of diffusers' SD3 transformer. Left out: Ray, rewards, weight transfer.
@@ -22,7 +22,7 @@ from deepgen.models.unified import UnifiedModel
 
 
 def run(weights: Path, repeats: int, threads: int) -> list[Result]:
-    """Results for a generation and for an edit prompt of the tiny world, with recipe tiny-rl's rollout settings."""
+    """Results for a generation prompt and an edit prompt of the tiny world, with the rollout settings of tiny-rl."""
     settings = recipe("tiny-rl", weights, f"rollout.threads={threads}")
     sampler = PolicySampler(settings)
     records = read_records(settings.data.prompts)
@@ -49,7 +49,7 @@ def run(weights: Path, repeats: int, threads: int) -> list[Result]:
 
 @torch.no_grad()
 def _shape(model: UnifiedModel, record: Record, image_size: int) -> Shape:
-    """Shape of one sample of this prompt's DiT call."""
+    """Shape of the DiT call for one sample of this prompt."""
     images = [image_to_tensor(decode_image(data), image_size) for data in record.references]
     context = model.encode_prompts([record.prompt], [images]).context.shape[1]
     side = image_size // model.architecture.vae_downsample

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: random models of the tiny preset's shapes, paired timing, one markdown line a result."""
+"""Shared code of the benchmarks: random models with the tiny preset's shapes, paired timing, a markdown table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Shape:
-    """Input of one bare DiT call: `batch` samples of `height` x `width` latent cells beside `context` text tokens."""
+    """Input of one bare DiT call: `batch` samples of `height` x `width` latent cells with `context` text tokens."""
 
     batch: int
     height: int
@@ -37,7 +37,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds of each repetition of ours and of the floor, taken in turns, for `samples` samples."""
+    """Seconds of each repetition of ours and of the floor, measured in turns, for `samples` samples."""
 
     name: str
     shapes: str
@@ -61,7 +61,7 @@ class Result:
 def compare(
     name: str, shapes: str, samples: int, ours: Callable[[], object], floor: Callable[[], object], repeats: int
 ) -> Result:
-    """Time both in turns after a warm-up of each, so that what else the machine does weighs on both alike."""
+    """Time both in turns after a warm-up of each, so that other load on the machine affects both equally."""
     ours()
     floor()
     times: list[tuple[float, float]] = [(seconds(ours), seconds(floor)) for _ in range(repeats)]
@@ -74,7 +74,7 @@ def recipe(name: str, weights: Path, *overrides: str) -> Settings:
 
 
 def save_random_model(folder: Path) -> Path:
-    """Write a component folder of the tiny preset: time does not depend on the weights' values."""
+    """Write a component folder of the tiny preset with random weights; time does not depend on their values."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(ROOT / "assets" / "tiny" / "model" / "tokenizer")
     UnifiedModel.from_architecture(TINY, tokenizer=tokenizer).save_folder(folder)
@@ -88,7 +88,7 @@ def bare_dit() -> SD3Transformer2DModel:
 
 
 def bare_inputs(shape: Shape) -> dict[str, Tensor]:
-    """Random arguments of one call of `bare_dit`."""
+    """Random arguments for one call of `bare_dit`."""
     config = TINY.transformer
     return {
         "hidden_states": torch.randn(shape.batch, config["in_channels"], shape.height, shape.width),
@@ -99,14 +99,14 @@ def bare_inputs(shape: Shape) -> dict[str, Tensor]:
 
 
 def joined_size(targets: Sequence[Tensor], references: Sequence[Sequence[Tensor]] | None) -> tuple[int, int]:
-    """(height, width) of one latent with as many cells as a target and its references have together."""
+    """(height, width) of one latent with as many cells as a target and its references together."""
     height, width = targets[0].shape[-2:]
     extra = sum(r.shape[-1] * r.shape[-2] for r in references[0]) if references else 0
     return height + extra // width, width
 
 
 def start_process_group(folder: Path) -> None:
-    """A gloo group of this one process, which DeepSpeed wants."""
+    """Start a gloo group with this one process, because DeepSpeed needs a group."""
     import torch.distributed as dist
 
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
@@ -114,7 +114,7 @@ def start_process_group(folder: Path) -> None:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """Seconds that one call takes."""
     begin = time.perf_counter()
     function()
     return time.perf_counter() - begin

@@ -1,10 +1,10 @@
-"""What an epoch of training costs end to end above the bare model, and what keeping encodings gains.
+"""The cost of a training epoch, end to end, on top of the bare model, and the gain from cached encodings.
 
 Ours: the learner's steps with one worker, from records in parquet files to new weights: plan, decoding, VAE, visual
-tower, the objective, DeepSpeed's engine, clipping, writing what is kept. Floor: forward, backward and AdamW of the same
-model in plain torch on the same batches, decoded before; where images have to be encoded, that too, else it finds
-latents and features of the visual tower made. Left out: Ray Train, checkpoints, tracking; row groups stay in memory,
-files of the cache in the system's.
+tower, objective, DeepSpeed's engine, clipping, writing the cache. Floor: forward, backward and AdamW of the same model
+in plain torch on the same batches, decoded beforehand. If ours has to encode images, the floor encodes them too;
+otherwise the floor starts from finished latents and visual features. Left out: Ray Train, checkpoints, tracking. Row
+groups stay in memory, and cache files in the system's page cache.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from deepgen.diffusion.schedule import timesteps
 from deepgen.models.unified import UnifiedModel
 
 CPU = torch.device("cpu")
-GOAL = 0.92  # of the floor's samples a second
+GOAL = 0.92  # share of the floor's samples per second
 
 
 def run(weights: Path, repeats: int, threads: int) -> list[Result]:
@@ -48,7 +48,7 @@ def run(weights: Path, repeats: int, threads: int) -> list[Result]:
         own = [f"train.threads={threads}", f"run.dir={folder}", f"data.train={folder}/train.parquet"]
         own.append("evaluation.prompts=0")
         settings = recipe("tiny-sft", weights, *own)
-        fresh = write_batches(settings, repeats + 2)  # a warm-up, and what is read ahead of the last step
+        fresh = write_batches(settings, repeats + 2)  # + 2: the warm-up, and the batch read ahead of the last step
         prepare_process(settings)
         ours = OurTraining(settings)
         others = {n: OurTraining(recipe("tiny-sft", weights, *own, f"train.zero_stage={n}")) for n in (0, 2)}
@@ -74,9 +74,10 @@ def run(weights: Path, repeats: int, threads: int) -> list[Result]:
 
 
 def write_batches(settings: Settings, copies: int) -> Path:
-    """data.train: as many records of the tiny world as one step reads, so that a step is an epoch.
+    """Write data.train with as many tiny-world records as one step reads, so that a step is an epoch.
 
-    Returns a file of ``copies`` as many: the same records again under other names, their images not equal to the bit.
+    Returns a file with ``copies`` times as many: the same records under other names, with images that differ in one
+    byte.
     """
     data = settings.data
     wanted = {True: data.edit_per_cycle * data.micro_batch, False: data.t2i_per_cycle * data.micro_batch}
@@ -90,7 +91,7 @@ def write_batches(settings: Settings, copies: int) -> Path:
 
 
 def _copy(number: int, record: Record) -> Record:
-    """With a byte more behind its images, which no decoder looks at."""
+    """The record with one more byte after each of its images, which no decoder reads."""
     more = bytes([number])
     assert isinstance(record.image, bytes)
     references = tuple(image + more for image in record.references if isinstance(image, bytes))
@@ -98,7 +99,7 @@ def _copy(number: int, record: Record) -> Record:
 
 
 class OurTraining:
-    """The learner's loop without its log and its checkpoints."""
+    """The learner's loop without logging and checkpoints."""
 
     def __init__(self, settings: Settings) -> None:
         model = load_model(settings, "sft")
@@ -109,7 +110,7 @@ class OurTraining:
         self.parts = tuple(self._source(MemoryStore(), None)[1].cache.parts)
 
     def epochs(self, store: Store, records: Path | None = None) -> Callable[[], None]:
-        """A function that trains one step a call. ``records`` instead of data.train."""
+        """A function that trains one step per call. ``records`` replaces data.train."""
         source, objective = self._source(store, records)
         steps = itertools.count()
 
@@ -117,7 +118,7 @@ class OurTraining:
             step = next(steps)
             batch = source.next(step, 0, 1)
             update(self.engine, objective, batch, self._at(step), self.context.settings)
-            source.state_dict(step + 1)  # writes what is kept
+            source.state_dict(step + 1)  # writes the cache
 
         return epoch
 
@@ -142,7 +143,7 @@ class OurTraining:
 
 
 def in_turns(works: Sequence[Callable[[], None]], repeats: int) -> list[tuple[float, ...]]:
-    """Seconds of each work's repetitions, one of each after the other, after a warm-up of all."""
+    """Seconds of each work's repetitions. After a warm-up, all works run in turns."""
     for work in works:
         work()
     rounds = [[seconds(work) for work in works] for _ in range(repeats)]
@@ -150,9 +151,9 @@ def in_turns(works: Sequence[Callable[[], None]], repeats: int) -> list[tuple[fl
 
 
 class BareTraining:
-    """Forward and backward of each micro-batch through a model that DeepSpeed does not know, then one AdamW step.
+    """Forward and backward of each micro-batch through a model without DeepSpeed, then one AdamW step.
 
-    With ``batch``, the pictures of the same micro-batches, VAE and visual tower work on them first.
+    With ``batch`` (the pictures of the same micro-batches), VAE and visual tower encode the pictures first.
     """
 
     def __init__(
@@ -196,7 +197,7 @@ def _describe(micros: Sequence[FlowMatchingMicro]) -> str:
 
 
 def _with_rates(result: Result) -> Result:
-    """With samples a second of both in the text."""
+    """The result with the samples per second of both sides in its text."""
     ours, floor = (result.samples / statistics.median(times) for times in (result.ours, result.floor))
     share = 1 / statistics.median(result.ratios)
     return replace(

@@ -1,7 +1,7 @@
-"""What an optimizer step costs above its DiT: the learner's update against bare forward, backward and AdamW.
+"""The cost of an optimizer step on top of its DiT: the learner's update against bare forward, backward and AdamW.
 
-Ours: `learner.loop.update` with DeepSpeed's engine, the objective and everything it computes besides the DiT (text
-and vision path, bridge, reference velocities). Floor: diffusers' SD3 transformer on inputs of the same shapes, one
+Ours: `learner.loop.update` with DeepSpeed's engine, the objective and everything it computes besides the DiT (text and
+vision path, bridge, reference velocities). Floor: diffusers' SD3 transformer on inputs of the same shapes, with one
 AdamW step at the end. Left out: Ray Train, checkpoints, waiting for batches.
 """
 
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 def run(weights: Path, repeats: int, threads: int) -> list[Result]:
-    """Results for the three stages, with their recipes' batches (rl: one group a task). Needs a process group."""
+    """Results for the three stages, with their recipes' batches (rl: one group per task). Needs a process group."""
     return [_measure(stage, weights, repeats, threads) for stage in ("pretrain", "sft", "rl")]
 
 
@@ -47,9 +47,9 @@ def _measure(stage: str, weights: Path, repeats: int, threads: int) -> Result:
     context = WorkerContext(stage, settings, load_model(settings, stage), 0, 1, CPU, None, _say_nothing)
     trainable = context.model.trainable_parameters(stage)
     objective, batch = _experience(context) if stage == "rl" else _records(context)
-    # Step 1 with samples of version 0: the check that an unchanged policy has ratio 1 does not apply to repetitions.
+    # Step 1 with samples of version 0: repetitions change the policy, so the check for ratio 1 must not apply.
     step = StepContext(settings.run.seed, 1, 0, 1, CPU)
-    with torch.no_grad():  # also fills the cache of latents, which the update is not charged for
+    with torch.no_grad():  # also fills the latent cache, so that its cost does not count
         shapes = [_shape(context.model, micro) for micro in objective.prepare(context.model, batch, step)]
     engine = TrainingEngine(settings, context.model, trainable, CPU)
 
@@ -66,7 +66,7 @@ def _records(context: WorkerContext) -> tuple[Objective, Any]:
 
 
 def _experience(context: WorkerContext) -> tuple[Objective, RLBatch]:
-    """A step's groups, cycling through the tasks, with random advantages, and the records of the auxiliary loss."""
+    """The groups of a step, cycling through the tasks, with random advantages; and records for the auxiliary loss."""
     settings = context.settings
     sampler = PolicySampler(settings)
     prompts = read_records(settings.data.prompts)
@@ -100,7 +100,7 @@ class BareUpdate:
 
 
 def describe(shapes: Sequence[Shape]) -> str:
-    """Short text of the DiT calls of a batch: samples by size, largest micro-batch, range of context tokens."""
+    """Short text about the DiT calls of a batch: samples by size, largest micro-batch, range of context tokens."""
     sizes: dict[str, int] = {}
     for shape in shapes:
         size = f"{shape.height}x{shape.width}"
@@ -122,4 +122,4 @@ def _shape(model: UnifiedModel, micro: FlowMatchingMicro | PolicyMicro) -> Shape
 
 
 def _say_nothing(line: str) -> None:
-    """The learner's console lines have no place in a table."""
+    """Print nothing: console lines would break the table."""

@@ -3,10 +3,10 @@
     python stages/convert.py SOURCE OUT [--form FORM] [--task TASK]
 
 SOURCE: a file or folder of our parquet, Hugging Face parquet, WebDataset tars, or the JSON lists of captions, blip3o
-and edits; the form is guessed unless --form says it. Every image is decoded once: what cannot be used (truncated, too
-small, absurd shape, empty caption, ...) goes to OUT/quarantine with its reason, and above --max-bad-share the
-conversion stops. Stopped, it goes on where it was with the same command. OUT/report.json counts, histograms.png and
-samples.png show what came out.
+and edits. The form is guessed unless --form gives it. Every image is decoded once. Unusable samples (truncated, too
+small, absurd shape, empty caption, ...) go to OUT/quarantine with the reason, and above --max-bad-share the conversion
+stops. The same command continues a conversion that was stopped. OUT/report.json has the counts; histograms.png and
+samples.png show the result.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from deepgen.data.conversion.convert_units import Limits, Tally  # noqa: E402
 from deepgen.data.conversion.raw_data import FORMS, RawData, Unit, guess_form, plan_units  # noqa: E402
 from deepgen.data.images import MAX_ASPECT, MAX_PIXELS  # noqa: E402
 
-LOOK_AFTER = 200  # samples before the share of bad ones says anything
+LOOK_AFTER = 200  # the share of bad samples is checked only after this many
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)  # one line, as of every other mistake
+        raise UserError(message)  # one line, as for every other user error
 
 
 def number(kind: type[int] | type[float], low: float, high: float = float("inf")) -> Callable[[str], float]:
-    """A type of arguments: a number from low to high."""
+    """An argument type: a number from low to high."""
 
     def parsed(text: str) -> float:
         allowed = f"from {low:,} to {high:,}" if high < float("inf") else f"from {low:,} on"
@@ -114,7 +114,7 @@ def main() -> int:
 
 
 def check_share(total: Tally, args: argparse.Namespace, least: int) -> None:
-    """Raise UserError when, of at least `least` samples, too many cannot be used."""
+    """Raise UserError if there are at least `least` samples and too many of them cannot be used."""
     if total.total >= least and total.bad_share > args.max_bad_share:
         raise UserError(
             f"{args.source}: {total.bad_share:.1%} of {total.total} samples cannot be used "
@@ -131,7 +131,7 @@ def columns(given: Sequence[str]) -> dict[str, str]:
 
 
 def run(raw: RawData, units: Sequence[Unit], out: Path, limits: Limits, args: argparse.Namespace) -> None:
-    """Convert the units on the cluster, with a progress bar; stops above the share of bad samples."""
+    """Convert the units on the cluster, with a progress bar. Stops if the share of bad samples is too high."""
     if not units:
         return
     from deepgen.cluster.connect import connect
@@ -149,16 +149,16 @@ def no_needs(settings: Any, *, gpus: bool) -> list[Any]:
 
 
 def converted(raw: RawData, units: Sequence[Unit], out: Path, limits: Limits, seed: int) -> Iterator[Tally]:
-    """Tallies of units in the order in which they get done, through Ray Data."""
+    """Tallies of the units, in the order in which the units finish, through Ray Data."""
     import ray.data
 
-    ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts what people count: units
+    ray.data.DataContext.get_current().enable_progress_bars = False  # our own bar counts units
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
         try:
             tally = convert.convert_unit(raw, row["item"], out, limits, seed)
-            return {"tally": json.dumps(tally.to_dict()), "error": ""}  # Ray warns about objects that are not Arrow's
-        except UserError as error:  # as data: Ray would bury it in its own tracebacks
+            return {"tally": json.dumps(tally.to_dict()), "error": ""}  # Ray warns about types unknown to Arrow
+        except UserError as error:  # returned as data: Ray would bury it in its own tracebacks
             return {"tally": "", "error": str(error).encode(errors="backslashreplace").decode()}
 
     rows = ray.data.from_items(list(units), override_num_blocks=len(units)).map(one, num_cpus=1)

@@ -3,9 +3,9 @@
     python stages/export.py SOURCE OUT [--layout components|diffusers|native]
 
 SOURCE: a run's model/ folder, a diffusers folder, a DeepSpeed folder (also one named *.pth), a .pt, .pth or
-.safetensors file, or a folder of .safetensors. What it lacks comes from --base (a component folder), --vlm
-(Qwen2.5-VL) and --dit (transformer/ and vae/). Every tensor's name and shape is checked before anything is written;
-OUT appears when it is complete.
+.safetensors file, or a folder of .safetensors. Missing parts come from --base (a component folder), --vlm (Qwen2.5-VL)
+and --dit (transformer/ and vae/). The name and shape of every tensor are checked before anything is written. OUT
+appears when it is complete.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    from deepgen.models.weights_io import layout_writer as export  # torch, transformers, diffusers: not for --help
+    from deepgen.models.weights_io import layout_writer as export  # late: --help needs no torch
     from deepgen.models.weights_io.layout_reader import read_weights
 
     bases = export.Bases(args.base, args.vlm, args.dit)

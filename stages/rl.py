@@ -47,7 +47,7 @@ from deepgen.evaluation.choose import heldout_records  # noqa: E402
 from deepgen.planning.plan import plan_text  # noqa: E402
 from stages.rl_report import BeforeAfter, say  # noqa: E402
 
-MARGIN_S = 30.0  # an actor's own error, which says more, comes first
+MARGIN_S = 30.0  # lets an actor's own error, which says more, arrive first
 END_S = 3.0
 
 
@@ -61,7 +61,7 @@ def main() -> int:
         gpus = connect(settings, rl_needs, code_root=ROOT)
         if checkpoint:
             check_state(settings, prompts, checkpoint.source)
-    from actors.start import start_rollouts, start_stream  # Ray and its actors: not for --help
+    from actors.start import start_rollouts, start_stream  # late: --help needs no Ray
 
     say(f"starting {settings.rollout.actors} rollout actors and the rewards {', '.join(settings.rewards.used())}")
     rollouts = start_rollouts(settings, gpus=gpus)
@@ -81,7 +81,7 @@ def run(settings: Settings, stream: Any, heldout: list[Record], gpus: bool) -> N
 
     ray.get(stream.start.remote(), timeout=settings.cluster.start_deadline_s + MARGIN_S)
     comparison = BeforeAfter(settings, stream, heldout)
-    comparison.begin()  # goes on while the learner starts
+    comparison.begin()  # continues while the learner starts
     ray.get(stream.begin.remote(), timeout=MARGIN_S)
     result = start_learner(LearnerJob("rl", settings, learner_parts(stream), gpus))
     comparison.report(result)
@@ -89,7 +89,7 @@ def run(settings: Settings, stream: Any, heldout: list[Record], gpus: bool) -> N
 
 
 def end(stream: Any) -> None:
-    """Let the stream end its reward pools; one that is gone has nothing left to end."""
+    """Let the stream stop its reward pools. If the stream is gone, there is nothing left to stop."""
     import ray
 
     with suppress(ray.exceptions.RayError):
@@ -97,7 +97,7 @@ def end(stream: Any) -> None:
 
 
 def read_prompts(settings: Settings) -> list[Record]:
-    """RL prompts that can be used (`usable_records`), each of a task that has rewards. UserError names file and row."""
+    """Usable RL prompts (`usable_records`). Raises UserError, naming file and row, for a task that has no reward."""
     prompts = []
     for (file, row), record in usable_records(settings, "data.prompts"):
         if not any(weight > 0 for weight in settings.rewards.weights.get(record.task, {}).values()):

@@ -1,6 +1,6 @@
-"""Before and after an rl run: held-out prompts drawn and scored with the same seeds, a table, a picture, MLflow.
+"""Report on an rl run: held-out prompts before and after with the same seeds, a table, a picture, MLflow.
 
-Evaluation on the way is the learner's (`actors/objectives/observer.py`); both ask the experience stream.
+Evaluation during the run belongs to the learner (`actors/objectives/observer.py`). Both use the experience stream.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BEFORE, AFTER = "evaluation-before.npz", "evaluation-after.npz"
 
 
 class BeforeAfter:
-    """The comparison of one run; nothing happens without held-out prompts. `stream`: the experience stream's handle."""
+    """The comparison of one run. Without held-out prompts nothing happens. `stream`: the experience stream's handle."""
 
     def __init__(self, settings: Settings, stream: Any, heldout: Sequence[Record]) -> None:
         self._settings, self._stream, self._heldout = settings, stream, heldout
@@ -29,9 +29,9 @@ class BeforeAfter:
         self._before: Future[Evaluation] = Future()
 
     def begin(self) -> None:
-        """Have the initial policy evaluated, or take what an earlier start of this run has kept.
+        """Start evaluating the initial policy, or load the evaluation that an earlier start of this run has saved.
 
-        Of a resumed run it waits: its learner publishes other weights as soon as it is there.
+        In a resumed run this waits for the result, because the learner publishes other weights as soon as it starts.
         """
         if not self._heldout:
             return
@@ -39,7 +39,7 @@ class BeforeAfter:
         if resume and path.exists() and (saved := Evaluation.load(path, self._heldout)):
             self._before.set_result(saved)
             return
-        drawn = self._order()  # here, so that it comes before the first step
+        drawn = self._order()  # requested here, so that it comes before the first step
 
         def finish() -> None:
             try:
@@ -70,7 +70,7 @@ class BeforeAfter:
         write_report(self._settings, self._before.result(), after, averaged)
 
     def _order(self, folder: Path | None = None, *, averaged: bool = False) -> Any:
-        """Have the prompts drawn and scored; `folder`: by the policy that lies there, or by its average."""
+        """Request images and scores of the prompts. `folder`: draw with the weights (or averages) in this folder."""
         samples = self._settings.evaluation.samples_per_prompt
         return self._stream.evaluate.remote(self._heldout, samples, folder=folder, averaged=averaged)
 
@@ -82,7 +82,7 @@ class BeforeAfter:
 
 
 def write_report(settings: Settings, before: Evaluation, after: Evaluation, averaged: Evaluation | None = None) -> None:
-    """Table, before/after grid and MLflow entries of the whole run; `averaged`: after it, by the averaged weights."""
+    """Write table, before/after grid and MLflow entries. `averaged`: the averaged weights' evaluation."""
     from deepgen.tracking.curves import CURVES, draw_curves
     from deepgen.tracking.grids import before_after_grid
     from deepgen.tracking.journal import FILE_NAME

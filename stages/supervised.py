@@ -1,4 +1,4 @@
-"""What pretrain and sft do alike: check everything, connect, train on records, draw the curves."""
+"""The common body of pretrain and sft: check everything, connect, train on records, draw the curves."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def main(stage: Stage) -> int:
     settings = prepare_run(parse_command_line(stage, sys.argv[1:], plan_text), stage)
     with own_folder(settings):
         check_training_data(settings)
-        heldout_records(settings)
+        heldout_records(settings)  # only for its checks; the learner reads them itself
         gpus = connect(settings, code_root=Path(__file__).resolve().parents[1])
-    from actors.objectives.build import build_flow_matching  # torch and DeepSpeed: not for --help
+    from actors.objectives.build import build_flow_matching  # late: --help needs no torch
     from actors.start import start_learner
     from deepgen.tracking.curves import record_curves
 

@@ -51,8 +51,8 @@ class LoadedPolicy:
         # `read` replaces the weights but not `version`. After an evaluation, `version` says nothing about the model and
         # the weights have to be loaded again.
         intact, self._evaluated = self._evaluated is None, None
-        # Nothing to do if the model already holds the wanted version, or still holds the start folder and that is
-        # wanted.
+        # Nothing to do if the model already holds the wanted version, or if the start folder is wanted and still
+        # loaded.
         if intact and (wanted == self._published or (wanted is None and self.version == 0)):
             return
         if wanted is None:
@@ -66,7 +66,10 @@ class LoadedPolicy:
         self.version, self._published = wanted.version, wanted
 
     def read(self, folder: Path, published: PolicyWeights | None) -> None:
-        """Load the model from a component folder for an evaluation. With `published`, verify that version."""
+        """Load the model from a component folder, for an evaluation.
+
+        With `published`, verify that the folder holds that version.
+        """
         if folder == self._evaluated:
             return
         self.sampler.load(folder)

@@ -74,7 +74,7 @@ class ExperienceStream:
         self._schedule_steps()
 
     async def stop(self) -> None:
-        """Stop the reward pools and cancel unfinished steps. Whoever started the rollout actors stops them."""
+        """Stop the reward pools and cancel unfinished steps. The rollout actors keep running."""
         await self._rewind(self._next_step)
         self._rewards.stop()
         await asyncio.sleep(0)  # lets the pools' cancelled tasks end

@@ -21,7 +21,7 @@ from deepgen.config import Settings, UserError
 _RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # start and end of a run wait for a health check; default 2 s
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in a worker and in the submitted checkout
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less: our checkpoints need no preemption notice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process fewer: our checkpoints need no preemption notice
 }
 
 
@@ -58,7 +58,7 @@ def _make_trainer(job: LearnerJob, work: Callable[[dict[str, Any]], None]) -> An
     settings, limit = job.settings, job.settings.train.max_failures
 
     class LeanTrainer(TorchTrainer):
-        """A TorchTrainer with two helper processes less and a failure policy that looks at the error.
+        """A TorchTrainer with two fewer helper processes and a failure policy that looks at the error.
 
         We pass no Ray datasets, and Ray removes placement groups together with their creator (the cleaner would warn
         every second on a cluster without a dashboard).

@@ -166,7 +166,10 @@ def latent_mean(new: PolicyStep, reference: PolicyStep) -> Tensor:
 
 
 def kl_divergence(name: str, new: PolicyStep, reference: PolicyStep) -> Tensor:
-    """KL in the form called `name` (a key of KL_FORMS), [B]. "none" is not among them: no reference model runs then."""
+    """KL in the form called `name` (a key of KL_FORMS), [B].
+
+    "none" is not a form: without a KL no reference model runs, so there is nothing to compare.
+    """
     divergence: Callable[[PolicyStep, PolicyStep], Tensor] = KL_FORMS.load(name)
     return divergence(new, reference)
 

@@ -127,8 +127,9 @@ class Trajectory:
     """What training needs from one group: S trained steps of G samples, all fp32.
 
     Each state is stored once: neighbouring steps share the state between them. M is S + 1 for a window and at most 2 S
-    for a scattered choice. A group takes about (M + 1) * G * c * h * w * 4 bytes: 0.7 MB for the tiny preset ([8, 16,
-    16], G 8, a window of 9), 90 MiB for 30 of 50 steps at 512 px ([16, 64, 64], G 8, M about 42).
+    for a scattered choice.
+    A group takes about (M + 1) * G * c * h * w * 4 bytes: 0.7 MB for the tiny preset ([8, 16, 16], G 8, a window of 9),
+    90 MiB for 30 of 50 steps at 512 px ([16, 64, 64], G 8, M about 42).
     """
 
     latents: Tensor  # [M, G, c, h, w] states, in the order they were visited

@@ -28,7 +28,7 @@ class Architecture:
     connector_mlp: int
     connector_layers: int
     connector_heads: int
-    fusion_stride: int  # the bridge reads one hidden state every so many decoder layers
+    fusion_stride: int  # decoder layers from one hidden state that the bridge reads to the next
     max_prompt_tokens: int = 1024  # longer text loses its beginning (M1.3)
 
     @property

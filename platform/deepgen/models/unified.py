@@ -134,8 +134,8 @@ class UnifiedModel(Bridge):
         """Load a component folder.
 
         Args:
-            lora: settings of a new adapter, attached if the folder has none. An adapter in the folder must have its
-                rank and alpha.
+            lora: attach a new adapter with these settings if the folder has none; an adapter in the folder must have
+                the same rank and alpha.
             preset: raise unless the folder holds a model of this preset.
             fresh_bridge: make new think tokens and a new bridge; the folder then needs none.
 

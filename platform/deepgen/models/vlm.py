@@ -1,6 +1,6 @@
 """The conditioning pass through Qwen2.5-VL: prompt, reference images and think tokens to hidden states (M1.3, M1.4).
 
-No text is generated. One causal pass reads the prompt and the think tokens behind it. It runs only the decoder layers
+No text is generated. One causal pass reads the prompt and the think tokens after it. It runs only the decoder layers
 that the bridge needs: never the last layer, the final norm or the language-model head.
 """
 

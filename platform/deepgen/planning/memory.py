@@ -1,13 +1,13 @@
 """Memory of a training run in bytes, by arithmetic alone: imports no torch, allocates nothing.
 
-What is counted is what our code does, not what papers assume. Parameters are fp32 in every stage; ``model.precision:
+The numbers follow what our code does, not what papers assume. Parameters are fp32 in every stage; ``model.precision:
 bf16`` is autocast, so bf16 copies come on top of fp32 weights. Under ZeRO 1 to 3 DeepSpeed keeps one more fp32 copy of
 the trained weights, split over the workers, although they are fp32 already. Sources: ``learner/engine.py``, DeepSpeed
 0.19.8 ``runtime/zero/stage_1_and_2.py`` and ``stage3.py``, diffusers' ``JointTransformerBlock``, transformers'
-``Qwen2_5_VLDecoderLayer``; which tensors autograd keeps was read off its hooks (``tests/planning/test_plan.py``).
+``Qwen2_5_VLDecoderLayer``; autograd's hooks showed which tensors it keeps (``tests/planning/test_plan.py``).
 
 Left out: the allocator's fragmentation, CUDA context and NCCL (see ``usable``), and passes without gradient (VAE,
-visual tower), whose tensors are gone before those counted here exist.
+visual tower), whose tensors are freed before those counted here exist.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 FP32 = 4
-BUCKET = 4 * 500_000_000  # reduce_bucket_size and allgather_bucket_size, DeepSpeed's default, always of full size
-LIVE = 1_000_000_000  # stage3_max_live_parameters: most parameters ZeRO-3 holds gathered
-PREFETCH = 50_000_000  # stage3_prefetch_bucket_size: those it gathers ahead
+BUCKET = 4 * 500_000_000  # DeepSpeed's default reduce_bucket_size and allgather_bucket_size, allocated in full
+LIVE = 1_000_000_000  # stage3_max_live_parameters: the most parameters that ZeRO-3 keeps gathered
+PREFETCH = 50_000_000  # stage3_prefetch_bucket_size: parameters that ZeRO-3 gathers ahead
 PERSISTENT = 100_000  # stage3_param_persistence_threshold: smaller parameters stay whole
 
 
 def usable(gpu_gib: int) -> int:
-    """Bytes of a GPU that a plan may fill: less 2 GiB for CUDA context and NCCL, and 5 % that fragmentation takes.
+    """Bytes of a GPU that a plan may fill: less 5 % for fragmentation and 2 GiB for CUDA context and NCCL.
 
-    Both are experience from elsewhere, not measured here.
+    Both figures are experience from elsewhere, not measured here.
     """
     return int((gpu_gib * 0.95 - 2) * GIB)
 
 
-# ---- States: what lies in memory between two batches ----
+# ---- States: memory in use between two batches ----
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Sizes of a model's parameters in elements.
+    """Sizes of a model's parameters, in elements.
 
-    matrices, vectors: trained ones of 2 and more, and of fewer dimensions: the two groups of the optimizer.
-    frozen: those ZeRO-3 splits as well. whole: elements of frozen parts it does not (the VAE, buffers). reference:
-    of the KL reference, which the learner alone has, whole.
+    matrices, vectors: trained parameters with two or more dimensions, and with fewer; the two groups of the optimizer.
+    frozen: frozen parameters that ZeRO-3 splits too. whole: elements of frozen parts that ZeRO-3 does not split (the
+    VAE, buffers). reference: elements of the KL reference, which only the learner has, unsplit.
     """
 
     matrices: tuple[int, ...]
@@ -57,7 +57,7 @@ class Parameters:
 
     @classmethod
     def of(cls, model: UnifiedModel, stage: str) -> Parameters:
-        """Of a model, on any device, whose `stage` begins: that is what it trains from now on."""
+        """Sizes for a model on any device. Starts `stage` on the model, which now trains that stage's parameters."""
         trained = [parameter for _, parameter in model.trainable_parameters(stage)]
         in_vae = {id(parameter) for parameter in model.vae.parameters()}
         frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in in_vae]
@@ -79,12 +79,12 @@ class Parameters:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on each GPU between two batches, and what comes and goes with the optimizer step and the export.
+    """Bytes on each GPU between two batches, and bytes that come and go with the optimizer step and the export.
 
-    ``gradients`` are kept from the first micro-batch to the step. ``buffers``: communication, there during a batch.
-    ``step``: second copy of the gradients, AdamW's temporary, the all-gather. ``export``: the whole model, which every
-    rank loads before ZeRO-3 splits it and gathers again to write the result. ``host``: bytes of main memory a rank
-    needs for an offloaded optimizer.
+    ``gradients`` are kept from the first micro-batch to the step. ``buffers``: communication buffers, present during a
+    batch. ``step``: the largest of the gradients' second copy, AdamW's temporary and the all-gather. ``export``: the
+    whole model, which every rank loads before ZeRO-3 splits it, and gathers again to write the result. ``host``: main
+    memory that a rank needs for an offloaded optimizer.
     """
 
     frozen: int
@@ -108,11 +108,12 @@ def states(
 ) -> States:
     """Bytes of weights, gradients and optimizer on one of ``workers`` GPUs under ZeRO ``zero_stage``.
 
-    With T trained elements, in fp32: stage 0 keeps 4T weights, 4T gradients and 8T moments. Stages 1 and 2 flatten each
-    group, padded to a multiple of 2 x workers, and split a copy of it (4T/W) and its moments (8T/W); gradients are
-    4T whole in stage 1 (and a split copy at the step), in stage 2 the share of those parameters that begin, end or lie
-    in the rank's part. Stage 3 splits every parameter, rounded up, frozen ones too. An offloaded optimizer keeps copy,
-    moments and gradients in main memory (24 bytes an element: two buffers more for accumulating and for the way back).
+    For T trained fp32 elements on W workers, stage 0 keeps 4T weights, 4T gradients and 8T moments. Stages 1 and 2
+    flatten each optimizer group, pad it to a multiple of 2 x workers, and split a copy of it (4T/W) and its moments
+    (8T/W). In stage 1 the gradients stay whole (4T, and a split copy at the step). In stage 2 a rank keeps the
+    gradients of the parameters that begin, end or lie in its part. Stage 3 splits every parameter, rounded up,
+    including frozen ones. An offloaded optimizer keeps copy, moments and gradients in main memory: 24 bytes per
+    element, with two more buffers for accumulating and for the way back.
     """
     trained, share, whole = parameters.trained, 0, parameters.whole + parameters.reference
     if zero_stage == 0:
@@ -130,7 +131,7 @@ def states(
         weights = FP32 * share
         frozen = FP32 * (sum(math.ceil(n / workers) for n in parameters.frozen) + whole)
         everything = trained + sum(parameters.frozen)
-        # Persistent parameters are among the live ones as long as not everything fits.
+        # Persistent parameters count among the live ones, unless everything fits.
         buffers = BUCKET + FP32 * min(LIVE + PREFETCH, everything)
         export = FP32 * everything
         gradients = FP32 * share
@@ -142,7 +143,7 @@ def states(
         # Stage 2 accumulates into one split copy while the next backward fills another.
         gradients = FP32 * trained if zero_stage == 1 else FP32 * share
         buffers += 0 if zero_stage == 1 else FP32 * share
-    step = max(FP32 * share, BUCKET)  # the flattened gradients, then AdamW's temporary in their place, then all-gather
+    step = max(FP32 * share, BUCKET)  # in turn: flattened gradients, AdamW's temporary, all-gather
     ema_bytes = ema * (FP32 * share if zero_stage == 3 else FP32 * trained)
     if offload_optimizer:
         kept = FP32 * trained if zero_stage == 1 else 0
@@ -159,11 +160,12 @@ def _padded(count: int, unit: int) -> int:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Bytes of a number, by where it occurs. Autocast decides them, and not the same way on every device.
+    """Bytes per number, by where the number occurs. They depend on autocast, which differs between devices.
 
-    matrix: inputs and outputs of linear layers. norm: of LayerNorm (CUDA's autocast runs it in fp32). attention:
-    query, key and value as the attention kernel keeps them (``models.attention.attend``: fp32 on a CPU). dropout: its
-    mask. casts: bf16 copies the q, k and v projections make of one fp32 input.
+    matrix: inputs and outputs of linear layers. norm: inputs and outputs of LayerNorm (CUDA's autocast runs it in
+    fp32).
+    attention: query, key and value as the attention kernel keeps them (``models.attention.attend``: fp32 on a CPU).
+    dropout: the dropout mask. casts: how many bf16 copies the q, k and v projections make of one fp32 input.
     """
 
     matrix: int
@@ -174,7 +176,7 @@ class Numbers:
 
     @property
     def cast(self) -> int:
-        """Of the bf16 copy that autocast makes of a weight; 0 when the weight itself is used."""
+        """Bytes per number of the bf16 copy that autocast makes of a weight; 0 if the weight itself is used."""
         return self.matrix if self.matrix < FP32 else 0
 
 
@@ -185,24 +187,25 @@ CPU_FP32 = Numbers(matrix=4, norm=4, attention=4, dropout=4, casts=1)
 
 
 def _attention(n: Numbers, trained: bool, joint: bool) -> int:
-    """Bytes for each channel of a token in an SD3 attention, from the projections' inputs to its output projection.
+    """Bytes per channel of a token in an SD3 attention, from the projections' inputs to the output projection.
 
-    q and k: the projection's output, RMSNorm's fp32 copy of it (if it is not fp32 already), the product its trained
-    weight multiplies, and what the kernel keeps. v and the output: what the kernel keeps. Of the output the joint
-    attention slices off a copy for its projection. The S x S matrix is never kept.
+    q and k each keep the projection's output, RMSNorm's fp32 copy of it (unless it is fp32 already), the product that
+    the norm's trained weight multiplies, and the kernel's input. v and the output keep what the kernel keeps. The joint
+    attention also slices off a copy of the output for its projection. The S x S matrix is never kept.
     """
     normed = n.matrix + (FP32 if n.matrix < FP32 else 0) + (FP32 if trained else 0) + n.attention
     kept = 2 * normed + 2 * n.attention
     if trained:
         copied = n.matrix if joint or n.attention != n.matrix else 0
         kept += n.casts * n.matrix + copied
-    return kept + n.matrix  # the gate multiplies the projected output
+    return kept + n.matrix  # the projected output, which the gate multiplies
 
 
 def _stream(n: Numbers, trained: bool, dual: bool, width: int) -> int:
-    """Bytes a token of one stream (image or context) costs in a joint block: two LayerNorms, attention, MLP of 4."""
-    norms = 4 * n.norm  # input and output, twice: the modulation multiplies the output
-    mlp = 4 * n.matrix + n.matrix + (n.matrix + 4 * n.matrix if trained else 0)  # GELU's input, output; linears' inputs
+    """Bytes per token of one stream (image or context) in a joint block: two LayerNorms, attention, 4x wide MLP."""
+    norms = 4 * n.norm  # input and output of two norms; the modulation multiplies the output
+    # GELU's input and the MLP's output; if trained, also the inputs of both linear layers.
+    mlp = 4 * n.matrix + n.matrix + (n.matrix + 4 * n.matrix if trained else 0)
     total = norms + mlp + _attention(n, trained, joint=True)
     return width * (total + (_attention(n, trained, joint=False) if dual else 0))
 
@@ -217,12 +220,12 @@ def dit_activations(
     trained: bool,
     checkpointing: bool,
 ) -> int:
-    """Bytes the DiT keeps for the backward pass of one micro-batch.
+    """Bytes that the DiT keeps for the backward pass of one micro-batch.
 
     image_tokens: targets and references of one sample; context_tokens: its prompt, image and think tokens. Without
-    ``trained`` the gradient only passes through: linear layers keep no inputs, but those of frozen weights keep the
-    bf16 copy that autocast has made, counted here because nothing else holds it. With checkpointing
-    a block keeps its two inputs, and one block at a time is computed again.
+    ``trained`` the gradient only passes through. Frozen linear layers then keep no inputs, but the bf16 copies of their
+    weights that autocast has made, which are counted here because nothing else holds them. With checkpointing, a block
+    keeps its two inputs, and one block at a time is computed again.
     """
     dit = architecture.transformer
     width = dit["num_attention_heads"] * dit["attention_head_dim"]
@@ -230,7 +233,7 @@ def dit_activations(
     image, context = batch * image_tokens, batch * context_tokens
     plain_block = image * _stream(n, trained, False, width) + context * _stream(n, trained, False, width)
     dual_block = plain_block + image * width * _attention(n, trained, joint=False)
-    # The last block gives no context back: norm, projections and attention alone.
+    # The last block returns no context: its context side has only norm, projections and attention.
     last_context = 2 * n.norm + _attention(n, trained, joint=True) - n.matrix - (n.matrix if trained else 0)
     last = image * _stream(n, trained, False, width) + context * width * last_context
     casts = 0 if trained else n.cast * dit_linears(architecture)
@@ -242,7 +245,7 @@ def dit_activations(
 
 
 def dit_linears(architecture: Architecture) -> int:
-    """Elements of the weights of the DiT's linear layers, nearly all it has (modulation included)."""
+    """Elements of the weights of the DiT's linear layers (with modulation), which are nearly all its weights."""
     dit = architecture.transformer
     width = dit["num_attention_heads"] * dit["attention_head_dim"]
     layers, dual = dit["num_layers"], len(dit["dual_attention_layers"])
@@ -251,10 +254,10 @@ def dit_linears(architecture: Architecture) -> int:
 
 
 def bridge_activations(architecture: Architecture, n: Numbers, *, batch: int, context_tokens: int) -> int:
-    """Bytes the trained bridge keeps: connector blocks, which are never checkpointed, and the projectors' inputs.
+    """Bytes that the trained bridge keeps: connector blocks, which are never checkpointed, and the projectors' inputs.
 
-    A block, for each token: both LayerNorms' inputs, the projections' inputs, q, k, v and output of the attention, and
-    three of the MLP.
+    A block keeps, for each token: inputs of both LayerNorms, inputs of the projections, q, k, v and output of the
+    attention, and three tensors of the MLP.
     """
     hidden, mlp = architecture.connector_hidden, architecture.connector_mlp
     attention = 4 * n.attention + (n.matrix if n.attention != n.matrix else 0)
@@ -266,12 +269,13 @@ def bridge_activations(architecture: Architecture, n: Numbers, *, batch: int, co
 def vlm_activations(
     architecture: Architecture, n: Numbers, *, batch: int, context_tokens: int, lora_rank: int, checkpointing: bool
 ) -> int:
-    """Bytes the VLM's decoder keeps when a gradient passes through it: to the think tokens, or to its LoRA.
+    """Bytes that the VLM's decoder keeps when a gradient passes through it, to the think tokens or to its LoRA.
 
-    Its residual stream is fp32, for embeddings are. A layer, for each token: the inputs of both RMSNorms (fp32), q, k,
-    v (repeated to all heads) and output of the attention, three of the MLP's inner tensors. The base weights are
-    frozen: their layers keep no inputs, but autocast's copy of the weight. A LoRA keeps, for each of its seven layers,
-    dropout's mask, the input's copy and the rank's. Only layers below the deepest state the bridge reads run.
+    The residual stream is fp32, because embeddings are. A layer keeps, for each token: the inputs of both RMSNorms
+    (fp32), q, k, v (repeated to all heads) and output of the attention, and three inner tensors of the MLP. The base
+    weights are frozen: their layers keep no inputs, only autocast's copy of the weight. A LoRA keeps, for each of its
+    seven layers, the dropout mask, a copy of the input and the low-rank result. Only layers up to the deepest state
+    that the bridge reads run.
     """
     text = architecture.vlm["text_config"]
     hidden, mlp = text["hidden_size"], text["intermediate_size"]
@@ -287,7 +291,7 @@ def vlm_activations(
 
 
 def decoder_linears(architecture: Architecture) -> int:
-    """Elements of the weights of one decoder layer's seven linear layers."""
+    """Elements of the weights of the seven linear layers in one decoder layer."""
     text = architecture.vlm["text_config"]
     hidden = int(text["hidden_size"])
     kv = text["num_key_value_heads"] * hidden // text["num_attention_heads"]

@@ -1,23 +1,23 @@
 """Records of a run: MLflow, the local journal, pictures, tables and progress lines.
 
-Every number goes to `<run.dir>/<run.name>/metrics.jsonl` first and to MLflow in the background, so a tracking server
-that is away costs neither a metric nor a second of training. Names of metrics (MLflow groups them by what stands
-before the slash, the curves pick them by these names):
+Every number goes to `<run.dir>/<run.name>/metrics.jsonl` first and to MLflow in the background, so an unreachable
+tracking server costs neither a metric nor a second of training. Metric names (MLflow groups them by the part before the
+slash, the curves select them by name):
 
 | name | meaning |
 |---|---|
 | reward/<name>, reward/total                  | mean raw score of the step's samples; weighted over the rewards |
 | reward_normalised/<name>                     | mean absolute advantage part of this reward after normalisation |
-| reward_missing/<name>                        | scores that could not be had in this step |
+| reward_missing/<name>                        | missing scores in this step |
 | advantage/std, advantage/zero_spread/<name>  | spread of advantages, share of groups without spread |
 | policy/ratio_{mean,max,deviation_max}        | probability ratio of the update, largest distance from 1 |
 | policy/clip_share, policy/kl                 | share of clipped samples, KL to the reference |
 | policy/staleness_max                         | steps between the policy that drew and the one that learns |
 | loss/total, loss/policy, loss/kl, loss/sft, loss/flow_matching | losses |
-| data/quarantined_sum, data/quarantined_{prompts,heldout} | training records of the step, prompts left out of the run |
+| data/quarantined_sum, data/quarantined_{prompts,heldout} | bad training records of the step, prompts left out |
 | train/grad_norm, train/learning_rate         | optimizer |
-| time/<phase>_s                               | seconds per phase; reward: waited for after the last image |
+| time/<phase>_s                               | seconds per phase; reward: the wait after the last image |
 | throughput/images_per_s, throughput/rollout_images_per_s | images per second, trained on and drawn |
-| pool/<reward>/<counter>, rollout/restarts    | what the reward pools and the rollout fleet counted |
+| pool/<reward>/<counter>, rollout/restarts    | counters of the reward pools and the rollout fleet |
 | eval/<reward>, eval/total                    | mean on the fixed held-out prompts |
 """

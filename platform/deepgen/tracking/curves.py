@@ -24,7 +24,7 @@ Series = dict[str, tuple[list[int], list[float]]]
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: title and the metrics in it (a pattern for the whole name; its group, if any, becomes the label)."""
+    """One plot: its title and its metrics (a pattern for the whole name; its group, if any, becomes the label)."""
 
     title: str
     pattern: str
@@ -42,11 +42,11 @@ PANELS = (
     Panel("gradient norm", r"train/(grad_norm)", log=True),
 )
 _LOG_RANGE = 20
-_SMOOTHING_SPAN = 10  # steps: half of the weight of the thick line lies within about this many
+_SMOOTHING_SPAN = 10  # recent steps that carry about 87 % of the weight in the thick line
 
 
 def record_curves(settings: Settings, stage: str) -> str:
-    """Draw the curves of a run that has ended and attach them to its MLflow run; lines that say where both are."""
+    """Draw the curves of a finished run and attach them to its MLflow run. Returns lines that say where both are."""
     folder = settings.run.folder
     with Tracker(settings, stage, attach=True) as tracker:
         lines = [f"MLflow: {tracker.where()}"]
@@ -59,7 +59,7 @@ def record_curves(settings: Settings, stage: str) -> str:
 def draw_curves(metrics: Path, output: Path, *, title: str = "", panels: tuple[Panel, ...] = PANELS) -> bool:
     """Draw the panels that have data from `metrics` (metrics.jsonl) into `output` (PNG).
 
-    Thin line: the values; thick line: their exponential average. Returns False, and writes nothing, when there is
+    Thin lines are the values, thick lines their exponential average. Returns False, and writes nothing, if there is
     nothing to draw.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display, no global state

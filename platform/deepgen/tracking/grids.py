@@ -1,4 +1,4 @@
-"""Pictures of samples for people: grids with captions and scores, and before/after comparisons.
+"""Pictures of samples: grids with captions and scores, and before/after comparisons.
 
 Text is set in DejaVu Sans from matplotlib's wheel, so pictures look the same on every machine.
 """
@@ -27,7 +27,7 @@ _SAME = 0.01  # smaller changes get no colour
 
 @dataclass(frozen=True)
 class GridRow:
-    """One prompt of a before/after grid. Scores are the means over the prompt's samples; None = could not be had."""
+    """One prompt of a before/after grid. Scores are the means over the prompt's samples; None = missing."""
 
     prompt: str
     before: Sequence[Picture]
@@ -48,10 +48,10 @@ def image_grid(
     sources: Sequence[Picture | None] | None = None,
     cell: int = 160,
 ) -> Image.Image:
-    """Pictures in `columns` columns, each with its caption (wrapped, at most 3 lines) and a line per score.
+    """Pictures in `columns` columns, each with its caption (wrapped, at most 3 lines) and one line per score.
 
-    sources: per picture the image it was edited from, shown small beside the caption, or None.
-    cell: edge of a picture in the grid, pixels. Raises ValueError when the sequences' lengths differ.
+    sources: for each picture, the image it was edited from (shown small beside the caption) or None.
+    cell: edge of a picture in the grid, in pixels. Raises ValueError if the sequences differ in length.
     """
     count = len(images)
     tables = [{} for _ in images] if scores is None else list(scores)
@@ -77,7 +77,7 @@ def image_grid(
 def before_after_grid(
     path: Path, rows: Sequence[GridRow], *, title: str = "Before and after", subtitle: str = "", cell: int = 128
 ) -> Image.Image:
-    """Draw one line per prompt: prompt, source image (edits), samples before, samples after, mean scores. Saves a PNG.
+    """Draw one line per prompt: prompt, source image (edits), samples before, samples after, mean scores. Save as PNG.
 
     Raises ValueError without rows.
     """
@@ -105,7 +105,7 @@ def before_after_grid(
 
 @cache
 def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans of `size` pixels."""
+    """DejaVu Sans at `size` pixels."""
     package = find_spec("matplotlib")
     if package is None or not package.submodule_search_locations:
         raise RuntimeError("matplotlib is not installed; its fonts draw the grids (it comes with mlflow)")
@@ -114,7 +114,7 @@ def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def wrap(text: str, width: float, face: ImageFont.FreeTypeFont, max_lines: int = 3) -> list[str]:
-    """Lines of at most `width` pixels; words too long are broken; what does not fit ends in an ellipsis."""
+    """Lines of at most `width` pixels. Long words are broken; text that does not fit ends in an ellipsis."""
     lines: list[str] = []
     current = ""
     for word in text.split():
@@ -139,7 +139,7 @@ def wrap(text: str, width: float, face: ImageFont.FreeTypeFont, max_lines: int =
 
 
 def fit(picture: Picture, cell: int) -> Image.Image:
-    """The picture as RGB, scaled (Lanczos) to fit a square of `cell` pixels, aspect kept."""
+    """The picture as RGB, scaled (Lanczos) to fit a square of `cell` pixels, with its aspect kept."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     image = image.convert("RGB")
     scale = cell / max(image.size)
@@ -151,7 +151,7 @@ def fit(picture: Picture, cell: int) -> Image.Image:
 
 
 def _card(picture: Picture, caption: str, scores: Scores, source: Picture | None, cell: int) -> Image.Image:
-    """Picture, caption and scores stacked, `cell` wide."""
+    """Picture, caption and scores, stacked, `cell` pixels wide."""
     thumb = 0 if source is None else cell // 3
     text_width = cell - (thumb + 8 if thumb else 0)
     lines = wrap(caption, text_width, font(_SMALL_SIZE))
@@ -179,7 +179,7 @@ def _card(picture: Picture, caption: str, scores: Scores, source: Picture | None
 
 @dataclass(frozen=True)
 class _Layout:
-    """Left edges of the columns, pixels."""
+    """Left edges of the columns, in pixels."""
 
     cell: int
     prompt_width: int

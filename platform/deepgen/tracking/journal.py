@@ -1,8 +1,8 @@
-"""The run's own record of its metrics: `metrics.jsonl`, one JSON object a line.
+"""The run's own record of its metrics: `metrics.jsonl`, one JSON object per line.
 
-A line is `{"step": 3, "time": 1795365066.5, "metrics": {"reward/judge": 0.61}, "skipped": ["reward/ocr"]}`. Values that
-do not exist (None, NaN, infinite) stand under `skipped`, never as 0. The file is the source of plots and of what is
-sent to MLflow again after a change of server.
+A line is `{"step": 3, "time": 1795365066.5, "metrics": {"reward/judge": 0.61}, "skipped": ["reward/ocr"]}`. Keys
+without a value (None, NaN, infinite) are listed under `skipped`, never written as 0. Plots are drawn from this file.
+After a change of server, its entries are sent to MLflow again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Entry:
 
 
 def make_entry(step: int, time: float, values: Mapping[str, Any]) -> Entry:
-    """Split `values` into finite floats and the keys that have none. Numbers may be Python, numpy or torch scalars."""
+    """Split `values` into finite floats and keys without a value. Numbers may be Python, numpy or torch scalars."""
     metrics, skipped = {}, []
     for key, value in values.items():
         number = math.nan if value is None else float(value)
@@ -40,7 +40,7 @@ def make_entry(step: int, time: float, values: Mapping[str, Any]) -> Entry:
 
 
 class Journal:
-    """Appends entries to `<folder>/metrics.jsonl`. Unless `resume`, an older file is moved aside, never overwritten."""
+    """Appends entries to `<folder>/metrics.jsonl`. Without `resume`, an older file is moved, never overwritten."""
 
     def __init__(self, folder: Path, *, resume: bool) -> None:
         self.path = folder / FILE_NAME
@@ -64,7 +64,7 @@ class Journal:
 
 
 def read_entries(path: Path) -> Iterator[Entry]:
-    """Entries in the order written. A line torn by a kill is passed over; it can only be the last of a process."""
+    """Entries in the order written. A line torn by a kill is skipped; only a process's last line can be torn."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             try:
@@ -75,9 +75,9 @@ def read_entries(path: Path) -> Iterator[Entry]:
 
 
 def read_series(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Per metric its steps in ascending order and the values.
+    """For each metric, its steps in ascending order and the values.
 
-    A step that was logged twice (a resumed run repeats the steps after its checkpoint) keeps the later value.
+    If a step was logged twice (a resumed run repeats the steps after its checkpoint), the later value counts.
     """
     values: dict[str, dict[int, float]] = {}
     for entry in read_entries(path):

@@ -1,9 +1,9 @@
 """Before/after table of a run: paired bootstrap over prompts.
 
-The same prompts are drawn before and after with the same seeds, so the difference is taken prompt by prompt and only
-prompts are resampled: several samples of one prompt are averaged first, they are not independent evidence. The interval
-is the percentile bootstrap with Hesterberg's correction for small samples ("What Teachers Should Know About the
-Bootstrap", 2015, section 3.3): without it 20 prompts give 93 % instead of 95 %. Left out: correction for looking at
+The same prompts are drawn before and after with the same seeds, so differences are taken prompt by prompt. Only prompts
+are resampled: the samples of one prompt are averaged first, because they are not independent evidence. The interval is
+the percentile bootstrap with Hesterberg's correction for small samples ("What Teachers Should Know About the
+Bootstrap", 2015, section 3.3): without it, 20 prompts give 93 % instead of 95 %. Left out: correction for looking at
 several rewards at once.
 """
 
@@ -28,12 +28,12 @@ TOTAL = "weighted total"
 ROSE, FELL, UNCLEAR, NO_DATA = "rose", "fell", "no clear change", "too few prompts"
 
 _Floats = npt.NDArray[np.float64]
-_CHUNK = 1 << 22  # resampled indices held at a time
+_CHUNK = 1 << 22  # resampled indices in memory at a time
 
 
 @dataclass(frozen=True)
 class Row:
-    """One reward before and after. Means, difference and interval are over prompts scored on both sides."""
+    """One reward before and after. Means, difference and interval use the prompts scored on both sides."""
 
     name: str
     before: float
@@ -42,12 +42,12 @@ class Row:
     low: float
     high: float
     prompts: int
-    missing_before: int  # samples whose score could not be had
+    missing_before: int  # samples whose score is missing
     missing_after: int
 
     @property
     def verdict(self) -> str:
-        """ROSE or FELL when the interval lies on one side of 0."""
+        """ROSE or FELL if the interval lies on one side of 0."""
         if math.isnan(self.low):
             return NO_DATA
         return ROSE if self.low > 0 else FELL if self.high < 0 else UNCLEAR
@@ -55,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows per reward, the weighted total last; how it was computed."""
+    """One row per reward, the weighted total last, and how they were computed."""
 
     rows: tuple[Row, ...]
     level: float
@@ -75,12 +75,12 @@ class Table:
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
     def to_markdown(self) -> str:
-        """The same table for documentation."""
+        """The same table in markdown, for documentation."""
         lines = [_HEADER, ("---", "---:", "---:", "---:", "---:", "---:", "---:", "---"), *map(_cells, self.rows)]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; values that do not exist are null."""
+        """Plain data for JSON. NaN becomes null."""
         rows = [{**_without_nan(asdict(row)), "verdict": row.verdict} for row in self.rows]
         return {"level": self.level, "seed": self.seed, "bootstrap_samples": self.bootstrap_samples, "rows": rows}
 
@@ -99,14 +99,14 @@ def paired_table(
 ) -> Table:
     """Compare scores of the same samples before and after training.
 
-    before, after: reward name to scores [N], NaN where a score could not be had or was not asked for.
-    weights: [N, K] per sample and reward, columns in the order of `before`; 0 = the reward does not apply to that
-        prompt, whose NaN then does not count as missing. None: every reward applies with weight 1.
+    before, after: reward name to scores [N], NaN where a score is missing or was not asked for.
+    weights: [N, K] per sample and reward, columns in the order of `before`. 0: the reward does not apply to that
+    prompt, and its NaN does not count as missing. None: every reward applies with weight 1.
     prompt_ids: [N], equal for samples of one prompt. None: every sample is a prompt of its own.
-    samples: bootstrap resamples; seed: of the resampling.
+    samples: number of bootstrap resamples; seed: seed of the resampling.
 
-    The weighted total of a prompt is the weighted mean of the rewards that were had on both sides, so that a missing
-    score neither counts as 0 nor compares two different mixtures. Raises ValueError on shapes that do not fit.
+    The weighted total of a prompt is the weighted mean of the rewards that have scores on both sides. A missing score
+    therefore neither counts as 0 nor makes the two sides different mixtures. Raises ValueError if shapes do not fit.
     """
     names = list(before)
     scores_before, scores_after = _stack(before, names), _stack(after, names)  # [N, K]
@@ -124,7 +124,7 @@ def paired_table(
         _row(name, b[:, k], a[:, k], (int(missing[0][k]), int(missing[1][k])), rng, samples)
         for k, name in enumerate(names)
     ]
-    shared = np.where(np.isnan(b) | np.isnan(a), 0.0, w)  # [P, K] weights of the rewards had on both sides
+    shared = np.where(np.isnan(b) | np.isnan(a), 0.0, w)  # [P, K] weights of the rewards with scores on both sides
     counts = (int(missing[0].sum()), int(missing[1].sum()))
     rows.append(_row(TOTAL, _weighted(b, shared), _weighted(a, shared), counts, rng, samples))
     return Table(tuple(rows), LEVEL, seed, samples)
@@ -147,7 +147,7 @@ def bootstrap_interval(values: npt.ArrayLike, rng: np.random.Generator, samples:
 
 
 def seeds_table(tables: Mapping[str, Table]) -> str:
-    """Markdown: one line per run (label to table), the change of each reward with its interval."""
+    """Markdown table with one line per run (label to table): the change of each reward with its interval."""
     names = list(dict.fromkeys(row.name for table in tables.values() for row in table.rows))
     lines = ["| run | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for label, table in tables.items():
@@ -158,7 +158,7 @@ def seeds_table(tables: Mapping[str, Table]) -> str:
 
 
 def load_table(path: Path) -> Table:
-    """Read what `save_json` wrote. Raises UserError naming the file when it is missing or something else."""
+    """Read what `save_json` wrote. Raises UserError naming the file if it is missing or is something else."""
     try:
         data = json.loads(path.read_text())
         return Table(
@@ -216,7 +216,7 @@ def _stack(scores: Mapping[str, npt.ArrayLike], names: list[str]) -> _Floats:
 
 
 def _groups(prompt_ids: Sequence[Any] | None, n: int) -> npt.NDArray[np.intp]:
-    """[N] index of each sample's prompt, numbered in order of first appearance."""
+    """Index [N] of each sample's prompt, numbered in order of first appearance."""
     if prompt_ids is None:
         return np.arange(n)
     if len(prompt_ids) != n:
@@ -226,7 +226,7 @@ def _groups(prompt_ids: Sequence[Any] | None, n: int) -> npt.NDArray[np.intp]:
 
 
 def _per_prompt(values: _Floats, groups: npt.NDArray[np.intp]) -> _Floats:
-    """[N, K] -> [P, K] mean over each prompt's existing values, NaN where none exists."""
+    """[N, K] -> [P, K]: mean over each prompt's existing values, NaN if there are none."""
     prompts = int(groups.max()) + 1 if groups.size else 0
     exists = ~np.isnan(values)
     sums, counts = np.zeros((prompts, values.shape[1])), np.zeros((prompts, values.shape[1]))
@@ -236,7 +236,7 @@ def _per_prompt(values: _Floats, groups: npt.NDArray[np.intp]) -> _Floats:
 
 
 def _weighted(values: _Floats, weights: _Floats) -> _Floats:
-    """[P] weighted mean of `values` [P, K]; NaN where all weights are 0."""
+    """Weighted mean [P] of `values` [P, K]; NaN where all weights are 0."""
     total = weights.sum(axis=1)
     sums = np.where(weights > 0, np.nan_to_num(values) * weights, 0.0).sum(axis=1)
     return np.where(total > 0, sums / np.where(total > 0, total, 1.0), np.nan)
@@ -252,7 +252,7 @@ def _row(name: str, b: _Floats, a: _Floats, missing: tuple[int, int], rng: np.ra
 
 
 def _corrected_tail(n: int) -> float:
-    """Share cut off on each side so that n values give the nominal level: Φ(-√(n/(n-1)) · t_{n-1})."""
+    """Share to cut off on each side so that n values give the nominal level: Φ(-√(n/(n-1)) · t_{n-1})."""
     from scipy import stats
 
     t = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1))

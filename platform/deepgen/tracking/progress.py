@@ -1,4 +1,4 @@
-"""Lines for the console: where a run is, how fast it goes, how long it still takes."""
+"""Console lines of a run: its progress, its speed and the time left."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-_WINDOW = 20  # steps the estimate looks back on
+_WINDOW = 20  # recent steps in the estimate
 
 
 class Progress:
     """Estimates the time left of a run of `total` steps that begins after `start` finished ones (a resumed run).
 
-    The estimate is the median of the last steps times the steps left: a first step that loads and warms up, or one with
-    an evaluation in it, does not throw it off.
+    The estimate is the median duration of the last steps times the number of steps left. A first step that loads and
+    warms up, or a step with an evaluation, does not distort it.
     """
 
     def __init__(self, total: int, start: int = 0, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -29,7 +29,7 @@ class Progress:
     def line(self, step: int, fields: Mapping[str, float | int | str | None]) -> str:
         """Text for `step` finished steps, e.g. `step 12/60  judge 0.612  clip 0.310  8.4 s/step  6:43 left`.
 
-        Fields that are None or NaN show as `-`: a value that does not exist is not 0.
+        Fields that are None or NaN show as `-`: a missing value is not 0.
         """
         now = self._clock()
         if step > self._step:
@@ -68,15 +68,15 @@ class Phases:
             self.add(name, self._clock() - begin)
 
     def add(self, name: str, seconds: float) -> None:
-        """Count seconds that were measured elsewhere, e.g. inside an actor."""
+        """Add seconds that were measured elsewhere, e.g. inside an actor."""
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def seconds(self) -> dict[str, float]:
-        """Phase name to seconds since the last `take`."""
+        """Seconds of each phase since the last `take`."""
         return dict(self._seconds)
 
     def take(self) -> dict[str, float]:
-        """Metrics `time/<phase>_s` of the step that ends, and begin anew."""
+        """Metrics `time/<phase>_s` of the step that ends. The next step starts from 0."""
         metrics = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         self._seconds = {}
         return metrics

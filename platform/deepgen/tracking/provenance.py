@@ -1,4 +1,4 @@
-"""What a run was made with: package versions, git commit, host."""
+"""Provenance of a run: package versions, git commit, host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GIT_DEADLINE_S = 10.0
 
 
 def checkout_root() -> Path:
-    """Folder the running code lies in: the root of the checkout or of the submitted copy."""
+    """Root folder of the running code: the checkout, or the submitted copy of it."""
     return Path(__file__).resolve().parents[3]
 
 
@@ -32,8 +32,8 @@ def package_versions() -> dict[str, str]:
 def git_state(root: Path | None = None) -> dict[str, str]:
     """Tags `git.commit` and `git.dirty` of the checkout at `root` (default: the running code's).
 
-    Both are "unknown" where there is no git program or `root` is not the top of a checkout: a copy submitted to a
-    cluster may lie inside somebody else's checkout, whose commit would be a lie.
+    Both are "unknown" if there is no git program or `root` is not the top of a checkout: a copy submitted to a cluster
+    may lie inside another checkout, whose commit would be wrong.
     """
     folder = checkout_root() if root is None else root
     top = _git(folder, "rev-parse", "--show-toplevel")
@@ -47,7 +47,7 @@ def git_state(root: Path | None = None) -> dict[str, str]:
 
 
 def run_tags(stage: str) -> dict[str, str]:
-    """All tags of a run: versions, git state, stage, host, and the ones MLflow's page shows in its own columns."""
+    """All tags of a run: versions, git state, stage, host, and those that fill columns of MLflow's page."""
     git = git_state()
     tags = {**package_versions(), **git, "stage": stage, "host": socket.gethostname()}
     tags |= {"mlflow.source.name": f"stages/{stage}.py", "mlflow.source.type": "LOCAL"}

@@ -1,4 +1,4 @@
-"""Background delivery to a tracking server: in order, batched, retried, never in the way of training."""
+"""Background delivery to a tracking server: in order, batched, with retries, without holding up training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RETRY_S = (1.0, 5.0, 15.0, 60.0)  # waits after the first, second, ... failure 
 
 
 class Item(Protocol):
-    """One delivery. `send` raises when it did not get through; `merge` takes in a later one, or says it cannot."""
+    """One delivery. `send` raises if it fails; `merge` absorbs a later item and returns True, or returns False."""
 
     def send(self) -> None: ...
 
@@ -28,7 +28,7 @@ class Item(Protocol):
 
 @dataclass
 class SenderCounts:
-    """What happened so far: attempts that failed, items refused for good (bad content), items still waiting."""
+    """Counts so far: failed attempts, items refused for good (bad content), items still waiting."""
 
     failed: int = 0
     refused: int = 0
@@ -39,9 +39,9 @@ class SenderCounts:
 class Sender:
     """A daemon thread that sends items one after the other.
 
-    An item that fails stays first in line and is tried again with growing pauses, so nothing arrives out of order and
-    nothing is lost while the process lives. `refused(error)` tells errors that no repetition can heal; such an item is
-    counted and left out.
+    An item that fails stays first in line and is retried with growing pauses. So nothing arrives out of order, and
+    nothing is lost while the process lives. `refused(error)` recognises errors that no retry can fix; such an item is
+    counted and dropped.
     """
 
     def __init__(self, refused: Callable[[Exception], bool], hint: str) -> None:
@@ -56,7 +56,7 @@ class Sender:
         self._thread.start()
 
     def put(self, item: Item) -> None:
-        """Hand over an item. Returns at once."""
+        """Hand over an item and return at once."""
         with self._lock:
             self._counts.pending += 1
         self._inbox.put(item)
@@ -66,14 +66,14 @@ class Sender:
             return SenderCounts(**vars(self._counts))
 
     def flush(self, deadline_s: float) -> bool:
-        """Wait until everything handed over so far was delivered or refused. False when the deadline passed first."""
+        """Wait until everything handed over so far is delivered or refused. False if the deadline passes first."""
         end = time.monotonic() + deadline_s
         while self.counts().pending and time.monotonic() < end:
             time.sleep(0.01)
         return self.counts().pending == 0
 
     def close(self, deadline_s: float) -> int:
-        """Try what is left once more, without pauses, and stop. Returns the number of items not delivered."""
+        """Try the remaining items once more, without pauses, and stop. Returns the number of undelivered items."""
         self._closing.set()
         self._inbox.put(None)
         self._done.wait(deadline_s)

@@ -1,7 +1,7 @@
-"""One run's record: metrics, pictures and files to the run folder first, and to MLflow in the background.
+"""Records a run: metrics, pictures and files go to the run folder first, and to MLflow in the background.
 
 Left out on purpose: MLflow's global "active run" (two trackers in one process would mix), its own asynchronous queue
-(it logs out of order, gives up for good on the first error and can hold the exit for minutes) and its telemetry.
+(it logs out of order, gives up for good on the first error and can delay the exit by minutes) and its telemetry.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ _MAX_PARAM_LENGTH = 6000
 _REACH_DEADLINE_S = 10.0
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 _MAX_PARAMS_PER_REQUEST = 100
-# Errors of the content, not of the connection: sending the same thing again cannot help.
+# Errors in the content, not in the connection: sending the same thing again cannot help.
 _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"})
 
 
 class Tracker:
     """Records a run under `<settings.run.dir>/<settings.run.name>/` and in MLflow.
 
-    Use as a context manager, or call `start()` and `close()`. Where MLflow's data go: `settings.tracking.uri`, else the
-    environment's MLFLOW_TRACKING_URI, else `sqlite:///<run.dir>/mlflow.db` with artifacts in `<run.dir>/mlartifacts`.
-    With `settings.run.resume` the run whose id stands in `<run folder>/mlflow_run_id` goes on.
+    Use it as a context manager, or call `start()` and `close()`. MLflow's data go to `settings.tracking.uri`, else to
+    MLFLOW_TRACKING_URI from the environment, else to `sqlite:///<run.dir>/mlflow.db` with artifacts in
+    `<run.dir>/mlartifacts`. With `settings.run.resume`, the run whose id is in `<run folder>/mlflow_run_id` continues.
 
-    When two processes of one program record a run (the driver its evaluation, the learner its steps), the later one
-    passes `attach`: it goes on with the run the first one began. `log`, `log_images` and `log_file` never raise for a
-    tracker's trouble and never wait for a server; what went wrong is counted (`counts`) and warned about.
+    If two processes of one program record a run (the driver its evaluation, the learner its steps), the later one
+    passes `attach` and continues the run that the first one began. `log`, `log_images` and `log_file` never raise
+    because of tracking and never wait for a server; problems are counted (`counts`) and warned about.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Tracker:
     def start(self) -> Tracker:
         """Open the journal and begin or continue the MLflow run.
 
-        Raises UserError when the run folder cannot be written, or the tracking server does not answer in time.
+        Raises UserError if the run folder cannot be written, or the tracking server does not answer in time.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -105,9 +105,9 @@ class Tracker:
         self._send_entry(entry)
 
     def log_images(self, key: str, step: int, image: Image.Image | np.ndarray) -> None:
-        """Record a picture of step `step` (PIL, or uint8 [H, W, 3]); MLflow shows the pictures of one `key` by step.
+        """Record a picture of step `step` (PIL, or uint8 [H, W, 3]). MLflow shows the pictures of one `key` by step.
 
-        A copy lies in `<run folder>/images/<key>-<step>.png`.
+        A copy goes to `<run folder>/images/<key>-<step>.png`.
         """
         name = _clean(key)
         picture = Image.fromarray(image.copy()) if isinstance(image, np.ndarray) else image.copy()
@@ -119,15 +119,15 @@ class Tracker:
         self._put(_FileItem(self._mlflow, self.run_id, Path(path)))
 
     def counts(self) -> SenderCounts:
-        """Failed attempts, refused records and records that still wait for the server."""
+        """Failed attempts, refused records, and records that still wait for the server."""
         return self._sender.counts() if self._sender else SenderCounts()
 
     def flush(self, deadline_s: float = CLOSE_DEADLINE_S) -> bool:
-        """Wait until the server has everything. False when `deadline_s` passed first."""
+        """Wait until the server has everything. False if `deadline_s` passes first."""
         return self._sender.flush(deadline_s) if self._sender else True
 
     def close(self, status: str = "FINISHED", *, deadline_s: float = CLOSE_DEADLINE_S) -> None:
-        """Deliver what waits and end the MLflow run as FINISHED, FAILED or KILLED. A second call does nothing."""
+        """Deliver waiting records and end the MLflow run as FINISHED, FAILED or KILLED. A second call does nothing."""
         if self._sender is None:
             return
         self._sender.put(_EndItem(self._mlflow, self.run_id, status))
@@ -141,7 +141,7 @@ class Tracker:
             logger.warning(message, undelivered, _shown(self.uri), error, self.folder / "metrics.jsonl")
 
     def where(self) -> str:
-        """One line that tells a person how to see the run's page."""
+        """One line that tells a person how to open the run's page."""
         if self.uri.startswith("sqlite:"):
             here = CHECKOUT is not None and self.uri == f"sqlite:///{CHECKOUT / 'runs' / 'mlflow.db'}"
             return f"{'make ui   or: ' if here else ''}mlflow ui --backend-store-uri {self.uri}"
@@ -163,7 +163,7 @@ class Tracker:
 
     def _mlflow(self) -> MlflowClient:
         if self._client is None:
-            from mlflow import MlflowClient  # 1.3 s: only where a run is recorded
+            from mlflow import MlflowClient  # takes 1.3 s, so only where a run is recorded
 
             self._client = MlflowClient(tracking_uri=self.uri)
         return self._client
@@ -195,7 +195,7 @@ class Tracker:
         if experiment is None:
             try:
                 return str(client.create_experiment(name, artifact_location=self._artifacts()))
-            except MlflowException:  # another run of the same second may have made it
+            except MlflowException:  # another run may just have made it
                 experiment = client.get_experiment_by_name(name)
                 if experiment is None:
                     raise
@@ -204,14 +204,17 @@ class Tracker:
         return str(experiment.experiment_id)
 
     def _artifacts(self) -> str | None:
-        """Where pictures go: beside the sqlite file; with a server, where the server says (None)."""
+        """Folder for pictures, beside the sqlite file; None with a server, which decides itself."""
         if not self.uri.startswith("sqlite:"):
             return None
         return (Path(self._settings.run.dir).resolve() / "mlartifacts").as_uri()
 
     def _describe(self, *, resumed: bool) -> None:
-        """Settings as parameters, provenance as tags. A resumed run keeps its first parameters, which MLflow does not
-        let change; a setting that differs now becomes a tag `resumed.<key>`."""
+        """Log settings as parameters and provenance as tags.
+
+        A resumed run keeps its first parameters, because MLflow does not let them change. A setting that differs now
+        becomes a tag `resumed.<key>`.
+        """
         from mlflow.entities import Param, RunTag
 
         client = self._mlflow()
@@ -256,13 +259,13 @@ class Tracker:
 
 
 def tracking_uri(settings: Settings) -> str:
-    """The MLflow address in force: setting, environment, or a sqlite file (absolute path) in `run.dir`."""
+    """The MLflow address in use: from the setting, the environment, or a sqlite file (absolute path) in `run.dir`."""
     given = settings.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     return given or f"sqlite:///{Path(settings.run.dir).resolve() / 'mlflow.db'}"
 
 
 def check_tracking(settings: Settings) -> None:
-    """Raise UserError when the address is none MLflow knows, or nobody answers there; before anything starts."""
+    """Raise UserError if MLflow does not know the kind of address or no server answers. For use before the start."""
     uri, key = tracking_uri(settings), _uri_key(settings)
     parts = urlsplit(uri)
     if parts.scheme.partition("+")[0] not in _SCHEMES:
@@ -280,13 +283,13 @@ def check_tracking(settings: Settings) -> None:
 
 
 def _uri_key(settings: Settings) -> str:
-    """Where the address comes from."""
+    """Name of the setting or variable that the address comes from."""
     given = settings.tracking.uri or not os.environ.get("MLFLOW_TRACKING_URI")
     return "tracking.uri" if given else "MLFLOW_TRACKING_URI"
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as {"run.seed": "0", ...}; values as text."""
+    """Nested settings as {"run.seed": "0", ...}, with all values as text."""
     flat: dict[str, str] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
@@ -327,7 +330,7 @@ class _ImageItem:
     step: int
     timestamp: int
     path: Path
-    image: Image.Image | None  # None once it lies in `path`: a long outage must not fill the memory
+    image: Image.Image | None  # None once saved to `path`: a long outage must not fill the memory
 
     def send(self) -> None:
         if self.image is not None:
@@ -372,7 +375,7 @@ class _EndItem:
 
 
 def _call_with_deadline(function: Callable[[], list[Entry]], deadline_s: float, failure: str) -> list[Entry]:
-    """Run `function` in a daemon thread, so that a server that accepts and never answers cannot hold the program."""
+    """Run `function` in a daemon thread, so that a server that accepts but never answers cannot block the program."""
     result: list[list[Entry]] = []
     errors: list[Exception] = []
 
@@ -396,7 +399,10 @@ def _call_with_deadline(function: Callable[[], list[Entry]], deadline_s: float, 
 
 
 def _quiet_mlflow() -> None:
-    """No telemetry, short timeouts (MLflow's own defaults hold an unreachable server for minutes), no migration log."""
+    """Turn off MLflow's telemetry and migration log, and shorten its timeouts.
+
+    With MLflow's default timeouts, an unreachable server would hold up the program for minutes.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -404,7 +410,7 @@ def _quiet_mlflow() -> None:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("mlflow.store.db.utils", "urllib3.connectionpool"):  # every failure, at length; the sender says it
+    for name in ("mlflow.store.db.utils", "urllib3.connectionpool"):  # too wordy; the sender reports failures
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
@@ -430,7 +436,7 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 def _clean(key: str) -> str:
-    """A key that MLflow takes: letters, digits, `_`, `-`, `.`, `/` and spaces."""
+    """A key that MLflow accepts: only letters, digits, `_`, `-`, `.`, `/` and spaces."""
     return re.sub(r"[^\w./ -]", "_", key, flags=re.ASCII)
 
 
@@ -439,7 +445,7 @@ def _shown(uri: str) -> str:
 
 
 def _mask(text: str) -> str:
-    """Passwords in addresses do not belong into messages."""
+    """Hide the passwords in addresses, for messages."""
     return re.sub(r"(://[^:/@\s]+:)[^@/\s]+@", r"\1***@", text)
 
 

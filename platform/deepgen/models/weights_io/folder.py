@@ -140,7 +140,7 @@ def load_bridge(bridge: Bridge, folder: Path) -> None:
 
 
 def load_lora(vlm: Qwen2_5_VLForConditionalGeneration, folder: Path, wanted: LoraSettings | None = None) -> None:
-    """Attach the adapter of a peft folder. It must have the rank and alpha of `wanted`; None means no dropout."""
+    """Attach the adapter of a peft folder. Rank and alpha must match `wanted`; None accepts any, without dropout."""
     if not (folder / "adapter_config.json").exists():
         raise UserError(f"model.weights: {folder / 'adapter_config.json'} does not exist")
     config = LoraConfig.from_pretrained(str(folder))
