@@ -233,6 +233,7 @@ def test_a_damaged_row_group_is_named(tmp_path):
 
 def test_what_pillow_raises_is_a_reason(monkeypatch):
     data = picture(kind="BMP")
+    Image.init()  # imports Pillow's plugins, one of which loads an image meanwhile
 
     def raises(error: Exception):
         def load(self):
