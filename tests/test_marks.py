@@ -1,4 +1,4 @@
-"""The guard that keeps processes out of the fast loop sees every way to start one."""
+"""The guard that keeps processes out of `make test-fast` notices every way to start one."""
 
 from __future__ import annotations
 
