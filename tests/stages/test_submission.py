@@ -38,8 +38,8 @@ def look():
     for name in {PACKAGES!r}:
         module = importlib.import_module(name)
         found[name] = [module.__file__, getattr(module, "{MARK}", None)]
-    import deepgen.config.schema.paths
-    found["deepgen.config.schema.paths"] = [deepgen.config.schema.paths.__file__, None]
+    import deepgen.config.recipes
+    found["deepgen.config.recipes"] = [deepgen.config.recipes.__file__, None]
     return found
 
 ray.init(log_to_driver=False)
@@ -177,8 +177,8 @@ def test_submitted_copy_is_imported(submission: Submission, process: str, name: 
 @pytest.mark.parametrize("process", ["driver", "worker"])
 def test_submodules_come_from_the_submitted_copy(submission: Submission, process: str) -> None:
     places = submission.places[process]
-    package, submodule = Path(places["deepgen"][0]).parent, Path(places["deepgen.config.schema.paths"][0])
-    assert submodule == package / "config" / "paths.py"
+    package, submodule = Path(places["deepgen"][0]).parent, Path(places["deepgen.config.recipes"][0])
+    assert submodule == package / "config" / "recipes.py"
 
 
 @pytest.mark.ray
