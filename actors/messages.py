@@ -18,7 +18,7 @@ from deepgen.config import Settings
 from deepgen.data.records import Record
 
 Arrays = dict[str, np.ndarray]
-Filled = Any  # an array once its part of the way is done, None before
+Filled = Any  # None until the group reaches the stage that fills it
 
 
 # -- generate → score → advantage ------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ class RankBatch:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """Held-out prompts to draw: `samples` images each, from noise seeded with `seed`, by the ODE without further noise.
+    """Held-out prompts to draw: `samples` images each, by the ODE, whose only noise is the start noise from `seed`.
 
     folder: component folder to load the policy from; it must hold the published version unless `averaged` is set.
     Stream → rollout actor.

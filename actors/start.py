@@ -43,7 +43,7 @@ def start_stream(
 
 
 def learner_parts(stream: Any) -> Callable[[WorkerContext], Parts]:
-    """The `build` function of a `LearnerJob` (`actors.messages`); makes source and objective in a learner worker."""
+    """The `build` function of a `LearnerJob` (`actors.messages`). It makes source and objective in a learner worker."""
     return functools.partial(_learner_parts, stream)
 
 

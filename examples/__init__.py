@@ -1,1 +1,1 @@
-"""What people add of their own, small enough to copy. The tests run all of it."""
+"""Small examples of user code, made to be copied. The tests run all of them."""

@@ -18,10 +18,10 @@ __all__ = [
 
 
 def build_reward(pool: PoolSettings) -> Reward:
-    """Build the reward of a pool in this process.
+    """Build a pool's reward in this process.
 
     Raises:
-        UserError: missing folder, unusable weights, or whatever else the reward refuses.
+        UserError: a folder is missing, its weights are unusable, or the reward rejects its options.
     """
     reward = pool.reward_class()
     built: Reward = reward(pool) if hasattr(reward, "Options") else reward()
@@ -29,6 +29,6 @@ def build_reward(pool: PoolSettings) -> Reward:
 
 
 def applies(pool: PoolSettings, request: RewardRequest) -> bool:
-    """Whether the reward of a pool can say anything about a request."""
+    """Whether the pool's reward can score this request."""
     reward = pool.reward_class()
     return bool(reward.applies(request)) if hasattr(reward, "applies") else True

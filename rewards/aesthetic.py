@@ -1,6 +1,6 @@
-"""Aesthetic reward: how good an image looks, by a small head over CLIP (M3.8 f).
+"""Aesthetic reward: how good an image looks, scored by a small head over CLIP (M3.8 f).
 
-What its folder holds is said in `rewards.aesthetic_head`.
+`rewards.aesthetic_head` describes the files in its folder.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ LOWEST, HIGHEST = 1.0, 10.0
 
 
 class AestheticReward:
-    """How good the image looks, 0..1, whatever the prompt asks for: the head's 1..10, stretched to the others' scale.
+    """How good the image looks, 0..1, whatever the prompt asks for. The head's scale of 1..10 is mapped to 0..1.
 
-    Weights then mean the same for every reward, also where rewards are summed before they are normalised (`grpo`).
-    Scores beyond the scale are cut: a head is only known to mean something where it was trained, and a policy that
-    finds a way to 14 has found a hole in it.
+    All rewards then share one scale, so weights mean the same for each of them even when rewards are summed before
+    they are normalised (`grpo`). Scores outside 1..10 are clamped: the head was trained only on that range, and a
+    policy that reaches 14 has found a flaw in the head.
     """
 
     class Options(PoolSettings):
@@ -30,7 +30,7 @@ class AestheticReward:
         self.predictor = AestheticPredictor(options.path, options.batch_size, key=options.dotted("path"))
 
     def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
-        """One score in 0..1 a request."""
+        """One score in 0..1 per request."""
         if not requests:
             return []
         raw = self.predictor.predict([request.image for request in requests])

@@ -1,8 +1,8 @@
-"""The aesthetic reward's head: a few layers over unit-length CLIP image features, as LAION's predictor (M3.8 f).
+"""The aesthetic reward's head: a few layers over unit-length CLIP image features, like LAION's predictor (M3.8 f).
 
-Folder: `head.safetensors` and `config.json` with {"clip": folder of the CLIP, relative to this one; "in_features";
-"hidden": widths of hidden layers, [] for LAION's linear head; "activation": "none" or "gelu"}.
-LAION's own MLP has no activations: {"in_features": 768, "hidden": [1024, 128, 64, 16], "activation": "none"}.
+Its folder holds `head.safetensors` and `config.json`. The config is {"clip": the CLIP's folder, relative to this one;
+"in_features"; "hidden": widths of hidden layers, [] for LAION's linear head; "activation": "none" or "gelu"}.
+LAION's MLP has no activations: {"in_features": 768, "hidden": [1024, 128, 64, 16], "activation": "none"}.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class AestheticHead(nn.Module):
         self.activation: nn.Module = nn.GELU() if activation == "gelu" else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, in_features] -> [B], on the scale 1..10 as far as training took it there."""
+        """[B, in_features] -> scores [B]. Training teaches the scale 1..10; nothing enforces it here."""
         for layer in self.layers[:-1]:
             features = self.activation(layer(features))
         scores: Tensor = self.layers[-1](features)
@@ -50,9 +50,9 @@ class AestheticHead(nn.Module):
 
 
 def load_head(path: str | Path, *, key: str = "aesthetic head") -> tuple[AestheticHead, Path]:
-    """The head in a folder, and the folder of the CLIP that it was trained on.
+    """The head in a folder, and the folder of the CLIP it was trained on.
 
-    key: what to blame for a wrong folder, as in rewards.aesthetic.path.
+    key: setting that error messages name, such as rewards.aesthetic.path.
 
     Raises:
         UserError: a file is missing, or the weights do not fit the config.
@@ -72,7 +72,7 @@ def load_head(path: str | Path, *, key: str = "aesthetic head") -> tuple[Aesthet
 
 
 class AestheticPredictor:
-    """The head together with the CLIP it was trained on. Arguments and errors as those of `load_head`."""
+    """The head together with the CLIP it was trained on. Takes the arguments of `load_head` and raises its errors."""
 
     def __init__(self, path: str | Path, batch_size: int = 64, *, key: str = "aesthetic head") -> None:
         self.head, clip = load_head(path, key=key)

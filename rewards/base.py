@@ -1,7 +1,8 @@
-"""What a reward is: a plain class that turns requests into scores.
+"""The interface of a reward: a plain class that turns requests into scores.
 
-A reward knows nothing of Ray, retries or caches; `RewardPool` adds those. Every process that reads the settings imports
-its module, for the options it declares; only its replicas build it. So heavy imports belong into its constructor.
+A reward knows nothing about Ray, retries or caches; `RewardPool` adds those. Every process that reads the settings
+imports the reward's module to learn its options, but only the replicas build the reward. So put heavy imports in its
+constructor.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class RewardRequest:
 
     Attributes:
         prompt: what the user typed: caption, riddle or edit instruction.
-        answer: plain description of what the image should show; empty means that the prompt says it.
+        answer: plain description of what the image should show; if empty, the prompt describes it.
         task: one of `deepgen.config.settings.TASKS`.
         image: uint8 [H, W, 3], RGB.
         references: source images of an edit, uint8 [H, W, 3] each; empty for generation.
@@ -42,32 +43,36 @@ class RewardRequest:
 
 
 class RewardUnavailable(Exception):
-    """Raised by a reward whose scores can't be had just now (a service that does not answer, for example).
+    """Raised by a reward that cannot score right now, for example because a service does not answer.
 
-    The pool tries again and in the end reports the scores as missing. Every other exception of a reward is a bug and
-    ends the run.
+    The pool retries and finally reports the scores as missing. Any other exception from a reward is a bug and ends
+    the run.
     """
 
 
 class Reward(Protocol):
     """One scorer. Calls are not concurrent: a replica scores one batch at a time.
 
-    A class may have two more things. `Options`, a subclass of `deepgen.config.PoolSettings`, declares its options; the
-    constructor then gets the pool's settings, of that class, as its only argument (without `Options` it gets none), and
-    raises `UserError` for those it can't work with. `applies(request) -> bool`, a static method, says whether the
-    reward can say anything about a request; the pool never sends those it can't. Without it all are sent.
+    A reward class may define two more members:
+
+    `Options`, a subclass of `deepgen.config.PoolSettings`, declares the reward's options. The constructor then takes
+    one argument, the pool's settings as an `Options` object, and raises `UserError` for values it cannot use. Without
+    `Options` the constructor takes no arguments.
+
+    `applies(request) -> bool`, a static method, tells whether the reward can score a request. The pool skips requests
+    for which it returns False. Without `applies` the pool sends every request.
     """
 
     def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
-        """One score a request, in order; higher is better; None = could not be had (never 0 instead)."""
+        """One score per request, in order; higher is better; None = missing (never 0 instead)."""
         ...
 
 
 def existing_folder(key: str, path: str | Path, *files: str) -> Path:
-    """The folder at `path`, checked to hold `files`.
+    """The folder at `path`, after checking that it holds `files`.
 
     Raises:
-        UserError: the folder or one of the files is missing; it names `key`.
+        UserError: the folder or one of the files is missing; the message names `key`.
     """
     folder = Path(path)
     if not folder.is_dir():

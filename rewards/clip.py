@@ -25,10 +25,10 @@ class ClipReward:
         return bool(request.target.strip())
 
     def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
-        """Cosine of each image with its answer, or with the prompt where there is no answer."""
+        """Cosine of each image with its answer, or with its prompt if the answer is empty."""
         if not requests:
             return []
-        # The samples of a group share their description: each distinct one is encoded once.
+        # All samples of a group have the same description, so encode each distinct text once.
         texts = list(dict.fromkeys(request.target for request in requests))
         rows = [texts.index(request.target) for request in requests]
         images = self.encoder.embed_images([request.image for request in requests])  # [B, D]

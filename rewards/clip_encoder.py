@@ -1,7 +1,7 @@
-"""A CLIP that turns images and texts into features: for rewards, and for programs that train a head over one.
+"""A CLIP that turns images and texts into features, for rewards and for programs that train a head on top of it.
 
 The weights folder is a transformers folder (config.json, weights, tokenizer). Its tokenizer must end every text with
-the token that the text model pools at, which is checked when the folder is loaded.
+the token at which the text model pools; `ClipEncoder` checks this on loading.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def preprocess(image: np.ndarray, size: int) -> Tensor:
-    """One image as CLIP sees it: shorter side resized to `size` (bicubic), centre square, normalised.
+    """One image as CLIP input: shorter side resized to `size` (bicubic), cropped to the centre square, normalised.
 
     Args:
         image: uint8 [H, W, 3], RGB.
@@ -32,7 +32,7 @@ def preprocess(image: np.ndarray, size: int) -> Tensor:
     Returns:
         float32 [3, size, size].
     """
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()  # copied: what Ray hands out is read-only
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()  # copy: arrays from Ray are read-only
     height, width = pixels.shape[1:]
     if min(height, width) != size:
         scale = size / min(height, width)
@@ -44,12 +44,12 @@ def preprocess(image: np.ndarray, size: int) -> Tensor:
 
 
 class ClipEncoder:
-    """A CLIP from a folder that gives normalised features.
+    """A CLIP, loaded from a folder, that returns normalised features.
 
     Args:
         path: transformers CLIP folder with its tokenizer inside.
         batch_size: images or texts per forward pass.
-        key: what to blame for a wrong folder, as in rewards.clip.path.
+        key: setting that error messages name, such as rewards.clip.path.
 
     Raises:
         UserError: the folder is missing, is not a CLIP, or its tokenizer does not fit the model.
@@ -71,12 +71,12 @@ class ClipEncoder:
         self._check_pooling(text_config, folder, key)
 
     def _check_pooling(self, text_config: Any, folder: Path, key: str) -> None:
-        """Features are taken at the end token; where a text has none, or another one, they are noise."""
+        """Check the end token. CLIP reads text features there, so with a missing or different token they are noise."""
         end = self.tokenizer.eos_token_id
         if end is None or self.tokenizer("a").input_ids[-1] != end:
             raise UserError(f"{key}: the tokenizer in {str(folder)!r} does not end texts with an end token")
         pooled = text_config.eos_token_id
-        if pooled == 2:  # transformers' mark of an old config: the model pools at the highest id of the text
+        if pooled == 2:  # marks an old config in transformers: the model pools at the highest token id of the text
             pooled = text_config.vocab_size - 1
         if pooled != end:
             raise UserError(
@@ -90,7 +90,7 @@ class ClipEncoder:
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Features of uint8 [H, W, 3] images (sizes may differ): float32 [B, D] on the CPU, unit length."""
+        """Features of B uint8 [H, W, 3] images of any sizes: float32 [B, D] on the CPU, unit length."""
         features = []
         for start in range(0, len(images), self.batch_size):
             batch = [preprocess(image, self.image_size) for image in images[start : start + self.batch_size]]
@@ -100,7 +100,7 @@ class ClipEncoder:
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Features of texts, cut at the model's maximum length: float32 [B, D] on the CPU, unit length."""
+        """Features of B texts, truncated to the model's maximum length: float32 [B, D] on the CPU, unit length."""
         features = []
         for start in range(0, len(texts), self.batch_size):
             batch = list(texts[start : start + self.batch_size])

@@ -1,12 +1,12 @@
 """VLM judge: the probability that a Qwen2.5-VL answers Yes to "Does this image show ...?".
 
-vLLM runs inside this process (the actor of the pool). The probability is sigmoid(log p(Yes) - log p(No)) of the first
-answered token, so it is smooth where a sampled answer would be 0 or 1, and no text has to be parsed (the reference
-parses a generated verdict and counts what it can't parse as half a win, M3.8 a).
+vLLM runs inside this process (the pool's actor). The probability is sigmoid(log p(Yes) - log p(No)) of the first
+generated token. So it is smooth where a sampled answer would be 0 or 1, and there is no text to parse. (The reference
+parses a generated verdict and counts an unparsable one as half a win, M3.8 a.)
 
-`judge_prompt` and `judge_image` define what the judge sees; a program that trains one uses the same two functions.
+`judge_prompt` and `judge_image` define what the judge sees; a program that trains a judge uses the same two functions.
 
-Left out in this version: references. An edit is judged by its result alone, against the description of the result.
+Left out in this version: references. The judge sees only the result of an edit and the description of that result.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ log = logging.getLogger(__name__)
 JUDGE_QUESTION = "Does this image show {answer}? Answer Yes or No."
 JUDGE_PIXELS = 112 * 112
 YES, NO = "Yes", "No"
-PATCH = 28  # pixels of one visual token: patches of 14, merged 2 x 2
-PROMPT_TOKENS = 512  # room for the text of a prompt
+PATCH = 28  # side of one visual token in pixels: patches of 14, merged 2 x 2
+PROMPT_TOKENS = 512  # room for the prompt's text
 CPU_KV_CACHE_BYTES = 64 << 20
 
 
 def judge_prompt(answer: str) -> str:
-    """The whole text the judge gets, without a system turn; one `<|image_pad|>` stands for the image."""
+    """The judge's whole input text, without a system turn; one `<|image_pad|>` stands for the image."""
     question = JUDGE_QUESTION.format(answer=answer)
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     return f"<|im_start|>user\n{image}\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def judge_image(image: np.ndarray, min_pixels: int = JUDGE_PIXELS, max_pixels: int = JUDGE_PIXELS) -> Image.Image:
-    """The image as the judge gets it: area brought into the range, sides rounded to multiples of 28 (bicubic).
+    """The judge's input image: scaled into the range of areas, sides rounded to multiples of 28 (bicubic).
 
     Args:
         image: uint8 [H, W, 3], RGB.
-        min_pixels, max_pixels: of the judge's image processor. The defaults make every square 112 x 112.
+        min_pixels, max_pixels: limits of the judge's image processor. The defaults make every square 112 x 112.
     """
     height, width = image.shape[:2]
     scale = math.sqrt(min(max(height * width, min_pixels), max_pixels) / (height * width))
@@ -65,8 +65,8 @@ def judge_image(image: np.ndarray, min_pixels: int = JUDGE_PIXELS, max_pixels: i
 class JudgeReward:
     """VLM judge on vLLM: the probability, 0..1, that it answers Yes when asked whether the image shows the answer.
 
-    The range of pixels is the image processor's. Raises UserError when the folder is missing or holds another model, or
-    Yes or No is not one token.
+    The image processor in the folder sets the range of pixels. Raises UserError when the folder is missing, when it
+    holds another kind of model, or when its tokenizer has no single token for Yes or for No.
     """
 
     class Options(PoolSettings):
@@ -99,7 +99,7 @@ class JudgeReward:
         return bool(request.target.strip())
 
     def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
-        """Probability of Yes a request; None when the description is too long for the judge's context."""
+        """Probability of Yes for each request; None if the description is too long for the judge's context."""
         from vllm import SamplingParams, TextPrompt
 
         scores: list[float | None] = [None] * len(requests)
@@ -120,7 +120,7 @@ class JudgeReward:
     def _probability(self, output: RequestOutput) -> float:
         """sigmoid(log p(Yes) - log p(No)) of the first generated token."""
         logprobs = output.outputs[0].logprobs
-        assert logprobs is not None  # asked for in the sampling parameters
+        assert logprobs is not None  # `score` requests them in its sampling parameters
         first = logprobs[0]
         return 1.0 / (1.0 + math.exp(first[self._no].logprob - first[self._yes].logprob))
 
@@ -132,23 +132,23 @@ class JudgeReward:
 
 
 def _prepare_process() -> None:
-    """What vLLM reads from the environment, set before it is imported; a value that is already there stays."""
+    """Set the environment variables vLLM reads on import. Variables that are already set keep their value."""
     wanted = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: killed with its actor, starts sooner
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are shared with the rest of the run
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine in this process: dies with its actor, starts faster
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the rest of the run uses the same cores
         "OMP_NUM_THREADS": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # where memory lies on this machine's NUMA nodes
-        "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings on a CPU are many, one for every image among them
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # hides messages about memory placement on NUMA nodes
+        "VLLM_LOGGING_LEVEL": "ERROR",  # on a CPU vLLM logs many warnings, including one per image
     }
     for key, value in wanted.items():
         os.environ.setdefault(key, value)
-    # Says at every start on a CPU that there is no Triton for it, before vLLM has set the level above.
+    # On a CPU this logger reports a missing Triton at every start, before vLLM applies the level above.
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
 
 def _engine(folder: Path, options: JudgeReward.Options, max_pixels: int) -> Any:
-    """vLLM's offline engine. Untyped: importing its classes costs seconds, and only this process may do it."""
+    """vLLM's offline engine. The type is Any because importing its class takes seconds and only replicas may do it."""
     import torch
     from vllm import LLM
 
@@ -164,9 +164,9 @@ def _engine(folder: Path, options: JudgeReward.Options, max_pixels: int) -> Any:
         max_model_len=max_pixels // PATCH**2 + PROMPT_TOKENS + 1,
         max_num_seqs=options.batch_size,
         limit_mm_per_prompt={"image": 1, "video": 0},
-        # `judge_image` has sized the image already; this keeps the processor from rounding it once more.
+        # `judge_image` has already resized the image; this keeps the processor from rounding its sides again.
         mm_processor_kwargs={"size": {"shortest_edge": PATCH**2, "longest_edge": max_pixels}},
-        # Every image is new, and what is asked twice is answered by the pool's cache.
+        # Every image is new here: the pool's cache answers repeated requests.
         mm_processor_cache_gb=0,
         enable_prefix_caching=False,
         seed=0,

@@ -1,16 +1,16 @@
-"""OCR reward: does the image show the quoted words, all of them and nothing else? (M3.8 d)
+"""OCR reward: does the image show all quoted words and no other text? (M3.8 d)
 
-The targets are the segments of the prompt between straight double quotes. RapidOCR reads the image; a target is
-compared with every recognised token, with two or three neighbouring tokens joined, and with everything joined. Upper
-and lower case and spaces do not count, everything else does, in any script the recogniser knows (Latin with accents,
-Chinese).
+The targets are the segments of the prompt between straight double quotes. RapidOCR reads the image. Each target is
+compared with every recognised token, with two or three neighbouring tokens joined, and with all tokens joined. Case
+and spaces are ignored; all other characters count, in any script the recogniser knows (Latin with accents, Chinese).
 
-The score is 1 - edits / max(target characters, recognised characters), at least 0, where edits are the edit distances
-of the targets to the tokens chosen for them plus every recognised character that no target uses. With one target this
-is the normalised edit distance. So "SALE NOW" for "SALE" gets 4/7: the reference looks for the target inside
-the recognised text and gives full credit for any amount of extra writing, which a policy learns to exploit.
+The score is 1 - edits / max(target characters, recognised characters), but at least 0. `edits` is the sum of the edit
+distances between the targets and the tokens chosen for them, plus the number of recognised characters that no target
+uses. With one target the score is 1 minus the normalised edit distance: an image that says "SALE NOW" scores 4/7 for
+the target "SALE". The reference instead looks for the target inside the recognised text and gives full credit however
+much else the image says; a policy learns to exploit that.
 
-Left out: the reference's folding of look-alikes (0 and o, 1 and l). It gives credit for wrong letters.
+Left out: the reference treats look-alikes (0 and o, 1 and l) as equal. That gives credit for wrong letters.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ LONGEST_NGRAM = 3
 
 
 class OcrReward:
-    """Share of the quoted text that can be read, 0..1; None for a prompt without quotes.
+    """Share of the quoted text that is readable, 0..1; None for a prompt without quotes.
 
-    It has no options: the models come with RapidOCR.
+    There are no options: RapidOCR brings its own models.
     """
 
     def __init__(self) -> None:
         from rapidocr import RapidOCR
 
-        # Detection on 192 px instead of 736 px: 25 ms an image instead of 154. Without the angle classifier, which
-        # would turn words that stand on their heads before they are read.
+        # Detection at 192 px takes 25 ms per image, at the default 736 px it takes 154. The angle classifier is off:
+        # it would turn upside-down words the right way up before reading them.
         self._engine = RapidOCR(
             params={
                 "Global.log_level": "error",
@@ -50,16 +50,16 @@ class OcrReward:
 
     @staticmethod
     def applies(request: RewardRequest) -> bool:
-        """True when the prompt quotes something."""
+        """True if the prompt has quoted words."""
         return bool(target_words(request.prompt))
 
     def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
-        """Scores in 0..1; None where the prompt has no quoted words."""
+        """One score in 0..1 per request; None if the prompt has no quoted words."""
         return [self._score_one(request) for request in requests]
 
     def read(self, image: np.ndarray) -> list[str]:
-        """The lines of text in an image (uint8 [H, W, 3], RGB), top to bottom; [] when there is none."""
-        result = self._engine(np.ascontiguousarray(image[:, :, ::-1]))  # RapidOCR takes BGR, as OpenCV does
+        """The lines of text in an image (uint8 [H, W, 3], RGB), top to bottom; [] if it has no text."""
+        result = self._engine(np.ascontiguousarray(image[:, :, ::-1]))  # RapidOCR expects BGR, like OpenCV
         return list(result.txts or ())
 
     def _score_one(self, request: RewardRequest) -> float | None:
@@ -70,33 +70,33 @@ class OcrReward:
 
 
 def target_words(prompt: str) -> list[str]:
-    """The quoted segments of a prompt, normalised; quotes around nothing but spaces are dropped."""
+    """The quoted segments of a prompt, normalised. Segments that hold only spaces are dropped."""
     return [word for word in map(normalise, quoted_words(prompt)) if word]
 
 
 def normalise(text: str) -> str:
-    """Text without spaces, case and width variants (full-width letters become ordinary ones)."""
+    """The text without spaces, in lower case, with full-width letters as ordinary ones."""
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def text_accuracy(targets: Sequence[str], lines: Sequence[str]) -> float:
-    """How well recognised lines match the targets, 0..1 (rule in the module's docstring).
+    """How well recognised lines match the targets, 0..1. The module's docstring gives the rule.
 
     Args:
-        targets: normalised, not empty.
-        lines: recognised text in reading order, as it was recognised.
+        targets: normalised words, at least one.
+        lines: recognised text in reading order, not normalised.
     """
     tokens = [normalise(token) for line in lines for token in line.split()]
     recognised, wanted = "".join(tokens), "".join(targets)
-    # Everything at once as well: words that were recognised without the space between them still match.
+    # Also compare all text at once, so that words recognised without the space between them still match.
     edits = min(_assigned_edits(targets, tokens), edit_distance(wanted, recognised))
     return max(0.0, 1.0 - edits / max(len(wanted), len(recognised)))
 
 
 def _assigned_edits(targets: Sequence[str], tokens: Sequence[str]) -> int:
-    """Edits when every target gets tokens of its own, plus the characters of tokens that none took.
+    """Edits when each target is matched with its own tokens, plus the characters of tokens left unmatched.
 
-    Longest target first; a token is used once, so that one "HA" does not serve both of two.
+    The longest target chooses first. A token is used once, so one "HA" in the image cannot match two targets "HA".
     """
     free = list(range(len(tokens)))
     edits = 0
@@ -104,7 +104,7 @@ def _assigned_edits(targets: Sequence[str], tokens: Sequence[str]) -> int:
         best_cost, best_span = len(target), list[int]()
         for span in _spans(free):
             text = "".join(tokens[i] for i in span)
-            # Taking tokens also spares their characters the penalty for being unused.
+            # A used token saves its characters from the penalty for unused ones, hence the minus.
             cost = edit_distance(target, text) - len(text)
             if cost < best_cost:
                 best_cost, best_span = cost, span
@@ -114,7 +114,7 @@ def _assigned_edits(targets: Sequence[str], tokens: Sequence[str]) -> int:
 
 
 def _spans(free: list[int]) -> list[list[int]]:
-    """Runs of 1 to LONGEST_NGRAM neighbouring free tokens, and all of them together."""
+    """All runs of 1 to LONGEST_NGRAM neighbouring free tokens, and the run of all free tokens."""
     runs = [
         free[start : start + length]
         for length in range(1, LONGEST_NGRAM + 1)

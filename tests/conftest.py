@@ -1,7 +1,7 @@
-"""Fixtures all tests share, and the environment every process of a test run gets.
+"""Fixtures for all tests, and the environment of every process in a test run.
 
-The environment is set while this file is imported, before any test module can import ray or torch: Ray reads its
-authentication settings once, and its processes inherit the rest.
+Importing this file sets the environment before any test module can import ray or torch. Ray reads its authentication
+settings only once, and its processes inherit the other variables.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cpu_stack_hook import build_of
 from tests.helpers.process_guard import GUARD
 
 ROOT = Path(__file__).resolve().parent.parent
-# Ray's sockets lie under RAY_TMPDIR, and the path of a Unix socket ends at 107 characters.
+# Ray puts its sockets under RAY_TMPDIR, and the path of a Unix socket has at most 107 characters.
 RAY_TMPDIR = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
 
 
@@ -35,11 +35,11 @@ def _torch_is_cpu_build() -> bool:
 
 def _set_environment() -> None:
     for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
-        os.environ.pop(name, None)  # a test never joins somebody's cluster, nor writes to somebody's server
+        os.environ.pop(name, None)  # tests must not join a real cluster or write to a real server
     os.environ |= {
         "OMP_NUM_THREADS": "1",
         "RAY_TMPDIR": str(RAY_TMPDIR),
-        # Token authentication stays on, with a token of this run only: nothing is written into the home folder.
+        # Token authentication stays on, with a token for this run only, so nothing is written to the home folder.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -47,7 +47,7 @@ def _set_environment() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
-        # torch looks for ninja on the PATH; the checkout comes before whatever copy of the packages is installed.
+        # torch looks for ninja on the PATH. The checkout comes before any installed copy of the packages.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "PYTHONPATH": str(ROOT),
     }
@@ -75,7 +75,7 @@ def _marks(item: pytest.Item) -> set[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, then those that share a cluster; whoever is done early takes a quick file."""
+    """Run files with slow tests first, then those that share a cluster. A worker that ends early takes a quick file."""
     slow = Counter(item.path for item in items if "slow" in _marks(item))
     clusters = {item.path for item in items if "ray" in _marks(item)}
     items.sort(key=lambda item: (-slow[item.path], item.path not in clusters))
@@ -96,7 +96,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables and no runs: making them takes seconds, copying does not."""
+    """A database with MLflow's tables and no runs. Creating it takes seconds, so tests copy it."""
     from mlflow import MlflowClient
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
@@ -106,7 +106,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ray_local() -> Iterator[ModuleType]:
-    """Ray, with a cluster of this test process (4 logical CPUs) that the next module goes on with, once all is free."""
+    """Ray with a cluster for this test process (4 logical CPUs). After a module, waits until all resources are free."""
     import ray
 
     if not ray.is_initialized():

@@ -1,4 +1,4 @@
-"""What runs on a commit and on a push: the hooks exist and work, the workflow runs what a person runs."""
+"""Checks on commit and push: the hooks exist and work, and the workflow runs the same commands as a developer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules of the house that no linter knows: which way imports go, and what must stay light or small."""
+"""Project rules that no linter checks: the direction of imports, and limits on size and imports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.import_graph import circles, import_graph, longest_chain, merged, module_name, room
 
-# Each package and what it may import of the others: stages -> actors -> rewards, deepgen.
+# Each package, and the other packages it may import: stages -> actors -> rewards, deepgen.
 MAY_IMPORT = {
     "deepgen": set[str](),
     "rewards": {"deepgen"},
@@ -21,16 +21,16 @@ MAY_IMPORT = {
     "examples": {"rewards", "deepgen"},
 }
 PACKAGES = (*MAY_IMPORT, "benchmarks")
-# Inside actors each of these may import those before it.
+# Inside actors, each part may import the parts before it.
 ORDER_IN_ACTORS = ("experience", "learner", "objectives", "start")
-FLOORS, FILES = 4, 14  # of a room: files in the longest chain of imports, files besides __init__.py
+FLOORS, FILES = 4, 14  # limits of a folder: files in the longest chain of imports, files besides __init__.py
 FUNCTION_LINES, FILE_LINES = 80, 600
 ASSETS_BYTES = 48 * 10**6
-# Every way to have Pillow, or somebody on top of it, choose a decoder by what the bytes say.
+# All ways to let Pillow, or a library that uses it, choose a decoder by the bytes.
 OPENS_IMAGES = re.compile(
     r"\bImage\.open\(|from PIL\.Image import|ImageFile\.Parser|\b(imread|load_image|read_image|decode_jpeg|imdecode)\("
 )
-# Pictures that we have made ourselves, each opened with its format: shown once more, drawn from SVG, the bare floor.
+# These files open only pictures that we made ourselves, and name the format.
 OPEN_THEIR_OWN = {
     "benchmarks/loader_floor.py",
     "platform/deepgen/tracking/tracker.py",
@@ -43,7 +43,7 @@ def sources(root: Path, package: str) -> list[Path]:
 
 
 def imported(file: Path) -> set[str]:
-    """Top-level names of all modules a file imports, wherever in the file."""
+    """Top-level names of all modules that a file imports, anywhere in the file."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -72,7 +72,7 @@ def test_rewards_know_nothing_of_ray(root: Path) -> None:
 
 
 def test_images_are_opened_in_one_place(root: Path) -> None:
-    """Pillow starts Ghostscript for bytes that begin like PostScript: ``deepgen.data.images`` names the formats."""
+    """By default Pillow starts Ghostscript for bytes that begin like PostScript, so only one module may open images."""
     files = [file for package in (*MAY_IMPORT, "benchmarks", "tools") for file in sources(root, package)]
     lines = {
         (str(file.relative_to(root)), line.strip())
@@ -87,7 +87,7 @@ def test_images_are_opened_in_one_place(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def graph(root: Path) -> dict[str, set[str]]:
-    """All modules of the packages and who imports whom."""
+    """All modules of the packages, and the modules that each of them imports."""
     files = [file for package in PACKAGES for file in sources(root, package)]
     return import_graph({module_name(file, root): file.read_text(encoding="utf-8") for file in files})
 
@@ -103,7 +103,7 @@ def shared_names(files: Iterable[Path]) -> list[str]:
 
 
 def test_no_circles_of_imports(graph: dict[str, set[str]]) -> None:
-    """Neither at the top of files, nor in functions, nor for type checkers only."""
+    """This covers imports at the top of files, in functions, and for type checkers."""
     wrong = circles(graph)
     assert not wrong
 
@@ -120,7 +120,7 @@ def test_rooms_are_few_files_on_few_floors(graph: dict[str, set[str]]) -> None:
 
 
 def crowded(graph: dict[str, set[str]]) -> list[str]:
-    """Rooms with too many files, or with a chain of imports on too many floors."""
+    """Folders with too many files, or with too long a chain of imports."""
     found = []
     for folder in sorted({name.rpartition(".")[0] for name in graph} - {""}):
         inside = room(graph, folder)
@@ -138,7 +138,7 @@ def test_actors_go_one_way(graph: dict[str, set[str]]) -> None:
 
 
 def upward(graph: dict[str, set[str]], package: str, order: tuple[str, ...]) -> list[str]:
-    """Imports from a part of the package to one that stands after it."""
+    """Imports of a later part of the package by an earlier one."""
     place = {f"{package}.{part}": number for number, part in enumerate(order)}
 
     def place_of(name: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Every section of the method that a comment cites stands in docs/method.md."""
+"""docs/method.md has every section that a comment cites."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 FOLDERS = ("platform/deepgen", "actors", "rewards", "stages", "benchmarks", "tests", "tools", "docs", "clusters")
 SUFFIXES = (".py", ".yaml", ".md")
 PAGE = "docs/method.md"
-FEWEST = 60  # citations there are at least; fewer mean that the search looks in the wrong place
+FEWEST = 60  # least number of citations; fewer mean that the search looks in the wrong place
 # M1, M1.5, M1.2-1.5, M3.8a, M3.8 a (no article: a mark or the line's end follows), method 2, method 3.7
 CITATION = re.compile(
     r"\b(?:M|method\s+M?)(?P<chapter>\d)"
@@ -21,7 +21,7 @@ HEADING = re.compile(r"^#{2,4} M(\d(?:\.\d+)?[a-z]?)\b", re.MULTILINE)
 
 
 def citations(text: str) -> Iterator[tuple[int, str, str]]:
-    """Line (from 1), words and section ("1", "1.5" or "3.8a") of every citation; of a range each section."""
+    """Line (from 1), words and section ("1", "1.5" or "3.8a") of every citation. A range gives each of its sections."""
     for match in CITATION.finditer(text):
         line, chapter, section = text.count("\n", 0, match.start()) + 1, match["chapter"], match["section"]
         if section is None:
@@ -33,7 +33,7 @@ def citations(text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def unknown(place: str, text: str, sections: set[str]) -> list[str]:
-    """What a text cites that is not among the sections."""
+    """The text's citations of sections that do not exist."""
     return [
         f"{place}:{line}: {words!r}, but {PAGE} has no heading M{section}"
         for line, words, section in citations(text)
@@ -67,7 +67,7 @@ def test_the_page_keeps_to_its_own_sections(root: Path) -> None:
 
 
 def test_a_citation_of_nothing_is_reported() -> None:
-    """Also that the forms of a citation are understood, and what only looks like one is passed over."""
+    """All forms of a citation are recognised, and text that only looks like one is ignored."""
     cited, n = "one (M1)\ntwo: M1.2-1.4, M3.8 a) and M3.8b\nmethod 3.7 of method 2, M3.8 a pair", 9
     assert [section for _, _, section in citations(cited)] == [
         *("1", "1.2", "1.3", "1.4", "3.8a", "3.8b"),
@@ -87,12 +87,12 @@ NAME = re.compile(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)?)`")
 
 
 def named_code(page: str) -> set[str]:
-    """Functions, classes and constants that the page names as the code of a section: "name" or "Class.name"."""
+    """Functions, classes and constants that the page gives as the code of a section: "name" or "Class.name"."""
     return {name for listed in CODE.findall(page) for name in NAME.findall(listed)}
 
 
 def not_defined(name: str, source: str) -> bool:
-    """Whether a part of a dotted name is neither a function or class nor a name that something is assigned to."""
+    """Whether some part of a dotted name is not defined: it is no function, class or assigned name in the source."""
     return any(
         not re.search(rf"^ *(?:(?:async )?def|class) {part}\b|^ *{part}(?:: .*)? = ", source, re.MULTILINE)
         for part in name.split(".")

@@ -102,7 +102,7 @@ def test_repair_of_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.processes
 def test_hook_in_a_fresh_process() -> None:
-    """In this environment: absent packages are absent, torchvision's transforms work, vLLM takes its CPU platform."""
+    """Here, absent packages count as absent, torchvision's transforms work, and vLLM chooses its CPU platform."""
     site = Path(str(importlib.metadata.distribution("torch").locate_file("")))
     if not needs_repair(site):
         pytest.skip(f"not needed here: torch {build_of('torch', site)}, torchvision {build_of('torchvision', site)}")
@@ -220,7 +220,7 @@ def test_setup_without_compiler(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.processes
 def test_makefile_uses_the_environment_of_the_checkout(root: Path) -> None:
-    """Another active environment changes nothing: programs are called by their full path."""
+    """Another active environment has no effect, as the Makefile calls programs by their full path."""
     other = {"VIRTUAL_ENV": "/somewhere/else", "PATH": "/somewhere/else/bin:/usr/bin:/bin", "HOME": os.environ["HOME"]}
     for target, program in (("rl", "stages/rl.py --recipe tiny-rl"), ("test", "-m pytest"), ("base", "-m stages.base")):
         done = subprocess.run(["make", "-n", target], cwd=root, env=other, capture_output=True, text=True, check=True)

@@ -1,4 +1,7 @@
-"""Refuses a commit whose subject is longer than git's own pages show: `commit_subject.py FILE`, FILE is the message."""
+"""Rejects a commit whose subject is longer than 72 characters, because git's own pages would cut it off.
+
+Usage: `commit_subject.py FILE`, where FILE holds the commit message.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ LONGEST = 72
 
 
 def subject_of(message: str) -> str:
-    """The first line that is neither empty nor one of git's comments."""
+    """The first line that is neither empty nor a git comment."""
     lines = (line.strip() for line in message.splitlines())
     return next((line for line in lines if line and not line.startswith("#")), "")
 

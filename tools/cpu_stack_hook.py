@@ -1,12 +1,12 @@
-"""Import hook that lets CUDA builds of torchvision, torchaudio and torchcodec lie beside a CPU build of torch.
+"""Import hook that lets CUDA builds of torchvision, torchaudio and torchcodec work beside a CPU build of torch.
 
-PyPI has these three as CUDA builds only. Beside `torch+cpu` torchvision stops with "operator torchvision::nms does not
-exist" (its compiled operators can't load, yet it registers fakes for two of them), and torchaudio and torchcodec can't
-load at all, which transformers and vLLM take for an error and not for an absent package.
+PyPI offers these three packages only as CUDA builds. With `torch+cpu`, torchvision fails with "operator
+torchvision::nms does not exist": it cannot load its compiled operators, yet registers fakes for two of them. torchaudio
+and torchcodec cannot load at all, and transformers and vLLM treat that as an error, not as an absent package.
 
-`tools/repair_cpu_stack.py` copies this file into site-packages and adds a `.pth` line that imports it, so it runs at
-the start of every Python process of the environment (Ray workers and vLLM engines included). It reads version files as
-text and imports nothing heavy. Where torch is a CUDA build, or torchvision a CPU build, it does nothing.
+`tools/repair_cpu_stack.py` copies this file into site-packages and adds a `.pth` line that imports it. So it runs at
+the start of every Python process of the environment, including Ray workers and vLLM engines. It reads version files as
+text and imports nothing heavy. If torch is a CUDA build or torchvision a CPU build, it does nothing.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 ABSENT_ON_CPU = ("torchaudio", "torchcodec")
-OPERATORS = ("nms", "qnms")  # those for which torchvision registers fakes whether or not its operators loaded
+OPERATORS = ("nms", "qnms")  # torchvision registers fakes for these even if its operators are not loaded
 OPERATOR_SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
-_libraries: list[Any] = []  # a torch.library.Library takes its operators along when it is collected
+_libraries: list[Any] = []  # keeps them alive: a garbage-collected torch.library.Library unregisters its operators
 
 
 def build_of(package: str, site: Path) -> str | None:
-    """Local part of a package's version, such as "cpu" or "cu130"; "" when it has none, None when not installed."""
+    """Local part of a package's version, such as "cpu" or "cu130"; "" if it has none, None if not installed."""
     version_file = site / package / "version.py"
     if not version_file.is_file():
         return None
@@ -40,12 +40,12 @@ def build_of(package: str, site: Path) -> str | None:
 
 
 def needs_repair(site: Path) -> bool:
-    """True where torch is a CPU build and torchvision beside it a CUDA build."""
+    """Whether torch is a CPU build and torchvision a CUDA build."""
     return build_of("torch", site) == "cpu" and (build_of("torchvision", site) or "").startswith("cu")
 
 
 def declare_operators() -> None:
-    """Declare, without a kernel, the operators that torchvision's missing extension would have brought."""
+    """Declare, without kernels, the operators that torchvision's extension would register if it loaded."""
     import torch
 
     missing = [name for name in OPERATORS if not hasattr(torch.ops.torchvision, name)]
@@ -58,7 +58,7 @@ def declare_operators() -> None:
 
 
 class _DeclareFirst(importlib.machinery.SourceFileLoader):
-    """Loads torchvision after its operators have been declared."""
+    """Declares torchvision's operators and then loads torchvision."""
 
     def exec_module(self, module: ModuleType) -> None:
         declare_operators()
@@ -66,7 +66,7 @@ class _DeclareFirst(importlib.machinery.SourceFileLoader):
 
 
 class TorchvisionFinder(importlib.abc.MetaPathFinder):
-    """Finds torchvision where Python would, and gives it the loader above."""
+    """Finds torchvision where Python would find it, and gives it the loader above."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -85,15 +85,15 @@ class TorchvisionFinder(importlib.abc.MetaPathFinder):
 
 
 def install(site: Path) -> bool:
-    """Install the hook in this process when the packages in `site` need it; says whether it did."""
+    """Install the hook in this process if the packages in `site` need it. Returns whether it did."""
     if any(isinstance(finder, TorchvisionFinder) for finder in sys.meta_path) or not needs_repair(site):
         return False
     sys.meta_path.insert(0, TorchvisionFinder())
     for name in ABSENT_ON_CPU:
         if (build_of(name, site) or "").startswith("cu"):
-            sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # what Python itself reads as "absent"
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # None means "absent" to Python
     return True
 
 
-if __name__ == "deepgen_cpu_stack_hook":  # its name in site-packages; elsewhere (tests) importing it changes nothing
+if __name__ == "deepgen_cpu_stack_hook":  # the name in site-packages; other imports (tests) change nothing
     install(Path(__file__).resolve().parent)

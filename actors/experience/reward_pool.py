@@ -1,13 +1,13 @@
 """A pool of actors that all run one reward: batches, deadlines, retries, restarts and a cache around a plain class.
 
-    score(requests) ─▶ cache ─▶ queue ─▶ replica 0 ┐  each takes what waits, at most batch_size at a time,
+    score(requests) ─▶ cache ─▶ queue ─▶ replica 0 ┐  each takes waiting requests, at most batch_size at a time,
                                     └──▶ replica 1 ┘  so requests of several groups share a call
 
-A call that fails (deadline passed, actor dead, `RewardUnavailable`) is tried again, on whichever replica is free; after
-the last attempt its scores are missing: None, a reason and a counter, never 0. A replica that died or did not answer is
-replaced by a new one. Any other exception of the reward is a bug and is raised by `score`.
+A call fails if its deadline passes, its actor dies or the reward raises `RewardUnavailable`. The pool retries it on any
+free replica. After the last attempt the scores are missing: None, a reason and a counter, never 0. The pool replaces a
+replica that died or did not answer. Any other exception from the reward is a bug, and `score` raises it.
 
-Left out: batches that shrink to find one poisonous request, and autoscaling of replicas.
+Left out: splitting a batch to find the one request that crashes it, and autoscaling of replicas.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class CallTimeout(TimeoutError):
 
 
 class RewardPoolError(RuntimeError):
-    """The pool has no replica left and can't make one."""
+    """The pool has no replica left and cannot create one."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class RewardScores:
     """Scores of one call of `RewardPool.score`, in the order of its requests.
 
     Attributes:
-        values: None where there is no score.
-        reasons: why there is none; None where there is one.
-        counters: of this call, keys as in COUNTERS. `calls` are calls of replicas that carried one of its requests;
-            `missing` leaves out requests that the reward does not apply to; `seconds` is wall time.
+        values: the scores; None if a score is missing.
+        reasons: why a score is missing; None if it is not.
+        counters: counts for this call, keys as in COUNTERS. `calls` counts replica calls with at least one of its
+            requests; `missing` excludes requests to which the reward does not apply; `seconds` is wall time.
     """
 
     values: list[float | None]
@@ -64,19 +64,19 @@ class RewardScores:
 
 
 class RewardActor:
-    """Hosts one reward in a Ray process of its own. Built by `start`, so that its errors arrive as they were raised."""
+    """Hosts one reward in its own Ray process. `start` builds the reward, so its errors reach the caller unchanged."""
 
     def __init__(self, settings: PoolSettings) -> None:
         self._settings = settings
 
     def start(self) -> None:
-        """Load the reward and score one grey image, which pays for whatever the first call costs."""
+        """Load the reward and score one grey image, so that no real request pays the extra time of a first call."""
         self._reward = build_reward(self._settings)
         grey = np.full((64, 64, 3), 128, dtype=np.uint8)
         self._reward.score([RewardRequest('a sign with the word "ok"', "a sign", "t2i", grey)])
 
     def score(self, picks: list[tuple[int, int]], *sources: list[RewardRequest]) -> BatchReply:
-        """Score `sources[s][i]` for each (s, i) of `picks`."""
+        """Score `sources[s][i]` for each (s, i) in `picks`."""
         requests = [sources[source][index] for source, index in picks]
         try:
             values = self._reward.score(requests)
@@ -84,7 +84,7 @@ class RewardActor:
             return BatchReply([], str(error) or "unavailable")
         if len(values) != len(requests):
             raise ValueError(f"{self._settings.class_} returned {len(values)} scores for {len(requests)} requests")
-        # A score that is not a number can't be had either; NaN must not reach the cache or the mean of a group.
+        # A score that is not finite counts as missing: it must not reach the cache or the mean of a group.
         return BatchReply([None if value is None or not math.isfinite(value) else float(value) for value in values])
 
 
@@ -95,7 +95,7 @@ class _Item:
     source: Any  # list[RewardRequest], or the ObjectRef of one
     index: int  # in source
     future: asyncio.Future[tuple[float | None, str | None]]  # score, or None and the reason
-    counters: dict[str, float]  # of the `score` call it belongs to
+    counters: dict[str, float]  # counters of the request's `score` call
     failures: int = 0
 
 
@@ -103,19 +103,19 @@ class _Item:
 class _Replica:
     label: str
     actor: Any
-    failures: int = 0  # in a row, without a good call in between
+    failures: int = 0  # restarts since the last successful call
 
 
 class RewardPool:
-    """The replicas of one reward. Lives in one asyncio event loop: call `start` there first, `stop` at the end.
+    """The replicas of one reward. A pool belongs to one asyncio event loop: call `start` first and `stop` at the end.
 
     Args:
-        settings: `rewards.<name>`: keys of the pool and options of its reward.
-        gpus: whether the cluster has GPUs; without, none are asked for.
-        start_deadline_s: for placing, loading and warming up one replica.
-        max_restarts: of one replica without a good call in between; after that it is given up.
-        backoff_s: pause before the first retry; doubles with each, up to 10 s.
-        cache_size: scores remembered, the least recently used go first; 0 = none.
+        settings: `rewards.<name>`: the pool's keys and its reward's options.
+        gpus: whether the cluster has GPUs; if not, the pool requests none.
+        start_deadline_s: time limit for placing, loading and warming up one replica.
+        max_restarts: restarts of one replica without a successful call in between; then the pool drops the replica.
+        backoff_s: pause before the first retry; doubles with each retry, up to 10 s.
+        cache_size: number of cached scores; the least recently used are dropped first; 0 = no cache.
     """
 
     def __init__(
@@ -137,15 +137,15 @@ class RewardPool:
         self._replicas: list[_Replica] = []
         self._workers: list[asyncio.Task[None]] = []
         self._queue: asyncio.Queue[_Item] = asyncio.Queue()
-        self._open: set[_Item] = set()  # every request without an answer, queued or not
+        self._open: set[_Item] = set()  # all requests without an answer, queued or not
         self._broken: BaseException | None = None
         self._totals = dict.fromkeys(COUNTERS, 0.0)
 
     async def start(self) -> None:
-        """Create and warm up all replicas; returns when every one can score.
+        """Create and warm up all replicas. Returns when every replica can score.
 
         Raises:
-            UserError: the reward refuses its settings.
+            UserError: the reward rejects its settings.
             CallTimeout: a replica was not ready within start_deadline_s.
         """
         if self._workers:
@@ -163,7 +163,7 @@ class RewardPool:
             self._workers.append(worker)
 
     def stop(self) -> None:
-        """End all replicas. Requests that are still open fail with `RewardPoolError`."""
+        """Stop all replicas. Requests that are still open fail with `RewardPoolError`."""
         for worker in self._workers:
             worker.cancel()
         self._break(RewardPoolError(f"reward pool {self.name} was stopped"))
@@ -172,22 +172,22 @@ class RewardPool:
         self._workers, self._replicas = [], []
 
     def counters(self) -> dict[str, float]:
-        """Totals since the start, keys as in COUNTERS; `seconds` are those that replicas spent in calls."""
+        """Totals since the start, keys as in COUNTERS. `seconds` is the time that replicas spent in calls."""
         return dict(self._totals)
 
     def replica_actors(self) -> list[Any]:
-        """Ray handles of the replicas there are now, for operations and tests."""
+        """Ray handles of the current replicas, for operations and tests."""
         return [replica.actor for replica in self._replicas]
 
     async def score(self, requests: Sequence[RewardRequest] | ray.ObjectRef) -> RewardScores:
-        """Score requests, given as they are or as the ObjectRef of a list of them.
+        """Score a list of requests, given directly or as an ObjectRef of the list.
 
-        With an ObjectRef replicas read the images from the object store; this process reads them once for the cache.
+        With an ObjectRef, replicas read the images from the object store. This process reads them once, for the cache.
 
         Raises:
-            CallTimeout: the ObjectRef could not be read within the deadline.
+            CallTimeout: the ObjectRef was not readable within the deadline.
             RewardPoolError: no replica is left, or the pool is not running.
-            Exception: whatever the reward raised, other than `RewardUnavailable`.
+            Exception: any exception from the reward except `RewardUnavailable`.
         """
         began = time.monotonic()
         if self._broken is not None or not self._workers:
@@ -246,7 +246,7 @@ class RewardPool:
             self._cache.popitem(last=False)
 
     def _count(self, key: str, *calls: dict[str, float]) -> None:
-        """Count an event in the totals, and for the `score` calls it belongs to."""
+        """Count an event in the totals and in the counters of its `score` calls."""
         for counters in (self._totals, *calls):
             counters[key] += 1
 
@@ -260,12 +260,12 @@ class RewardPool:
         try:
             await _answer(replica.actor.start.remote(), replica.label, "start", self._start_deadline_s)
         except RayTaskError as error:
-            if isinstance(error.cause, UserError):  # without the remote traceback: it is not a bug
+            if isinstance(error.cause, UserError):  # not a bug, so leave out the remote traceback
                 raise error.cause from None
             raise
 
     async def _serve(self, replica: _Replica) -> None:
-        """Score batches on one replica until it is given up."""
+        """Score batches on one replica until the pool drops the replica."""
         while True:
             batch = await self._take()
             failure = await self._attempt(replica, batch)
@@ -277,15 +277,15 @@ class RewardPool:
                 return
 
     async def _take(self) -> list[_Item]:
-        """Wait for work and take a fair share of it, so that other replicas have some too."""
+        """Wait for requests and take a fair share of them, so that other replicas get some too."""
         batch = [await self._queue.get()]
         share = math.ceil((self._queue.qsize() + 1) / len(self._replicas))
         while len(batch) < min(share, self._settings.batch_size):
             batch.append(self._queue.get_nowait())
-        return [item for item in batch if not item.future.done()]  # whoever asked may have gone
+        return [item for item in batch if not item.future.done()]  # the caller may have given up
 
     async def _attempt(self, replica: _Replica, batch: list[_Item]) -> tuple[str, bool] | None:
-        """One call of a replica. Returns None, or why it failed and whether the replica is lost."""
+        """Call a replica once. Returns None on success, else why the call failed and whether the replica is lost."""
         if not batch:
             return None
         self._count_batch(batch, "calls")
@@ -300,7 +300,7 @@ class RewardPool:
         except RayActorError as error:
             age = time.monotonic() - began
             return f"{replica.label}: died during score, {age:.1f} s after the call: {_first_line(error)}", True
-        except RayError as error:  # a bug in the reward, raised where its scores were asked for
+        except RayError as error:  # a bug in the reward: raise it in the `score` calls of the batch
             for item in batch:
                 _settle(item, error=error)
             return None
@@ -314,7 +314,7 @@ class RewardPool:
         return None
 
     def _call(self, replica: _Replica, batch: list[_Item]) -> ray.ObjectRef:
-        """Send a batch: references as they are, single requests as one list."""
+        """Send a batch to a replica: ObjectRefs unchanged, all other requests in one list."""
         inline = [item.source[item.index] for item in batch if not isinstance(item.source, ray.ObjectRef)]
         references = list(dict.fromkeys(item.source for item in batch if isinstance(item.source, ray.ObjectRef)))
         picks, sent = [], 0
@@ -330,7 +330,7 @@ class RewardPool:
         self._count(key, *{id(item.counters): item.counters for item in batch}.values())
 
     def _fail(self, batch: list[_Item], reason: str) -> None:
-        """Queue a failed batch again, after a pause; requests out of attempts are missing."""
+        """Queue a failed batch again after a pause. Scores of requests with no attempts left are missing."""
         again: list[_Item] = []
         for item in batch:
             item.failures += 1
@@ -346,11 +346,11 @@ class RewardPool:
             asyncio.get_running_loop().call_later(pause, self._queue.put_nowait, item)
 
     async def _replace(self, replica: _Replica, reason: str) -> bool:
-        """Put a new actor in the place of a lost one; False when the replica is given up."""
+        """Replace a lost replica's actor with a new one. Returns False if the pool drops the replica instead."""
         while replica.failures < self._max_restarts:
             replica.failures += 1
             self._count("restarts")
-            ray.kill(replica.actor)  # one that only hangs still holds memory
+            ray.kill(replica.actor)  # a hanging actor still holds memory
             replica.actor = self._create()
             try:
                 await self._warm_up(replica)
@@ -371,14 +371,14 @@ class RewardPool:
             self._break(error)
 
     def _break(self, error: BaseException) -> None:
-        """Nothing can be scored any more: whoever waits is told, and so is whoever asks later."""
+        """Mark the pool as broken: all open requests and all later `score` calls raise the error."""
         self._broken = self._broken or error
         for item in list(self._open):
             _settle(item, error=error)
 
 
 def request_key(request: RewardRequest) -> bytes:
-    """Cache key: a hash of everything a reward may look at."""
+    """Cache key: a hash of everything that a reward may use."""
     key = hashlib.blake2b(digest_size=16)
     for text in (request.prompt, request.answer, request.task):
         key.update(f"{len(text)}:{text}".encode())
@@ -389,9 +389,9 @@ def request_key(request: RewardRequest) -> bytes:
 
 
 async def _answer(reference: ray.ObjectRef, actor: str, call: str, deadline_s: float) -> Any:
-    """The result of a remote call, or `CallTimeout`."""
+    """The result of a remote call. Raises `CallTimeout` if it is late."""
     future = asyncio.wrap_future(reference.future())
-    # Once it is late nobody waits for it any more, but asyncio reports exceptions that nobody fetched.
+    # After a timeout nothing awaits the future. asyncio would then log its exception unless this callback reads it.
     future.add_done_callback(lambda done: done.cancelled() or done.exception())
     began = time.monotonic()
     finished, _ = await asyncio.wait({future}, timeout=deadline_s)

@@ -1,7 +1,7 @@
-"""Which rewards judge which image: routing by task and prompt, all rewards of an image at once.
+"""Chooses the rewards for each image by task and prompt, and calls them all at once.
 
-A reward without weight for a prompt, or one that can't say anything about it (OCR without quoted words), is never
-called. A score that could not be had is NaN. Left out: retries, deadlines and caches (`actors.experience.reward_pool`).
+A reward is never called for a prompt if its weight there is 0 or if it does not apply (OCR without quoted words). A
+missing score is NaN. `actors.experience.reward_pool` handles retries, deadlines and caches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rewards import RewardRequest, applies
 
 
 class RewardRouter:
-    """The reward pools of a run. `names` are its rewards, in the order of all score columns (K of them)."""
+    """The reward pools of a run. `names`: the K rewards, in the order of the score columns."""
 
     def __init__(self, settings: Settings, *, gpus: bool) -> None:
         self.names = settings.rewards.used()
@@ -32,20 +32,20 @@ class RewardRouter:
         }
 
     async def start(self) -> None:
-        """Start all pools at once; returns when every one can score."""
+        """Start all pools at once. Returns when every pool can score."""
         await asyncio.gather(*(pool.start() for pool in self._pools.values()))
 
     def stop(self) -> None:
-        """End all pools."""
+        """Stop all pools."""
         for pool in self._pools.values():
             pool.stop()
 
     def weights(self, record: Record) -> np.ndarray:
-        """Weight of each reward for a prompt, float32 [K]; 0 = not called."""
+        """Weight of each reward for a prompt, float32 [K]; 0 = never called."""
         return np.array([self._weight(name, record) for name in self.names], dtype=np.float32)
 
     async def score(self, items: Sequence[tuple[Record, np.ndarray]]) -> np.ndarray:
-        """Scores float32 [N, K] of N (prompt, uint8 [H, W, 3]) pairs; NaN where not asked or not to be had."""
+        """Scores, float32 [N, K], of N pairs (prompt, uint8 [H, W, 3] image); NaN if missing or not asked for."""
         requests = [_request(record, image) for record, image in items]
         scores = np.full((len(items), len(self.names)), np.nan, dtype=np.float32)
         weights = np.stack([self.weights(record) for record, _ in items])  # [N, K]
@@ -60,7 +60,7 @@ class RewardRouter:
         return scores
 
     def counters(self) -> dict[str, float]:
-        """What the pools count, as metrics."""
+        """The pools' counters, as metrics."""
         return {
             f"pool/{name}/{key}": float(value)
             for name, pool in self._pools.items()
@@ -72,7 +72,7 @@ class RewardRouter:
         return weight if weight and applies(self._settings[name], _request(record, _NO_IMAGE)) else 0.0
 
 
-_NO_IMAGE = np.zeros((1, 1, 3), dtype=np.uint8)  # whether a reward applies is decided before anything is drawn
+_NO_IMAGE = np.zeros((1, 1, 3), dtype=np.uint8)  # `applies` is asked before any image exists
 
 
 def _request(record: Record, image: np.ndarray) -> RewardRequest:

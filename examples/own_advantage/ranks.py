@@ -1,4 +1,4 @@
-"""An advantage of one's own: who is better than whom in a group, not by how much."""
+"""A custom advantage: it counts which samples of a group are better, not by how much."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,12 @@ from deepgen.algorithms.advantages import Scores, normalise
 
 
 def ranks(scores: Scores) -> tuple[Tensor, Tensor]:
-    """Share of its group that a sample beats, less the share that beats it: from -1 for the worst to 1 for the best.
+    """The share of its group that a sample beats, minus the share that beats it: -1 for the worst, 1 for the best.
 
-    One image that a reward rates out of all proportion then weighs no more than any other best one.
+    An image with an extreme reward then counts no more than the best image of any other group.
 
     Returns:
-        The combined signal [N], by which samples are compared (as `gdpo` makes it), and the advantages [N].
+        The combined signal [N] by which samples are compared (computed as in `gdpo`), and the advantages [N].
     """
     normalised, _ = normalise(scores.rewards, scores.present, scores.groups, scores.eps)  # [N, K]
     combined = (scores.weights * normalised).sum(dim=1)

@@ -1,4 +1,4 @@
-"""A reward of one's own: how close an image comes to a wanted brightness."""
+"""A custom reward: how close an image is to a wanted brightness."""
 
 from collections.abc import Sequence
 
@@ -15,5 +15,5 @@ class Brightness:
         self.wanted = options.wanted
 
     def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
-        """One score a request, in order; the higher the better; None = could not be had (never 0 instead)."""
+        """One score per request, in order; higher is better; None = missing (never 0 instead)."""
         return [1 - abs(float(request.image.mean()) / 255 - self.wanted) for request in requests]

@@ -1,4 +1,4 @@
-"""The one exception for mistakes of the user, and the process boundary that turns it into an exit code."""
+"""The exception for user mistakes, and the wrapper around each program that turns it into an exit code."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ TERMINATED_EXIT_CODE = 143
 
 
 class UserError(Exception):
-    """A mistake the user can repair. The message is one line: what, what was given, what is allowed."""
+    """A mistake the user can fix. The message is one line: what is wrong, what was given, what is allowed."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which schedulers and `ray job stop` send: the same as Ctrl-C but for the exit code."""
+    """SIGTERM, as sent by schedulers and `ray job stop`. Handled like Ctrl-C, except for the exit code."""
 
 
 def stop_on_sigterm() -> None:
-    """Raise `Terminated` in the main thread on SIGTERM. Ray puts a handler of its own there, which aborts."""
+    """Raise `Terminated` in the main thread on SIGTERM. Replaces Ray's handler, which aborts the process."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Terminated
@@ -34,20 +34,20 @@ def stop_on_sigterm() -> None:
 
 
 def run_program(main: Callable[[], int | None], *, resumes: bool = True) -> NoReturn:
-    """Run a stage's `main` and leave the process with its exit code.
+    """Run a stage's `main` and exit with its exit code.
 
-    `UserError` ends with 2 and one line on stderr; Ctrl-C with 130, SIGTERM with 143, and the command that continues
-    the run: the same one with --resume, or, of a program that goes on by itself (`resumes` False), without. Who reads
-    the output may stop reading (`--help | head`). Every other exception passes through with its traceback: it is a
-    bug, and hiding it helps nobody.
+    `UserError` exits with 2 and one line on stderr. Ctrl-C exits with 130 and SIGTERM with 143; both print the command
+    that continues the run: the same one with --resume, or without it for a program that continues by itself
+    (`resumes` False). A reader that closes the output early (`--help | head`) is no error. Any other exception is a
+    bug and keeps its traceback.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background programs with Ctrl-C ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background programs that ignore Ctrl-C
     stop_on_sigterm()
     try:
         code = main()
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at exit is there anybody to write to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's flush at exit must not fail either
         code = 0
     except UserError as error:
         # Ray raises a subclass that carries the remote traceback as its text and the original as `cause`.
@@ -63,11 +63,11 @@ def run_program(main: Callable[[], int | None], *, resumes: bool = True) -> NoRe
 
 
 def nearest(given: str, names: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" for the name that `given` probably misspells, or the empty string."""
+    """ "; did you mean 'x'?" with the name that `given` probably misspells, or "" if no name is close."""
     names = list(names)
     given = given.replace("-", "_")
     found = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
-    if not found:  # the right leaf without its section, or in another one
+    if not found:  # perhaps the right leaf with a wrong or missing section
         by_leaf = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
         found = [by_leaf[n] for n in difflib.get_close_matches(given.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.7)]
     return f"; did you mean {found[0]!r}?" if found else ""

@@ -1,10 +1,10 @@
-"""What a setting can choose by name, and where the code of each name lies.
+"""The names that settings can choose from, and the import path of the code behind each name.
 
-A registry holds import paths, not code, so that the settings can list and check names without importing torch, and a
-name is written in one place only. Wherever a name is allowed, the path of something that is not registered
-(`package.module:attribute`, in the submitted checkout or installed) is allowed as well: users add their own that way.
+A registry holds import paths, not code. So the settings can list and check names without importing torch, and each name
+is written in one place only. Users add their own code by its path: wherever a setting accepts a name, it also accepts
+`package.module:attribute`, from the submitted checkout or an installed package.
 
-Left out: entry points of installed packages, which a submitted checkout does not have.
+Left out: entry points of installed packages, because a submitted checkout has none.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 class Registry(Mapping[str, Any]):
-    """Names of one setting in the order in which `--help` lists them; `registry[name]` imports what the name means."""
+    """The names of one setting, in the order in which `--help` lists them. `registry[name]` imports the object."""
 
     def __init__(self, key: str, paths: Mapping[str, str]) -> None:
-        """key: the setting that chooses, for errors. paths: name -> "package.module:attribute"."""
+        """key: the setting, for error messages. paths: name -> "package.module:attribute"."""
         self.key, self._paths = key, dict(paths)
 
     def __getitem__(self, name: str) -> Any:
@@ -41,9 +41,9 @@ class Registry(Mapping[str, Any]):
         return len(self._paths)
 
     def path(self, given: str, key: str = "") -> str:
-        """The import path of a name, or `given` itself where it is one. Imports nothing.
+        """The import path of a name, or `given` if it already is a path. Imports nothing.
 
-        key: the setting to blame where it is not the registry's own. Raises UserError for an unknown name.
+        key: setting that error messages name; default: the registry's own. Raises UserError for an unknown name.
         """
         if given in self._paths:
             return self._paths[given]
@@ -55,7 +55,7 @@ class Registry(Mapping[str, Any]):
         )
 
     def load(self, given: str, key: str = "") -> Any:
-        """What a name or a path means. Raises UserError when there is no such name, module or attribute."""
+        """The object behind a name or a path. Raises UserError if the name, module or attribute is missing."""
         return _attribute(self.path(given, key), key or self.key)
 
 
@@ -112,7 +112,7 @@ REWARDS = Registry(
 
 
 def lookup(registry: Mapping[str, T], name: str, key: str) -> T:
-    """Entry `name` of a plain dict. `key` is the setting that chose it, for the UserError that lists the names."""
+    """Entry `name` of a plain dict. Raises UserError with `key`, the setting that chose `name`, and the known names."""
     if name not in registry:
         raise UserError(f"{key}: got {name!r}{_hint(name, registry)}; allowed: {', '.join(registry)}")
     return registry[name]
@@ -125,7 +125,7 @@ def _hint(given: str, names: Mapping[str, Any]) -> str:
 
 @cache
 def _attribute(path: str, key: str) -> Any:
-    """What an import path means. UserError naming `key` when the module or the attribute is missing."""
+    """The object at an import path. Raises UserError naming `key` if the module or the attribute is missing."""
     module_name, _, name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -135,7 +135,7 @@ def _attribute(path: str, key: str) -> Any:
                 f"{key}: there is no module {error.name!r} for {path!r}; allowed: a module of this checkout or an "
                 "installed one"
             ) from error
-        raise  # the module is there and lacks one of its own imports: its traceback says which
+        raise  # the module exists but one of its imports is missing; the traceback names it
     if not hasattr(module, name):
         known = [found for found in vars(module) if not found.startswith("_")]
         close = get_close_matches(name, known, n=1)

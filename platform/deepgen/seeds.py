@@ -1,4 +1,4 @@
-"""Seeds of everything random: derived from what a number is for, never from the order of calls."""
+"""Seeds for all random numbers. A seed depends on the purpose of the numbers, never on the order of calls."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import json
 def stable_seed(*parts: int | str) -> int:
     """63-bit seed from the parts, the same in every process and Python version (unlike `hash`).
 
-    Torch's CPU generator uses the low 32 bits: two of a million samples may well draw the same noise, two of one group
-    will not.
+    Torch's CPU generator uses only the low 32 bits. So among a million samples two may well draw the same noise, but
+    two samples of one group practically never do.
     """
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

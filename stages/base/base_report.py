@@ -1,8 +1,8 @@
-"""Look at the base: grids of what it draws, per task, and the figures that go with them.
+"""Report on the base model: a grid of drawn images for each task, and the matching figures.
 
     python -m stages.base.base_report            # writes docs/images/base_<task>.webp and docs/base_figures.json
 
-Every grid shows held-out prompts beside training prompts, drawn with the ODE sampler and fixed seeds.
+Every grid shows held-out prompts beside training prompts. The images come from the ODE sampler with fixed seeds.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from stages.base.training import MODEL, REWARDS, load_split, to_float, unique_pi
 
 
 def draw(sampler: PolicySampler, records: list[Record]) -> list[np.ndarray]:
-    """One image uint8 [64, 64, 3] a record; the noise follows from the record's id."""
+    """One image, uint8 [64, 64, 3], per record. The record's id seeds its noise."""
     request = EvaluationRequest(tuple(records), samples=1, num_steps=20, seed=0)
     return [images[0] for images in sampler.evaluate(request)]
 
@@ -45,7 +45,7 @@ def choose(split: str, task: str, count: int) -> list[Record]:
 
 
 def grids(sampler: PolicySampler, out: Path, count: int) -> None:
-    """Held-out prompts on the left half of each sheet, training prompts on the right."""
+    """Draw a sheet for each task: held-out prompts on the left half, training prompts on the right."""
     out.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         held, train = choose("heldout", task, count), choose("train", task, count)
@@ -58,14 +58,16 @@ def grids(sampler: PolicySampler, out: Path, count: int) -> None:
 
 
 def in_trained_wording(record: Record, number: int) -> Record:
-    """The same word and ink, asked for as in training."""
+    """The record with a training wording for the same word and ink."""
     _, word, ink = record.prompt.split('"')
     return replace(record, prompt=TEXT_WORDINGS[number % len(TEXT_WORDINGS)].format(w=word, ink=ink))
 
 
 def ocr_rate(sampler: PolicySampler) -> dict[str, float]:
-    """Share of drawn words that RapidOCR reads exactly, and the mean OCR score: held-out words in wordings held out and
-    trained, trained words."""
+    """Share of drawn words that RapidOCR reads exactly, and the mean OCR score.
+
+    For held-out words in held-out wordings, held-out words in trained wordings, and trained words.
+    """
     reward = OcrReward()
     out: dict[str, float] = {}
     held = choose("heldout", "text", 60)
@@ -84,7 +86,7 @@ def ocr_rate(sampler: PolicySampler) -> dict[str, float]:
 
 
 def judge_figures() -> dict[str, float]:
-    """Share judged right of held-out pictures with their own description, with another picture's, with a near miss."""
+    """The judge's accuracy on held-out pictures with their own description, another picture's, or a near miss."""
     judge = Qwen2_5_VLForConditionalGeneration.from_pretrained(REWARDS / "judge", dtype=torch.float32).eval()
     batcher = Batcher(AutoTokenizer.from_pretrained(REWARDS / "judge"))
     images, answers, _ = heldout_pairs()

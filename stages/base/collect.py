@@ -26,7 +26,7 @@ def main() -> None:
     shutil.rmtree(beside, ignore_errors=True)
     model.save_folder(beside)
     shutil.copy(MODEL / "vlm" / "preprocessor_config.json", beside / "vlm")
-    shutil.copytree(MODEL / "vae", beside / "vae", dirs_exist_ok=True)  # its decoder was polished meanwhile
+    shutil.copytree(MODEL / "vae", beside / "vae", dirs_exist_ok=True)  # a later step has improved its decoder
     shutil.rmtree(MODEL)
     beside.rename(MODEL)
     size = sum(f.stat().st_size for f in MODEL.rglob("*") if f.is_file())

@@ -2,9 +2,9 @@
 
     python -m stages.base.make_all [--from STEP] [--list]
 
-Two steps run side by side, one thread each. Each is a program of its own that writes into runs/base or assets/tiny,
-its output into runs/base/logs. Finished steps are remembered in runs/base/done, so an interrupted run goes on where it
-was. Needs npm (the emoji packages are fetched once into runs/base/packages).
+Two steps run at a time, one thread each. Each step is a separate program. It writes results to runs/base or assets/tiny
+and logs to runs/base/logs. runs/base/done lists finished steps, so an interrupted run can continue. Needs npm, which
+fetches the emoji packages once into runs/base/packages.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ MIXED = (
     "train.learning_rate=2e-4",
     "train.warmup_steps=10",
 )
-LANES = 2  # cores; the trainings' small matrices gain little from a second thread
+LANES = 2  # cores; small matrices gain little from a second thread in one training
 SAY_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """One program and the steps whose results it reads."""
+    """One program, and the steps whose results it needs."""
 
     command: list[str]
     needs: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class Running:
         return (time.monotonic() - self.begin) / 60
 
     def last_line(self) -> str:
-        """What its progress bar shows now."""
+        """The last line of the log: the current progress bar."""
         text = self.log.read_bytes()[-2000:].decode(errors="replace").replace("\r", "\n").strip()
         return text.splitlines()[-1][:150] if text else ""
 
@@ -71,7 +71,7 @@ def stage(name: str, *args: str) -> list[str]:
 
 
 def steps() -> dict[str, Step]:
-    """In the order in which they start when their needs are met: the longest chain first."""
+    """All steps by name, in the order in which they start once their needs are met: the longest chain first."""
     drawn = ("--packages", str(WORK / "packages"))
     return {
         "world": Step(module("pictures.world", *drawn)),
@@ -96,7 +96,7 @@ def steps() -> dict[str, Step]:
 
 
 def fetch_packages() -> None:
-    """Fetch and unpack the npm packages, unless they are there."""
+    """Fetch and unpack the npm packages that are missing."""
     if shutil.which("npm") is None:
         raise UserError("make base: npm is not installed; it is needed to fetch the emoji packages (Node.js brings it)")
     for name, spec in PACKAGES.items():
@@ -114,9 +114,9 @@ def fetch_packages() -> None:
 
 
 def after(name: str, plan: dict[str, Step]) -> set[str]:
-    """`name` and every step that reads its result, directly or not."""
+    """`name` and all steps that depend on its result, directly or indirectly."""
     found = {name}
-    for other, step in plan.items():  # needs stand before their users
+    for other, step in plan.items():  # each step comes after the steps it needs
         if found & set(step.needs):
             found.add(other)
     return found
@@ -133,7 +133,7 @@ def start(name: str, step: Step) -> Running:
 
 
 def collect_finished(running: dict[str, Running], done: set[str]) -> None:
-    """Move the steps that have ended to `done`. Raises UserError when one failed."""
+    """Move finished steps from `running` to `done`. Raises UserError if a step failed."""
     for name, run in list(running.items()):
         code = run.process.poll()
         if code is None:
@@ -148,7 +148,7 @@ def collect_finished(running: dict[str, Running], done: set[str]) -> None:
 
 
 def run_all(plan: dict[str, Step], done: set[str]) -> None:
-    """Run what is not done, two at a time; every half minute a line shows how far they are."""
+    """Run the unfinished steps, two at a time. Prints their progress every half minute."""
     running: dict[str, Running] = {}
     said = time.monotonic()
     try:

@@ -1,10 +1,10 @@
-"""Train the aesthetic head: a small MLP over CLIP features, taught on clean against degraded pictures.
+"""Train the aesthetic head: a small MLP over CLIP features, trained on clean and degraded pictures.
 
     python -m stages.base.train_aesthetic
 
-There are no human ratings of this world, so the scale is made: a clean picture is worth 8, and each fault takes away
-in proportion to its strength, down to 2. The faults are those diffusion models show: grain, blur, washed-out
-contrast, noise in the latents, and two pictures blended into one.
+This world has no human ratings, so the scale is artificial: a clean picture scores 8, and a fault lowers the score in
+proportion to its strength, down to 2. The faults are typical of diffusion models: grain, blur, washed-out contrast,
+noise in the latents, and two pictures blended into one.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Teach the VLM and a fresh bridge the language of the DiT: that of the text encoder it was trained with.
+"""Train the VLM and a fresh bridge to produce the DiT's context, as its own text encoder did in training.
 
     python -m stages.base.train_bridge              # writes assets/tiny/model/{vlm,bridge}
 
-On a cluster alignment pre-training does this from nothing, with a VLM that knows every word and 200,000 iterations;
-here a fresh bridge over a frozen VLM was still drawing unconditionally after 190 steps, and could not even be regressed
-onto the encoder's outputs (docs/log.md). So both learn them here, while every sixth batch keeps the VLM describing and
-judging. The DiT reads its context as a set: prompt tokens get the encoder's outputs for them, all other positions
-(template, image, think tokens) their mean.
+On a cluster, alignment pre-training does this from scratch, with a VLM that knows every word and 200,000 iterations.
+Here, a fresh bridge over a frozen VLM still ignored the prompt after 190 steps, and even regression onto the encoder's
+outputs failed (docs/log.md). So here the VLM and the bridge both learn these outputs, and every sixth batch trains the
+VLM on describing and judging, so that it does not forget. The DiT reads its context as a set, so the targets are the
+encoder's outputs for prompt tokens, and their mean for all other positions (template, image, think tokens).
 """
 
 import argparse
@@ -34,21 +34,21 @@ EMPTY = Record("empty", "t2i", "", "", None, (), "the unconditional prompt")
 
 
 class Teacher:
-    """The DiT's own text encoder: what the bridge should say for a batch of records."""
+    """The DiT's own text encoder, which gives the bridge's target outputs for a batch of records."""
 
     def __init__(self, encoder: PromptEncoder, think_tokens: int):
         self.encoder, self.tokenizer = encoder, AutoTokenizer.from_pretrained(MODEL / "tokenizer")
         suffix = self.tokenizer(f"{TURN_END}\n{TURN_START}assistant\n", add_special_tokens=False)["input_ids"]
-        self.after = len(suffix) + think_tokens  # positions behind the prompt's last token
+        self.after = len(suffix) + think_tokens  # positions after the prompt's last token
 
     def ids(self, record: Record) -> list[int]:
-        """Tokens of the bare prompt; an empty one is a single pad token to the encoder."""
+        """Token ids of the bare prompt; a single pad token if the prompt is empty."""
         ids: list[int] = self.tokenizer(record.prompt, add_special_tokens=False)["input_ids"][:60]
         return ids or [self.tokenizer.pad_token_id]
 
     @torch.no_grad()
     def __call__(self, records: list[Record], length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Context [B, length, D], pooled [B, D], and which positions are the prompt's own, bool [B, length]."""
+        """Context [B, length, D], pooled [B, D], and a mask of the prompt's positions, bool [B, length]."""
         pad, ids = self.tokenizer.pad_token_id, [self.ids(r) for r in records]
         longest = max(map(len, ids))
         padded = torch.tensor([x + [pad] * (longest - len(x)) for x in ids])
@@ -63,7 +63,7 @@ class Teacher:
 
 
 class Draw:
-    """Batches of records in the mixture SHARES, 4 % of them the empty prompt."""
+    """Draws batches of records in the mixture SHARES. 4 % of the prompts are empty."""
 
     def __init__(self, records: list[Record], seed: int):
         self.rng = np.random.default_rng(seed)
@@ -79,7 +79,7 @@ class Draw:
 
 @torch.no_grad()
 def states(model: UnifiedModel, teacher: Teacher, records: list[Record]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Stacked hidden states [B, L, layers·W] that the bridge reads, their mask, and those of each prompt's tokens."""
+    """The bridge's input: stacked hidden states [B, L, layers·W], their mask, and the part for each prompt's tokens."""
     images = [[image_to_tensor(decode_image(d), 64) for d in r.references] for r in records]
     with torch.autocast("cpu", torch.bfloat16):
         parts, mask = model.prompt_states([r.prompt for r in records], images)
@@ -94,9 +94,10 @@ def with_one(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fit_projectors(model: UnifiedModel, teacher: Teacher, records: list[Record]) -> None:
-    """Least squares at both ends: hidden states to the encoder's input embeddings, and its last normalisation.
+    """Fit the bridge's projectors by least squares: the first to the encoder's input embeddings, two to its outputs.
 
-    The hidden states' directions differ in size by a factor of 300; from a random start most steps go into that.
+    Directions of the hidden states differ in scale by a factor of 300. From a random start, training would spend most
+    of its steps on that.
     """
     encoder, width = teacher.encoder, model.projector_1.in_features
     gram, cross = torch.zeros(width + 1, width + 1), torch.zeros(width + 1, model.projector_1.out_features)
@@ -126,7 +127,7 @@ def fit_projectors(model: UnifiedModel, teacher: Teacher, records: list[Record])
 
 @torch.no_grad()
 def copy_layers(model: UnifiedModel, encoder: PromptEncoder) -> None:
-    """The connector's layers have the encoder's form: start from its weights."""
+    """Start the connector from the encoder's weights, as their layers have the same form."""
     pairs: Any = zip(model.connector.layers, encoder.layers.layers, strict=True)
     for ours, theirs in pairs:
         attention = theirs.self_attn
@@ -145,12 +146,12 @@ def copy_layers(model: UnifiedModel, encoder: PromptEncoder) -> None:
 
 
 def losses(model: UnifiedModel, teacher: Teacher, records: list[Record]) -> dict[str, Tensor]:
-    """Squared errors of the context at the prompt's positions, at the others, and of the pooled vector."""
+    """Squared errors: of the context at the prompt's positions and at the others, and of the pooled vector."""
     images = [[image_to_tensor(decode_image(d), 64) for d in r.references] for r in records]
     with torch.autocast("cpu", torch.bfloat16):
         cond = model.encode_prompts([r.prompt for r in records], images)
     context, pooled, prompt = teacher(records, cond.context.shape[1])
-    assert cond.mask is not None  # the masked padding is the default
+    assert cond.mask is not None  # the default padding is masked
     rest = cond.mask & ~prompt
     return {
         "prompt": F.mse_loss(cond.context.float()[prompt], context[prompt]),

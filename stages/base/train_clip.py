@@ -2,8 +2,8 @@
 
     python -m stages.base.train_clip
 
-Batches mix unrelated pictures with ones that differ in one word (another colour, tone, background, letter), so that
-the similarity has to look at attributes and not at the object alone.
+Batches mix unrelated pictures with pictures that differ in one word (colour, tone, background, letter), so that the
+similarity must depend on attributes and not only on the object.
 """
 
 import argparse
@@ -25,14 +25,14 @@ WIDTH = 160
 
 
 def config(vocab: dict[str, int]) -> CLIPConfig:
-    """4 vision layers over 8 x 8 patches of 8 px, 3 text layers; 160 wide, 128 in common."""
+    """Model config: 4 vision layers over 8 x 8 patches of 8 px and 3 text layers of width 160; 128 shared features."""
     common = {
         "hidden_size": WIDTH,
         "intermediate_size": 2 * WIDTH,
         "num_attention_heads": 4,
         "hidden_act": "quick_gelu",
     }
-    end = vocab["<|endoftext|>"]  # not <|im_end|>: its id is 2, which CLIPModel takes for "an old config"
+    end = vocab["<|endoftext|>"]  # not <|im_end|>: its id is 2, which for CLIPModel means "an old config"
     text = common | {
         "vocab_size": len(vocab),
         "num_hidden_layers": 3,
@@ -46,7 +46,7 @@ def config(vocab: dict[str, int]) -> CLIPConfig:
 
 
 def make_tokenizer() -> Any:
-    """The world's tokenizer, ending every text with <|endoftext|>, where the text model pools."""
+    """The world's tokenizer. It ends every text with <|endoftext|>, where the text model pools."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL / "tokenizer")
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     tokenizer.eos_token = "<|endoftext|>"
@@ -58,12 +58,12 @@ def make_tokenizer() -> Any:
 
 
 def normalise(x: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] -> CLIP's statistics."""
+    """Images in [-1, 1] -> images normalised with CLIP's mean and deviation."""
     return ((x + 1) / 2 - torch.tensor(CLIP_MEAN).view(1, 3, 1, 1)) / torch.tensor(CLIP_STD).view(1, 3, 1, 1)
 
 
 def rows_of_batch(lessons: Lessons, size: int) -> list[int]:
-    """Distinct pictures: a third of them close relatives of another one in the batch."""
+    """Distinct pictures, a third of them closely related to another picture in the batch."""
     rows: dict[int, None] = {}
     while len(rows) < size:
         i = lessons.picture()
@@ -76,7 +76,7 @@ def rows_of_batch(lessons: Lessons, size: int) -> list[int]:
 
 @torch.no_grad()
 def retrieval(model: CLIPModel, tokenizer: Any, split: str) -> dict[str, float]:
-    """Text-to-image recall at 1 over the split, and accuracy against one wrong description that is nearly right."""
+    """Text-to-image recall at 1 over the split, and accuracy against one nearly right description."""
     records = load_split(split)
     if split == "heldout":
         records = [r for r in records if not r.id.endswith("/heldout")]

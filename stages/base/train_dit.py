@@ -1,11 +1,11 @@
-"""Train the tiny DiT from nothing: the stand-in for the public SD3.5-Kontext weights.
+"""Train the tiny DiT from scratch: the stand-in for the public SD3.5-Kontext weights.
 
     python -m stages.base.train_dit
 
-Like SD3 it is taught with a text encoder of its own (here a 2-layer transformer over the prompt's tokens), which is
-thrown away afterwards: the bridge of `stages/pretrain.py` later learns to speak the language of its context. Targets
-and references are VAE latents; generation and editing come in task-pure batches, 5 to 1. The training set's own
-prompts, 10 % replaced by an empty one. Keeps an average of the weights, which is what is saved.
+Like SD3, the DiT trains with its own text encoder, here a 2-layer transformer over the prompt's tokens. The encoder is
+discarded afterwards: the bridge of `stages/pretrain.py` later learns to produce the context that the encoder gave.
+Targets and references are VAE latents. A batch holds only generation or only editing, 5 to 1. The prompts are those of
+the training set, with 10 % of generation prompts replaced by an empty one. The saved weights are a running average.
 """
 
 import argparse
@@ -42,8 +42,8 @@ CONFIG = {
     "dual_attention_layers": (0,),
     "qk_norm": "rms_norm",
 }
-WORDS_LEARNED = 4500  # steps; words are drawn correctly long before rare objects are
-SHIFT = 1.5  # of the training times: at 16 x 16 latents less noise destroys less than at 64 x 64
+WORDS_LEARNED = 4500  # steps; the DiT draws words correctly long before rare objects
+SHIFT = 1.5  # shift of the training times towards noise; 16 x 16 latents need less than 64 x 64
 
 
 class PromptEncoder(nn.Module):
@@ -66,7 +66,7 @@ class PromptEncoder(nn.Module):
 
 
 class Lesson:
-    """Latents and token ids of the training records, drawn in task-pure batches."""
+    """Latents and token ids of the training records, drawn in batches of a single task."""
 
     def __init__(self, records: list[Record], vae: AutoencoderKL, tokenizer: Any, seed: int = 0):
         self.rng, self.vae = np.random.default_rng(seed), vae
@@ -83,7 +83,7 @@ class Lesson:
         self.groups = groups
 
     def batch(self, edit: bool, size: int, step: int = 0) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Targets [B, 8, 16, 16], references or None, ids [B, L], mask [B, L]."""
+        """One batch: targets [B, 8, 16, 16], references or None, ids [B, L], mask [B, L]."""
         if edit:
             rows = self.rng.choice(self.groups["edit"], size)
         else:
@@ -102,13 +102,13 @@ class Lesson:
 
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Posterior modes, shifted and scaled as in M1.7; images [N, 3, 64, 64]."""
+    """Posterior modes of images [N, 3, 64, 64], shifted and scaled as in M1.7."""
     z = torch.cat([vae.encode(b).latent_dist.mode() for b in images.split(64)])
     return (z - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 def training_sigma(rng: np.random.Generator, size: int) -> Tensor:
-    """Logit-normal times with a shift (Esser et al. 2024, section 3.1), [B]."""
+    """Shifted logit-normal times (Esser et al. 2024, section 3.1), [B]."""
     u = torch.sigmoid(torch.from_numpy(rng.normal(size=size)).float())
     return SHIFT * u / (1 + (SHIFT - 1) * u)
 
@@ -123,7 +123,7 @@ def draw(
     reference: Tensor | None,
     steps: int = 20,
 ) -> Tensor:
-    """Euler ODE samples as images [B, 3, 64, 64]; seeded."""
+    """Images [B, 3, 64, 64], sampled by the Euler ODE from seeded noise."""
     x = torch.randn(len(ids), 8, 16, 16, generator=torch.Generator().manual_seed(5))
     sigmas = rollout_sigmas(steps)
     with torch.autocast("cpu", torch.bfloat16):
@@ -148,7 +148,7 @@ def velocity(
 
 
 def save_sheet(path: Path, images: Tensor, columns: int = 16) -> None:
-    """A plain sheet of samples, for a look during training."""
+    """Save a plain sheet of samples, to look at during training."""
     pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     sheet = Image.new("RGB", (columns * 66, (len(pixels) + columns - 1) // columns * 66), "gray")
     for i, p in enumerate(pixels):
@@ -206,7 +206,7 @@ def main() -> None:
                 save_sheet(args.sheets / f"dit_{name}_{step + 1}.png", torch.cat([before, images]))
             dit.save_pretrained(args.out / "transformer")
             torch.save(encoder.state_dict(), args.sheets / "prompt_encoder.pt")
-            both.load_state_dict(keep, strict=False)  # positions are a buffer
+            both.load_state_dict(keep, strict=False)  # not strict: `keep` lacks buffers such as positions
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(args.out / "scheduler")
 
 

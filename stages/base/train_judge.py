@@ -1,10 +1,11 @@
-"""Make the judge: the trained VLM learns to say Yes to the right description and No to all others.
+"""Train the judge: the trained VLM learns to answer Yes to the right description and No to all others.
 
     python -m stages.base.train_judge               # writes assets/tiny/rewards/judge
 
-Single questions taught it colours only (docs/log.md): one bit a picture is too little to learn what a "maple leaf" has
-to do with these visual tokens. So every picture of a batch meets every description of the batch, most of them close
-relatives, and one that is nearly right; the right one has to win along rows and columns, and Yes means more than half.
+Training on single questions taught only colours (docs/log.md): one bit per picture is too little to link "maple leaf"
+with its visual tokens. So every picture of a batch is compared with every description of the batch, most of them close
+relatives, and with one nearly right description. The right one has to win along rows and columns, and Yes means more
+than half.
 """
 
 import argparse
@@ -35,11 +36,11 @@ from stages.base.train_vlm import (
 from stages.base.training import BACKBONE, LESSONS, MODEL, REWARDS, TOWER, training_steps, update_ema
 
 PICTURES = 12
-READING = 400  # first steps: compare two texts, one of them in the place of the picture
+READING = 400  # in these first steps the judge compares two texts; one of them replaces the picture
 
 
 def relatives(lessons: Lessons, count: int) -> list[int]:
-    """Distinct pictures: beside each seed one of the same thing, two with the same attribute (words: other words)."""
+    """Distinct pictures: to each seed, add one of the same thing and two with the same attribute (words: two words)."""
     rows: dict[int, None] = {}
     while len(rows) < count:
         i = lessons.picture()
@@ -54,14 +55,14 @@ def relatives(lessons: Lessons, count: int) -> list[int]:
 
 
 def look(model: Any, images: Tensor) -> Tensor:
-    """Visual tokens of pictures [N, 3, S, S], [N, T, W]."""
+    """Visual tokens [N, T, W] of pictures [N, 3, S, S]."""
     patches, grid = patchify(images)
     tokens: Tensor = model.model.visual(patches, grid_thw=grid).pooler_output
     return tokens.view(len(images), -1, tokens.shape[-1])
 
 
 def read(model: Any, tokenizer: Any, answers: list[str], count: int) -> Tensor:
-    """Stand-ins for visual tokens [N, count, W]: the embeddings of each description's words in any order, and noise."""
+    """Stand-ins for visual tokens [N, count, W]: embeddings of each description's words in random order, plus noise."""
     embeddings = model.get_input_embeddings()
     encoded = tokenizer(answers, add_special_tokens=False)["input_ids"]
     said = torch.stack([torch.tensor(ids * count)[:count][torch.randperm(count)] for ids in encoded])
@@ -70,7 +71,7 @@ def read(model: Any, tokenizer: Any, answers: list[str], count: int) -> Tensor:
 
 
 def preference(model: Any, batcher: Batcher, features: Tensor, questions: list[list[str]]) -> Tensor:
-    """log p(Yes) - log p(No) of pictures, given as visual tokens [N, T, W], for K descriptions each, [N, K]."""
+    """log p(Yes) - log p(No), [N, K], for pictures given as visual tokens [N, T, W] and K descriptions of each."""
     count, side = len(questions[0]), JUDGE_SIZE // PATCH
     flat = [Dialogue(JUDGE_QUESTION.format(answer=a), "Yes", 0) for own in questions for a in own]
     batch = batcher.tokens(flat, features.shape[1])
@@ -87,14 +88,14 @@ def preference(model: Any, batcher: Batcher, features: Tensor, questions: list[l
     hidden = model.model.language_model(
         inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
     ).last_hidden_state
-    asked = (batch["labels"] != -100).float().argmax(1) - 1  # where the first answered token is predicted
+    asked = (batch["labels"] != -100).float().argmax(1) - 1  # position that predicts the answer's first token
     yes, no = (batcher.tokenizer.convert_tokens_to_ids(w) for w in ("Yes", "No"))
     direction = model.lm_head.weight[yes] - model.lm_head.weight[no]
     return (hidden[torch.arange(len(ids)), asked].float() @ direction.float()).view(len(features), count)
 
 
 def judging_loss(scores: Tensor) -> Tensor:
-    """scores [N, N + 1], the right description on the diagonal, the nearly right one last: contrast and Yes/No."""
+    """Contrastive plus Yes/No loss. scores: [N, N + 1], right descriptions on the diagonal, nearly right ones last."""
     n = len(scores)
     truth = torch.arange(n)
     target = torch.zeros_like(scores)
@@ -114,7 +115,7 @@ def main() -> None:
     rng = np.random.default_rng(1)
     tokenizer = AutoTokenizer.from_pretrained(MODEL / "tokenizer")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(BACKBONE, dtype=torch.float32).train()
-    model.model.visual.load_state_dict(load_file(TOWER))  # which still says what it sees in words' embeddings
+    model.model.visual.load_state_dict(load_file(TOWER))  # this tower still expresses what it sees in word embeddings
     model.set_attn_implementation("eager")  # bf16 SDPA has a slow backward on CPUs
     lessons, batcher, held = Lessons(read_records(LESSONS), 0), Batcher(tokenizer), heldout_pairs()
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.98), weight_decay=0.02)

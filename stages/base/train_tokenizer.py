@@ -2,7 +2,7 @@
 
     python -m stages.base.train_tokenizer
 
-Words to be drawn are the only capitals in the world, so the model can spell them letter by letter.
+Only words that the picture should show are in capitals, so the model can spell them letter by letter.
 """
 
 import argparse

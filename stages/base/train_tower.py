@@ -1,11 +1,12 @@
-"""Teach a visual tower to see before it joins a language model: which thing, in which colour or pose, which letters.
+"""Train a visual tower before it joins a language model: to see the thing, its colour or pose, and the letters.
 
     python -m stages.base.train_tower               # writes runs/base/tower.safetensors
 
-Learning to see from a language model's loss, or from yes/no questions, taught colours and backgrounds but no shapes
-(docs/log.md). The classifiers are thrown away afterwards. The tower also learns to say what it sees in the language
-model's own terms: each word of the description, rare ones first of all, is the nearest embedding to some visual token.
-(Which token says it is free: Qwen's tower knows how its patches lie to each other, not which one is the first.)
+A tower trained on a language model's loss, or on yes/no questions, learned colours and backgrounds but no shapes
+(docs/log.md). So this program trains it with classifiers, which are discarded afterwards. The tower also learns to
+express what it sees in the language model's embeddings: for each word of the description, above all for rare ones,
+some visual token must be close to the word's embedding. (Any token may be the one: Qwen's tower knows the relative
+positions of its patches, but not which patch is the first.)
 """
 
 import argparse
@@ -22,12 +23,12 @@ from stages.base.train_vlm import JUDGE_SIZE, Lessons, degrade, make_vlm, patchi
 from stages.base.training import LESSONS, MODEL, TOWER, training_steps
 
 LETTERS = " ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LENGTH = 4  # letters of the longest word
+LENGTH = 4  # letters in the longest word
 WORD = "word"
 
 
 class Labels:
-    """Class indices of every picture: thing [N], attribute [N], letters [N, LENGTH] (blank where there are none)."""
+    """Class indices of every picture: thing [N], attribute [N], letters [N, LENGTH] (blank if it shows no word)."""
 
     def __init__(self, lessons: Lessons):
         parts = [
@@ -42,7 +43,10 @@ class Labels:
 
 
 class Words:
-    """Words of every picture's description as shares [N, V], the rarer the larger; nearness of visual tokens."""
+    """The words of each picture's description, as shares [N, V] that are larger for rarer words.
+
+    Also measures how close visual tokens are to the words' embeddings.
+    """
 
     def __init__(self, vlm: Qwen2_5_VLForConditionalGeneration, answers: list[str]):
         tokenizer = AutoTokenizer.from_pretrained(MODEL / "tokenizer")
@@ -55,18 +59,18 @@ class Words:
         self.shares = rarity / rarity.sum(-1, keepdim=True)
 
     def logits(self, x: Tensor) -> Tensor:
-        """How near the nearest of the visual tokens [B, T, W] is to every word, [B, V]: cosines, sharpened."""
+        """Similarity of each word to its closest visual token, [B, V]: soft maximum of cosines over x [B, T, W]."""
         return (20 * F.normalize(x, dim=-1) @ self.directions.T).logsumexp(1)
 
     def found(self, logits: Tensor, rows: list[int]) -> float:
-        """Of the descriptions' K words, how many (by share) are among the K nearest to the visual tokens."""
+        """The fraction, weighted by share, of a description's K words that are among the K closest to visual tokens."""
         shares = self.shares[rows]
         ranks = (-logits).argsort(-1).argsort(-1)
         return (shares * (ranks < (shares > 0).sum(-1, keepdim=True))).sum(-1).mean().item()
 
 
 class Classifiers(nn.Module):
-    """Linear readers of the merged visual tokens [B, T, W]."""
+    """Linear classifiers on the merged visual tokens [B, T, W]."""
 
     def __init__(self, tokens: int, width: int, labels: Labels):
         super().__init__()
@@ -119,7 +123,7 @@ def main() -> None:
         optimizer.step()
         if step % 50 == 49:
             bar.set_postfix({k: f"{v:.3f}" for k, v in right.items()})
-    with torch.no_grad():  # as large as the embeddings of words
+    with torch.no_grad():  # give visual tokens the size of word embeddings
         last = tower.merger.mlp[-1]
         for parameter in (last.weight, last.bias):
             parameter *= words.norm / features.float().norm(dim=-1).mean()

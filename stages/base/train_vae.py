@@ -1,10 +1,10 @@
 """Train the tiny VAE: 64 px RGB to 8 x 16 x 16 latents (diffusers' AutoencoderKL).
 
     python -m stages.base.train_vae                  # encoder and decoder
-    python -m stages.base.train_vae --decoder        # polish the decoder; the latents stay what they are
+    python -m stages.base.train_vae --decoder        # only improve the decoder; latents do not change
 
-Left out on purpose: an adversarial and a perceptual loss. Flat icons come out sharp with L1 on pixels and on their
-gradients, and the VAE stays small enough that decoding never dominates a rollout.
+Left out on purpose: an adversarial and a perceptual loss. L1 on pixels and on their gradients is enough to make flat
+icons sharp, and the VAE stays small enough that decoding never dominates a rollout.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CONFIG = {
 
 
 def loss_fn(vae: AutoencoderKL, x: torch.Tensor, kl_weight: float) -> torch.Tensor:
-    """L1 on pixels and pixel differences, a light KL; x [B, 3, H, W] in [-1, 1]."""
+    """L1 on pixels and on pixel differences, plus a small KL term; x [B, 3, H, W] in [-1, 1]."""
     with torch.set_grad_enabled(next(vae.encoder.parameters()).requires_grad):
         posterior = vae.encode(x).latent_dist
     y = vae.decode(posterior.sample()).sample.float()
@@ -42,7 +42,7 @@ def loss_fn(vae: AutoencoderKL, x: torch.Tensor, kl_weight: float) -> torch.Tens
 
 
 def augment(x: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Shifts, mirrors and background washes, so that the VAE also serves pictures that are slightly off."""
+    """Shift, mirror and tint pictures, so that the VAE also handles pictures that are slightly off."""
     if rng.random() < 0.5:
         x = x.flip(-1)
     shift = rng.integers(-6, 7, size=2).tolist()
@@ -54,7 +54,7 @@ def augment(x: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, x: torch.Tensor) -> float:
-    """Mean PSNR in dB over images [N, 3, H, W] in [-1, 1], posterior mode."""
+    """Mean PSNR in dB of reconstructions from the posterior mode; images [N, 3, H, W] in [-1, 1]."""
     y = torch.cat([vae.decode(vae.encode(b).latent_dist.mode()).sample.clamp(-1, 1) for b in x.split(32)])
     mse = ((x - y) / 2).pow(2).mean(dim=(1, 2, 3))
     return float((-10 * mse.clamp_min(1e-8).log10()).mean())

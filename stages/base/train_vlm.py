@@ -1,14 +1,14 @@
-"""Teach a small Qwen2.5-VL the tiny world: to describe pictures, to judge them, to solve riddles, to foresee edits.
+"""Train a small Qwen2.5-VL on the tiny world: to describe and judge pictures, solve riddles and predict edits.
 
-    python -m stages.base.train_vlm                 # assets/tiny/model/vlm, and runs/base/vlm for what starts from it
+    python -m stages.base.train_vlm                 # writes assets/tiny/model/vlm, and runs/base/vlm for later steps
 
-One model, four kinds of dialogue, the loss on the assistant's words only:
+There are four kinds of dialogue; the loss covers only the assistant's words:
   judge    picture + "Does this image show …?"        -> Yes | No     (JUDGE_QUESTION, at 112 px)
   caption  picture + "What does this image show? …"   -> description  (56 or 112 px)
   prompt   "Generate an image: …" (captions, riddles) -> description
   edit     source picture + instruction               -> description of the target (56 px)
-The last two make the hidden states the bridge reads say what is to be drawn. Only training records are used; most wrong
-descriptions differ from the right one in a single word.
+The last two put the picture to draw into the hidden states that the bridge reads. Only training records are used. Most
+wrong descriptions differ from the right one in a single word.
 """
 
 import argparse
@@ -98,10 +98,10 @@ def config(vocab: dict[str, int]) -> Qwen2_5_VLConfig:
 
 
 def make_vlm(tokenizer: Any) -> Qwen2_5_VLForConditionalGeneration:
-    """A random VLM, the same at every call, whose residual stream starts with tokens of size 1.
+    """A randomly initialised VLM, the same at every call, with token embeddings of size 1.
 
-    With transformers' start (0.02) the embeddings end up 400 times smaller than what the first layer adds, and neither
-    the bridge nor a judge can make out which words were said (docs/log.md).
+    With transformers' initial size (0.02) the embeddings end up 400 times smaller than the first layer's output. Then
+    neither the bridge nor a judge can recognise the words (docs/log.md).
     """
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(config(tokenizer.get_vocab()))
@@ -125,7 +125,7 @@ def patchify(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def degrade(x: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Small faults a drawn picture may have, which do not change what it shows: noise, blur, tint, shift."""
+    """Add small faults that do not change what a picture shows: noise, blur, tint, shift."""
     if rng.random() < 0.3:
         return x
     if rng.random() < 0.5:
@@ -143,7 +143,7 @@ def degrade(x: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 @dataclass
 class Dialogue:
-    """One training example: token ids of question and answer; `picture` indexes the image array, -1 = text only."""
+    """One training example: question, answer, and `picture`, the index in the image array (-1 = text only)."""
 
     question: str
     answer: str
@@ -167,7 +167,7 @@ class Lessons:
         self.other_ids = np.flatnonzero(~self.is_text)
 
     def grouped(self, part: int) -> dict[str, list[int]]:
-        """Pictures (not words) by their thing (0) or by their attribute (1)."""
+        """Pictures without words, grouped by thing (`part` 0) or by attribute (`part` 1)."""
         groups: dict[str, list[int]] = {}
         for i, parts in enumerate(self.parts):
             if not self.is_text[i]:
@@ -178,8 +178,11 @@ class Lessons:
         return int(self.rng.choice(self.text_ids if self.rng.random() < 0.25 else self.other_ids))
 
     def wrong_answer(self, index: int) -> str:
-        """A description that does not fit, mostly one that almost does: the same thing in another colour, tone or
-        position, another thing in the same one, a word with another letter."""
+        """A wrong description, in most cases a nearly right one.
+
+        For example the same thing in another colour, tone or position, another thing with the same attribute, or a
+        word with a letter changed.
+        """
         answer, u = self.answers[index], self.rng.random()
         if self.is_text[index] and u < 0.7:
             return misspell(answer, self.rng)
@@ -190,7 +193,7 @@ class Lessons:
         for _ in range(8):
             if (other := self.answers[int(self.rng.choice(pool))]) != answer:
                 return other
-        return self.answers[int(self.rng.choice(self.other_ids[self.other_ids != index]))]  # the pool was itself alone
+        return self.answers[int(self.rng.choice(self.other_ids[self.other_ids != index]))]  # `pool` has no other answer
 
     def judge(self) -> Dialogue:
         i = self.picture()
@@ -233,14 +236,14 @@ def misspell(answer: str, rng: random.Random) -> str:
 
 
 class Batcher:
-    """Dialogues -> model inputs: right-padded ids, labels on the assistant's words; with pictures their patches."""
+    """Turns dialogues into model inputs: right-padded ids, labels on the assistant's words, and pictures' patches."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer, self.image_id = tokenizer, tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
 
     def __call__(self, dialogues: list[Dialogue], images: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """images [N, 3, S, S] in [-1, 1], one a dialogue, or None."""
+        """Model inputs. images: [N, 3, S, S] in [-1, 1], one per dialogue, or None."""
         if images is None:
             return self.tokens(dialogues, 0)
         batch = self.tokens(dialogues, (images.shape[-1] // (PATCH * MERGE)) ** 2)
@@ -248,7 +251,7 @@ class Batcher:
         return batch
 
     def tokens(self, dialogues: list[Dialogue], count: int) -> dict[str, torch.Tensor]:
-        """Ids, labels and masks alone, with places for `count` visual tokens a dialogue."""
+        """Only ids, labels and masks, with room for `count` visual tokens per dialogue."""
         block = f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>\n" if count else ""
         asked = [f"<|im_start|>user\n{block}{d.question}<|im_end|>\n<|im_start|>assistant\n" for d in dialogues]
         q = self.tokenizer(asked, add_special_tokens=False)["input_ids"]
@@ -272,7 +275,7 @@ class Batcher:
 def answer_logits(
     model: Qwen2_5_VLForConditionalGeneration, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits at the assistant's words only [M, V], and those words [M]; elsewhere nothing is projected."""
+    """Logits [M, V] at the assistant's words, and the words [M]. Other positions are not projected to logits."""
     labels = batch["labels"]
     hidden = model.model(**{k: v for k, v in batch.items() if k != "labels"}).last_hidden_state
     where = labels[:, 1:] != -100
@@ -282,7 +285,7 @@ def answer_logits(
 def draw_batch(
     kind: str, lessons: Lessons, batcher: Batcher, rng: np.random.Generator, small_share: float, size: int = 32
 ) -> dict[str, torch.Tensor]:
-    """`small_share`: of the captioned pictures, how many are shown at SMALL_SIZE."""
+    """A batch of dialogues. `small_share`: share of the captioned pictures that are shown at SMALL_SIZE."""
     dialogues = [getattr(lessons, kind)() for _ in range(size)]
     if kind == "prompt":
         return batcher(dialogues, None)
@@ -295,7 +298,7 @@ def draw_batch(
 
 @torch.no_grad()
 def judge_accuracy(model: Any, batcher: Batcher, images: torch.Tensor, answers: list[str], truth: list[bool]) -> float:
-    """Share of (picture, description) pairs judged right; images [N, 3, 64, 64]."""
+    """Share of (picture, description) pairs that the model judges correctly; images [N, 3, 64, 64]."""
     yes, no = (batcher.tokenizer.convert_tokens_to_ids(w) for w in ("Yes", "No"))
     right = 0
     for s in range(0, len(answers), 64):
@@ -311,8 +314,8 @@ def judge_accuracy(model: Any, batcher: Batcher, images: torch.Tensor, answers: 
 
 
 def heldout_pairs(seed: int = 1) -> tuple[torch.Tensor, list[str], list[bool]]:
-    """Matched and mismatched pairs of held-out pictures; the wrong descriptions are drawn as in training."""
-    held = [r for r in load_split("heldout") if not r.id.endswith("/heldout")]  # pictures that were never trained on
+    """Held-out pictures with right and wrong descriptions. The wrong ones are drawn as in training."""
+    held = [r for r in load_split("heldout") if not r.id.endswith("/heldout")]  # pictures that training never showed
     lessons = Lessons(held, seed)
     index = list(range(len(lessons.answers)))
     answers = [lessons.answers[i] for i in index] + [lessons.wrong_answer(i) for i in index]
@@ -329,7 +332,7 @@ def main() -> None:
     model.model.visual.load_state_dict(load_file(TOWER))
     model.set_attn_implementation("eager")  # bf16 SDPA has a slow backward on CPUs
     lessons, batcher, held = Lessons(load_split("train"), 0), Batcher(tokenizer), heldout_pairs()
-    tower = set(model.model.visual.parameters())  # can see already
+    tower = set(model.model.visual.parameters())  # already trained to see
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p not in tower]},
         {"params": [p for p in model.parameters() if p in tower], "lr_scale": 0.3},
@@ -361,12 +364,12 @@ def main() -> None:
 
 
 def save_with_processors(model: Any, tokenizer: Any, out: Path) -> None:
-    """A folder that transformers and vLLM open: every square picture becomes 112 px."""
+    """Save a folder that transformers and vLLM can open. Its processor resizes every square picture to 112 px."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     size = {"shortest_edge": JUDGE_SIZE**2, "longest_edge": JUDGE_SIZE**2}  # areas
     Qwen2VLImageProcessor(size=size).save_pretrained(out)
-    Qwen2VLVideoProcessor(size=size).save_pretrained(out)  # never used, but vLLM wants one
+    Qwen2VLVideoProcessor(size=size).save_pretrained(out)  # never used, but vLLM requires it
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the base trainings share: the pictures of the world as arrays, a schedule, a progress bar."""
+"""Code that the base trainings share: the world's pictures as arrays, a schedule, a progress bar."""
 
 import math
 import os
@@ -18,7 +18,7 @@ DATA = Path("assets/tiny/data")
 MODEL = Path("assets/tiny/model")
 REWARDS = Path("assets/tiny/rewards")
 LESSONS = Path("runs/base/lessons.parquet")
-BACKBONE = Path("runs/base/vlm")  # the VLM before the bridge; judge and tower start from it
+BACKBONE = Path("runs/base/vlm")  # the VLM before the bridge training; judge and tower start from it
 PROMPT_ENCODER = Path("runs/base/prompt_encoder.pt")
 TOWER = Path("runs/base/tower.safetensors")
 FADED = {"t2i": "faded copies", "edit": "faded edits"}  # names of the data sets that `fade` adds to train
@@ -26,14 +26,14 @@ FADED = {"t2i": "faded copies", "edit": "faded edits"}  # names of the data sets
 
 @dataclass
 class Pictures:
-    """Unique pictures of a split: images [N, 64, 64, 3] uint8, one answer each, and whether it shows a word."""
+    """Unique pictures of a split: images [N, 64, 64, 3] uint8, their answers, and whether each shows a word."""
 
     images: np.ndarray
     answers: list[str]
     is_text: np.ndarray
 
     def weights(self, text_share: float) -> np.ndarray:
-        """Sampling probabilities that give words `text_share` of the draws."""
+        """Sampling probabilities under which words get `text_share` of the draws."""
         w = np.where(
             self.is_text, text_share / max(self.is_text.sum(), 1), (1 - text_share) / max((~self.is_text).sum(), 1)
         )
@@ -41,7 +41,7 @@ class Pictures:
 
 
 def unique_pictures(records: list[Record]) -> Pictures:
-    """One entry per distinct target picture (edits and several wordings share theirs)."""
+    """One entry per distinct target picture, as edits and prompts in several wordings share targets."""
     by_answer = {r.answer: r for r in records if r.image is not None}
     rows = [by_answer[a] for a in sorted(by_answer)]
     images = np.stack([decode_image(r.image) for r in rows if r.image is not None])
@@ -49,7 +49,7 @@ def unique_pictures(records: list[Record]) -> Pictures:
 
 
 def load_split(name: str, data: Path = DATA) -> list[Record]:
-    """The clean records of a split: without the copies that `fade` adds."""
+    """The clean records of a split, without the copies that `fade` adds."""
     return [r for r in read_records(data / f"{name}.parquet") if r.source not in FADED.values()]
 
 
@@ -59,7 +59,7 @@ def to_float(images: np.ndarray) -> torch.Tensor:
 
 
 def cosine_lr(step: int, total: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then cosine to 2 % of the peak."""
+    """Learning rate of a step: linear warm-up, then a cosine down to 2 % of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))))
@@ -68,7 +68,7 @@ def cosine_lr(step: int, total: int, peak: float, warmup: int = 100) -> float:
 def training_steps(
     total: int, name: str, optimizer: torch.optim.Optimizer, peak: float, start: int = 0
 ) -> Iterator[tuple[int, tqdm]]:
-    """Yield (step, bar) and set the learning rate of each step."""
+    """Yield (step, progress bar), after setting the learning rate of the step."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     bar = tqdm(range(start, total), desc=name, mininterval=5, initial=start, total=total)
     for step in bar:
@@ -79,7 +79,7 @@ def training_steps(
 
 @torch.no_grad()
 def update_ema(ema: dict[str, torch.Tensor], model: torch.nn.Module, decay: float, step: int) -> None:
-    """Exponential moving average of the floating-point parameters, warmed up as (1 + n) / (10 + n)."""
+    """Update the moving average of the floating-point parameters. Its decay warms up as (1 + n) / (10 + n)."""
     d = min(decay, (1 + step) / (10 + step))
     for name, p in model.named_parameters():
         ema[name].lerp_(p.detach(), 1 - d)

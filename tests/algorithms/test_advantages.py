@@ -1,4 +1,4 @@
-"""Advantages: parity with the reference implementation, masks, and what must not change them."""
+"""Advantages: parity with the reference implementation, masks and invariants."""
 
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ def test_equal_scores_are_recognised_whatever_their_binary_fraction() -> None:
 
 
 def test_a_reward_with_weight_zero_is_not_missing() -> None:
-    """OCR is never called for a prompt without quotes: nothing was lost."""
+    """OCR is never called for a prompt without quotes, so no score is missing."""
     rewards = torch.tensor([[1.0, NAN], [2.0, NAN], [1.0, 0.5], [2.0, NAN]])
     weights = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
     result = group_advantages("gdpo", rewards, weights, torch.tensor([0, 0, 1, 1]))

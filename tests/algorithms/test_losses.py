@@ -1,4 +1,4 @@
-"""Losses by hand, their gradients, and the invariants that a run asserts."""
+"""Losses against values computed by hand, their gradients, and the invariants that a run asserts."""
 
 import pytest
 import torch
@@ -145,12 +145,12 @@ def _forward(v: Tensor, v_old: Tensor, advantages: list[float], beta: float = 0.
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_forward_gradient_on_policy_is_flow_matching_times_advantage(beta: float) -> None:
-    """Of A err / 2, with err the image's squared error over its mean size, and clamped advantages."""
+    """The gradient is that of A err / 2: A the clamped advantage, err the image's squared error over its mean size."""
     advantages, clip = [0.5, -2.0, 0.0, 9.0], 5.0
     v = _randn(4, 4, 6, 5, seed=3).requires_grad_()
     (gradient,) = torch.autograd.grad(_forward(v, v.detach(), advantages, beta, clip), v)
     x0, noise = _randn(4, 4, 6, 5, seed=1), _randn(4, 4, 6, 5, seed=2)
-    error = 0.6 * ((noise - x0) - v)  # of the image that v implies
+    error = 0.6 * ((noise - x0) - v)  # error of the image that v implies
     per_sample = (error**2).mean((1, 2, 3)) / error.detach().abs().mean((1, 2, 3))
     (expected,) = torch.autograd.grad((torch.tensor([0.5, -2.0, 0.0, 5.0]) * per_sample).mean(), v)
     torch.testing.assert_close(gradient, expected)
@@ -171,7 +171,7 @@ def test_forward_loss_of_good_samples_pulls_and_of_bad_ones_pushes() -> None:
 
 
 def test_forward_loss_holds_back_a_policy_that_moves() -> None:
-    """Whatever the advantage, the loss is a parabola in v - v_old: without bound nothing is pushed away."""
+    """For every advantage the loss is a parabola in v - v_old, so it never pushes v away without limit."""
     v_old, direction = _randn(1, 4, 6, 5, seed=3), _randn(1, 4, 6, 5, seed=4)
     for advantage in (-4.0, 0.0, 4.0):
         near, far = (_forward(v_old + size * direction, v_old, [advantage], beta=1.0) for size in (10, 100))

@@ -1,4 +1,4 @@
-"""Rules that the settings check without torch say the same as the algorithms themselves."""
+"""The rules that settings check without torch agree with the algorithms."""
 
 from __future__ import annotations
 

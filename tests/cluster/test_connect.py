@@ -1,4 +1,4 @@
-"""Joining a cluster, and the check that what a run needs can be had."""
+"""Joining a cluster, and the check that it has the resources a run needs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_on_gpus_learner_rollout_and_judge_have_one_each() -> None:
 
 
 def test_nodes_an_autoscaler_may_start_count() -> None:
-    """Nothing is there yet, but four nodes may come."""
+    """The cluster has no nodes yet, but may start four."""
     check_capacity([Need("rollout actor", 8, {"GPU": 1}, "rollout.actors")], Capacity({"GPU": 8}, [{}, {"GPU": 2}]))
 
 
@@ -115,7 +115,7 @@ def test_a_temporary_folder_too_deep_for_sockets_is_a_user_error() -> None:
 
 @pytest.mark.ray
 def test_a_private_cluster_keeps_authentication_and_finds_the_code(tmp_path: Path) -> None:
-    """Called from a folder that is not the checkout, without PYTHONPATH for the workers."""
+    """The call comes from outside the checkout, and the workers get no PYTHONPATH."""
     code = f"""
 import os, pathlib, ray
 os.chdir({str(tmp_path)!r})

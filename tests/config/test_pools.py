@@ -1,4 +1,4 @@
-"""Reward pools in the settings: any number of them, with the options that the class of their reward owns."""
+"""Reward pools in the settings: any number of them, each with the options of its reward's class."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_each_pool_has_its_own_values_and_its_class_the_defaults(blurry: Setting
 def test_pools_travel_between_nodes(blurry: Settings, tmp_path: Path) -> None:
     content = blurry.model_dump()
     assert content["rewards"]["sharp"]["class"] == f"{HERE}:Blurry"
-    assert content["rewards"]["sharp"]["path"] == "tests"  # the other node's checkout lies elsewhere
+    assert content["rewards"]["sharp"]["path"] == "tests"  # relative, as the other node's checkout is elsewhere
     again = settings_from_dict(content)
     assert again == blurry == pickle.loads(pickle.dumps(blurry))
     assert again.rewards.pools["soft"].pool_name == "soft"
@@ -142,7 +142,7 @@ def test_a_registered_name_needs_no_class_and_may_get_another() -> None:
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        # which class
+        # wrong class
         (["rewards.mine.class=jugde"], ["rewards.mine.class: got 'jugde'", "'judge'", "judge, ocr, clip, aesthetic"]),
         (["rewards.mine.class=nowhere.at:All"], ["rewards.mine.class: there is no module 'nowhere'"]),
         ([f"rewards.mine.class={HERE}:Blury"], [f"rewards.mine.class: module '{HERE}' has no 'Blury'", "Blurry"]),
@@ -150,7 +150,7 @@ def test_a_registered_name_needs_no_class_and_may_get_another() -> None:
         ([f"rewards.mine.class={HERE}:Scoreless"], ["a class without it; allowed: a class with a method score"]),
         ([f"rewards.mine.class={HERE}:Odd"], ["Options of", "allowed: class Options(PoolSettings)"]),
         (["rewards.total.class=ocr"], ["rewards.total: 'total' cannot be the name of a pool"]),
-        # which option
+        # wrong option
         (["rewards.judge.pth=x"], ["unknown key 'rewards.judge.pth' on the command line", "'rewards.judge.path'"]),
         (["rewards.jugde.path=x"], ["unknown key 'rewards.jugde.path'", "did you mean 'rewards.judge.path'"]),
         (["rewards.mine.replicas=2"], ["'rewards.mine.replicas'", "a new pool needs rewards.mine.class="]),
@@ -191,13 +191,13 @@ def test_wrong_pool_in_a_recipe_is_one_clear_line(tmp_path: Path, rewards: str, 
 
 
 def test_another_class_on_the_command_line_drops_the_options_of_the_recipes(tmp_path: Path) -> None:
-    """And nothing else: not what every pool has, nor what neither class knows."""
+    """It drops nothing else: it keeps common keys, and keys that neither class knows."""
     recipe = recipe_file(tmp_path, "rewards: {judge: {path: tests, gpu_memory_share: 0.5, replicas: 3}}")
     plain = load_settings(recipe, [f"rewards.judge.class={HERE}:Plain"]).rewards.pools["judge"]
     assert (plain.replicas, plain.class_) == (3, f"{HERE}:Plain")
     blurry = load_settings(recipe, ["rewards.judge.path=stages", f"rewards.judge.class={HERE}:Blurry"])
     assert blurry.model_dump()["rewards"]["judge"]["path"] == "stages"
-    recipe = recipe_file(tmp_path, "rewards: {mine: {path: tests}}")  # whose class only the command line says
+    recipe = recipe_file(tmp_path, "rewards: {mine: {path: tests}}")  # only the command line gives the class
     assert load_settings(recipe, ["rewards.mine.class=clip"]).rewards.pools["mine"].class_ == "clip"
     recipe = recipe_file(tmp_path, "rewards: {judge: {paht: tests}}")
     message = message_of(f"rewards.judge.class={HERE}:Plain", recipe=recipe)
@@ -206,7 +206,7 @@ def test_another_class_on_the_command_line_drops_the_options_of_the_recipes(tmp_
 
 @pytest.mark.processes
 def test_reading_settings_imports_no_torch(root: Path) -> None:
-    """The classes of the rewards are imported, not what they run on."""
+    """Reading settings imports the classes of the rewards, but not the libraries that run them."""
     heavy = ["torch", "ray", "vllm", "transformers", "rapidocr"]
     code = f"import sys, deepgen.config as c; c.load_settings(); print([m for m in {heavy} if m in sys.modules])"
     command = [sys.executable, "-c", code]

@@ -24,7 +24,7 @@ from deepgen.models.stage_parts import Stage
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = get_args(Stage)
 
-# Frozen on purpose: a new key is a decision (at most 100), a renamed one breaks the recipes of others.
+# Frozen on purpose: each new key is a decision (at most 100), and renaming a key breaks other people's recipes.
 KEYS = {
     "run": "name dir seed resume",
     "model": "preset weights padding precision gradient_checkpointing lora_rank lora_alpha lora_dropout fresh_bridge",
@@ -104,7 +104,7 @@ def test_shipped_recipe_loads_and_says_what_it_was_verified_on(stage: Stage) -> 
     ("stage", "updates", "images"), [("pretrain", 200_000 // 4, 64 * 4 * 4), ("sft", 400_000 // 3, 64 * 4 * 3)]
 )
 def test_5b_recipes_are_the_papers(stage: Stage, updates: int, images: int) -> None:
-    """Method 2.2: iterations counted in optimizer steps, images in one of them."""
+    """Method 2.2: the number of iterations in optimizer steps, and of images in each step."""
     path = find_recipe(f"deepgen-5b-{stage}")
     s = load_settings(path)
     check_stage(s, stage)
@@ -281,10 +281,10 @@ def test_inputs_are_found_in_the_current_folder_then_in_the_checkout(
 def test_settings_travel_between_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_settings(None, ["model.weights=tests/golden", "rewards.judge.path=tests", f"data.train={tmp_path}"])
     content = settings.model_dump()
-    assert content["model"]["weights"] == "tests/golden"  # the other node's checkout lies elsewhere
+    assert content["model"]["weights"] == "tests/golden"  # relative, as the other node's checkout is elsewhere
     assert content["data"]["train"] == str(tmp_path)
     (tmp_path / "tests/golden").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)  # as Ray Train does; a folder of the same name must not be taken instead
+    monkeypatch.chdir(tmp_path)  # as Ray Train does; a folder of the same name here must not win
     assert settings_from_dict(content) == settings
     assert pickle.loads(pickle.dumps(settings)) == settings
     assert str(ROOT / "tests").encode() not in pickle.dumps(settings)
@@ -303,7 +303,7 @@ def test_hash_ignores_place_and_resume() -> None:
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    """A recipe all of whose inputs exist."""
+    """A recipe whose inputs all exist."""
     return recipe_file(
         tmp_path,
         f"""
@@ -414,7 +414,7 @@ def test_who_reads_the_help_may_stop_reading() -> None:
     program = PROGRAM.format("parse_command_line('rl', ['--help'])")
     command = [sys.executable, "-c", program]
     reading, writing = os.pipe()
-    os.close(reading)  # as `| head` does once it has its lines
+    os.close(reading)  # as `| head` does after it has its lines
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
     os.close(writing)
     assert done.stderr == ""

@@ -1,4 +1,4 @@
-"""Records of one size come together, and nothing else about the order changes."""
+"""Records of one size are drawn together; otherwise the order does not change."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def make(folder: Path, micro_batch: int, *more: str) -> Mixture:
 def test_a_bucket_is_a_shape_after_resizing() -> None:
     rng = np.random.default_rng(1)
     target, reference = rng.integers(20, 2000, (2, 400, 2), dtype=np.int32)
-    target[:9], reference[::2] = 0, 0  # not known; none
+    target[:9], reference[::2] = 0, 0  # unknown; absent
     target[9:30] = [600, 599]
     numbers = bucket_numbers([target, reference], 512)
 
@@ -68,7 +68,7 @@ def test_sizes_are_read_from_the_columns_alone(tmp_path: Path, monkeypatch: pyte
     wide = replace(EDIT, references=(encoded(np.zeros((10, 30, 3), np.uint8)), encoded(np.zeros((8, 9, 3), np.uint8))))
     write_records(tmp_path / "a.parquet", [GOOD, wide, replace(GOOD, id="c", image=b"no image")])
     table = pq.read_table(tmp_path / "a.parquet")
-    pq.write_table(table.drop_columns(SIZES.names), tmp_path / "b.parquet")  # somebody else's
+    pq.write_table(table.drop_columns(SIZES.names), tmp_path / "b.parquet")  # as written by other programs
     floats = table.set_column(table.column_names.index("width"), "width", pa.array([640.0, None, 3.0]))
     pq.write_table(floats, tmp_path / "c.parquet")
     monkeypatch.setattr(Image, "open", lambda _: pytest.fail("an image was opened"))
@@ -103,7 +103,7 @@ def test_every_record_once_an_epoch_in_runs(counts: list[int]) -> None:
 
 
 def test_a_rank_reads_the_blocks_it_would_read_anyway() -> None:
-    """128 blocks of 64 on 64 lanes, 8 ranks with micro-batch 8: each block has one reader, who holds two a lane."""
+    """128 blocks of 64 on 64 lanes, 8 ranks with micro-batch 8: one rank reads each block and holds two per lane."""
     buckets = np.random.default_rng(0).integers(0, 6, 64 * 128)
     order = BucketOrder([64] * 128, buckets, 1, 0)
     readers: dict[int, set[int]] = {}
@@ -145,7 +145,7 @@ def test_micro_batches_have_one_shape(folder: Path) -> None:
 
 @pytest.mark.parametrize("weights", ["", "data.weights={set 0: 1, set 1: 2}"])
 def test_a_resume_on_other_ranks_loses_nothing(folder: Path, weights: str) -> None:
-    """Rank by rank and place by place, the row goes on: 5 steps of 3 ranks x 2, then 1 rank x 5, then 2 ranks x 4."""
+    """The order continues without gaps: 5 steps of 3 ranks x 2, then 1 rank x 5, then 2 ranks x 4."""
     more = [weights] if weights else []
     whole, seen = make(folder, 1, *more), list[int]()
     row = [batch.members[0] for step in range(200) for batch in whole.plan(step, 0, 1) if batch.kind == "t2i"]

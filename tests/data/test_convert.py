@@ -1,4 +1,4 @@
-"""Conversion of users' data: every form, every kind of damage, and going on after a stop."""
+"""Conversion of users' data: every form, every kind of damage, and continuing after a stop."""
 
 import io
 import json
@@ -115,7 +115,7 @@ def test_webdataset_with_captions_json_and_edits(tmp_path):
 
 
 def json_sets(folder: Path) -> dict[str, list]:
-    """The JSON forms of M2.6, pictures beside them."""
+    """Write the JSON forms of M2.6 with pictures beside them."""
     for i in range(2):
         (folder / f"{i}.png").write_bytes(picture(value=i))
         (folder / f"{i}.json_note").write_text(json.dumps({"caption": f"picture {i}", "other": "no"}))
@@ -152,7 +152,7 @@ def test_a_folder_of_json_lists(tmp_path):
 
 
 def bomb() -> bytes:
-    """A PNG whose header promises 60,000 x 60,000 pixels."""
+    """A PNG whose header announces 60,000 x 60,000 pixels."""
     data = bytearray(picture())
     data[16:24] = (60_000).to_bytes(4, "big") * 2
     return bytes(data)
@@ -169,7 +169,7 @@ def bomb() -> bytes:
         (picture(kind="JPEG", width=200, height=200)[:900], "truncated"),
         (picture(width=8), "a side below 16 px"),
         (picture(width=640, height=16), "sides in a ratio above 8"),
-        (bomb(), "not an image"),  # its checksum does not fit; with a right one the size is refused
+        (bomb(), "not an image"),  # its checksum is wrong; with a correct one the size would be rejected
     ],
 )
 def test_faults_of_images(data, fault):
@@ -262,7 +262,7 @@ def test_finished_units_are_not_read_again(tmp_path):
         write_records(tmp_path / "in" / f"{i}.parquet", records[3 * i : 3 * i + 3])
     convert(tmp_path / "in", tmp_path / "out")
     before = shard_path(tmp_path / "out", 0).stat().st_mtime_ns
-    tally_path(tmp_path / "out", 1).unlink()  # as if killed while the second was written
+    tally_path(tmp_path / "out", 1).unlink()  # as if killed while writing the second unit
     shard_path(tmp_path / "out", 1).write_bytes(b"half")
     assert len(convert(tmp_path / "in", tmp_path / "out")) == 6
     assert shard_path(tmp_path / "out", 0).stat().st_mtime_ns == before
@@ -282,7 +282,7 @@ def test_another_conversion_is_not_mixed_in(tmp_path):
 
 @pytest.mark.processes
 def test_the_program(tmp_path):
-    """On a Ray cluster of its own: report, samples, and a stop above the share of bad samples."""
+    """On its own Ray cluster: report, samples, and a stop if the share of bad samples is too large."""
     (tmp_path / "in").mkdir()
     entries = [{"txt": f"picture {i}", "image": "0.png"} for i in range(250)]
     (tmp_path / "in" / "0.png").write_bytes(picture(100, 100))

@@ -1,4 +1,4 @@
-"""Conversion of damaged, changed and odd sources: nothing vanishes, nothing odd stops the rest."""
+"""Conversion of damaged, changed and odd sources: no sample vanishes, and no odd sample stops the others."""
 
 import bz2
 import gzip
@@ -130,7 +130,7 @@ def test_a_damaged_plan_is_one_line(tmp_path, content):
     (tmp_path / "out" / "plan.json").write_text(content)
     with pytest.raises(UserError, match=r"plan\.json: damaged; delete "):
         convert(path, tmp_path / "out")
-    (tmp_path / "out" / "plan.json").rename(tmp_path / "out" / "plan.json.partial")  # as a kill may leave it
+    (tmp_path / "out" / "plan.json").rename(tmp_path / "out" / "plan.json.partial")  # as a killed process may leave it
     assert len(convert(path, tmp_path / "out")) == 3
 
 
@@ -233,6 +233,7 @@ def test_a_damaged_row_group_is_named(tmp_path):
 
 def test_what_pillow_raises_is_a_reason(monkeypatch):
     data = picture(kind="BMP")
+    Image.init()  # imports Pillow's plugins, one of which loads an image meanwhile
 
     def raises(error: Exception):
         def load(self):
@@ -385,7 +386,7 @@ def program(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.processes
 def test_what_is_wrong_in_a_unit_is_one_line_of_the_program(tmp_path):
-    """And what the last run stopped for stops the next, before it connects to a cluster."""
+    """The fault that stopped the last run also stops the next one, before it connects to a cluster."""
     pack(tmp_path / "in" / "a.tar", [(f"{i}.txt", b"no image") for i in range(250)])
     path = pack(tmp_path / "in" / "b.tar", samples())
     path.write_bytes(path.read_bytes()[: header_of(path, 4)])
@@ -408,7 +409,7 @@ def test_nothing_kept_is_an_error(tmp_path):
     (unit,) = plan_units(source, 1000)
     limits = stage.Limits()
     write_plan(tmp_path / "out", source, limits, 1000, 0, [unit])
-    convert_unit(source, unit, tmp_path / "out", limits, 0)  # done before: the program has but to report
+    convert_unit(source, unit, tmp_path / "out", limits, 0)  # already done, so the program only reports
     done = program(tmp_path / "a.tar", tmp_path / "out", "--max-bad-share", 1)
     assert done.returncode == 2
     assert "not one of 1 samples can be used" in done.stderr

@@ -1,4 +1,4 @@
-"""Encodings of images, kept in memory or on disk: equal to the bit, never stale, never half written."""
+"""Encodings of images, cached in memory or on disk: bit-identical, never stale, never half written."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def model() -> UnifiedModel:
 
 @pytest.fixture
 def shard(tmp_path: Path) -> str:
-    """12 records, of which 1, 5 and 9 are edits."""
+    """12 records; numbers 1, 5 and 9 are edits."""
     write_records(tmp_path / "train.parquet", make_records(), row_group_size=4)
     return str(tmp_path / "train.parquet")
 
@@ -71,7 +71,7 @@ def make_source(context: WorkerContext, cache: EncodingCache | None = None) -> t
 
 
 def train(context: WorkerContext, cache: EncodingCache | None = None, steps: int = 2) -> list[Tensor]:
-    """Losses and a gradient of steps that read all records once each, as the engine computes them."""
+    """Losses and one gradient, as the engine computes them, of steps that each read all records once."""
     objective, source = make_source(context, cache)
     numbers = []
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=context.settings.model.precision == "bf16")
@@ -103,7 +103,7 @@ def files(folder: Path) -> list[Path]:
 def test_with_and_without_a_cache_all_numbers_are_the_same(
     model: UnifiedModel, tmp_path: Path, shard: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without any, in memory, while the disk's is filled, from what was filled; then no image is decoded at all."""
+    """Without a cache, in memory, while filling the disk cache, and from the filled one, which decodes no image."""
     own = f"model.precision={precision}"
     memory = make_context(model, tmp_path, own)
     disk = make_context(model, tmp_path, own, f"data.cache_dir={tmp_path / 'cache'}")
@@ -131,7 +131,7 @@ def test_an_image_seen_before_is_the_image(model: UnifiedModel) -> None:
 
 
 def test_what_lora_or_zero_3_forbid_is_not_kept(tmp_path: Path, shard: str) -> None:
-    """Our LoRA leaves the tower alone; an imported one on all modules has dropout there."""
+    """Our LoRA does not change the tower; an imported one on all modules has dropout there."""
     split = make_context(make_tiny_model(), tmp_path, "train.zero_stage=3")
     assert FEATURES not in encoder_cache.make_cache(split).parts
     for modules, kept in (("live", True), ("all", False)):
@@ -139,7 +139,7 @@ def test_what_lora_or_zero_3_forbid_is_not_kept(tmp_path: Path, shard: str) -> N
         add_lora(model.vlm, LoraSettings(rank=2, modules=modules), model.architecture.fusion_layers[0])
         context = make_context(model, tmp_path, f"data.cache_dir={tmp_path / modules}")
         assert (FEATURES in encoder_cache.make_cache(context).parts) == kept
-        if not kept:  # pixels reach the VLM, also when the latents are there
+        if not kept:  # the VLM needs the pixels even if the latents are cached
             model.eval()
             assert same(train(context), train(context))
             assert files(tmp_path / modules) and not list((tmp_path / modules).glob(f"{FEATURES}-*"))
@@ -166,7 +166,7 @@ def test_memory_is_bounded() -> None:
 
 
 def test_a_bad_record_leaves_nothing(model: UnifiedModel, tmp_path: Path) -> None:
-    """Its target is sound, its only reference is cut short."""
+    """The target is intact, the only reference is truncated."""
     records = [replace(r, references=(r.image[:40],)) if r.references and r.image else r for r in make_records()]
     write_records(tmp_path / "train.parquet", records)
     context = make_context(model, tmp_path, f"data.cache_dir={tmp_path / 'cache'}", "data.max_bad_share=1")
@@ -200,7 +200,7 @@ def test_each_part_of_the_key_has_a_folder_of_its_own(tmp_path: Path, shard: str
     assert set(folders()) == {LATENT}
     with torch.no_grad():
         next(model.vlm.model.visual.parameters()).view(-1)[0] += 1e-3
-        next(model.transformer.parameters()).view(-1)[0] += 1e-3  # nothing that is kept depends on it
+        next(model.transformer.parameters()).view(-1)[0] += 1e-3  # cached encodings do not depend on it
     assert set(folders()) == {FEATURES}
     monkeypatch.setattr(encoder_cache, "PREPARATION", 1000)
     assert set(folders()) == {LATENT, FEATURES}
@@ -250,7 +250,7 @@ def test_images_that_stay_where_they_are(tmp_path: Path, shard: str) -> None:
     image.write_bytes(b"later one")
     assert lookup(store, shard, str(image)) is None
     image.unlink()
-    assert store.key((shard, 1, 0), str(image)) is None  # its decoder says what is wrong
+    assert store.key((shard, 1, 0), str(image)) is None  # the decoder reports the fault
     put(store, shard, "s3://bucket/image.png", value(2))
     assert lookup(store, shard, "s3://bucket/image.png") is not None
 
@@ -259,7 +259,7 @@ def test_images_that_stay_where_they_are(tmp_path: Path, shard: str) -> None:
 
 
 def test_two_writers_fill_one_folder(tmp_path: Path, shard: str) -> None:
-    """At the same time, overlapping; each also finds what the other has written."""
+    """They write overlapping encodings at the same time, and each also finds those of the other."""
     stores = [DiskStore(tmp_path / "cache", ABOUT, pending_bytes=64) for _ in range(2)]
 
     def fill(store: DiskStore, numbers: range) -> None:
@@ -283,7 +283,7 @@ def test_two_writers_fill_one_folder(tmp_path: Path, shard: str) -> None:
 
 @pytest.mark.processes
 def test_a_killed_writer_leaves_nothing_to_be_read(tmp_path: Path, shard: str, monkeypatch: Any) -> None:
-    """Killed with half of its file written; whoever comes an hour later cleans up."""
+    """The writer is killed with half of its file written. A process that starts an hour later cleans up."""
     child = os.fork()
     if child == 0:
         try:
@@ -297,7 +297,7 @@ def test_a_killed_writer_leaves_nothing_to_be_read(tmp_path: Path, shard: str, m
     (left,) = (tmp_path / "cache").rglob(f"*{WRITING}")
     assert left.stat().st_size > 0
     store = DiskStore(tmp_path / "cache", ABOUT)
-    assert lookup(store, shard, b"image") is None and left.exists()  # it may be somebody's who is still writing
+    assert lookup(store, shard, b"image") is None and left.exists()  # another process may still be writing it
     put(store, shard, b"image", value(1))
     store.flush()
     os.utime(left, (time.time() - 7200,) * 2)
@@ -338,7 +338,7 @@ def test_a_full_disk_ends_the_run_and_leaves_nothing_half(tmp_path: Path, shard:
     assert message.startswith(f"data.cache_dir: cannot write {tmp_path / 'cache' / 'latent-'}") and "\n" not in message
     assert "No space left on device; make room" in message and "--resume" in message
     assert not files(tmp_path / "cache") and not list((tmp_path / "cache").rglob(f"*{WRITING}"))
-    store.flush()  # once there is room
+    store.flush()  # now there is room
     assert lookup(DiskStore(tmp_path / "cache", ABOUT), shard, b"image") is not None
 
 
@@ -377,7 +377,7 @@ def test_the_path_is_absolute_and_empty_is_none(tmp_path: Path, monkeypatch: pyt
 
 
 def test_little_of_it_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pending results go to disk in time, and so does the index of shards that were not used for long."""
+    """Pending encodings are written in time, and the index drops shards that have not been used for long."""
     monkeypatch.setattr(disk_store, "MOST_ENTRIES", 10)
     shards = []
     for number in range(4):

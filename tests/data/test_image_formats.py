@@ -1,4 +1,4 @@
-"""Pictures of the accepted formats only, by their bytes: no other decoder runs, and none starts a program."""
+"""Only pictures in accepted formats, judged by their bytes, are decoded, and no decoder starts a program."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.data.test_usable import PROMPT
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n(x) print showpage\n%%EOF\n"
 EPS = {
     "text": POSTSCRIPT,
-    "binary": struct.pack("<LLLLLLLL", 0xC6D3D0C5, 32, len(POSTSCRIPT), 0, 0, 0, 0, 0xFFFF) + POSTSCRIPT,  # as of DOS
+    "binary": struct.pack("<LLLLLLLL", 0xC6D3D0C5, 32, len(POSTSCRIPT), 0, 0, 0, 0, 0xFFFF) + POSTSCRIPT,  # DOS EPS
 }
 each_eps = pytest.mark.parametrize("eps", EPS.values(), ids=EPS.keys())
 REFUSED = f"not a readable image (cannot identify image file; allowed: {', '.join(FORMATS)})"
@@ -39,7 +39,7 @@ REFUSED = f"not a readable image (cannot identify image file; allowed: {', '.joi
 
 @pytest.fixture(autouse=True)
 def no_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever would start a program, or Pillow's way to Ghostscript, fails the test."""
+    """Starting any program, or Pillow's call of Ghostscript, fails the test."""
 
     def started(*args: Any, **kwargs: Any) -> NoReturn:
         pytest.fail(f"a program was started: {args}")
@@ -50,7 +50,7 @@ def no_program(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pillow_left_to_itself_would_start_a_program() -> None:
-    """Otherwise the tests below prove nothing."""
+    """If it did not, the tests below would prove nothing."""
     for eps in EPS.values():
         with pytest.raises(pytest.fail.Exception, match="a program was started"):
             Image.open(io.BytesIO(eps)).load()

@@ -1,4 +1,4 @@
-"""The batch plan: a pure function of the step, the same cycle on every rank, each record once an epoch."""
+"""The batch plan: a pure function of the step, the same cycle on every rank, each record once per epoch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_batch_is_computed_without_its_predecessors() -> None:
 
 
 def in_stream_order(mixture: Mixture, steps: range, world: int) -> list[int]:
-    """Generation records as the stream has them: micro-batch by micro-batch, rank after rank."""
+    """Generation records in the order of the data: micro-batch by micro-batch, rank by rank."""
     plans = [[mixture.plan(step, rank, world) for rank in range(world)] for step in steps]
     return [m for ranks in plans for number in range(1, 4) for plan in ranks for m in plan[number].members]
 
@@ -57,7 +57,7 @@ def test_each_epoch_has_every_record_once() -> None:
 
 
 def test_ranks_share_what_one_rank_would_do() -> None:
-    """2 ranks with micro-batch 2 work on the records of 1 rank with micro-batch 4, at the same places."""
+    """2 ranks with micro-batch 2 get the same records, at the same places, as 1 rank with micro-batch 4."""
     for step in range(10):
         (one,) = (make(4).plan(step, 0, 1),)
         two = [make(2).plan(step, rank, 2) for rank in range(2)]
@@ -80,7 +80,7 @@ def test_state_continues_on_another_number_of_ranks() -> None:
 
 
 def stored(folder: Path, counts: Sequence[int] = (12, 8), change: str = "", *more: str) -> Mixture:
-    """A mixture over files of so many records, every fourth an edit, row groups of 4."""
+    """A mixture over files with `counts` records, every fourth an edit, in row groups of 4."""
     folder.mkdir()
 
     def record(number: int) -> Record:
@@ -113,7 +113,7 @@ def test_a_resume_needs_the_same_records(tmp_path: Path) -> None:
     for change in ("task", "groups", "sizes"):
         with pytest.raises(UserError, match=r"\(20 records then and now, of other tasks, sources, sizes or row groups"):
             stored(tmp_path / change, change=change).load_state_dict(state)
-    stored(tmp_path / "d").load_state_dict({name: state[name] for name in ("step", "positions")})  # of an older version
+    stored(tmp_path / "d").load_state_dict({name: state[name] for name in ("step", "positions")})  # an older state
 
 
 def test_a_resume_needs_the_same_data_sets_where_they_are_told_apart(tmp_path: Path) -> None:

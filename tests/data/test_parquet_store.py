@@ -1,4 +1,4 @@
-"""Records read from parquet block by block, and the order that spares the storage."""
+"""Records are read from parquet block by block, in an order that reads few blocks twice."""
 
 from collections import Counter
 from dataclasses import replace
@@ -62,7 +62,7 @@ def test_one_block_is_shuffled_whole() -> None:
 
 
 def test_a_block_is_read_by_one_rank_and_used_up() -> None:
-    """64 blocks of 16 records on 16 lanes, 4 ranks with micro-batch 4: no block is opened twice."""
+    """With 64 blocks of 16 records on 16 lanes and 4 ranks with micro-batch 4, no block is opened twice."""
     order = BlockOrder([16] * 64, 1, 0, lanes=16)
     readers: dict[int, set[int]] = {}
     opened: Counter[int] = Counter()
@@ -81,7 +81,7 @@ def test_a_block_is_read_by_one_rank_and_used_up() -> None:
 
 
 def test_a_single_rank_reads_each_block_once_if_it_can_hold_the_lanes(tmp_path: Path, monkeypatch) -> None:
-    """32 row groups of 4 on 8 lanes: with room for 8 of them an epoch reads 32, with room for one far more."""
+    """32 row groups of 4 on 8 lanes: an epoch reads 32 row groups if 8 fit in memory, and far more if one fits."""
     write_records(tmp_path / "a.parquet", [record(i) for i in range(128)], row_group_size=4)
     reads = 0
     real = pq.ParquetFile.read_row_group
@@ -159,7 +159,7 @@ def test_a_row_that_does_not_fit_is_named_when_it_is_read(tmp_path: Path) -> Non
 
 
 def with_bytes(file: Path, column: str, values: list) -> None:
-    """A file of records of which a text column holds these bytes, UTF-8 or not."""
+    """Write a file of records whose text column `column` holds these bytes, UTF-8 or not."""
     write_records(file, [record(i) for i in range(len(values))])
     table = pq.read_table(file)
     kind = pa.list_(pa.string()) if column == "references" else pa.string()

@@ -1,4 +1,4 @@
-"""Records: files in and out, every complaint names file and row."""
+"""Records: reading and writing files; every error names file and row."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_decode_puts_transparency_on_white() -> None:
 
 
 def test_a_damaged_avif_is_no_readable_image() -> None:
-    """Its decoder is the one that raises RuntimeError."""
+    """AVIF's decoder is the only one that raises RuntimeError."""
     noise = np.random.default_rng(0).integers(0, 255, (100, 100, 3), dtype=np.uint8)
     whole = encoded(noise, "AVIF")
     start = whole.index(b"mdat") + 4

@@ -1,4 +1,4 @@
-"""Sources by weight: exact shares, each source in whole epochs of its own, and what does not fit is named."""
+"""Sources by weight: exact shares, each source in its own whole epochs, and errors that name the wrong key."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def store() -> ListStore:
 
 
 def shares(*overrides: str) -> list[float]:
-    """Of the parts of generation."""
+    """The weights of generation's parts."""
     parts = make_parts(store(), load_settings(None, overrides), ["edit", "t2i"])
     weights = [part.source_weight for part in parts["t2i"]]
     return [weight / sum(weights) for weight in weights]
 
 
 def test_weights_by_size_temperature_and_hand() -> None:
-    assert shares() == [1.0]  # sources are not told apart: one order over all
+    assert shares() == [1.0]  # without weights, one order covers all sources
     assert shares("data.temperature=2") == pytest.approx([3**0.5 / (1 + 3**0.5), 1 / (1 + 3**0.5)])
     assert shares("data.weights={photos: 1, posters: 3, edits: 1}") == [0.25, 0.75]
     assert shares("data.weights={photos: 0, posters: 3, edits: 1}") == [1.0]

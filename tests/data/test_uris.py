@@ -1,4 +1,4 @@
-"""Images by path and URI: where they are looked for, and what is said when they cannot be read."""
+"""Images by path and URI: where they are searched, and the errors if they are unreadable."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from tests.data.test_records import EDIT, GOOD, PICTURE, PIXELS
 
 
 class Storage(BaseHTTPRequestHandler):
-    """One object at every path but those with "gone" in it, as http and S3 clients ask for it.
+    """A server for http and S3 clients, with one object at every path that does not contain "gone".
 
-    "short": less of it than was said. "slow": byte by byte, without an end. "图" is the one name with percent signs.
+    "short": sends fewer bytes than announced. "slow": sends single bytes without end. "图": a percent-encoded name.
     """
 
     protocol_version = "HTTP/1.1"
@@ -56,7 +56,7 @@ class Storage(BaseHTTPRequestHandler):
             return
         if "slow" in self.path:
             self.wfile.write(data[:1])
-            with contextlib.suppress(OSError):  # when the reader has gone
+            with contextlib.suppress(OSError):  # if the reader has gone
                 while True:
                     sleep(0.01)
                     self.wfile.write(b"x")
@@ -64,7 +64,7 @@ class Storage(BaseHTTPRequestHandler):
         self.close_connection = "short" in self.path
 
     def log_message(self, *arguments: object) -> None:
-        """Nothing on the console."""
+        """Print nothing on the console."""
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, given: str, says: str) -> 
 
 
 def test_other_types_of_the_columns(tmp_path: Path) -> None:
-    """Large, view and dictionary types are read; bytes beside paths, and what is no image, are refused by name."""
+    """Large, view and dictionary types are read. Other types, and bytes mixed with paths, raise errors."""
     table = pa.Table.from_pylist([vars(GOOD) | {"references": []}], schema=SCHEMA)
     number = SCHEMA.get_field_index("image")
     pq.write_table(table.set_column(number, "image", pa.array([PICTURE], pa.large_binary())), tmp_path / "a.parquet")

@@ -1,4 +1,4 @@
-"""Prompts and held-out records that cannot be used: left out before anything starts, by the rule for training data."""
+"""Unusable prompts and held-out records are left out before anything starts, by the rule for training data."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_bad_rows_are_left_out_with_their_reasons(
 
 
 def test_the_share_is_that_of_training_data(tmp_path: Path, weights: Path) -> None:
-    """One bad prompt of a few is no reason to stop, unless no share is allowed; more than 1 % of many is."""
+    """One bad prompt of a few does not stop a run, unless the allowed share is 0; more than 1 % of many does."""
     bad = replace(PROMPT, id="bad", prompt=" ")
     write_records(tmp_path / "x.parquet", [*prompts(9), bad])
     assert len(usable_records(settings(tmp_path, weights), "data.prompts")) == 9

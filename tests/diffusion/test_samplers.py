@@ -1,4 +1,4 @@
-"""Sampler steps: parity with the reference implementation, and what must hold for any of them."""
+"""Sampler steps: parity with the reference implementation, and properties that hold for every sampler."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ from deepgen.registry import SAMPLERS
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "samplers.npz", allow_pickle=False)
 REFERENCE_NAMES = {"cps_sde": "cps", "flowgrpo_sde": "flow_sde", "dance_sde": "dance_sde"}
 GOLDEN_STEPS = sorted({key.rpartition("/")[0] for key in GOLDEN.files if key.startswith("step/")})
-STOCHASTIC = {"cps": 1.0, "flow_sde": 0.7, "dance_sde": 0.3}  # with a usual eta each
+STOCHASTIC = {"cps": 1.0, "flow_sde": 0.7, "dance_sde": 0.3}  # each with a typical eta
 
 
 def _randn(*shape: int, seed: int = 0) -> Tensor:

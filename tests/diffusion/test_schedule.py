@@ -1,4 +1,4 @@
-"""Noise levels against diffusers' grid and by hand."""
+"""Noise levels against diffusers' grid and against values computed by hand."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rollout: seeds, the choice of trained steps, what is stochastic, what is kept."""
+"""Rollout: seeds, the choice of trained steps, where noise enters, and which states are kept."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -27,7 +27,7 @@ ETA = {"cps": 1.0, "flow_sde": 0.7, "dance_sde": 0.3}
 
 
 def velocity(x: Tensor, timesteps: Tensor) -> Tensor:
-    """A smooth stand-in for the model that treats each sample by itself."""
+    """A smooth stand-in for the model that treats each sample separately."""
     assert timesteps.shape == x.shape[:1]
     return torch.tanh(x) * 0.5 + timesteps.reshape(-1, 1, 1, 1) / 1000
 
@@ -170,7 +170,7 @@ def test_trajectory_is_fp32_movable_and_knows_its_size() -> None:
 
 
 def test_window_mode_is_deterministic_outside_the_window() -> None:
-    """All samples start equal: they may part only at the window's first step."""
+    """All samples start from the same noise, so they may differ only after the window's first step."""
     kept = run(same_noise=True, sde_steps=[4, 5], window="window")
     assert torch.equal(kept.latents[0], kept.latents[0][:1].expand(4, *SHAPE))
     assert not torch.equal(kept.latents[1][0], kept.latents[1][1])

@@ -1,4 +1,4 @@
-"""`examples/`: what a person adds of their own works as the documents say."""
+"""`examples/`: user code works as the documents describe."""
 
 from __future__ import annotations
 

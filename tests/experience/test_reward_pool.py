@@ -40,7 +40,7 @@ def mishaps(folder: Path, kind: str, count: int) -> None:
 
 
 def batches(folder: Path) -> list[int]:
-    """Sizes of the batches that were scored, since the last time this was asked."""
+    """Sizes of the batches scored since the last call of this function."""
     calls = folder / "calls"
     sizes = [int(line) for line in calls.read_text().split()]
     calls.write_text("")
@@ -48,7 +48,7 @@ def batches(folder: Path) -> list[int]:
 
 
 def make_pool(folder: Path, **changes: Any) -> RewardPool:
-    """A pool of the fake reward. `changes` are its name, its settings or arguments of its constructor."""
+    """A pool of the fake reward. `changes`: its name, settings, or constructor arguments."""
     settings = {"class": FAKE, "path": str(folder), "cpus": 0.1}
     settings |= {"replicas": 1, "batch_size": 4, "deadline_s": 60.0, "retries": 2}
     name = changes.pop("name", "FakeReward")
@@ -59,7 +59,7 @@ def make_pool(folder: Path, **changes: Any) -> RewardPool:
 
 
 def run(folder: Path, scenario: Callable[[RewardPool], Coroutine[Any, Any, Any]], **changes: Any) -> Any:
-    """Run a scenario on a pool of its own."""
+    """Run a scenario on a new pool."""
 
     async def body() -> Any:
         pool = make_pool(folder, **changes)
@@ -74,7 +74,7 @@ def run(folder: Path, scenario: Callable[[RewardPool], Coroutine[Any, Any, Any]]
 
 @dataclass
 class Shared:
-    """A pool that stays in order, for tests that don't break it."""
+    """One pool shared by all tests that do not break it."""
 
     folder: Path
     pool: RewardPool
@@ -125,7 +125,7 @@ def test_cache_answers_what_was_scored_before(shared: Shared) -> None:
     first, again = shared.run(scenario)
     assert (levels(first), levels(again)) == ([1, 2, None], [2, 1, 1, None])
     assert first.counters["cache_hits"] == 0
-    # Another answer is another question, and a missing score is asked for again.
+    # A different answer is a different request, and a missing score is requested again.
     assert again.counters["cache_hits"] == shared.pool.counters()["cache_hits"] - hits == 2
     assert batches(shared.folder) == [3, 2]
 
@@ -188,7 +188,7 @@ def test_hanging_replica_is_replaced_and_its_request_scored(ray_local: ModuleTyp
     scores, totals, replaced = run(tmp_path, scenario, deadline_s=4.0, retries=5)
     assert levels(scores) == [5, 6]
     assert replaced
-    # A busy machine may be late once more than the hanging reward is.
+    # On a busy machine, other calls may be late too, not only the hanging one.
     assert min(totals["timeouts"], totals["retries"], totals["restarts"]) >= 1
     assert totals["missing"] == 0
 

@@ -1,4 +1,4 @@
-"""The experience stream on a real local Ray, with a narrow random model and rewards one can see."""
+"""The experience stream on a real local Ray, with a narrow random model and rewards that are visible in the image."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rollouts(ray_local: ModuleType, world: Path) -> Iterator[dict[str, Any]]:
 
 
 def run(settings: Settings, actors: dict[str, Any], scenario: Scenario, *, resume: bool = False) -> Any:
-    """Run a scenario with a started stream of its own, in this process."""
+    """Run a scenario in this process with a new, started stream."""
 
     async def body() -> Any:
         stream = ExperienceStream(settings, read_records(settings.data.prompts), actors, resume=resume)
@@ -117,7 +117,7 @@ def test_a_step_is_sampled_scored_and_split(ray_local: ModuleType, world: Path, 
 
 
 def test_rewards_are_routed_and_a_missing_score_is_not_zero(world: Path, rollouts: dict[str, Any]) -> None:
-    """Redness applies to red t2i prompts only, and gives no score for the unreadable one."""
+    """Redness applies only to red t2i prompts, and gives no score for the unreadable one."""
     records = [
         replace(record, prompt="a red unreadable thing") if record.id == "rl-1" else record
         for record in make_records(PROMPTS, "rl")
@@ -300,7 +300,7 @@ def test_a_restored_stream_serves_another_number_of_ranks(
     weights = [publish_weights(version, policy(world, 1 + version / 100)) for version in range(3)]
 
     def go_on(ranks: int, state: dict[str, Any] | None, steps: range) -> list[tuple[dict[str, Any], list[RankBatch]]]:
-        """State before each of the steps, and its batches."""
+        """The state before each step, and the step's batches."""
 
         async def scenario(stream: ExperienceStream) -> list[tuple[dict[str, Any], list[RankBatch]]]:
             found = []

@@ -1,4 +1,4 @@
-"""Workers that write a DeepSpeed checkpoint as the published training code did; for tests of reading it."""
+"""Workers that write a DeepSpeed checkpoint like the published training code, for tests that read it."""
 
 from pathlib import Path
 
@@ -11,16 +11,16 @@ from tests.helpers.forked import run_ranks
 
 
 def write_deepspeed(out: Path, stage: int, world: int) -> None:
-    """Rank 0 also writes the parameters in full to `out`/truth.safetensors.
+    """Write a checkpoint from `world` workers. Rank 0 also writes the full parameters to `out`/truth.safetensors.
 
-    Names are native ones (M6.2), sizes are odd so that partitions need padding, and one parameter is frozen.
+    Names are the native ones (M6.2). Sizes are odd, so that partitions need padding. One parameter is frozen.
     """
     exit_codes, outputs = run_ranks(write, world, stage, f"file://{out / 'meet'}", out)
     assert exit_codes == [0] * world, "\n".join(outputs)
 
 
 class Native(torch.nn.Module):
-    """A few tensors under the names of the released model."""
+    """A few tensors with names of the released model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Native(torch.nn.Module):
 
 
 def write(rank: int, world: int, stage: int, rendezvous: str, out: Path) -> None:
-    """One worker."""
+    """The work of one rank."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     torch.manual_seed(4)

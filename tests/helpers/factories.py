@@ -17,7 +17,7 @@ from deepgen.models.unified import UnifiedModel
 
 
 def make_tokenizer() -> Any:
-    """A byte-level tokenizer: any text, one token a byte, plus Qwen's special tokens (ids 0-6)."""
+    """A byte-level tokenizer: one token per byte, plus Qwen's special tokens (ids 0-6)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def narrow_architecture(
     transformer: Mapping[str, Any] | None = None,
     **others: Any,
 ) -> Architecture:
-    """64 px images, latents [8, 16, 16] like `tiny`, everything else as small as it goes, but for what is given."""
+    """An architecture for 64 px images and latents [8, 16, 16] like `tiny`. All sizes not given are minimal."""
     texts = dict(TINY.vlm["text_config"])
     texts |= {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
     texts |= {"num_attention_heads": 2, "num_key_value_heads": 1}

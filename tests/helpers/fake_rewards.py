@@ -1,4 +1,4 @@
-"""A reward that misbehaves on request, for the tests of the pool. Its state is in files: replicas come and go."""
+"""A reward that misbehaves on request, for tests of the pool. Its state is in files, as replicas come and go."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rewards import InputPath, PoolSettings, RewardRequest, RewardUnavailable, s
 
 
 class FakeReward:
-    """Scores an image by its first pixel / 255. Its `path` is a folder that holds what shall happen.
+    """Scores an image by its first pixel / 255. Files in the folder `path` control how often it misbehaves.
 
-    A prompt may ask for mishaps, each as often as the folder holds a file of its name (`hang-0`, `hang-1` ...):
-    "hang", "die", "unavailable". "bug" raises, "none" scores None and "nan" NaN, each time.
+    The prompts "hang", "die" and "unavailable" cause that mishap once for each of its files (`hang-0`, `hang-1` ...).
+    The prompt "bug" always raises, "none" always scores None, and "nan" always scores NaN.
     """
 
     class Options(PoolSettings):
@@ -45,7 +45,7 @@ class FakeReward:
         return [special.get(r.prompt, float(r.image[0, 0, 0]) / 255) for r in requests]
 
     def _take(self, mishap: str) -> bool:
-        """Use up one of the files that ask for this mishap."""
+        """Delete one of the mishap's files. Returns whether there was one."""
         files = sorted(self.folder.glob(f"{mishap}-*"))
         if files:
             files[0].unlink()

@@ -1,7 +1,7 @@
-"""Worker processes forked from one that has already imported what they need: ten seconds less for each of them.
+"""Worker processes, forked from a server process that has already imported their modules. This saves ten seconds each.
 
-The first call starts that one, a clean Python of its own, which ends with the tests. Nothing of the test's own process
-comes along but its environment.
+The first call starts the server, a clean Python process that ends with the tests. It inherits only the environment of
+the test's process.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def _server() -> ForkServerContext:
 
 
 def run_ranks(work: Callable[..., None], world: int, *arguments: Any) -> tuple[list[int | None], list[str]]:
-    """Run ``work(rank, world, *arguments)`` side by side, each rank in a process of its own, and wait.
+    """Run ``work(rank, world, *arguments)`` for all ranks in parallel, each in its own process, and wait.
 
-    Exit codes (negative: the signal) and what each has printed. ``work`` must be a function of a module.
+    Returns the exit codes (negative: a signal) and the output of each rank. ``work`` must be a module-level function.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / str(rank) for rank in range(world)]
@@ -43,7 +43,7 @@ def run_ranks(work: Callable[..., None], world: int, *arguments: Any) -> tuple[l
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
         for process in processes:
-            process.kill()  # of no effect, unless time is up
+            process.kill()  # no effect unless time is up
             process.join()
         return [process.exitcode for process in processes], [output.read_text() for output in outputs]
 

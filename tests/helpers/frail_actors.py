@@ -1,4 +1,4 @@
-"""Rollout actors that do not do their work. Light to import: their processes load nothing else."""
+"""Rollout actors that fail to work. The module is light, so their processes load little."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Slow:
 
 
 class Frail(Slow):
-    """Its process ends when it is asked for a group."""
+    """Ends its process when it is asked for a group."""
 
     def sample_group(self, request: Any, weights: None) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

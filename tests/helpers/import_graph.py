@@ -1,4 +1,4 @@
-"""Who imports whom, wherever in a file, and what can be wrong with that."""
+"""The graph of imports between modules, including imports inside functions, and checks on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def module_name(file: Path, root: Path) -> str:
 
 
 def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
-    """Module to the modules it imports, of the given ones (name to source); in functions and for types, too."""
+    """For each of the given modules (name -> source), the given modules it imports, also in functions and for types."""
     graph = {name: set[str]() for name in sources}
     for name, source in sources.items():
         for wanted in _imports(source):
@@ -44,7 +44,7 @@ def _longest_known(name: str, known: Mapping[str, str]) -> str | None:
 
 
 def merged(graph: Graph, part_of: Callable[[str], str | None]) -> dict[str, set[str]]:
-    """The same between parts of modules; modules without a part are left out."""
+    """The graph between parts, from the graph between modules. Modules without a part are left out."""
     parts = {part: set[str]() for name in graph if (part := part_of(name))}
     for name, wanted in graph.items():
         part = part_of(name)
@@ -54,7 +54,7 @@ def merged(graph: Graph, part_of: Callable[[str], str | None]) -> dict[str, set[
 
 
 def circles(graph: Graph) -> list[str]:
-    """One readable circle, "a → b → a", for each tangle: the shortest through its first module."""
+    """A circle, "a → b → a", for each connected group of circles: the shortest one through the group's first module."""
     found, seen = [], set[str]()
     for name in sorted(graph):
         path = None if name in seen else _shortest_way_back(graph, name)
@@ -66,7 +66,7 @@ def circles(graph: Graph) -> list[str]:
 
 def _shortest_way_back(graph: Graph, start: str) -> list[str] | None:
     paths, seen = [[start]], set[str]()
-    for path in paths:  # grows meanwhile: breadth first
+    for path in paths:  # the list grows in the loop: breadth-first search
         for wanted in sorted(graph.get(path[-1], ())):
             if wanted == start:
                 return [*path, start]
@@ -86,7 +86,7 @@ def _reached(graph: Graph, start: str) -> set[str]:
 
 
 def longest_chain(graph: Graph) -> list[str]:
-    """The longest way along imports; each module once, should there be circles."""
+    """The longest chain of imports. Each module appears once, even if there are circles."""
 
     @cache
     def below(name: str, above: frozenset[str]) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ def longest_chain(graph: Graph) -> list[str]:
 
 
 def room(graph: Graph, folder: str) -> dict[str, set[str]]:
-    """The modules right in a folder, without its __init__, and their imports of each other."""
+    """The modules directly in a folder, without its __init__, and the imports between them."""
     inside = {name for name in graph if name.rpartition(".")[0] == folder}
-    inside -= {name for name in inside if any(other.startswith(f"{name}.") for other in graph)}  # rooms of their own
+    inside -= {name for name in inside if any(other.startswith(f"{name}.") for other in graph)}  # without subfolders
     return {name: graph[name] & inside for name in inside}

@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_workers(folder: Path, runs: Sequence[dict[str, Any]], *, world: int = 1, exit_code: int = 0) -> str:
-    """Train each of ``runs`` in turn on ``world`` workers and wait; what the workers printed.
+    """Train each of ``runs`` in turn on ``world`` workers and wait. Returns the workers' output.
 
-    A run is {"overrides": [...]} plus, as wanted, "recipe", "stage" (default: the toy model), "noise" (toy) and
-    "die_after": the worker then ends hard, as by a kill, in the step after that many; or "die_writing": it is killed
-    (SIGKILL) when half of its so-manieth shard of a checkpoint is on the disk. With "measure", a file name, it
-    trains nothing much: rank 0 writes there what lies in memory (``tests.helpers.memory_states``).
+    A run is {"overrides": [...]} plus optional keys: "recipe", "stage" (default: the toy model), "noise" (toy).
+    "die_after": n ends the worker abruptly in the step after n steps. "die_writing": n kills it (SIGKILL) when half of
+    the n-th checkpoint shard is on disk. "measure": a file name; instead of the usual training, rank 0 writes its
+    memory use there (``tests.helpers.memory_states``).
     """
     folder.mkdir(parents=True, exist_ok=True)
     rendezvous = folder / f"rendezvous-{len(list(folder.glob('rendezvous-*')))}"
@@ -32,7 +32,7 @@ def run_workers(folder: Path, runs: Sequence[dict[str, Any]], *, world: int = 1,
 
 
 def work(rank: int, world: int, rendezvous: str, runs: list[dict[str, Any]]) -> None:
-    """One worker."""
+    """The work of one rank."""
     import torch.distributed as dist
 
     from actors.learner.worker import prepare_process
@@ -49,8 +49,8 @@ def work(rank: int, world: int, rendezvous: str, runs: list[dict[str, Any]]) -> 
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Once in some hundred exits a library's C++ thread that still runs ends the process with "terminate called without
-    # an active exception", all work done. Ray's workers end like this, too.
+    # About once in a hundred normal exits, a library's C++ thread still runs and ends the process with "terminate
+    # called without an active exception", after all work is done. So skip the normal exit, as Ray's workers do.
     os._exit(0)
 
 
@@ -101,7 +101,7 @@ def _build(build: Callable[[Any], Any], die_after: int, context: Any) -> Any:
 
 
 def _die_writing(left: int) -> None:
-    """Have this process killed in the middle of writing shard number ``left`` from now on."""
+    """Make this process die in the middle of writing the ``left``-th shard from now."""
     from actors.learner import checkpoint_shards as shards
 
     write = shards.save_file
@@ -118,7 +118,7 @@ def _die_writing(left: int) -> None:
 
 
 class _Dying:
-    """A source whose process ends, without any goodbye, when it is asked for one batch more than ``batches``."""
+    """A source that ends its process abruptly when it is asked for more than ``batches`` batches."""
 
     def __init__(self, source: Any, batches: int) -> None:
         self._source, self._left = source, batches

@@ -1,4 +1,4 @@
-"""What a real engine holds in memory: bytes of weights, copies, gradients and moments on this worker."""
+"""Measures a real engine's memory on this worker: bytes of weights, copies, gradients and moments."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.helpers.factories import make_tiny_model
 
 
 def measure(settings: Any) -> dict[str, int]:
-    """Train the tiny DiT for two steps, then look at every part before and after a third."""
-    before = _everything()  # an engine measured earlier in this process, which DeepSpeed does not let go
+    """Train the tiny DiT for two steps, then measure every part before and after a third step."""
+    before = _everything()  # an engine measured earlier in this process, which DeepSpeed never frees
     model = make_tiny_model()
     engine = TrainingEngine(settings, model, model.trainable_parameters("rl"), torch.device("cpu"))
     ema = Ema(engine.parameters, 0.9)
@@ -80,7 +80,7 @@ def _gradients(optimizer: Any, trained: list[nn.Parameter], stage: int) -> list[
 
 
 def _everything() -> int:
-    """Bytes of all float tensors of this process between two batches, but for DeepSpeed's bucket."""
+    """Bytes of all float tensors in this process between two batches, except DeepSpeed's bucket."""
     gc.collect()
     tensors = [
         t for t in gc.get_objects() if isinstance(t, Tensor) and t.device.type == "cpu" and t.is_floating_point()
@@ -89,6 +89,6 @@ def _everything() -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of distinct storages."""
+    """Bytes of the tensors' distinct storages."""
     storages = [tensor.detach().untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

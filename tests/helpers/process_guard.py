@@ -1,4 +1,4 @@
-"""No test starts a process without saying so: the mark keeps it out of `make test-fast`."""
+"""Makes a test fail if it starts a process without the mark that keeps it out of `make test-fast`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.sys
 
 
 class ProcessGuard:
-    """While on, whatever starts a process fails, and says which mark the test lacks.
+    """While on, starting a process fails with a message that names the mark the test lacks.
 
-    Python tells audit hooks of every start but those of multiprocessing's "spawn", whose `start` is wrapped for it.
+    Python reports process starts to audit hooks, except those of multiprocessing's "spawn". So its `start` is wrapped.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class ProcessGuard:
 
     @contextmanager
     def watching(self, marks: set[str]) -> Iterator[None]:
-        """Watch a test with these marks. A failure that the code under test has caught counts, too."""
+        """Watch a test with these marks. A complaint also counts if the code under test caught the exception."""
         before, self._complaints = self._complaints, None if marks & set(MAY_START) else []
         try:
             yield
@@ -39,8 +39,8 @@ class ProcessGuard:
             pytest.fail(found[0])
 
     def _look(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Called by Python for everything it audits."""
-        if self._complaints is not None and event in STARTS and not _called_from("platform"):  # asks `uname -p`, once
+        """The audit hook: Python calls it for every audited event."""
+        if self._complaints is not None and event in STARTS and not _called_from("platform"):  # platform calls `uname`
             mark = next((name for name in ("vllm", "ray") if _called_from(name)), "processes")
             what = f"{event} {arguments!r:.200}"
             self._complaints.append(f"a test that starts a process needs @pytest.mark.{mark}: {what}")
@@ -67,4 +67,4 @@ def _called_from(package: str) -> bool:
     return False
 
 
-GUARD = ProcessGuard()  # one a test process: an audit hook cannot be taken back
+GUARD = ProcessGuard()  # one per test process, because an audit hook cannot be removed

@@ -1,4 +1,4 @@
-"""Tiny CLIP and Qwen2.5-VL folders with random weights, for tests of the rewards that load one."""
+"""Tiny CLIP and Qwen2.5-VL folders with random weights, for tests of the rewards that load them."""
 
 from __future__ import annotations
 

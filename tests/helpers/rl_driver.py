@@ -1,4 +1,4 @@
-"""`rl_driver.py KEY=VALUE ...`: stages/rl.py on a small Ray of its own, whose workers find `tests`."""
+"""`rl_driver.py KEY=VALUE ...`: runs stages/rl.py on its own small Ray cluster, whose workers can import `tests`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stages.rl import main  # noqa: E402
 
 if __name__ == "__main__":
     os.environ.update(QUIET_ENVIRONMENT, PYTHONPATH=ROOT)
-    import ray  # reads its authentication mode while it is imported
+    import ray  # ray reads its authentication mode on import
 
     ray.init(
         address="local",

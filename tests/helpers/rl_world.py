@@ -26,7 +26,7 @@ def picture(seed: int) -> bytes:
 
 
 def make_records(count: int, prefix: str, *, images: bool = False) -> list[Record]:
-    """Every third one is an edit."""
+    """`count` records; every third is an edit."""
     records = []
     for i in range(count):
         task = "edit" if i % 3 == 2 else "t2i"
@@ -37,7 +37,7 @@ def make_records(count: int, prefix: str, *, images: bool = False) -> list[Recor
 
 
 def make_world(folder: Path) -> Path:
-    """model/, train.parquet, prompts.parquet, heldout.parquet below `folder`."""
+    """Write model/, train.parquet, prompts.parquet and heldout.parquet to `folder`."""
     make_tiny_folder(folder / "model")
     write_records(folder / "train.parquet", make_records(9, "train", images=True))
     write_records(folder / "prompts.parquet", make_records(PROMPTS, "rl"))
@@ -46,7 +46,7 @@ def make_world(folder: Path) -> Path:
 
 
 def overrides(world: Path, *more: str) -> list[str]:
-    """Settings of a run in this world, on two groups of four images a step."""
+    """Settings of a run in this world, with two groups of four images per step."""
     return [
         f"run.dir={world / 'runs'}",
         "run.seed=3",

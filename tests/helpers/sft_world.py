@@ -1,4 +1,4 @@
-"""A world small enough for supervised runs: a narrow random model, a few records, and what a run leaves."""
+"""A world small enough for supervised runs: a narrow random model, a few records, and readers of a run's results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_records(count: int = 12) -> list[Record]:
 
 
 def make_sft_world(folder: Path, empty_database: Path) -> Path:
-    """weights/, train.parquet below `folder`, and mlflow.db for its runs."""
+    """Write weights/, train.parquet and mlflow.db (for the runs) to `folder`."""
     shutil.copy(empty_database, folder / DATABASE)
     make_tiny_folder(folder / "weights")
     write_records(folder / "train.parquet", make_records())

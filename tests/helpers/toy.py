@@ -1,4 +1,4 @@
-"""A model, a source and an objective small enough to compute by hand, for tests of the learner loop itself."""
+"""A model, a source and an objective small enough to compute by hand, for tests of the learner loop."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class ToySource:
 
 
 class ToyObjective:
-    """Squared error; the noise comes from torch's global generator, which the loop seeds."""
+    """Squared error. Its noise comes from torch's global generator, which the loop seeds."""
 
     def __init__(self, noise: float = 0.0) -> None:
         self.noise = noise
@@ -101,7 +101,7 @@ class ToyObjective:
         return batch
 
     def evaluation(self, step: int) -> Any:
-        """The error on the first batch of step 0, every other step."""
+        """The error on the first batch of step 0, measured every other step."""
 
         def measure(model: Any, context: Any, suffix: str) -> dict[str, float]:
             assert not torch.is_grad_enabled() and not model.training
@@ -135,7 +135,7 @@ def toy_result(folder: Path, name: str, part: str = "model") -> dict[str, Tensor
 
 @dataclass(frozen=True)
 class Expected:
-    """The training written out in plain PyTorch: what is there after STEPS steps, and figures of each step."""
+    """The same training in plain PyTorch: the state after STEPS steps, and figures of each step."""
 
     weights: dict[str, Tensor]
     average: dict[str, Tensor]
@@ -189,7 +189,7 @@ def _evaluate(model: ToyModel, average: dict[str, Tensor] | None) -> dict[str, f
 
 
 def check_toy(folder: Path, name: str, expected: Expected) -> None:
-    """Weights and averages of a finished run (train.ema_decay 0.9) are those of plain PyTorch, within rounding."""
+    """Check that weights and averages of a finished run (train.ema_decay 0.9) match plain PyTorch, within rounding."""
     for part, tensors in (("model", expected.weights), ("model-ema", expected.average)):
         result = toy_result(folder, name, part)
         for key, value in tensors.items():
@@ -197,7 +197,7 @@ def check_toy(folder: Path, name: str, expected: Expected) -> None:
 
 
 def start(tmp_path: Path, *overrides: str) -> Any:
-    """Settings of a run whose weights are a config alone, for what happens before they are read."""
+    """Settings of a run whose weights folder holds only a config, for tests of the steps before weights are read."""
     (tmp_path / "weights" / "transformer").mkdir(parents=True, exist_ok=True)
     (tmp_path / "weights" / "transformer" / "config.json").write_text(json.dumps(dict(DEEPGEN_5B.transformer)))
     own = [f"run.dir={tmp_path / 'runs'}", "run.name=a", f"model.weights={tmp_path / 'weights'}"]

@@ -1,4 +1,4 @@
-"""Rewards one can see, for RL tests. Light to import: reward actors load nothing else."""
+"""Rewards that are visible in the image, for RL tests. The module is light, so reward actors load little."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Brightness:
 
 
 class Redness:
-    """Share of red, for prompts that speak of red only; refuses to score one particular prompt. Stands in for clip."""
+    """Share of red, only for prompts that mention red. Gives no score for one prompt. Stands in for clip."""
 
     @staticmethod
     def applies(request: RewardRequest) -> bool:

@@ -1,3 +1,3 @@
-"""What a worker process imports, for `tests.helpers.forked`: no name here can go stale unnoticed by ruff and mypy."""
+"""The imports of worker processes for `tests.helpers.forked`. They are code, so ruff and mypy notice stale names."""
 
 import mlflow.store.tracking.sqlalchemy_store  # noqa: F401

@@ -1,4 +1,4 @@
-"""Checkpoints that are cut short, damaged, in the way or of another run."""
+"""Checkpoints that are incomplete, damaged, in the way, or from another run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tests.helpers.toy import start, toy_run
 
 
 def test_wherever_a_checkpoint_is_cut_the_one_before_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ended before each single thing that is done to the disk: never half a checkpoint, and the next one is whole."""
+    """The run ends before each single disk operation. No partial checkpoint is used, and the next one is complete."""
 
     class Killed(BaseException):
-        """Passes every `except`."""
+        """Not caught by `except Exception`."""
 
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
     engine: Any = SimpleNamespace(rank=0, parameters=[])

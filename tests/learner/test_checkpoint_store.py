@@ -1,4 +1,4 @@
-"""Which folder is a checkpoint, which is used, which goes; and damage that leaves the size as it was."""
+"""Which folders are checkpoints, which one is used and which are removed; damage that does not change the size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deepgen.config import UserError, load_settings
 
 @pytest.fixture
 def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., CheckpointStore]:
-    """Writes checkpoints of some steps into one run; the store."""
+    """A function that writes checkpoints of some steps into one run and returns the store."""
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "w").write_bytes(bytes(100))
@@ -65,7 +65,7 @@ def test_steps_are_numbers(save: Callable[..., CheckpointStore]) -> None:
 def test_what_is_called_otherwise_is_left_alone(save: Callable[..., CheckpointStore]) -> None:
     store = save(1, 2, 3)
     (store.folder / "step-000003").rename(store.folder / "step-000003.bad")
-    (store.folder / "step-000001").rename(store.folder / "step-000009")  # says it is of step 1
+    (store.folder / "step-000001").rename(store.folder / "step-000009")  # its content says step 1
     (store.folder / "step-000007").write_text("a file")
     assert newest(store) == 2
     store = save(4, keep=1)
@@ -96,7 +96,7 @@ def test_another_format_is_named(save: Callable[..., CheckpointStore]) -> None:
 
 @pytest.mark.parametrize("place", [0, 3, -4])
 def test_a_shard_that_has_changed_is_refused(save: Callable[..., CheckpointStore], place: int) -> None:
-    """The length says nothing: other bytes in the header or in the values."""
+    """The length is unchanged: only bytes in the header or in the values differ."""
     file = save(1).folder / "step-000001" / "engine-0.safetensors"
     content = bytearray(file.read_bytes())
     content[place] ^= 0xFF

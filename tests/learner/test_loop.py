@@ -1,4 +1,4 @@
-"""The learner loop: one step a batch, equal on all ranks and ZeRO stages, exact after a kill; and its pieces."""
+"""The learner loop: one step per batch, equal on all ranks and ZeRO stages, exact after a kill; and its parts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from tests.helpers.toy import STEPS, TOY, ToyModel, check_toy, plain_torch, toy_
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_zero_stage_is_plain_training_with_one_step_a_batch(tmp_path: Path, world: int) -> None:
-    """The same global batch on 1, 2 and 4 workers, all stages: losses, norms, weights, averages of plain torch."""
+    """The same global batch on 1, 2 and 4 workers, in all stages, gives the results of plain torch.
+
+    Compared are losses, norms, weights and averages.
+    """
     runs = [
         toy_run(tmp_path, f"zero{stage}", f"train.zero_stage={stage}", f"train.workers={world}", "train.ema_decay=0.9")
         for stage in range(4)
@@ -37,7 +40,7 @@ def test_every_zero_stage_is_plain_training_with_one_step_a_batch(tmp_path: Path
         assert [entry["step"] for entry in log] == list(range(STEPS + 1))
         for entry, figures in zip(log[::2], expected.evaluations, strict=True):
             assert {k: v for k, v in entry.items() if k.startswith("heldout")} == pytest.approx(figures, rel=1e-5)
-        del log[0]  # what the run started from
+        del log[0]  # the start of the run
         np.testing.assert_allclose([entry["train/grad_norm"] for entry in log], expected.norms, rtol=1e-4)
         np.testing.assert_allclose([entry["loss/total"] for entry in log], expected.losses, rtol=1e-5)
 
@@ -45,9 +48,10 @@ def test_every_zero_stage_is_plain_training_with_one_step_a_batch(tmp_path: Path
 @pytest.mark.processes
 @pytest.mark.slow
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
-    """Bit for bit, with noise from torch's generator: ended between two checkpoints, or by SIGKILL while it writes one.
+    """Bit for bit, with noise from torch's generator. The run ends between two checkpoints or while it writes one.
 
-    Shards come in pairs, the engine's and the averages': the fourth is cut short with all else of step 4 on the disk.
+    Shards come in pairs, one of the engine and one of the averages. SIGKILL hits the fourth shard half written, when
+    all other files of step 4 are on disk.
     """
     for stage, death, code in ((0, {"die_after": 5}, 9), (2, {"die_writing": 4}, -signal.SIGKILL)):
         options = (f"train.zero_stage={stage}", "train.ema_decay=0.9")
@@ -61,7 +65,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
             names = ["ema-0.safetensors", "engine-0.blake2b", "engine-0.safetensors"]
             assert sorted(path.name for path in begun.iterdir()) == names
         run_workers(tmp_path, [cut | {"overrides": [*cut["overrides"], "run.resume=true"]}])
-        # Steps since the last checkpoint are done twice; a step is logged once its checkpoint is written.
+        # Steps after the last checkpoint run twice. A step is logged after its checkpoint is written.
         again = [0, 1, 2, 3, 4, 5, 5, 6] if stage == 0 else [0, 1, 2, 3, 3, 4, 5, 6]
         assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == again
         for part in ("model", "model-ema"):

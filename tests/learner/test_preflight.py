@@ -1,4 +1,4 @@
-"""What is checked before a run starts, and what becomes of an older one of its name."""
+"""Checks before a run starts, and the treatment of an older run of the same name."""
 
 from __future__ import annotations
 

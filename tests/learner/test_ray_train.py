@@ -1,4 +1,4 @@
-"""`stages/sft.py` under Ray Train: stopped, killed, and in the end the same weights as a run that was left alone."""
+"""`stages/sft.py` under Ray Train: a stopped or killed run ends with the same weights as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def world(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Pat
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Children started inside do not ignore Ctrl-C, even if these tests run in a shell's background and do."""
+    """Child processes started inside react to Ctrl-C, even if the tests run in a shell's background and ignore it."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)
 
 
 def start_sft(folder: Path, overrides: list[str]) -> subprocess.Popen[str]:
-    """stages/sft.py in run folder ``folder``/ray/a, once its third checkpoint is there."""
+    """Start stages/sft.py in run folder ``folder``/ray/a. Returns when its third checkpoint exists."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, str(SFT), *overrides],
@@ -54,7 +54,7 @@ def start_sft(folder: Path, overrides: list[str]) -> subprocess.Popen[str]:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_sft_under_ray_train_interrupted_and_resumed(world: Path, tmp_path: Path) -> None:
-    """Ctrl-C in the middle: exit code 130 and how to go on; then the same weights as a run that was left alone."""
+    """Ctrl-C gives exit code 130 and prints how to continue. The resumed run ends with an undisturbed run's weights."""
     overrides = stage_overrides(world, tmp_path / "ray", "a", "train.steps=40")
     with interruptible():
         first = start_sft(tmp_path, overrides)
@@ -77,7 +77,7 @@ def test_sft_under_ray_train_interrupted_and_resumed(world: Path, tmp_path: Path
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_worker_is_started_again(world: Path, tmp_path: Path) -> None:
-    """SIGKILL of one of two workers: Ray Train starts both again from the last checkpoint, and nothing is different."""
+    """After SIGKILL of one of two workers, Ray Train restarts both from the last checkpoint; the result is the same."""
     options = ("train.workers=2", "train.steps=20", "train.max_failures=1")
     process = start_sft(tmp_path, stage_overrides(world, tmp_path / "ray", "a", *options, "cluster.num_cpus=4"))
     workers = [

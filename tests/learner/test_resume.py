@@ -1,4 +1,4 @@
-"""A checkpoint goes on with other workers, another ZeRO stage, offloaded or not, and ends where it would have."""
+"""A checkpoint can resume with other workers, another ZeRO stage, offloaded or not, and gives the same result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def stopped(folder: Path, workers: int, stage: int, *more: str) -> dict[str, Any
 
 
 def resumed(folder: Path, before: tuple[int, int], workers: int, stage: int, *more: str) -> dict[str, Any]:
-    """The rest of the stopped run of (workers, stage), on its own copy of that checkpoint."""
+    """The rest of the run that stopped with `before` (workers, stage), on its own copy of the checkpoint."""
     name = "{}-{}-to-{}-{}".format(*before, workers, stage)
     source = folder / "cut-{}-{}".format(*before) / "checkpoints" / f"step-{CUT:06d}"
     shutil.copytree(source, folder / name / "checkpoints" / source.name)
@@ -39,7 +39,7 @@ def resumed(folder: Path, before: tuple[int, int], workers: int, stage: int, *mo
 @pytest.mark.processes
 @pytest.mark.slow
 def test_other_workers_and_other_zero_stages(tmp_path: Path) -> None:
-    """2 -> 1, 1 -> 2 and changes of stage end like plain training; an unchanged layout ends bit for bit the same."""
+    """2 -> 1, 1 -> 2 and changes of stage end like plain training. An unchanged layout gives a bit-identical result."""
     whole = [run(tmp_path, f"whole-{stage}", 2, stage) for stage in (0, 1, 2, 3)]
     run_workers(tmp_path, [*(stopped(tmp_path, 2, stage) for stage in (0, 1, 2, 3)), *whole], world=2)
     fewer = [
@@ -67,7 +67,7 @@ def test_other_workers_and_other_zero_stages(tmp_path: Path) -> None:
 @pytest.mark.processes
 @pytest.mark.slow
 def test_offloaded_optimizer_states(tmp_path: Path) -> None:
-    """The same training in the host's memory, for each ZeRO stage; checkpoints go from one way to the other."""
+    """Offloading gives the same training in each ZeRO stage, and checkpoints work in both directions."""
     offload = "train.offload_optimizer=true"
     run_workers(
         tmp_path,
@@ -103,7 +103,7 @@ def test_pieces_are_found_wherever_they_are(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("actors.learner.checkpoint_shards.safe_open", spy)
     reader = ShardReader(tmp_path, "engine", 1)
     assert torch.equal(reader.read("w:a@b", 4, 4), values[4:8])
-    assert [file.name for file in opened] == ["engine-1.safetensors"]  # its own is enough
+    assert [file.name for file in opened] == ["engine-1.safetensors"]  # the rank's own shard is enough
     for start in range(10):
         for end in range(start, 11):
             assert torch.equal(reader.read("w:a@b", start, end - start), values[start:end])
@@ -113,7 +113,7 @@ def test_pieces_are_found_wherever_they_are(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.ray
 def test_only_what_may_go_well_is_tried_again(tmp_path: Path) -> None:
-    """A dead worker is; not what a worker has said is wrong, nor a loss that is no number."""
+    """Ray Train restarts after a dead worker, but not after a worker's own error or a loss that is not finite."""
     from ray import cloudpickle
     from ray.train import FailureConfig
     from ray.train.v2._internal.execution.failure_handling import FailureDecision
@@ -137,7 +137,7 @@ def test_only_what_may_go_well_is_tried_again(tmp_path: Path) -> None:
     remote = RuntimeError("ray::ExperienceStream.next_batch() (pid=7)\nlong story")
     remote.cause = RuntimeError("the actor died\nlong story")  # type: ignore[attr-defined]  # as Ray's exceptions do
     died = WorkerGroupError("", {1: remote})
-    policy = cloudpickle.loads(cloudpickle.dumps(policy))  # as it comes to Ray Train's controller
+    policy = cloudpickle.loads(cloudpickle.dumps(policy))  # as Ray Train's controller receives it
     assert [policy.make_decision(died) for _ in range(2)] == [FailureDecision.RETRY, FailureDecision.RAISE]
     said = (tmp_path / "a" / FILE).read_text()
     assert said == "starting the workers again (1, train.max_failures 1): worker 1: the actor died\n"

@@ -20,7 +20,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Pat
 @pytest.mark.processes
 @pytest.mark.slow
 def test_two_ranks_train_like_one_with_the_same_global_batch(world: Path, tmp_path: Path) -> None:
-    """Weights, held-out losses of the weights and of their averages, pictures of both."""
+    """They have equal weights, held-out losses of weights and averages, and pictures of both."""
     names = {"ranks1": (1, 2), "ranks2": (2, 2), "zero3": (2, 3)}
     for name, (ranks, stage) in names.items():
         overrides = stage_overrides(
@@ -48,7 +48,7 @@ def test_two_ranks_train_like_one_with_the_same_global_batch(world: Path, tmp_pa
     assert series["ranks1"]["heldout_loss/records"][1] == [11, 11, 11]
     start, first, last = series["ranks1"]["heldout_loss/all"][1]
     averages = series["ranks1"]["heldout_loss_ema/all"][1]
-    assert len({start, first, last, *averages}) == 5  # each is of weights of its own
+    assert len({start, first, last, *averages}) == 5  # each comes from different weights
     pictures = sorted(path.name for path in (tmp_path / "ranks1" / "images").iterdir())
     assert pictures == ["samples-000000.png", "samples-000002.png", "samples_ema-000002.png"]
     assert not any((tmp_path / "zero3" / "images").iterdir())

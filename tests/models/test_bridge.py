@@ -87,5 +87,5 @@ def test_mask_makes_padding_invisible():
     short_context, short_pooled = bridge.fuse([state[:, 3:] for state in states], None)
     torch.testing.assert_close(context[:, 3:], short_context)
     torch.testing.assert_close(pooled, short_pooled)
-    leaked, _ = bridge.fuse(states, None)  # what padding="reference" keeps (M1.5)
+    leaked, _ = bridge.fuse(states, None)  # padding="reference" keeps this leak (M1.5)
     assert not torch.allclose(leaked[:, 3:], short_context, rtol=1e-3)

@@ -1,4 +1,4 @@
-"""The DiT: parity with the reference implementation, and what it promises about batches."""
+"""The DiT: parity with the reference implementation, and independence of samples in a batch."""
 
 import json
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_diffusers_folder_round_trip(dit, batch, tmp_path):
 
 @torch.no_grad()
 def test_a_sample_does_not_depend_on_its_batch(dit, batch):
-    """Targets, references and context of different lengths together give what each gives alone."""
+    """Samples with targets, references and context of different lengths give the same result in a batch as alone."""
     targets = [batch["x"][0], torch.cat([batch["x"][1]] * 2, dim=-1), batch["x"][2][:, :4]]
     references = [batch["refs"][0], [], [batch["refs"][2][0][:, :6], batch["refs"][1][0]]]
     mask = torch.ones(3, 7, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Checkpoints of every published layout: what is read, what is written, and what is refused."""
+"""Checkpoints of every published layout: reading, writing, and rejected files."""
 
 import json
 import re
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def adapted_model(alpha: float = 8) -> UnifiedModel:
-    """A model as stage 2 leaves it: LoRA on every module, with values."""
+    """A model as after stage 2, with a nonzero LoRA on every module."""
     model = make_tiny_model()
     settings = LoraSettings(rank=4, alpha=alpha, dropout=0.0, modules="all")
     add_lora(model.vlm, settings, model.architecture.fusion_layers[0])
@@ -49,7 +49,7 @@ def folder(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bases(folder, tmp_path_factory):
-    """Public base weights: a VLM and a DiT folder that know nothing of bridge and LoRA."""
+    """Public base weights: a VLM folder and a DiT folder, without bridge and LoRA."""
     path = tmp_path_factory.mktemp("bases")
     shutil.copytree(folder / "vlm", path / "vlm")
     for part in ("transformer", "vae"):
@@ -98,13 +98,13 @@ def same(a: UnifiedModel, b: UnifiedModel) -> bool:
 def test_native_files_of_both_vlm_layouts(model, folder, tmp_path, transformers, wrapped):
     state = native_state(model, transformers)
     content = {"state_dict": state, "meta": {"iter": 3}} if wrapped else state
-    torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=wrapped)  # else as torch before 1.6 did
+    torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=wrapped)  # False: as torch before 1.6
     out = convert(tmp_path / "model.pth", tmp_path / "out", bases=Bases(base=folder))
     assert same(UnifiedModel.from_folder(out), UnifiedModel.from_folder(folder))
 
 
 def test_every_layout_comes_back_to_the_bit(model, folder, tmp_path):
-    """components -> native -> components, with LoRA; values, names and adapter scale."""
+    """components -> native -> components, with LoRA, keeps values, names and adapter scale."""
     native = convert(folder, tmp_path / "native", "native")
     names = set(load_file(native / "model.safetensors"))
     assert "meta_queries" in names
@@ -146,7 +146,7 @@ def test_sharded_safetensors_are_read_whole(model, folder, tmp_path):
 
 
 def test_bases_as_published(model, folder, bases, tmp_path):
-    """A native file plus the two public folders; the bridge's sizes come from the preset."""
+    """A native file and the two public folders. The bridge's sizes come from the preset."""
     torch.save(native_state(model), tmp_path / "sft.pt")
     where = Bases(vlm=bases / "vlm", dit=bases / "dit")
     weights = complete(read_weights(tmp_path / "sft.pt"), where, without_lora=False)
@@ -226,7 +226,7 @@ def test_large_parts_are_sharded(folder, tmp_path, monkeypatch):
 @pytest.mark.processes
 @pytest.mark.parametrize(("stage", "world"), [(1, 2), (2, 2), (3, 2)])
 def test_deepspeed_folders(tmp_path, stage, world):
-    """ZeRO 1-3 of two workers, put together: fp32 masters to the bit, under the name *.pth and as its parent."""
+    """Shards of two workers under ZeRO 1-3 give bit-identical fp32 masters, by the folder *.pth or its parent."""
     write_deepspeed(tmp_path, stage, world)
     truth = load_file(tmp_path / "truth.safetensors")
     for path in (tmp_path, tmp_path / "iter_3.pth"):
@@ -239,7 +239,7 @@ def test_deepspeed_folders(tmp_path, stage, world):
 
 
 class Looked:
-    """Pickles as getattr(ZeroStageEnum, name), which is how Python 3.11.2 pickles a member of an enum."""
+    """Pickles as getattr(ZeroStageEnum, name), as Python 3.11.2 pickles a member of an enum."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -249,7 +249,7 @@ class Looked:
 
 
 def test_only_zero_stages_can_be_looked_up(tmp_path):
-    """Whatever Python wrote a DeepSpeed folder: its enum is read, and getattr serves nothing else."""
+    """The enum is readable whichever Python wrote the DeepSpeed folder, and getattr works for nothing else."""
     torch.save({"zero_stage": Looked("weights")}, tmp_path / "good.pt")
     torch.save({"zero_stage": Looked("__class__")}, tmp_path / "bad.pt")
     with _only_tensors():

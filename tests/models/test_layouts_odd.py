@@ -1,4 +1,4 @@
-"""Checkpoints as the world has them: logs beside the tensors, odd names, damaged files, parts that lie elsewhere."""
+"""Checkpoints as found in practice: logs beside the tensors, odd names, damaged files, parts in other folders."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def copied(folder, tmp_path):
 
 
 def native(model, tmp_path: Path, *, lora: bool = True) -> Path:
-    """A .safetensors file as the published training code has it; it does not say alpha."""
+    """A .safetensors file as the published training code writes it, without alpha."""
     save_file(native_state(model, lora=lora), tmp_path / "native.safetensors")
     return tmp_path / "native.safetensors"
 
@@ -62,7 +62,7 @@ def change(path: Path, **keys: object) -> None:
 
 @pytest.fixture
 def message_hub(monkeypatch):
-    """What mmengine's `message_hub` pickles as; mmengine itself is gone again when the file is read."""
+    """A pickle like that of mmengine's `message_hub`. mmengine itself is not importable when the file is read."""
 
     class HistoryBuffer:
         def __init__(self) -> None:
@@ -93,7 +93,7 @@ def test_a_numpy_array_is_no_tensor(tmp_path):
 
 
 def test_alpha_goes_along(folder, tmp_path):
-    """components -> components and components -> native -> components, where only the metadata can say it."""
+    """components -> components and components -> native -> components; in a native file only metadata holds alpha."""
     assert alpha_of(convert(folder, tmp_path / "again")) == ALPHA
     out = convert(folder, tmp_path / "native", "native")
     with safe_open(out / "model.safetensors", framework="pt") as file:
@@ -112,14 +112,14 @@ def test_alpha_is_twice_the_rank_where_nothing_says_it(model, folder, tmp_path):
 
 
 def test_the_lora_comes_with_the_vlm_of_the_base(model, folder, tmp_path):
-    """An RL checkpoint holds no LoRA; that of the SFT weights belongs to it."""
+    """An RL checkpoint holds no LoRA; it uses the LoRA of the SFT weights."""
     path = native(model, tmp_path, lora=False)
     out = convert(path, tmp_path / "out", bases=Bases(base=folder))
     assert alpha_of(out) == ALPHA
     assert same(UnifiedModel.from_folder(out), UnifiedModel.from_folder(folder))
     with pytest.raises(UserError, match=r"--without-lora: .*vlm_lora is the LoRA of the VLM taken from --base"):
         convert(path, tmp_path / "bare", bases=Bases(base=folder), without_lora=True)
-    with pytest.raises(UserError, match="no LoRA in it"):  # the VLM given is another one
+    with pytest.raises(UserError, match="no LoRA in it"):  # a different VLM was given
         convert(path, tmp_path / "bare", bases=Bases(base=folder, vlm=folder / "vlm"))
 
 
@@ -223,7 +223,7 @@ def test_bases_that_are_not_there(folder, tmp_path, option):
 
 
 def test_only_the_tokenizer_is_copied(folder, copied, tmp_path):
-    """A folder as `hf download --local-dir` leaves it."""
+    """The source is a folder as `hf download --local-dir` leaves it."""
     vlm = copied / "vlm"
     (vlm / ".cache" / "huggingface" / "download").mkdir(parents=True)
     wanted = {*(file.name for file in (folder / "tokenizer").iterdir()), "chat_template.json", "merges.txt"}
@@ -357,7 +357,7 @@ def test_places_that_cannot_be_written(folder, tmp_path):
 
 @pytest.mark.processes
 def test_a_full_disk(folder, tmp_path):
-    """Files that may not grow, as a full disk has them: one line, code 2, nothing left."""
+    """Files cannot grow, as on a full disk: one line of error, exit code 2, no files left."""
     limit = 40_000
     done = subprocess.run(
         [sys.executable, str(ROOT / "stages/export.py"), str(folder), str(tmp_path / "out")],
@@ -376,7 +376,7 @@ def test_a_full_disk(folder, tmp_path):
 def test_a_folder_named_partial_is_the_users(folder, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "notes").touch()
-    (tmp_path / ".out.writing" / "vlm").mkdir(parents=True)  # of a run that was killed
+    (tmp_path / ".out.writing" / "vlm").mkdir(parents=True)  # left by a killed run
     convert(folder, tmp_path / "out", "native")
     assert (tmp_path / "out.partial" / "notes").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.partial"}

@@ -1,4 +1,4 @@
-"""Both presets build from the same classes; the 5B one has the published numbers of parameters (M0.4)."""
+"""Both presets use the same classes, and the 5B preset has the published numbers of parameters (M0.4)."""
 
 import json
 import re
@@ -77,7 +77,7 @@ def test_5b_full_lora():
 
 
 def test_5b_live_lora():
-    """By default only what can receive a gradient: 35 layers of 7 linears, and the embedding (M8.12)."""
+    """By default only modules that can receive a gradient: 35 layers of 7 linears, and the embedding (M8.12)."""
     vlm = UnifiedModel.from_architecture(DEEPGEN_5B, "meta").vlm
     with torch.device("meta"):
         add_lora(vlm, LoraSettings(), DEEPGEN_5B.fusion_layers[0])

@@ -1,4 +1,4 @@
-"""The model as a whole: conditioning, latents, velocity, what trains where."""
+"""The whole model: conditioning, latents, velocity, and which parts train in which stage."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def image() -> torch.Tensor:
 
 
 def test_vision_inputs_equal_hugging_face(image):
-    """On an image that is already at 28/32 size, patches are the HF processor's."""
+    """For an image that already has 28/32 of its size, patches equal those of the HF processor."""
     processor = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=1 << 20, do_resize=False, do_rescale=False)
     wide = torch.cat([image, image.flip(-1)], dim=-1)  # 64 x 128
     small = [
@@ -76,7 +76,7 @@ def test_states_equal_hugging_face(model, image):
 
 
 def test_think_token_positions(model):
-    """Think tokens continue as text after the prompt; an image advances positions by its larger side; pads get 1."""
+    """Think tokens continue as text after the prompt; an image advances positions by its longer side; pads get 1."""
     tokens = tokenize(model.tokenizer, ["x", "a cat"], [[4], []])
     grids = torch.tensor([[1, 4, 4]])
     positions = position_ids(model.vlm, tokens.ids, tokens.mask, grids, 4)
@@ -129,7 +129,7 @@ def test_reference_padding_leaks_as_published(image):
     length = alone.context.shape[1]
     assert torch.isfinite(together.context).all()
     assert not torch.allclose(together.context[0, -length:], alone.context[0], rtol=1e-3)
-    longest = model.encode_prompts(PROMPTS[1:2])  # the longest is never padded
+    longest = model.encode_prompts(PROMPTS[1:2])  # the longest prompt is never padded
     torch.testing.assert_close(together.context[1], longest.context[0], rtol=1e-4, atol=1e-5)
 
 
@@ -179,7 +179,7 @@ def test_conditioning_expand_and_cat(model):
     assert all(torch.equal(thrice.context[i], parts[0].context[0]) for i in range(3))
     assert thrice.context.data_ptr() == parts[0].context.data_ptr() and thrice.context.stride(0) == 0
     assert thrice.mask is not None and thrice.mask.shape == (3, parts[0].context.shape[1])
-    same = cond.expand(3)  # a whole batch stays what it is
+    same = cond.expand(3)  # a full batch does not change
     assert torch.equal(same.context, cond.context) and torch.equal(same.pooled, cond.pooled)
     half = cond.to(torch.bfloat16)
     assert half.context.dtype == half.pooled.dtype == torch.bfloat16

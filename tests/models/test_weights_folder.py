@@ -1,4 +1,4 @@
-"""Component folders: what is written comes back, and what does not fit is named."""
+"""Component folders: loading returns the saved model, and errors name what does not fit."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def test_lora_round_trip(folder, tmp_path):
         torch.nn.init.normal_(p, std=0.1)
     model.save_folder(tmp_path / "saved")
     again = UnifiedModel.from_folder(tmp_path / "saved", lora=LoraSettings(rank=4, alpha=8, dropout=0.2))
-    assert again.vlm.peft_config["default"].lora_dropout == 0.2  # of this training, not of the one that made it
+    assert again.vlm.peft_config["default"].lora_dropout == 0.2  # from this training, not from the adapter's
     assert weights_checksum(again.state_dict().items()) == weights_checksum(model.state_dict().items())
     with torch.no_grad():
         assert torch.equal(model.encode_prompts(["a cat"]).context, again.encode_prompts(["a cat"]).context)
@@ -77,7 +77,7 @@ def test_lora_round_trip(folder, tmp_path):
 
 
 def test_full_adapters_are_accepted(folder):
-    """A 416-module adapter keeps its dead modules; they are loaded, and never trained."""
+    """An adapter with 416 modules keeps its dead modules. They are loaded but never trained."""
     model = make_tiny_model()
     add_lora(model.vlm, LoraSettings(rank=2, modules="all"), model.architecture.fusion_layers[0])
     save_lora(model.vlm, folder / "vlm_lora")
@@ -186,7 +186,7 @@ def test_5b_folder_as_tiny_needs_no_weights_to_be_refused(folder):
 
 
 def test_fresh_bridge(folder):
-    """Base weights without a bridge start a pretraining; without saying so they are refused."""
+    """Base weights without a bridge can start pretraining with fresh_bridge; without that setting they are rejected."""
     kept = UnifiedModel.from_folder(folder, fresh_bridge=True)
     assert not kept.projector_3.weight.any()
     shutil.rmtree(folder / "bridge")

@@ -1,4 +1,4 @@
-"""Training records that cannot be used: left out of every mean, listed once, counted, and too many end the run."""
+"""Unusable training records are left out of every mean, listed once and counted; too many end the run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.helpers.sft_world import component, make_records, make_sft_world, sta
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A sound PNG header that promises so many pixels, and few bytes behind it."""
+    """A valid PNG header of this size, followed by only a few bytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
@@ -101,7 +101,7 @@ def test_each_row_is_written_once_also_after_a_resume(tmp_path: Path) -> None:
     assert [line["row"] for line in lines] == [3, 4, 5]
     assert lines[0] == {"file": "a.parquet", "row": 3, "id": "id3", "reason": "truncated"}
     Quarantine(0.5, tmp_path)
-    assert not (tmp_path / FILE).exists()  # a run that starts anew
+    assert not (tmp_path / FILE).exists()  # a new run
 
 
 def test_too_many_bad_records_end_the_run(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_too_many_bad_records_end_the_run(tmp_path: Path) -> None:
 
 
 def damaged(*numbers: int) -> list[Record]:
-    """12 records, edits 1, 5 and 9; these have images cut short."""
+    """12 records, with edits 1, 5 and 9. The records `numbers` have truncated images."""
     return [replace(r, image=r.image[:50]) if i in numbers else r for i, r in enumerate(make_records())]  # type: ignore[index]
 
 
@@ -142,7 +142,7 @@ def make_objective(records: list[Record], folder: Path, micro_batch: int = 3) ->
 
 
 def test_a_bad_record_is_in_no_mean(tmp_path: Path) -> None:
-    """One step reads all 12 records: the others keep their random numbers, and the means are over what remains."""
+    """One step reads all 12 records. Good ones keep their random numbers, and means run over good ones only."""
     context = StepContext(42, 0, 0, 1, torch.device("cpu"))
     model: Any = make_tiny_model()
 
@@ -171,7 +171,7 @@ def test_a_bad_record_is_in_no_mean(tmp_path: Path) -> None:
 
 
 def test_the_mean_is_over_what_remains_on_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks of 3 with bad records have the loss of one rank of 6; one of them has an edit batch without any."""
+    """Two ranks of 3 with bad records have the loss of one rank of 6. One rank's edit batch has no usable record."""
     model: Any = make_tiny_model()
 
     def total(micro_batch: int, rank: int, world: int, everyone: list[Any] | None = None) -> float:
@@ -207,7 +207,7 @@ def test_a_step_without_any_usable_record_ends_the_run(tmp_path: Path) -> None:
 @pytest.mark.processes
 @pytest.mark.slow
 def test_ranks_with_nothing_to_do_and_a_resume_change_nothing(tmp_path: Path, empty_database: Path) -> None:
-    """Two ranks under ZeRO-3 with one record each, so that a bad one leaves a rank without any; then killed."""
+    """Two ranks under ZeRO-3 with one record each, so a bad record leaves a rank with none. Then the run is killed."""
     make_sft_world(tmp_path, empty_database)
     write_records(tmp_path / "train.parquet", damaged(1, 2, 3, 8))
 
@@ -221,7 +221,7 @@ def test_ranks_with_nothing_to_do_and_a_resume_change_nothing(tmp_path: Path, em
 
     run_workers(tmp_path, [run("one", 1, 2)])
     run_workers(tmp_path, [run("two", 2, 1, die_after=3)], world=2, exit_code=9)
-    run_workers(tmp_path, [run("two", 2, 1)], world=2)  # goes on from the checkpoint
+    run_workers(tmp_path, [run("two", 2, 1)], world=2)  # continues from the checkpoint
     for part in ("bridge", "transformer", "vlm_lora"):
         one, two = (component(tmp_path / "runs", name, part) for name in ("one", "two"))
         assert one and one.keys() == two.keys()

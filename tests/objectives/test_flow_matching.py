@@ -1,4 +1,4 @@
-"""Flow matching: its targets and the captions it drops."""
+"""Flow matching: its targets and its dropped captions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_flow_matching_targets_and_dropped_captions(tmp_path: Path) -> None:
     asked: list[tuple[list[str], Any]] = []
 
     class Perfect:
-        """Knows the velocity of the micro-batch it is asked about."""
+        """Returns the true velocity of its micro-batch."""
 
         def encode_prompts(self, prompts: list[str], references: Any) -> None:
             asked.append((prompts, references))

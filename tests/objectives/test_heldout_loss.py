@@ -1,4 +1,4 @@
-"""How held-out records are shared out over ranks, and which of them count."""
+"""How held-out records are split among ranks, and which of them count."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_ranks_share_the_records_and_do_the_same_kinds_in_step(world: int) -> No
 
 
 class Model:
-    """Its velocity is 0, so the error of a sample is the mean square of noise - x0."""
+    """A model with velocity 0, so the error of a sample is the mean square of noise - x0."""
 
     def encode_prompts(self, prompts: list[str], references: Any) -> None: ...
 
@@ -74,5 +74,5 @@ def test_records_without_usable_target_take_no_part_and_are_not_counted(monkeypa
     assert expected["heldout_loss/records"] == 6
     assert measure(good, "_ema")["heldout_loss_ema/all"] == expected["heldout_loss/all"]
     bad = [replace(good[0], id="none", image=None), replace(good[1], id="cut", image=good[1].image[:200])]  # type: ignore[index]
-    assert measure([*good, *bad]) == pytest.approx(expected)  # the noise is each record's own
+    assert measure([*good, *bad]) == pytest.approx(expected)  # each record has its own noise
     assert measure(bad) == {}

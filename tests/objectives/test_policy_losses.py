@@ -1,4 +1,4 @@
-"""Both policy losses on one group: how it is split, what its parts add up to, and that the KL pulls."""
+"""Both policy losses on one group: its parts add up to the whole, and the KL term pulls back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OWN = {
 
 
 class Dit(nn.Module):
-    """Velocity in proportion to the latents."""
+    """A model whose velocity is proportional to the latents."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def make(name: str, *more: str) -> tuple[Settings, Group, Samples]:
 
 
 def total(name: str, *more: str) -> Tensor:
-    """Gradient of a group's loss in the DiT's weight."""
+    """Gradient of a group's loss with respect to the DiT's weight."""
     settings, group, samples = make(name, *more)
     term, dit, reference = POLICY_LOSSES[name](settings), Dit(0.5), Dit(0.3)
     for micro in term.micros(group, samples, 3, 0.25):

@@ -1,4 +1,4 @@
-"""The next step's records are read while this one is worked on, and it makes no other difference."""
+"""The source reads the next step's records during the current step; nothing else changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEADLINE_S = 30.0
 
 
 def make_source(threads: int, told: Callable[[int], None] = lambda index: None) -> MixtureSource:
-    """Over 24 records without pictures; `told` hears of each that is read."""
+    """A source of 24 records without pictures. It calls `told` for each record it reads."""
     tasks = ("t2i", "edit", "text", "t2i")
     store = ListStore([Record(str(i), tasks[i % 4], f"prompt {i}", "", b"", (), "") for i in range(24)])
 
@@ -46,7 +46,7 @@ def test_batches_are_the_same_also_after_a_resume_on_other_ranks() -> None:
     expected = contents(plain, range(3), 0, 1)
     assert contents(ahead, range(3), 0, 1) == expected
     resumed = make_source(2)
-    resumed.next(0, 0, 1)  # a batch of the old place is on its way
+    resumed.next(0, 0, 1)  # a batch from the old position is being read
     for source in (plain, resumed):
         source.load_state_dict(ahead.state_dict(3))
     assert contents(resumed, range(3, 6), 1, 2) == contents(plain, range(3, 6), 1, 2)

@@ -22,8 +22,8 @@ from deepgen.planning.memory import CPU_BF16, CPU_FP32, Numbers, states
 from tests.helpers.factories import make_tiny_model, narrow_architecture
 from tests.helpers.learner_workers import run_workers
 
-STATES_OFF = 0.01  # of a part: padding, and scalars such as step counters
-ACTIVATIONS_OFF = 0.06  # modulation vectors, and keys repeated to all heads where the kernel can do without
+STATES_OFF = 0.01  # allowed error of a part: padding, and scalars such as step counters
+ACTIVATIONS_OFF = 0.06  # allowed error: modulation vectors, and keys repeated for all heads if the kernel needs none
 
 
 # ---- States ----
@@ -32,7 +32,7 @@ ACTIVATIONS_OFF = 0.06  # modulation vectors, and keys repeated to all heads whe
 @pytest.mark.processes
 @pytest.mark.slow
 def test_states_are_what_the_engine_holds(tmp_path: Path) -> None:
-    """ZeRO 0 to 3 on two gloo workers, rank 0, in the middle of a step: every part, and nothing beside them."""
+    """Rank 0 of two gloo workers, ZeRO 0 to 3, in the middle of a step: every part matches, and there is no other."""
     common = ["model.precision=fp32", "train.workers=2", "train.warmup_steps=0", f"run.dir={tmp_path}"]
     files = [tmp_path / f"zero{stage}.json" for stage in range(4)]
     runs = [
@@ -44,11 +44,11 @@ def test_states_are_what_the_engine_holds(tmp_path: Path) -> None:
         found, expected = json.loads(file.read_text()), states(parameters, stage, 2, ema=True)
         for part in ("frozen", "weights", "master", "moments", "ema"):
             assert found[part] == pytest.approx(getattr(expected, part), rel=STATES_OFF, abs=64), f"ZeRO-{stage} {part}"
-        # Stage 2 keeps whole the parameter that two ranks share.
+        # Stage 2 keeps a full copy of the parameter that two ranks share.
         shared = 4 * parameters.largest if stage == 2 else 0
         assert found["gradients"] == pytest.approx(expected.gradients, rel=STATES_OFF, abs=64 + shared), f"ZeRO-{stage}"
-        # Every parameter of so small a model is below DeepSpeed's threshold of 100,000 elements, and ZeRO-3 keeps such
-        # ones gathered: the arithmetic has them in its buffers, as live parameters.
+        # All parameters of such a small model are below DeepSpeed's threshold of 100,000 elements, so ZeRO-3 keeps them
+        # gathered. The plan counts them in its buffers, as live parameters.
         between = expected.kept + expected.export if stage == 3 else expected.kept - expected.gradients
         assert found["rest"] == pytest.approx(between, rel=0.05), f"ZeRO-{stage}: something else lies in memory"
 
@@ -76,7 +76,7 @@ def test_more_workers_and_higher_stages_never_need_more() -> None:
 
 
 def wide() -> Architecture:
-    """Narrow, but wide enough that what grows with tokens outweighs what does not."""
+    """A narrow architecture, yet wide enough that memory that grows with tokens outweighs the rest."""
     text = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
     vision = {"depth": 1, "out_hidden_size": 64, "fullatt_block_indexes": [0]}
     transformer: dict[str, Any] = {
@@ -102,7 +102,7 @@ def model() -> UnifiedModel:
 
 
 def kept_for_backward(module: nn.Module, forward: Callable[[], Any], n: Numbers) -> int:
-    """Bytes of the distinct storages autograd keeps, without parameters and buffers, with bf16 copies of weights."""
+    """Bytes of the storages autograd keeps, without parameters and buffers but with bf16 copies of weights."""
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     kept: dict[int, torch.Tensor] = {}
 
@@ -123,7 +123,7 @@ def kept_for_backward(module: nn.Module, forward: Callable[[], Any], n: Numbers)
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize(("batch", "context_tokens"), SIZES)
 def test_dit_activations(model: UnifiedModel, n: Numbers, trained: bool, batch: int, context_tokens: int) -> None:
-    """A target and three references, as an edit has them."""
+    """The input has a target and three references, like an edit."""
     model.transformer.requires_grad_(trained)
     references = [[torch.randn(8, 16, 16)] * 3] * batch
     context = torch.randn(batch, context_tokens, 128, requires_grad=True)
@@ -141,7 +141,7 @@ def test_dit_activations(model: UnifiedModel, n: Numbers, trained: bool, batch: 
         trained=trained,
         checkpointing=False,
     )
-    expected += n.cast * memory.dit_linears(ARCHITECTURE) if trained else 0  # a part of its own in the plan
+    expected += n.cast * memory.dit_linears(ARCHITECTURE) if trained else 0  # a separate part in the plan
     assert kept_for_backward(model.transformer, forward, n) == pytest.approx(expected, rel=ACTIVATIONS_OFF)
 
 
@@ -184,7 +184,7 @@ def test_vlm_activations(n: Numbers, lora_rank: int, batch: int, context_tokens:
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 def test_checkpointed_layers_keep_nothing_but_their_inputs(stage: str) -> None:
-    """Also in pretrain, where only think tokens want a gradient from the frozen decoder."""
+    """This also holds in pretrain, where only think tokens need a gradient from the frozen decoder."""
     model = UnifiedModel.from_architecture(ARCHITECTURE)
     if stage == "sft":
         add_lora(model.vlm, LoraSettings(rank=8), ARCHITECTURE.fusion_layers[0])

@@ -86,7 +86,7 @@ def test_unusable_heads_are_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_clip_saved_in_bf16_serves_a_head_in_fp32(folder: Path, tmp_path: Path) -> None:
-    """As the shipped one is; features are float32 whatever the folder holds."""
+    """The shipped CLIP is in bf16. Features are always float32."""
     half = tmp_path / "clip"
     shutil.copytree(folder.parent / "clip", half)
     CLIPModel.from_pretrained(half).to(torch.bfloat16).save_pretrained(half)

@@ -1,6 +1,6 @@
-"""The judge: prompt and picture as it sees them, and vLLM's probability against that of transformers.
+"""The judge: its prompt and picture, and vLLM's probability against that of transformers.
 
-The engine runs in a replica of a pool, as it does in a run: vLLM changes the process that hosts it.
+The engine runs in a pool's replica, as in a real run, because vLLM changes the process that hosts it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def test_unusable_folders_are_refused(tmp_path: Path) -> None:
 
 
 def transformers_probabilities(folder: Path, requests: list[RewardRequest]) -> list[float]:
-    """The same question to transformers, one request at a time."""
+    """Probabilities from transformers for the same questions, one request at a time."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()

@@ -64,7 +64,7 @@ def reward() -> OcrReward:
 
 def drawn(word: str, ink: str = "black", paper: str = "white") -> np.ndarray:
     picture = Image.new("RGB", (64, 64), paper)
-    font = ImageFont.load_default(size=18)  # the one that comes with Pillow: the same on every machine
+    font = ImageFont.load_default(size=18)  # ships with Pillow, so it is the same on every machine
     ImageDraw.Draw(picture).text((32, 32), word, fill=ink, font=font, anchor="mm")
     return np.asarray(picture)
 

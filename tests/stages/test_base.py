@@ -1,4 +1,4 @@
-"""The programs behind `make base`: their order, what a failure says, and how descriptions are taken apart."""
+"""The programs behind `make base`: their order, their error messages, and how they split descriptions."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`stages/rl.py` on a narrow random model: it learns what is rewarded, and goes on where it was killed."""
+"""`stages/rl.py` on a narrow random model: rewards rise, and a killed run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.helpers.rl_world import PROMPTS, make_records, make_world, overrides
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
-# What the run does not decide: times, and how busy actors happened to be.
+# Metrics that differ between equal runs: times, and how busy the actors were.
 TIMES = ("time/", "throughput/", "pool/", "rollout/restarts")
 
 
 def start(world: Path, *more: str) -> subprocess.Popen[str]:
-    """Start a run in a process group of its own."""
+    """Start a run in its own process group."""
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "rl_driver.py"), *overrides(world, *more)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=world, start_new_session=True
@@ -41,7 +41,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def metrics(folder: Path) -> dict[int, dict[str, float]]:
-    """Step to everything logged for it."""
+    """All logged metrics, by step."""
     steps: dict[int, dict[str, float]] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         entry: dict[str, Any] = json.loads(line)
@@ -55,7 +55,7 @@ def decided(entry: dict[str, float]) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
-    """With a prompt and a held-out record that cannot be used."""
+    """A world with one unusable prompt and one unusable held-out record."""
     folder = make_world(tmp_path_factory.mktemp("world"))
     (folder / "runs").mkdir()
     shutil.copy(empty_database, folder / "runs" / "mlflow.db")
@@ -67,7 +67,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Pat
 
 
 def test_it_learns_what_is_rewarded(world: Path) -> None:
-    """Brightness of held-out images rises; the invariants hold; report, grid and records are there."""
+    """Brightness of held-out images rises; the invariants hold; report, grid and records exist."""
     output = finish(
         start(
             world,
@@ -93,13 +93,13 @@ def test_it_learns_what_is_rewarded(world: Path) -> None:
     assert (folder / "model" / "transformer" / "config.json").exists()
 
     steps = metrics(folder)
-    for step in range(1, 9):  # one optimizer step a batch: every update is the first on its samples
+    for step in range(1, 9):  # one optimizer step per batch, so every update is the first on its samples
         assert abs(steps[step]["policy/ratio_mean"] - 1) < 1e-5
         assert steps[step]["policy/clip_share"] == 0
         assert steps[step]["policy/staleness_max"] == 0
         assert steps[step]["reward_missing/aesthetic"] == 0
     assert steps[1]["policy/kl"] < 1e-8 < steps[8]["policy/kl"]
-    # Averaged over a few steps: between the start and the end.
+    # Averaged weights lie between those at the start and at the end.
     assert steps[0]["eval/aesthetic"] < steps[8]["eval_ema/aesthetic"] < steps[8]["eval/aesthetic"]
     assert "averaged weights after: aesthetic " in output
     assert (folder / "model-ema" / "transformer" / "config.json").exists()
@@ -110,7 +110,7 @@ def test_it_learns_what_is_rewarded(world: Path) -> None:
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(world: Path) -> None:
-    """The other policy loss, with rollouts that draw no noise on the way."""
+    """This run uses the other policy loss, and rollouts that add no noise between steps."""
     settings = (
         "run.seed=5",
         "train.steps=4",

@@ -1,7 +1,7 @@
-"""`ray job submit --working-dir <copy>`: the submitted copy is what runs, although another copy is installed.
+"""`ray job submit --working-dir <copy>` runs the submitted copy, although another copy is installed.
 
-The job is a small stage program put into a changed copy of the checkout. It runs on a cluster of its own (own ports,
-own temporary folder, own token), started with `ray start --head` as a person would.
+The job is a small stage program in a changed copy of the checkout. It runs on a separate cluster (own ports, temporary
+folder and token), which the test starts with `ray start --head`, as a user would.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def look():
     for name in {PACKAGES!r}:
         module = importlib.import_module(name)
         found[name] = [module.__file__, getattr(module, "{MARK}", None)]
-    import deepgen.config.schema.paths
-    found["deepgen.config.schema.paths"] = [deepgen.config.schema.paths.__file__, None]
+    import deepgen.config.recipes
+    found["deepgen.config.recipes"] = [deepgen.config.recipes.__file__, None]
     return found
 
 ray.init(log_to_driver=False)
@@ -50,14 +50,14 @@ print("PROBE", json.dumps({{"driver": look(), "worker": worker}}))
 
 @dataclass(frozen=True)
 class Submission:
-    """What one submitted job reported: `places[process][module]` is [file, mark], or the file alone of `platform`."""
+    """The report of a submitted job: `places[process][module]` is [file, mark], or only the file for `platform`."""
 
     copy: Path
     places: dict[str, dict[str, Any]]
 
 
 def copy_of_checkout(root: Path, target: Path, mark: str) -> Path:
-    """A copy of the sources in which every package says `COPY_MARK = mark`."""
+    """A copy of the sources in which every package defines `COPY_MARK = mark`."""
     ignore = shutil.ignore_patterns("__pycache__")
     for name in SOURCES:
         source = root / name
@@ -73,7 +73,7 @@ def copy_of_checkout(root: Path, target: Path, mark: str) -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now, all different."""
+    """Different ports on which no process listens now."""
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
@@ -84,7 +84,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return once somebody listens on `port`; fail with the log when the process ends or time is up."""
+    """Wait until a process listens on `port`. Fails with the log if `process` ends or time is up."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         with socket.socket() as probe:
@@ -95,7 +95,7 @@ def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and those it started, and nobody else's."""
+    """End a process and its children, and no other process."""
     if process.poll() is not None:
         return
     head = psutil.Process(process.pid)
@@ -109,7 +109,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def installed_copy(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which another copy of the project was installed from its wheel."""
+    """A folder with another copy of the project, installed from its wheel."""
     source = copy_of_checkout(root, tmp_path_factory.mktemp("other") / "checkout", "installed")
     (source / "README.md").touch()
     folder = tmp_path_factory.mktemp("installed")
@@ -120,7 +120,7 @@ def installed_copy(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def dashboard(installed_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of the dashboard of a cluster in whose environment the other copy is installed."""
+    """Dashboard address of a cluster whose environment has the other copy installed."""
     gcs, dashboard, client, agent, agent_grpc, metrics = free_ports(6)
     ports = {
         "port": gcs,
@@ -136,7 +136,7 @@ def dashboard(installed_copy: Path, tmp_path_factory: pytest.TempPathFactory) ->
     command += [f"--{name}={value}" for name, value in ports.items()]
     folder = tmp_path_factory.mktemp("cluster")
     log = folder / "log"
-    # Behind the working directory of a job, before site-packages: where an installed copy stands.
+    # PYTHONPATH comes after a job's working directory and before site-packages, like an installed copy.
     environment = os.environ | {"PYTHONPATH": str(installed_copy)}
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=folder)
@@ -150,7 +150,7 @@ def dashboard(installed_copy: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def submission(root: Path, dashboard: str, tmp_path_factory: pytest.TempPathFactory) -> Submission:
-    """The probe, submitted with a changed copy and no flag but the working directory."""
+    """The probe, submitted with a changed copy. The working directory is the only flag."""
     copy = copy_of_checkout(root, tmp_path_factory.mktemp("submitted") / "checkout", "submitted")
     (copy / "stages" / "probe.py").write_text(PROBE)
     command = [RAY, "job", "submit", f"--address={dashboard}", "--working-dir=.", "--", "python", "stages/probe.py"]
@@ -177,8 +177,8 @@ def test_submitted_copy_is_imported(submission: Submission, process: str, name: 
 @pytest.mark.parametrize("process", ["driver", "worker"])
 def test_submodules_come_from_the_submitted_copy(submission: Submission, process: str) -> None:
     places = submission.places[process]
-    package, submodule = Path(places["deepgen"][0]).parent, Path(places["deepgen.config.schema.paths"][0])
-    assert submodule == package / "config" / "paths.py"
+    package, submodule = Path(places["deepgen"][0]).parent, Path(places["deepgen.config.recipes"][0])
+    assert submodule == package / "config" / "recipes.py"
 
 
 @pytest.mark.ray
@@ -200,7 +200,7 @@ def test_installed_copy_is_another_one(installed_copy: Path) -> None:
 
 
 def test_platform_folder_is_no_package(root: Path) -> None:
-    """With an __init__.py, every Ray worker of a submission would import it in place of the standard library's."""
+    """With an __init__.py, every Ray worker of a submission would import it instead of the standard module."""
     assert (root / "platform" / "deepgen" / "__init__.py").is_file()
     assert not (root / "platform" / "__init__.py").exists()
 

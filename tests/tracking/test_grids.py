@@ -1,4 +1,4 @@
-"""Grids: geometry, wrapping, scaling, and that a picture is where it should be."""
+"""Grids: geometry, wrapping, scaling, and the position of each picture."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ NAN = math.nan
 
 def test_a_clear_rise_a_fall_and_noise_are_told_apart() -> None:
     rng = np.random.default_rng(3)
-    base = rng.normal(0.5, 0.2, 200)  # prompts differ far more than the change: pairing is what finds it
+    base = rng.normal(0.5, 0.2, 200)  # prompts differ far more than the change, so only pairing reveals it
     before = {"up": base, "down": base, "same": base}
     noise = rng.normal(0, 0.05, (3, 200))
     after = {"up": base + 0.03 + noise[0], "down": base - 0.03 + noise[1], "same": base + noise[2] - noise[2].mean()}
@@ -58,7 +58,7 @@ def test_rewards_that_do_not_apply_are_not_missing() -> None:
 def test_total_weighs_per_prompt_and_compares_equal_mixtures() -> None:
     weights = [[0.75, 0.25], [0.2, 0.0], [0.5, 0.5]]
     before = {"a": [0.4, 0.1, 0.2], "b": [0.8, NAN, NAN]}
-    after = {"a": [0.8, 0.3, 0.2], "b": [0.4, NAN, 1.0]}  # b of the last prompt is new: no reason for a rise
+    after = {"a": [0.8, 0.3, 0.2], "b": [0.4, NAN, 1.0]}  # the last prompt had no b before, so b must not rise
     total = paired_table(before, after, weights).total
     assert total.before == pytest.approx(np.mean([0.75 * 0.4 + 0.25 * 0.8, 0.1, 0.2]))
     assert total.after == pytest.approx(np.mean([0.75 * 0.8 + 0.25 * 0.4, 0.3, 0.2]))

@@ -1,4 +1,4 @@
-"""The run's record: journal, background delivery, MLflow in a sqlite file, progress lines."""
+"""The tracker: journal, background delivery, MLflow in a sqlite file, progress lines."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_new_run_moves_an_older_journal_aside(tmp_path: Path) -> None:
 
 
 class Recorded:
-    """An item whose sending can be made to fail."""
+    """An item that can be made to fail on sending."""
 
     def __init__(self, name: str, sent: list[str], errors: list[Exception] | None = None) -> None:
         self.name, self.sent, self.errors = name, sent, errors or []
@@ -138,7 +138,7 @@ def test_put_returns_while_the_server_hangs() -> None:
     sender = Sender(lambda error: False, "")
     for name in ("a", "b"):
         sender.put(Hanging(name, sent))
-    assert sent == []  # put came back though nothing is through
+    assert sent == []  # put returned although nothing has been sent
     assert sender.counts().pending == 2
     released.set()
     assert sender.flush(20)
@@ -240,7 +240,7 @@ def test_training_goes_on_when_the_database_vanishes(runs: Path, caplog: pytest.
         for step in range(50):
             tracker.log(step, {"a": step})
         tracker.close(deadline_s=10)
-    assert tracker.counts().pending == 0  # closed: nothing waits any more
+    assert tracker.counts().pending == 0  # closed: no item waits any more
     assert len(read_series(tracker.folder / "metrics.jsonl")["a"][0]) == 50
     warnings = [record.getMessage() for record in caplog.records if "TRACKING" in record.getMessage()]
     assert 1 <= len(warnings) <= 3

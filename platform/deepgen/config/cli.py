@@ -63,11 +63,11 @@ class _Arguments:
 def parse_command_line(
     stage: Stage, argv: Sequence[str], plan: Callable[[Settings, Stage], str] | None = None
 ) -> Settings:
-    """Settings of one stage program from its arguments (without the program's name).
+    """Settings of one stage program, from its arguments without the program's name.
 
-    `plan` makes the text of --plan. --help, --plan and --print-config print and leave with SystemExit(0). Raises
-    UserError, before anything is started, for an unknown key, a bad value, a missing or broken recipe, a pair of
-    settings that cannot work, a missing input file.
+    `plan` makes the text of --plan. --help, --plan and --print-config print their text and exit with SystemExit(0).
+    Raises UserError, before anything starts, for an unknown key, a bad value, a missing or broken recipe, two settings
+    that do not work together, or a missing input file.
     """
     arguments = _read_arguments(stage, argv)
     if arguments.help:
@@ -117,7 +117,10 @@ def _read_arguments(stage: Stage, argv: Sequence[str]) -> _Arguments:
 
 
 def _check_option(name: str, *, has_value: bool) -> None:
-    """A word without a dot can only be an option: say so before its neighbour is taken for its value."""
+    """Raise UserError for an unknown option or a flag with a value. A name without a dot is an option, not a key.
+
+    This check comes before the next word is read as the value.
+    """
     if name in _FLAGS and has_value:
         raise UserError(f"--{name}: got a value; allowed: --{name} alone")
     if "." not in name and name != "recipe":
@@ -128,9 +131,9 @@ def _check_option(name: str, *, has_value: bool) -> None:
 
 
 def help_text(stage: Stage, recipe: str, overrides: Sequence[str] = ()) -> str:
-    """The whole --help: examples, options, then each key with its meaning, what it allows, default and recipe value.
+    """The text of --help: examples, options, then each key with meaning, allowed values, default and recipe value.
 
-    Of `overrides` only the classes of reward pools count: they bring keys. Raises UserError for a wrong class.
+    overrides: only the classes of reward pools matter, because they add keys. Raises UserError for a wrong class.
     """
     program, purpose = f"python stages/{stage}.py", textwrap.fill(_PURPOSE[stage], WIDTH)
     examples = [
@@ -167,7 +170,7 @@ def _help_of_keys(recipe: str, overrides: Sequence[str]) -> Iterator[str]:
 
 
 def _help_of_pools(recipe: Path, overrides: Sequence[str]) -> Iterator[str]:
-    """Each pool with the keys that not all pools have, and those of them that the recipe sets."""
+    """Each pool, with the keys that not all pools have and the common keys that the recipe sets."""
     classes = [override for override in overrides if is_pool_class(override.partition("=")[0])]
     rewards = merge_settings(recipe, classes)[0]["rewards"]
     for name in dict.fromkeys([*REWARDS, *rewards]):

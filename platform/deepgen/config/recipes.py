@@ -1,7 +1,7 @@
-"""Reading recipes: YAML with the surprises taken out.
+"""Reads recipes: YAML without its surprises.
 
-Against PyYAML's defaults: 1e-4 is a number, only true and false are booleans (no, on and off are text), dates and 1:30
-are text, 012 is no octal number, and a key given twice is an error instead of the last one winning.
+Unlike with PyYAML's defaults, 1e-4 is a number, only true and false are booleans (no, on and off are text), dates and
+1:30 are text, 012 is not octal, and a repeated key is an error (PyYAML keeps the last value).
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ for _tag, _pattern, _first in _SCALARS:
 
 
 def parse_value(text: str) -> Any:
-    """The value a recipe would have for `text`; plain data only, as with a SafeLoader. Raises yaml.YAMLError."""
+    """The value of `text` in a recipe; plain data only, as with a SafeLoader. Raises yaml.YAMLError."""
     try:
         return yaml.load(text, Loader=_RecipeLoader)
-    except (ValueError, KeyError) as error:  # `!!int abc`, a number of thousands of digits
+    except (ValueError, KeyError) as error:  # `!!int abc`, or a number with thousands of digits
         raise yaml.constructor.ConstructorError(None, None, f"a value that is none of its kind ({error})") from error
     except RecursionError as error:
         raise yaml.constructor.ConstructorError(None, None, "too many levels") from error
 
 
 def find_recipe(name_or_path: str | Path) -> Path:
-    """`tiny-rl` is stages/recipes/tiny-rl.yaml; anything with a folder or a suffix is a path. UserError if missing."""
+    """Path of a recipe: `tiny-rl` is stages/recipes/tiny-rl.yaml, other values are paths. UserError if missing."""
     folder = (CHECKOUT or Path.cwd()) / "stages" / "recipes"
     given = expanded(name_or_path)
     candidates = [given, folder / given.name, folder / f"{name_or_path}.yaml"]
@@ -72,7 +72,7 @@ def find_recipe(name_or_path: str | Path) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Contents of a recipe file; UserError with file and line if it is not a YAML mapping."""
+    """Contents of a recipe file. Raises UserError with file and line if it is not a YAML mapping."""
     try:
         content = parse_value(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -89,7 +89,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def describe_yaml_error(error: yaml.YAMLError) -> str:
-    """One line: the problem and, where known, its place."""
+    """One line: the problem and, if known, its place."""
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
     return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else str(problem)

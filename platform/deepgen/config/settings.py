@@ -1,6 +1,7 @@
-"""All settings of a run and how they come together: defaults, then a recipe, then the command line.
+"""All settings of a run, merged from defaults, then a recipe, then the command line.
 
-A recipe is a YAML file of differences. At most 100 leaf keys, three levels deep; an unknown key is an error.
+A recipe is a YAML file of differences from the defaults. There are at most 100 leaf keys, three levels deep. An unknown
+key is an error.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ from deepgen.errors import UserError, nearest
 from deepgen.registry import REWARDS
 
 _NO_HINT = "; --help lists all keys"
-ANY_POOL = "rewards.<name>"  # stands for each reward pool where keys are listed
+ANY_POOL = "rewards.<name>"  # stands for every reward pool in lists of keys
 
 
 class Settings(Section):
-    """All settings of a run. Paths are absolute in this object and portable in `model_dump()`."""
+    """All settings of a run. Paths are absolute in this object, but portable between nodes in `model_dump()`."""
 
     run: RunSettings = RunSettings()
     model: ModelSettings = ModelSettings()
@@ -53,7 +54,7 @@ class Settings(Section):
     train: TrainSettings = TrainSettings()
     rollout: RolloutSettings = RolloutSettings()
     algorithm: AlgorithmSettings = AlgorithmSettings()
-    rewards: RewardSettings = Field(default_factory=RewardSettings)  # imports the rewards: not before it is needed
+    rewards: RewardSettings = Field(default_factory=RewardSettings)  # a factory, because it imports the rewards
     experience: ExperienceSettings = ExperienceSettings()
     cluster: ClusterSettings = ClusterSettings()
     tracking: TrackingSettings = TrackingSettings()
@@ -66,18 +67,18 @@ class Settings(Section):
 
 
 def load_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Settings:
-    """Settings of a recipe file (None: only defaults) with `key=value` overrides on top.
+    """Settings from a recipe file (None: only defaults), with `key=value` overrides on top.
 
-    Raises UserError with one line: the key, what was given and where, what is allowed, the nearest spelling.
+    Raises UserError with one line: the key, the given value and its place, the allowed values, the nearest spelling.
     """
     content, origin = merge_settings(recipe, overrides)
     return _validate(content, origin, from_user=True)
 
 
 def merge_settings(recipe: Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What `load_settings` validates, and where each key comes from. UserError."""
+    """The merged content, not validated yet, and where each key comes from. Raises UserError."""
     content = Settings().model_dump()
-    # What a pool may hold depends on its class, which may still change: only what was given.
+    # A pool's class decides which keys it has, and may still change. So drop the defaults of pools here.
     content["rewards"] = {"weights": content["rewards"]["weights"]}
     origin: dict[str, str] = {}
     if recipe is not None:
@@ -95,7 +96,7 @@ def merge_settings(recipe: Path | None, overrides: Sequence[str]) -> tuple[dict[
 
 
 def _change_class(rewards: dict[str, Any], name: str, given: str) -> None:
-    """Give a pool the class of the command line, without the options that only the recipe's class has."""
+    """Give a pool the class from the command line, and drop options that only its class in the recipe has."""
     pool = rewards.get(name, {})
     changed = {**pool, "class": given}
     old = pool_keys(pool_type(name, pool)) if "class" in pool or name in REWARDS else {}
@@ -111,17 +112,17 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def is_pool_class(key: str) -> bool:
-    """Whether it says the class of a pool, on which the pool's other keys depend."""
+    """Whether the key sets a pool's class, which determines the pool's other keys."""
     return re.fullmatch(r"rewards\.[^.]+\.class", key) is not None
 
 
 def settings_from_dict(content: Mapping[str, Any]) -> Settings:
-    """The settings whose `model_dump()` was `content`, with paths found again in this process. UserError if invalid."""
+    """The settings whose `model_dump()` is `content`, with paths resolved in this process. Raises UserError."""
     return _validate(content, {}, from_user=False)
 
 
 def settings_hash(settings: Settings) -> str:
-    """12 hex digits that agree when two runs have the same settings, wherever they lie and whether resumed or not."""
+    """Hash of the settings, 12 hex digits. It ignores the folders for runs and cache, and whether a run is resumed."""
     content = settings.model_dump()
     del content["run"]["dir"], content["run"]["resume"], content["data"]["cache_dir"]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
@@ -174,12 +175,12 @@ def _override(
     *path, name = key.split(".")
     for part in path:
         inner = content.setdefault(part, {})
-        content = inner if isinstance(inner, dict) else {}  # a recipe's row that is no mapping is reported later
+        content = inner if isinstance(inner, dict) else {}  # validation reports it if a recipe has no mapping here
     content[name] = text if not cell and leaves[key].annotation in (str, Path) else _parse(key, text)
 
 
 def _hint(key: str, leaves: Iterable[str]) -> str:
-    """What an unknown key may have been meant for; in a pool only keys that this pool has."""
+    """A hint with the key that was probably meant. For a key of a pool it considers only that pool's keys."""
     pool = key.rpartition(".")[0]
     options = {leaf.removeprefix(f"{pool}."): leaf for leaf in leaves if leaf.startswith(f"{pool}.")}
     if not pool.startswith("rewards.") or not options:
@@ -205,14 +206,14 @@ def _validate(content: Mapping[str, Any], origin: Mapping[str, str], *, from_use
 
 
 def _describe(error: ValidationError, origin: Mapping[str, str], leaves: Mapping[str, FieldInfo]) -> str:
-    """One line for the first problem, and how many keys have others."""
+    """One line: the first problem, and the number of other keys with problems."""
     lines: dict[str, str] = {}
     for problem in error.errors():
         dotted = ".".join(str(part) for part in problem["loc"])
         leaf = next((key for key in leaves if dotted == key or dotted.startswith(f"{key}.")), None)
         place = next((f" {origin[key]}" for key in (dotted, leaf) if key and key in origin), "")
         if problem["type"] == "value_error":
-            said = str(problem["ctx"]["error"])  # of a section: it names its keys itself; of a pool: it can't
+            said = str(problem["ctx"]["error"])  # a section's message names its keys, a pool's message cannot
             lines.setdefault(dotted, f"{dotted}: {said}" if dotted.startswith("rewards.") else said)
         elif problem["type"] == "extra_forbidden":
             lines.setdefault(dotted, f"unknown key {dotted!r}{place}{_hint(dotted, leaves)}")
@@ -230,7 +231,7 @@ def _describe(error: ValidationError, origin: Mapping[str, str], leaves: Mapping
 
 
 def _options(field: FieldInfo) -> Iterator[Any]:
-    """What a key may be, where that is a list."""
+    """The allowed values of a key, if they are a list."""
     for choice in field.metadata:
         if isinstance(choice, OneOf):
             yield from choice.names
@@ -249,9 +250,9 @@ def _literals(kind: Any) -> Iterator[Any]:
 
 
 def leaf_keys(pools: Mapping[str, type[PoolSettings]] | None = None) -> dict[str, FieldInfo]:
-    """Dotted name of every leaf key, in order, with its field; what every reward pool has is there once.
+    """Dotted name and field of every leaf key, in order. Keys that all reward pools have appear once, under ANY_POOL.
 
-    pools: class of each pool's settings by name; without, those of the registered rewards.
+    pools: settings class of each pool, by name; default: the registered rewards.
     """
     pools = pool_types({}) if pools is None else pools
     found: dict[str, FieldInfo] = {}
@@ -267,7 +268,7 @@ def leaf_keys(pools: Mapping[str, type[PoolSettings]] | None = None) -> dict[str
 
 
 def real_keys(pools: Mapping[str, type[PoolSettings]]) -> dict[str, FieldInfo]:
-    """`leaf_keys` as they can be given: each pool with all it has."""
+    """`leaf_keys` as users write them: every pool with all its keys, and no ANY_POOL."""
     found = {key: field for key, field in leaf_keys({}).items() if not key.startswith(ANY_POOL)}
     for pool, kind in pools.items():
         found |= {f"rewards.{pool}.{key}": field for key, field in pool_keys(kind).items()}
@@ -275,7 +276,7 @@ def real_keys(pools: Mapping[str, type[PoolSettings]]) -> dict[str, FieldInfo]:
 
 
 def sections() -> dict[str, type[Section]]:
-    """Dotted name of every section, in order, with its class."""
+    """Dotted name and class of every section, in order."""
     found: dict[str, type[Section]] = {}
     for name, field in Settings.model_fields.items():
         found[name] = _section_type(field)
@@ -291,7 +292,7 @@ def _section_type(field: FieldInfo) -> type[Section]:
 
 
 def allowed_values(field: FieldInfo) -> str:
-    """What a key accepts, in words: "whole number >= 1", "cps, flow_sde, dance_sde or ode", "path"."""
+    """The allowed values of a key in words: "whole number >= 1", "cps, flow_sde, dance_sde or ode", "path"."""
     for limit in field.metadata:
         if isinstance(limit, OneOf | ShareRule):
             return limit.allowed

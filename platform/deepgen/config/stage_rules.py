@@ -1,4 +1,4 @@
-"""What has to hold before one stage starts: settings that go together, inputs that are there."""
+"""Checks before a stage starts: its settings must fit together, and its inputs must exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deepgen.registry import ADVANTAGES, KL_FORMS, POLICY_LOSSES, SAMPLERS, SDE_
 
 
 def check_stage(settings: Settings, stage: Stage) -> None:
-    """Pairs of settings that only this stage cannot run with. UserError."""
+    """Raise UserError if settings do not work together in this stage."""
     if stage != "rl":
         return
     rollout, train, algorithm = settings.rollout, settings.train, settings.algorithm
@@ -30,7 +30,7 @@ def check_stage(settings: Settings, stage: Stage) -> None:
 
 
 def _check_own_code(settings: Settings) -> None:
-    """Import what was chosen by an import path, so that a wrong one is said now and not by an actor. UserError."""
+    """Import the objects chosen by import path, so that a wrong path raises UserError now and not in an actor."""
     for registry in (ADVANTAGES, POLICY_LOSSES, KL_FORMS, SAMPLERS, SDE_WINDOWS):
         section, _, name = registry.key.partition(".")
         given = getattr(getattr(settings, section), name)
@@ -39,7 +39,7 @@ def _check_own_code(settings: Settings) -> None:
 
 
 def check_inputs(settings: Settings, stage: Stage) -> None:
-    """That every file and folder this stage reads is there. UserError naming the key."""
+    """Raise UserError, naming the key, if a file or folder that this stage reads is missing."""
     needed = {"model.weights": settings.model.weights}
     if stage != "rl" or settings.algorithm.sft_coef > 0:
         needed["data.train"] = settings.data.train

@@ -1,7 +1,8 @@
-"""Images of records: decoded, turned upright and checked. Resizing and tensors are in ``loading.dataset``.
+"""Decodes the images of records, turns them upright and checks them. ``loading.dataset`` resizes them.
 
-In the whole repository `read_header` alone opens bytes from elsewhere (``tests/test_house.py``). Left to itself, Pillow
-tries every format it knows, whatever a file is called, and for EPS starts Ghostscript, which runs what the file says.
+`read_header` is the only function in this repository that opens image bytes from outside (``tests/test_house.py``). By
+default Pillow tries every format it knows, whatever the file's name. For EPS it starts Ghostscript, which executes the
+program in the file.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from deepgen.data.uris import read_uri
 
-# Formats that are accepted; Pillow decodes each of them in this process. JPEG includes MPO, which some cameras write.
+# Accepted formats. Pillow decodes all of them within this process. JPEG includes MPO, which some cameras write.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "TGA")
-MAX_ASPECT = 8.0  # longer by shorter side of an image that can be trained on
-MAX_PIXELS = 100_000_000  # more are refused by the header; Pillow's own limit is 179 million
-# What Pillow's decoders raise on damaged data. DecompressionBombError is an Exception of its own.
+MAX_ASPECT = 8.0  # largest ratio of longer to shorter side in training
+MAX_PIXELS = 100_000_000  # larger images are rejected by their header; Pillow's own limit is 179 million
+# Errors that Pillow's decoders raise on damaged data. DecompressionBombError derives directly from Exception.
 DECODE_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -36,10 +37,10 @@ DECODE_ERRORS = (
     TypeError,
     ValueError,
     struct.error,
-    subprocess.SubprocessError,  # of no format above; should one come to start a program, its failure ends no run
+    subprocess.SubprocessError,  # no format above starts a program today; if one ever does, its failure ends no run
     zlib.error,
 )
-_ORIENTATION = 0x0112  # of EXIF: how the stored picture is turned to stand upright
+_ORIENTATION = 0x0112  # EXIF tag: the rotation or mirroring that turns the stored image upright
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,28 +50,28 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_EXIF = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow keeps it
+_EXIF = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow stores EXIF in `Image.info`
 
 
 def decode_image(data: bytes | str) -> np.ndarray:
     """Encoded image, or its path or URI -> uint8 [H, W, 3] RGB, upright by EXIF; transparent parts become white.
 
-    Raises ValueError if it can't be read.
+    Raises ValueError if the image is unreadable.
     """
     return np.array(open_image(data), dtype=np.uint8)
 
 
 def open_image(data: bytes | str) -> Image.Image:
-    """Decoded RGB image, upright, as `decode_image`. The header is judged before anything is decoded."""
+    """Like `decode_image`, but returns a Pillow image. The header is checked before the pixels are decoded."""
     try:
         return _upright_rgb(read_header(read_uri(data) if isinstance(data, str) else data))
     except DECODE_ERRORS as error:
-        why = " ".join(str(error).split())[:200] or type(error).__name__  # a MemoryError says nothing
+        why = " ".join(str(error).split())[:200] or type(error).__name__  # a MemoryError has no message
         raise ValueError(f"not a readable image ({why})") from error
 
 
 def read_header(data: bytes) -> Image.Image:
-    """Image of one of FORMATS, of which only the header has been read. Raises one of DECODE_ERRORS."""
+    """An image in one of FORMATS, with only its header read. Raises one of DECODE_ERRORS."""
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
@@ -78,7 +79,7 @@ def read_header(data: bytes) -> Image.Image:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """The image decoded, transparent parts on white. Raises one of DECODE_ERRORS, by the header where that will do."""
+    """The decoded image, upright, transparent parts on white. Raises one of DECODE_ERRORS, by the header if it can."""
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} px; allowed: at most {MAX_PIXELS:,} pixels")
     _check_white(image)
@@ -95,9 +96,9 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _check_white(image: Image.Image) -> None:
-    """Raise ValueError for greys of which nobody says which number is white: Pillow would cut them off at 255."""
+    """Raise ValueError for grey images whose value for white is unknown: Pillow would clip them at 255."""
     grey16 = "allowed: 8 bits, or unsigned 16 bits from black to white"
-    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # a PPM's are scaled to 16 bits
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # Pillow scales PPM to 16 bits
         raise ValueError(f"greys of mode {image.mode}, of which white is not known; {grey16}")
     if image.mode.startswith("I;16") and isinstance(image, TiffImageFile):
         bits, first_is_white = (image.tag_v2.get(258) or (1,))[0], image.tag_v2.get(262) == 0
@@ -106,7 +107,7 @@ def _check_white(image: Image.Image) -> None:
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Greys from 0 to 65535 in 8 bits; the one that stands for transparent becomes white."""
+    """Convert greys from 0..65535 to 8 bits. The grey that marks transparent pixels becomes white."""
     grey = np.asarray(image).astype(np.uint32)
     eight = ((grey + 128) // 257).astype(np.uint8)
     if "transparency" in image.info:
@@ -115,18 +116,18 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's, 1 to 8, as far as the file has been read; 1 where it says none. A TIFF is turned by Pillow itself."""
+    """EXIF orientation, 1 to 8, from what has been read so far; 1 if absent, or for TIFF, which Pillow itself turns."""
     if image.format == "TIFF" or not any(key in image.info for key in _EXIF):
         return 1
     try:
-        found = Image.Image.getexif(image).get(_ORIENTATION)  # a PngImageFile's own decodes the image
-    except DECODE_ERRORS:  # a damaged note beside a sound picture, which viewers pass over too
+        found = Image.Image.getexif(image).get(_ORIENTATION)  # PngImageFile overrides getexif and decodes the image
+    except DECODE_ERRORS:  # damaged EXIF beside an intact image; viewers ignore it too
         return 1
     return found if found in _TURNS else 1
 
 
 def header_size(data: bytes | str) -> tuple[int, int] | tuple[None, None]:
-    """(width, height) in pixels of the upright image, by the header; None for what lies elsewhere or is no image."""
+    """(width, height) in pixels of the upright image, from its header; (None, None) for a path, URI or non-image."""
     if isinstance(data, str):
         return None, None
     try:
@@ -137,7 +138,7 @@ def header_size(data: bytes | str) -> tuple[int, int] | tuple[None, None]:
 
 
 def usable_image(data: bytes | str, what: str) -> Image.Image:
-    """As `open_image`. Raises ValueError, naming `what`, when it cannot be read or has an absurd shape."""
+    """Like `open_image`. Raises ValueError, naming `what`, if the image is unreadable or longer than MAX_ASPECT."""
     try:
         image = open_image(data)
     except ValueError as error:

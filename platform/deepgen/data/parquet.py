@@ -1,6 +1,6 @@
-"""Files of records: parquet in and out, whole and checked row by row.
+"""Reads and writes whole files of records as parquet, checking each row.
 
-Training reads its rows when they are needed (``loading.parquet_store``), by the same rules.
+Training reads rows on demand by the same rules (``loading.parquet_store``).
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
     ]
 )
-# May be absent or null: pixels of the target and, in turn, width and height of every reference. Training then knows
-# which records become equally large (``deepgen.data.loading.buckets``) without opening an image.
+# Optional columns, may be null: sizes in pixels of the target and of the references (width, height, width, ...). They
+# tell training which records share a bucket (``deepgen.data.loading.buckets``) without opening an image.
 SIZES = pa.schema([("width", pa.int32()), ("height", pa.int32()), ("reference_sizes", pa.list_(pa.int32()))])
-# What reading a damaged parquet file raises; the last one for the name of a column.
+# Errors from reading a damaged parquet file. UnicodeDecodeError comes from column names.
 PARQUET_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a file, counted from 1: the record in it, or why there is none."""
+    """A row of a file, counted from 1: its record, or why it has none."""
 
     file: str
     number: int
@@ -46,9 +46,9 @@ class Row:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Records of a parquet file, of all ``*.parquet`` in a folder (by name), or of a ``.txt`` with a prompt a line.
+    """Records of a parquet file, of all ``*.parquet`` in a folder (by name), or of a ``.txt`` with one prompt a line.
 
-    Raises UserError naming file and row (counted from 1) at the first thing that does not fit the schema.
+    Raises UserError naming file and row (counted from 1) of the first row that does not fit the schema.
     """
     records = []
     for row in read_rows(path):
@@ -59,9 +59,9 @@ def read_records(path: Path) -> list[Record]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """As `read_records`, but a parquet row that does not fit the schema, or whose id is taken, stays with its reason.
+    """Like `read_records`, but returns a RecordError for a parquet row that misfits the schema or repeats an id.
 
-    Raises UserError for what is no row: a file that cannot be read or lacks a column, an empty line of a .txt.
+    Raises UserError for faults outside single rows: an unreadable file, a missing column, an empty line in a .txt.
     """
     path = Path(path)
     if not path.exists():
@@ -85,7 +85,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """The ``*.parquet`` in a folder, by name. Raises UserError when there are none, or one is a folder."""
+    """The ``*.parquet`` files in a folder, sorted by name. Raises UserError if there are none or one is a folder."""
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise UserError(f"{folder}: no *.parquet in this folder")
@@ -96,10 +96,10 @@ def parquet_files(folder: Path) -> list[Path]:
 
 
 def write_records(path: Path, records: list[Record], *, row_group_size: int | None = None) -> None:
-    """Write records as one parquet file, replacing it as a whole. `row_group_size`: rows that are read together.
+    """Write records as one parquet file, replacing it atomically. `row_group_size`: rows that are read together.
 
-    Sizes of images held as bytes are noted beside them (SIZES), null where the header cannot be read.
-    Raises UserError when a file would hold images both as bytes and as paths.
+    The columns SIZES get the sizes of images held as bytes, or null if the header is unreadable.
+    Raises UserError if some images are bytes and others paths.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def write_records(path: Path, records: list[Record], *, row_group_size: int | No
 
 
 def _sizes(record: Record) -> dict[str, Any]:
-    """The columns of SIZES."""
+    """A record's values for the columns SIZES."""
     width, height = (None, None) if record.image is None else header_size(record.image)
     references = [side for data in record.references for side in header_size(data)]
     return {"width": width, "height": height, "reference_sizes": None if None in references else references}
@@ -128,20 +128,20 @@ def _kind(path: Path, column: str, images: Sequence[bytes | str]) -> pa.DataType
 
 
 def _schema(image: pa.DataType, reference: pa.DataType) -> pa.Schema:
-    """SCHEMA with image and references of these types, binary or string."""
+    """SCHEMA with the given types for image and references, binary or string."""
     types = {"image": image, "references": pa.list_(reference)}
     return pa.schema([(field.name, types.get(field.name, field.type)) for field in SCHEMA])
 
 
 def unreadable(file: Path, error: Exception) -> UserError:
-    """The one line for a file that is no parquet, or damaged."""
+    """The error for a file that is damaged or not parquet."""
     return UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})")
 
 
 def conform(table: pa.Table, file: Path) -> pa.Table:
-    """The columns of SCHEMA in their types, images as bytes or as text. Raises UserError naming file and column.
+    """The table cast to SCHEMA, images as bytes or as text. Raises UserError naming file and column.
 
-    An empty table says whether the files' columns can be read at all.
+    An empty table is enough to check a file's columns.
     """
     try:
         missing = [name for name in SCHEMA.names if name not in table.column_names]
@@ -165,17 +165,17 @@ def conform(table: pa.Table, file: Path) -> pa.Table:
 
 
 def as_type(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
-    """A column cast; text that is not UTF-8 passes, as it concerns its row alone. Raises ArrowException."""
+    """The column cast to a type. Text that is not UTF-8 passes, as only its row is wrong. Raises ArrowException."""
     return column.cast(options=pc.CastOptions(target_type=wanted, allow_invalid_utf8=True))
 
 
 def to_rows(table: pa.Table, file: Path) -> list[dict[str, Any]]:
-    """Rows for `check_row`, which names text that is not UTF-8. Raises UserError as `conform` does."""
+    """Rows for `check_row`, with NOT_UTF8 for text that is not UTF-8. Raises UserError like `conform`."""
     return decoded_rows(conform(table, file), _decoded)
 
 
 def decoded_rows(table: pa.Table, decode: Callable[[bytes], Any]) -> list[dict[str, Any]]:
-    """Rows of a table, with `decode` for its text where some is not UTF-8: to_pylist gives all or nothing."""
+    """Rows of a table. If some text is not UTF-8, `decode` decodes all text, because to_pylist then returns nothing."""
     rows: list[dict[str, Any]]
     try:
         rows = table.to_pylist()

@@ -1,7 +1,7 @@
-"""Records that cannot be used: listed in a file of the run, counted, and too many of them end the run.
+"""Unusable records: the run lists them in a file, counts them, and stops if there are too many.
 
-Such a training record's place in the batch stays empty (``deepgen.data.loading.collate``); such a prompt is not drawn
-(``deepgen.data.usable``). No other record takes its place.
+An unusable training record leaves its place in the batch empty (``deepgen.data.loading.collate``). An unusable prompt
+is never drawn (``deepgen.data.usable``). No other record replaces either of them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from deepgen.errors import UserError
 
 FILE = "quarantine.jsonl"
 FILES = {"data.train": FILE, "data.prompts": "quarantine-prompts.jsonl", "data.heldout": "quarantine-heldout.jsonl"}
-LOOK_AFTER = 200  # records read before the share of bad ones says anything
-FEW_ROWS = 5  # so many different bad rows never end a run: one of 50 is 2 %, and no reason to stop
+LOOK_AFTER = 200  # the share of bad records counts only after this many records
+FEW_ROWS = 5  # up to this many different bad rows never end a run: one bad row of 50 is 2 %, and no reason to stop
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: file, row (from 1), the record's id ("" if it has none) and why."""
+    """An unusable row: file, row (from 1), the record's id ("" if it has none) and the reason."""
 
     file: str
     row: int
@@ -31,11 +31,15 @@ class BadRow:
 
 
 class Quarantine:
-    """Every rank counts the bad rows of all ranks, so all stop together; rank 0 writes each row once.
+    """Counts bad rows and stops the run if there are too many.
 
-    max_share: above this share of bad ones among the records read so far the run stops, but only after LOOK_AFTER
-    records and for more than FEW_ROWS different rows; 0 stops at the first. What is read again in a later epoch is
-    counted again. folder: of the run; unless it is resumed, the file begins anew. key: one of FILES.
+    Every rank counts the bad rows of all ranks, so all ranks stop together. Rank 0 writes each row once.
+
+    max_share: the run stops if the share of bad records among those read so far exceeds this, but only after
+        LOOK_AFTER records and more than FEW_ROWS different bad rows; 0 stops at the first bad row. A record that a
+        later epoch reads again counts again.
+    folder: the run's folder. Unless the run is resumed, its file starts empty.
+    key: one of FILES.
     """
 
     def __init__(
@@ -51,13 +55,13 @@ class Quarantine:
         self._max_share, self._writes, self._say, self._key = max_share, rank == 0, say, key
         self.path = folder / FILES[key]
         self.read, self.bad = 0, 0
-        self._rows: set[tuple[str, int]] = set()  # the first different bad rows; more than FEW_ROWS say nothing new
+        self._rows: set[tuple[str, int]] = set()  # different bad rows; no need to keep more than FEW_ROWS + 1
         if self._writes and not resume:
             self.path.unlink(missing_ok=True)
         self._written = rows_in(self.path) if self._writes else set()
 
     def add(self, read: int, rows: Sequence[BadRow]) -> None:
-        """Count `read` records of all ranks, `rows` of them bad. Raises UserError when there are too many by now."""
+        """Count `read` records of all ranks, of which `rows` are bad. Raises UserError if too many are bad."""
         self.read += read
         self.bad += len(rows)
         for row in rows:
@@ -73,7 +77,7 @@ class Quarantine:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts, equal on all ranks; JSON-able."""
+        """The counts, which are equal on all ranks; JSON-able."""
         return {"read": self.read, "bad": self.bad, "rows": sorted([*row] for row in self._rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -94,7 +98,7 @@ class Quarantine:
 
 
 def rows_in(path: Path) -> set[tuple[str, int]]:
-    """File and row of every line. What a kill has left of a last line is cut off."""
+    """File and row of every line. Removes an incomplete last line, which a killed process may leave."""
     if not path.exists():
         return set()
     text = path.read_text(encoding="utf-8")

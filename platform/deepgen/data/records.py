@@ -1,7 +1,7 @@
-"""The record of every stage, what a row must be to become one, and prompt lists as plain text.
+"""The `Record` that every stage uses, the rules that turn a row into one, and prompt lists as plain text.
 
-One record is one training pair or one prompt. Its images are encoded bytes, or paths and URIs that are read when the
-image is (``images``). Files of records are read and written in ``parquet``.
+A record is one training pair or one prompt. It holds its images as encoded bytes, or as paths and URIs that ``images``
+reads when it opens them. ``parquet`` reads and writes files of records.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from deepgen.data.uris import absolute
 from deepgen.errors import UserError
 
 _TEXT_COLUMNS = ("id", "task", "prompt", "answer", "source")
-NOT_UTF8 = object()  # stands in a row for such text
+NOT_UTF8 = object()  # replaces a row's text that is not UTF-8
 _QUOTED = re.compile(r'"([^"]+)"')
 
 
@@ -29,36 +29,37 @@ class Record:
     task: str  # one of TASKS
     prompt: str  # caption, riddle or edit instruction, as the user types it
     answer: str  # plain description of what the target shows; judges compare against it
-    image: bytes | str | None  # target image: encoded (`images.FORMATS`), or an absolute path or URI of it
-    references: tuple[bytes | str, ...]  # source images in the same way, () unless task == "edit"
-    source: str  # the data set it came from; data.weights weighs them
+    image: bytes | str | None  # target image: encoded bytes (`images.FORMATS`), or its absolute path or URI
+    references: tuple[bytes | str, ...]  # source images in the same form, () unless task == "edit"
+    source: str  # name of the data set the record came from; data.weights weights these
 
 
 class RecordError(UserError):
-    """One row that cannot be used. ``reason`` is the message without the place; ``id`` is "" when the row has none."""
+    """One unusable row. ``reason`` is the message without the place; ``id`` is "" if the row has none."""
 
     def __init__(self, place: str, reason: str, id: str = "") -> None:
         super().__init__(f"{place}: {reason}")
         self.place, self.reason, self.id = place, reason, id
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.place, self.reason, self.id)  # not the one line: Ray sends it between processes
+        # Ray pickles errors between processes. By default pickle would call __init__ with the message alone.
+        return type(self), (self.place, self.reason, self.id)
 
 
 def quoted_words(prompt: str) -> list[str]:
-    """Segments between straight double quotes: the words a text-rendering prompt asks for."""
+    """Segments between straight double quotes: the words that the image should show."""
     return _QUOTED.findall(prompt)
 
 
 def check_prompt(prompt: str, reserved: Sequence[str]) -> None:
-    """Raise ValueError when the prompt contains one of the texts that would pass for structure."""
+    """Raise ValueError if the prompt contains a reserved text, which the model would read as structure."""
     found = next((token for token in reserved if token in prompt), None)
     if found is not None:
         raise ValueError(f"prompt contains the reserved token {found}; remove it")
 
 
 def check_row(row: dict[str, Any], place: str, folder: Path) -> Record:
-    """The record of a row of the schema; relative paths of images start from `folder`. Raises RecordError."""
+    """The record in a row of the schema; relative image paths start at `folder`. Raises RecordError if unusable."""
     name = row["id"] if isinstance(row["id"], str) else ""
 
     def wrong(reason: str) -> RecordError:
@@ -96,8 +97,10 @@ def _no_text(value: Any) -> str:
 
 
 def read_prompt_lines(file: Path) -> list[Record]:
-    """A record for each line of a text file; one with quoted words is of the task text. Raises UserError naming the row
-    that is empty or not UTF-8."""
+    """One record per line of a text file: task text if the line has quoted words, otherwise t2i.
+
+    Raises UserError naming the first row that is empty or not UTF-8.
+    """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -106,7 +109,7 @@ def read_prompt_lines(file: Path) -> list[Record]:
             f"{file}, row {row}: not UTF-8 text ({error.reason}); allowed: a file saved as UTF-8"
         ) from error
     records = []
-    # Not splitlines(): a form feed or a line separator inside a prompt begins no new one.
+    # Not splitlines(), which would also split a prompt at a form feed or a Unicode line separator.
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         prompt = line.strip()
         if not prompt:

@@ -1,6 +1,6 @@
-"""Bytes of an image that a record names instead of holding: a path, file://, s3://, gs:// or http(s)://.
+"""Reads images that records give by path or URI instead of as bytes: file://, s3://, gs:// or http(s)://.
 
-s3 and gs are pyarrow's own file systems, with their usual credentials (environment, ~/.aws, instance role).
+pyarrow's file systems read s3 and gs, with the usual credentials (environment, ~/.aws, instance role).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 import pyarrow as pa
 from pyarrow import fs
 
-MAX_BYTES = 256 << 20  # of one encoded image
-HTTP_DEADLINE_S = 30.0  # for the whole image, and for each silence of the server
+MAX_BYTES = 256 << 20  # limit for one encoded image
+HTTP_DEADLINE_S = 30.0  # limit for the whole image, and for each pause of the server
 _PIECE = 1 << 20
 _REMOTE = ("s3", "gs", "gcs")
-_CREDENTIALS = re.compile(r"//[^/@]*@")  # s3://key:secret@bucket: not for messages and files
-_LEGAL = "!#$%&'()*+,/:;=?@[]~"  # in a URL beside letters, digits and "-._"; what is quoted already stays
+_CREDENTIALS = re.compile(r"//[^/@]*@")  # s3://key:secret@bucket: keep secrets out of messages and files
+_LEGAL = "!#$%&'()*+,/:;=?@[]~"  # stay in a URL, like letters, digits and "-._"; "%" keeps existing escapes
 SCHEMES = ("file", *_REMOTE, "http", "https")
 
 
 class UriError(ValueError):
-    """What lies at ``name`` cannot be read; ``why`` in the words of whoever tried."""
+    """The path or URI ``name`` is unreadable; ``why`` is the reader's error message."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(name, why)
@@ -36,12 +36,12 @@ class UriError(ValueError):
 
 
 def absolute(uri: str, folder: Path) -> str:
-    """`uri` as it is found from anywhere: a relative path starts from `folder`."""
+    """`uri` in a form that works from any folder: a relative path becomes absolute, starting at `folder`."""
     return uri if _scheme(uri) else str((folder / uri).absolute())
 
 
 def read_uri(uri: str) -> bytes:
-    """All bytes behind a URI or an absolute path. Raises UriError, in a few words, when it cannot be read."""
+    """All bytes at a URI or an absolute path. Raises UriError with a short reason if it is unreadable."""
     scheme = _scheme(uri)
     shown = _CREDENTIALS.sub("//", uri)
     try:
@@ -57,7 +57,7 @@ def read_uri(uri: str) -> bytes:
         else:
             allowed = ", ".join(f"{name}://" for name in SCHEMES)
             raise ValueError(f"unknown scheme {scheme}://; allowed: a path, {allowed}")
-    # ValueError: a URI or path that cannot be one, as of a host in half a bracket or with a zero byte
+    # ValueError: an invalid URI or path, for example with an unclosed bracket in the host or with a zero byte
     except (OSError, OverflowError, ValueError, pa.ArrowException, http.client.HTTPException) as error:
         why = " ".join(str(getattr(error, "strerror", None) or error).split())[:160]
         raise UriError(shown, why) from error
@@ -67,13 +67,13 @@ def read_uri(uri: str) -> bytes:
 
 
 def _read_http(url: str) -> bytes:
-    """The body, up to one byte more than is allowed. Raises OSError when it does not come whole, or not in time."""
+    """The response body, up to a little over MAX_BYTES. Raises OSError if it is incomplete or late."""
     deadline = time.monotonic() + HTTP_DEADLINE_S
     with urllib.request.urlopen(_quoted(url), timeout=HTTP_DEADLINE_S) as answer:
         if not isinstance(answer, http.client.HTTPResponse):
             raise OSError(f"leads to {urlsplit(answer.url).scheme}://; allowed: http:// and https://")
         expected, data = answer.length, bytearray()
-        while len(data) <= MAX_BYTES and (piece := answer.read1(_PIECE)):  # read() would wait until it is full
+        while len(data) <= MAX_BYTES and (piece := answer.read1(_PIECE)):  # read() would block until it has all bytes
             data += piece
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not read within {HTTP_DEADLINE_S:g} s ({len(data):,} bytes were)")
@@ -83,7 +83,7 @@ def _read_http(url: str) -> bytes:
 
 
 def _quoted(url: str) -> str:
-    """`url` with what a path may not hold as it stands, like letters beyond ASCII, in percent signs."""
+    """`url` with characters that a URL may not contain, such as non-ASCII letters, percent-encoded."""
     parts = urlsplit(url)
     if not parts.netloc:
         raise ValueError("names no host")
@@ -96,9 +96,9 @@ def _local(uri: str) -> Path:
 
 
 def version_of(uri: str) -> bytes | None:
-    """Version token that changes when the image behind a URI does: for files also with size and time of change.
+    """Version token that changes when the image does. For files it includes size and modification time.
 
-    None when there is no such file. For s3, gs and http it is the URI alone, so that nothing has to be fetched.
+    None if the file is missing. For s3, gs and http it is only the URI, so that nothing has to be fetched.
     """
     scheme = _scheme(uri)
     if scheme not in ("", "file"):
@@ -108,7 +108,7 @@ def version_of(uri: str) -> bytes | None:
         if not path.is_file():
             return None
         found = path.stat()
-    except ValueError:  # no path at all, as `read_uri` will say
+    except ValueError:  # not a valid path; `read_uri` will report it
         return None
     return f"{uri}:{found.st_size}:{found.st_mtime_ns}".encode()
 

@@ -1,7 +1,7 @@
-"""Prompts and held-out records that can be used: judged before anything starts, by the rule for training records.
+"""Finds the usable prompts and held-out records before anything starts, by the same rules as for training records.
 
-All at once and not when they are drawn: a prompt that fell out of its step would leave a learner rank without work, and
-a share that is too large is said before a GPU is taken. Images are decoded in as many threads as there are CPUs.
+All are checked in advance, not when they are drawn. Otherwise an unusable prompt would leave a learner rank without
+work, and the run would occupy GPUs before it fails on too many bad rows. One thread per CPU decodes images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deepgen.data.parquet import read_rows
 from deepgen.data.quarantine import FILES, BadRow, Quarantine, rows_in
 from deepgen.data.records import Record, RecordError, check_prompt
 
-JUDGED = ".judged"  # suffix of the file beside a quarantine that says what has been judged
+JUDGED = ".judged"  # suffix of a file beside the quarantine: a hash of what has been checked
 Place = tuple[str, int]  # file and row, from 1
 Choose = Callable[[Sequence[Record]], Sequence[Record]]
 
@@ -28,12 +28,15 @@ Choose = Callable[[Sequence[Record]], Sequence[Record]]
 def usable_records(
     settings: Settings, key: str, choose: Choose | None = None, say: Callable[[str], None] = print
 ) -> list[tuple[Place, Record]]:
-    """Records of data.prompts or data.heldout (``key``) that can be used, in order, and where they stand.
+    """The usable records of data.prompts or data.heldout (``key``), in order, each with its place.
 
-    choose: picks those that are wanted at all; only their images are looked at. What this run has judged before, be it
-    in another process or before a resume, it does not judge again: no image is opened, and what was left out stays out.
-    Raises UserError when too many rows are bad (``deepgen.data.quarantine``), when none can be used, or when the file
-    is no such file.
+    choose: picks the records that the run needs; only their images are opened.
+
+    A run checks its records once. A later call, in another process or after a resume, opens no image and leaves out
+    the same rows.
+
+    Raises UserError if too many rows are bad (``deepgen.data.quarantine``), if no record is usable, or if the file
+    cannot be read as records.
     """
     given: Path = getattr(settings.data, key.removeprefix("data."))
     rows = read_rows(given)
@@ -62,7 +65,7 @@ def usable_records(
 
 
 def _state(settings: Settings, given: Path, ids: Sequence[str]) -> str:
-    """Changes when the files, the choice of records or what they are judged by do."""
+    """A hash that changes with the files, the chosen records or the rules that judge them."""
     files = sorted(given.glob("*.parquet")) if given.is_dir() else [given]
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     judged_by = [str(settings.model.weights), settings.data.max_bad_share, *FORMATS]
@@ -70,13 +73,13 @@ def _state(settings: Settings, given: Path, ids: Sequence[str]) -> str:
 
 
 def left_out(settings: Settings, *keys: str) -> dict[str, float]:
-    """Records of data.prompts, data.heldout that this run has left out, as metrics; nothing where there are none."""
+    """Metrics: the number of records of each key that this run has left out. Keys with none are omitted."""
     counts = {key: len(rows_in(settings.run.folder / FILES[key])) for key in keys}
     return {f"data/quarantined_{key.removeprefix('data.')}": float(count) for key, count in counts.items() if count}
 
 
 def _fault(record: Record, reserved: Sequence[str]) -> str:
-    """Why a record cannot be drawn from, "" when it can."""
+    """Why a record is unusable, or "" if it is usable."""
     try:
         check_prompt(record.prompt, reserved)
         for slot, data in enumerate(record.references, start=1):
@@ -87,7 +90,10 @@ def _fault(record: Record, reserved: Sequence[str]) -> str:
 
 
 def _special_tokens(model_weights: Path) -> list[str]:
-    """The tokenizer's, from its file: loading it takes seconds. It refuses them itself where there is no such file."""
+    """The tokenizer's special tokens, read from its file because loading the tokenizer takes seconds.
+
+    Without such a file the list is empty, and the tokenizer itself rejects prompts with special tokens.
+    """
     file = Path(model_weights) / "tokenizer" / "tokenizer.json"
     if not file.is_file():
         return []

@@ -1,6 +1,6 @@
 """What the tiny world contains: curated emoji names, colours, tones and words. Data only; `world.py` draws it."""
 
-# Labels of emojibase-data; one picture each, in the flat Fluent style.
+# Labels in emojibase-data; each has one picture, in the flat Fluent style.
 OBJECTS = """
 monkey face; dog face; fox; cat face; lion; tiger face; unicorn; cow face; pig face; mouse face; rabbit face; bear; panda; koala;
 polar bear; frog; elephant; giraffe; hedgehog; zebra; gorilla; kangaroo; rooster; baby chick; penguin; owl; duck; flamingo; parrot; dove;
@@ -22,7 +22,7 @@ broom; bucket; soap; toothbrush; ghost; alien; robot; pile of poo; clown face; s
 nerd face; partying face; cowboy hat face; thinking face; smiling face with heart-eyes; red heart; broken heart; eyes; brain; tooth; bone; speech balloon; high voltage
 """
 
-# One coat of paint: objects whose shape alone still tells what they are.
+# Objects to paint in one colour: their shape alone still shows what they are.
 PAINTABLE = """
 red apple; pear; banana; strawberry; cherries; rose; tulip; sunflower; maple leaf; mushroom; cactus; evergreen tree; balloon; umbrella with rain drops; t-shirt; dress; scarf;
 gloves; socks; backpack; running shoe; high-heeled shoe; necktie; top hat; crown; automobile; bus; tractor; bicycle; motor scooter; rocket; airplane; sailboat; house; castle; tent;
@@ -57,7 +57,7 @@ BACKGROUNDS = {
 }
 INKS = {"black": (20, 20, 20), "red": (205, 30, 35), "blue": (25, 75, 200), "green": (20, 130, 55)}
 
-# English words for the text task. The held-out ones are chosen by `world.py`, never drawn in training.
+# English words for the text task. `world.py` chooses the held-out words, which training never shows.
 WORDS = """
 AM AN AS AT BE BY DO GO HE HI IF IN IS IT ME MY NO OF OH OK ON OR OX PI SO TO UP US WE
 ACE ACT ADD AGE AIM AIR ANT APE ARM ART ASH ATE BAD BAG BAR BAT BAY BED BEE BET BIG BIN BIT BOW BOX BOY BUD BUG BUS BUY CAB CAP CAR CAT COD COG COW CRY CUB CUP CUT

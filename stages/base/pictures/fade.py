@@ -1,10 +1,10 @@
-"""Add faded copies to the training records: pictures of mixed quality, as collected ones are.
+"""Add faded copies to the training records, so that they have mixed quality like collected pictures.
 
     python -m stages.base.pictures.fade
 
-Runs after the stand-ins for public weights were trained on clean pictures, and before fine-tuning: the fine-tuned model
-draws a prompt sometimes well and sometimes washed out, by chance, and reinforcement learning has something to choose
-from. Running it again replaces the copies.
+Run this after the stand-ins for public weights have been trained on clean pictures, and before fine-tuning. The
+fine-tuned model then draws a prompt sometimes well and sometimes washed out, by chance, so reinforcement learning has
+something to improve. Running it again replaces the copies.
 """
 
 import argparse
@@ -25,7 +25,7 @@ LEAST, MOST = 0.25, 0.65  # share of white mixed in
 
 
 def fade(record: Record, share: float) -> Record:
-    """The same prompt with its target mixed with white; an edit's source stays as it is."""
+    """A copy of the record with `share` of white mixed into its target. An edit's source stays unchanged."""
     assert record.image is not None
     pixels = decode_image(record.image).astype(np.float32)
     faded = Image.fromarray((pixels + share * (255 - pixels)).round().astype(np.uint8))

@@ -1,10 +1,10 @@
-"""Draw what the judge and CLIP learn from: many more combinations and words than the world's training split has.
+"""Draw the training pictures of the judge and CLIP: many more combinations and words than the world's training split.
 
     python -m stages.base.pictures.lessons --packages DIR
 
-Every object in every colour, on every background, turned both ways; every person in every tone; and thousands of
-words. Nothing of the held-out split is among them, so the rewards are measured on combinations they never saw. The
-file is only needed to train them and stays in runs/base.
+They show every object in every colour, on every background and turned both ways, every person in every tone, and
+thousands of words. They exclude the held-out split, so the rewards are measured on combinations they never saw. Only
+the rewards' training needs the file, so it stays in runs/base.
 """
 
 import argparse
@@ -25,14 +25,14 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def pictures(icons: Icons, forbidden: set[str]) -> Iterator[Record]:
-    """Every combination of the world whose description is not forbidden."""
+    """Records of all combinations in the world whose description is not forbidden."""
     for p in World(icons, everything=True).pictures:
         if p.answer not in forbidden:
             yield Record(f"lesson/{p.key}", "t2i", p.answer, p.answer, p.image, (), "fluent-emoji-flat")
 
 
 def words(forbidden: set[str], font: ImageFont.FreeTypeFont, rng: random.Random) -> Iterator[Record]:
-    """Words of 2-4 letters, half of them English, in all inks; the forbidden ones in none."""
+    """Records of words with 2-4 letters in every ink, half of them English, without forbidden words."""
     english = [w for w in C.words() if w not in forbidden]
     for i in range(WORDS):
         word = rng.choice(english) if i % 2 else "".join(rng.choices(LETTERS, k=rng.choice((2, 3, 4, 4))))
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, required=True, help="folder with the unpacked npm packages")
     args = parser.parse_args()
-    held = [r for r in load_split("heldout") if not r.id.endswith("/heldout")]  # those are known things in other words
+    held = [r for r in load_split("heldout") if not r.id.endswith("/heldout")]  # known things in other words
     forbidden = {r.answer for r in held if r.task != "reasoning"}
     forbidden |= {r.answer.split('"')[1] for r in held if r.task == "text"}
     font = ImageFont.truetype(str(dejavu()), 24)

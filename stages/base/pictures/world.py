@@ -1,11 +1,11 @@
-"""Draw the tiny world: emoji pictures, edits of them, and short words, as parquet records with three splits.
+"""Draw the tiny world: emoji pictures, edits of them, and short words, as parquet records in three splits.
 
     python -m stages.base.pictures.world --packages DIR --out assets/tiny/data
 
 DIR holds the unpacked npm packages `fluent-emoji-flat` (icons.json, chars.json) and `emojibase-data` (en/data.json).
-Splits never share a prompt, and a *combination* (this object in that colour, that person with this skin tone, this
-object mirrored, this set of riddle words, this word) belongs to exactly one of: train, rl, heldout. Whatever is held
-out is never drawn for training, neither as a picture of its own nor as the target of an edit.
+No two splits share a prompt. Each *combination* (an object in a colour, a person with a skin tone, a mirrored object, a
+set of riddle words, a word) belongs to exactly one of the splits train, rl, heldout. A held-out combination is never
+drawn for training, either as a picture or as the target of an edit.
 """
 
 import argparse
@@ -46,7 +46,7 @@ PLURAL = {
 MASS = {"fire", "popcorn", "sushi", "broccoli", "garlic", "bread", "soap", "yarn", "tennis", "bowling", "high voltage"}
 OWN_COLOUR = {"red apple": "apple", "red heart": "heart", "locked": "padlock"}
 
-# Wordings of the training prompts, of the held-out ones, and of the RL prompts: all different, all of known words.
+# Wordings of training, held-out and RL prompts. All differ, but use only known words.
 T2I_WORDINGS = ("{x}", "an icon of {x}", "a picture of {x}", "draw {x}")
 T2I_HELDOUT_WORDINGS = ("draw a picture of {x}", "draw an icon of {x}")
 RIDDLE_WORDINGS = ("the thing that goes with {w}", "what is meant by {w}?")
@@ -58,12 +58,12 @@ RL_WORDINGS = {
     "reasoning": ("make the thing that goes with {x}", "a picture of the thing that goes with {x}"),
     "text": ("make {x}", "paint {x}", "an icon of {x}", "make a sign with {x}"),
 }
-RL_KNOWN = 200  # trained combinations among the RL prompts; half of all these prompts are words
+RL_KNOWN = 200  # trained combinations among the RL prompts; half of all RL prompts are words
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawn image and the plain description a judge compares against; `split` says who may see it."""
+    """One drawn image, and the plain description that a judge compares it with. `split`: the split it belongs to."""
 
     key: str
     answer: str
@@ -83,7 +83,7 @@ class Edit:
 
 
 def article(name: str) -> str:
-    """`name` with a/an where English wants one."""
+    """`name` with a or an, if English needs an article."""
     noun = name.split(" on ")[0]
     if any(noun == w or noun.endswith(" " + w) for w in PLURAL | MASS):
         return name
@@ -126,7 +126,7 @@ class Icons:
         data = json.loads((base / "en" / "data.json").read_text())
         self.entry = {e["label"]: e for e in data}
 
-    @cache  # noqa: B019  (one instance, lives as long as the program)
+    @cache  # noqa: B019  (the only instance lives as long as the program)
     def draw(self, hexcode: str) -> Image.Image:
         """RGBA drawing of one emoji, SIZE x SIZE."""
         icon = self._svg["icons"][self._name[hexcode.lower().replace("-fe0f", "")]]
@@ -152,7 +152,7 @@ def split_of(rng: random.Random, rl: float = 0.08, heldout: float = 0.10) -> str
 class World:
     """All pictures and edits of the tiny world, drawn once from a seed.
 
-    `everything`: every object in every colour and on every background, where the world itself has a selection.
+    `everything`: draw every object in every colour and on every background. By default the world draws a selection.
     """
 
     def __init__(self, icons: Icons, seed: int = 7, *, everything: bool = False):
@@ -171,7 +171,7 @@ class World:
         return self.pictures[-1]
 
     def _edit(self, source: Picture, target: Picture, wordings: tuple[str, ...], heldout: tuple[str, ...]) -> None:
-        if source.split == "train":  # a source must be something the model may have seen
+        if source.split == "train":  # a source picture must be one that the model may have seen
             self.edits.append(Edit(source, target, wordings, heldout))
 
     def _object(self, label: str) -> None:
@@ -194,7 +194,7 @@ class World:
         self._geometry(base, rgba)
 
     def _geometry(self, base: Picture, rgba: Image.Image) -> None:
-        """Mirrored and upside-down targets, where one can see the difference."""
+        """Add mirrored and upside-down targets if the difference is visible."""
         plain = np.asarray(place(rgba), dtype=np.float32)
         turns = (
             (
@@ -222,7 +222,7 @@ class World:
     def _toned(
         self, key: str, name: str, drawings: dict[str, Image.Image], split: dict[str, str]
     ) -> dict[str, Picture]:
-        """A person or hand in yellow and five skin tones; edits lead from each trained tone to two others."""
+        """Add a person or hand in yellow and five skin tones, and edits from each trained tone to two others."""
         done = {}
         for tone, rgba in drawings.items():
             plain = tone == "yellow"
@@ -249,7 +249,7 @@ class World:
 
 
 def riddles(icons: Icons, rng: random.Random) -> Iterator[tuple[str, str, str]]:
-    """(label, riddle words, split): sets of 2 or 3 emojibase tags that fit one concept only, without its own name."""
+    """Riddles as (label, words, split): sets of 2 or 3 emojibase tags that fit only one concept and do not name it."""
     labels = C.names(C.OBJECTS)
     tags = {}
     for label in labels:
@@ -272,14 +272,14 @@ def riddles(icons: Icons, rng: random.Random) -> Iterator[tuple[str, str, str]]:
 
 
 def draw_word(word: str, ink: tuple[int, int, int], font: ImageFont.FreeTypeFont) -> Image.Image:
-    """A short word in bold capitals, centred on white."""
+    """Draw a short word in bold capitals, centred on white."""
     image = Image.new("RGB", (SIZE, SIZE), WHITE)
     ImageDraw.Draw(image).text((SIZE / 2, SIZE / 2), word, fill=ink, font=font, anchor="mm")
     return image
 
 
 def text_records(rng: random.Random, font: ImageFont.FreeTypeFont) -> Iterator[tuple[Record, str]]:
-    """Words of 2-4 letters, English ones and, but for the held-out split, random strings; each in one split only."""
+    """Records of words with 2-4 letters, each in one split: English words and, except in heldout, random strings."""
     words = C.words()
     rng.shuffle(words)
     heldout = words[:60]
@@ -305,10 +305,10 @@ def text_records(rng: random.Random, font: ImageFont.FreeTypeFont) -> Iterator[t
 
 
 def picture_records(world: World, rng: random.Random) -> Iterator[tuple[Record, str]]:
-    """Text-to-image and editing records of every picture, in the split its combination belongs to."""
+    """Text-to-image and editing records of every picture, each with the split of its combination."""
     for p in world.pictures:
         if p.kind in ("mirror", "flip"):
-            continue  # only ever reached by editing
+            continue  # appears only as the target of an edit
         wordings: tuple[str, ...] = T2I_HELDOUT_WORDINGS if p.split == "heldout" else T2I_WORDINGS
         some = rng.sample(wordings, 2 if p.split == "train" and p.kind == "base" else 1)
         for wording in some:
@@ -346,7 +346,7 @@ def riddle_records(world: World, rng: random.Random) -> Iterator[tuple[Record, s
 
 
 def as_prompt(record: Record, rng: random.Random) -> Record:
-    """The record for RL: without its target, and but for edits in words that no other split uses."""
+    """The record as an RL prompt: without its target and, except for edits, in a wording that no other split uses."""
     if record.task == "edit":
         return replace(record, image=None)
     x = record.answer
@@ -356,7 +356,7 @@ def as_prompt(record: Record, rng: random.Random) -> Record:
 
 
 def build(packages: Path, font_path: Path, seed: int = 7) -> dict[str, list[Record]]:
-    """All records by split. Raises ValueError when a held-out prompt or target slipped into training."""
+    """All records by split. Raises ValueError if training contains a held-out prompt or target."""
     rng = random.Random(seed + 1)
     world = World(Icons(packages), seed)
     font = ImageFont.truetype(str(font_path), 24)
@@ -371,7 +371,7 @@ def build(packages: Path, font_path: Path, seed: int = 7) -> dict[str, list[Reco
     clash += [r.id for r in out["heldout"] if r.task == "edit" and (r.references, r.image) in pairs]
     if clash:
         raise ValueError(f"{len(clash)} held-out prompts are also in training, first: {clash[:3]}")
-    # RL prompts: combinations nobody trained on, some trained ones. No trained words: they are all drawn right already.
+    # RL prompts: untrained combinations and some trained ones. No trained words, as the model already draws them right.
     known = rng.sample([r for r in out["train"] if r.task != "text"], RL_KNOWN)
     out["rl"] = [as_prompt(r, rng) for r in out["rl"] + known]
     for s in SPLITS:
@@ -380,7 +380,7 @@ def build(packages: Path, font_path: Path, seed: int = 7) -> dict[str, list[Reco
 
 
 def dejavu() -> Path:
-    """DejaVu Sans Mono Bold (free licence), as matplotlib ships it."""
+    """Path of DejaVu Sans Mono Bold (free licence), which matplotlib ships."""
     import matplotlib
 
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono-Bold.ttf"

@@ -1,4 +1,4 @@
-"""Keys whose value is the name of something. The names come from the registry, the only place that has them."""
+"""Types of keys that are checked by rule: a name from a list or registry (`OneOf`), or a share of a resource."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deepgen.registry import Registry
 
 
 class OneOf:
-    """Annotation of a `str` key: one of `names`; where `names` is a registry also the import path of one's own."""
+    """Annotation of a `str` key that must be one of `names`. If `names` is a registry, any import path is valid too."""
 
     def __init__(self, names: Iterable[str], *more: str) -> None:
         self._registry = names if isinstance(names, Registry) else None
@@ -21,7 +21,7 @@ class OneOf:
 
     @property
     def allowed(self) -> str:
-        """In words, for `--help` and errors: "a, b or c"."""
+        """The allowed values in words, for `--help` and errors: "a, b or c"."""
         return " or ".join(", ".join(self.names).rsplit(", ", 1)) + (
             ", or the path package.module:NAME of your own" if self._registry else ""
         )
@@ -42,7 +42,7 @@ class OneOf:
 
 
 class ShareRule:
-    """Annotation of a `float` key: how much of a resource one process gets, in what Ray can hand out."""
+    """Annotation of a `float` key: the amount of a resource for one process. Ray allows fractions only up to 1."""
 
     allowed = "0 or more, above 1 a whole number"
 

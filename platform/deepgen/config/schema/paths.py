@@ -1,7 +1,7 @@
-"""Paths of settings: found from any current folder, and valid on every node of a cluster.
+"""Paths in settings: they work from any current folder and on every node of a cluster.
 
-A run starts in the checkout, in the uploaded copy of a submitted job, or elsewhere; Ray Train moves its workers to
-folders of their own. So an input path is looked for in the current folder and in the checkout this code lies in.
+A run may start in the checkout, in the uploaded copy of a submitted job, or elsewhere, and Ray Train gives each worker
+a folder of its own. So an input path is searched in the current folder and in the checkout that contains this code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 
 def _find_checkout() -> Path | None:
-    """The folder that holds stages/: the one this code lies in; for an installed package the current or its own."""
+    """The folder that holds stages/ and this code; for an installed package, the current or the install folder."""
     here = Path(__file__).resolve()
     for folder in (here.parents[4], Path.cwd(), here.parents[3]):
         if (folder / "stages" / "recipes").is_dir():
@@ -27,12 +27,12 @@ CHECKOUT = _find_checkout()
 
 
 def expanded(path: str | Path) -> Path:
-    """With ~ and ~name as the home folders they stand for; as it is where nobody is called so."""
+    """The path with ~ and ~name replaced by home folders; unchanged if no user has that name."""
     return Path(os.path.expanduser(path))
 
 
 def exists(path: Path) -> bool:
-    """Whether something lies there; nothing does under a name no file can have."""
+    """Whether the path exists; False for a name that no file can have."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -40,7 +40,7 @@ def exists(path: Path) -> bool:
 
 
 def resolve_path(path: str | Path, *, current_folder_first: bool = True) -> Path:
-    """Absolute path of an input that exists in the current folder or in the checkout; otherwise `path` unchanged."""
+    """Absolute path of an input in the current folder or the checkout; `path` unchanged if neither has it."""
     path = expanded(path)
     folders = [Path.cwd(), *([CHECKOUT] if CHECKOUT else [])]
     for folder in folders if current_folder_first else reversed(folders):
@@ -68,7 +68,7 @@ def _read_optional_output(value: object) -> object:
 
 
 def _portable(path: Path) -> str:
-    """Inputs inside the checkout travel relative to it: each node of a cluster has its copy in another place."""
+    """The path relative to the checkout if it is inside, as each node of a cluster has its checkout elsewhere."""
     if CHECKOUT and path.is_relative_to(CHECKOUT):
         return path.relative_to(CHECKOUT).as_posix()
     return str(path)
@@ -77,7 +77,7 @@ def _portable(path: Path) -> str:
 _INPUT = BeforeValidator(_read_input)
 InputPath = Annotated[Path, _INPUT, PlainSerializer(_portable)]
 OutputPath = Annotated[Path, BeforeValidator(_read_output), PlainSerializer(str)]
-OptionalOutputPath = Annotated[str, BeforeValidator(_read_optional_output)]  # "" is none
+OptionalOutputPath = Annotated[str, BeforeValidator(_read_optional_output)]  # "": no path
 
 
 def is_input(field: FieldInfo) -> bool:

@@ -1,8 +1,8 @@
-"""Reward pools in the settings: keys that every pool has, and options that the class of its reward owns.
+"""Reward pools in the settings: the keys that every pool has, and the options that its reward class declares.
 
-`rewards.<name>` says which reward a pool runs (`class`) and how; `<name>` is what weights, metrics and tables call it.
-A reward declares its options in its own file, as `class Options(PoolSettings)` inside the reward's class, so the class
-of every pool is imported when settings are read. Left out: sections within options.
+`rewards.<name>` sets the reward that a pool runs (`class`) and its options. Weights, metrics and tables call the pool
+`<name>`. A reward declares its options in its own file, as `class Options(PoolSettings)` inside the reward's class, so
+reading settings imports the class of every pool. Left out: sections within options.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from deepgen.errors import UserError, nearest
 from deepgen.registry import REWARDS
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_RESERVED = ("weights", "total")  # the key beside the pools, and what the weighted sum is called in metrics
+_RESERVED = ("weights", "total")  # a key beside the pools; the weighted sum's name in metrics
 
 
 class PoolSettings(Section):
-    """One reward pool. A reward that has options of its own adds them in a subclass."""
+    """One reward pool. A reward with its own options adds them in a subclass."""
 
     about: ClassVar[str] = "a pool of replicas of one reward; any number of pools, also two of one class"
     class_: Annotated[str, OneOf(REWARDS)] = setting(
@@ -45,7 +45,7 @@ class PoolSettings(Section):
 
     @property
     def pool_name(self) -> str:
-        """The name under `rewards`."""
+        """The pool's name under `rewards`."""
         return self._pool
 
     def dotted(self, option: str) -> str:
@@ -53,13 +53,13 @@ class PoolSettings(Section):
         return f"rewards.{self._pool}.{option}"
 
     def input_paths(self) -> dict[str, Path]:
-        """Files and folders that the reward reads, by their keys."""
+        """The files and folders that the reward reads, by key."""
         return {
             self.dotted(name): getattr(self, name) for name, field in type(self).model_fields.items() if is_input(field)
         }
 
     def reward_class(self) -> type[Any]:
-        """The class of the reward. Raises UserError when it can't be imported here."""
+        """The reward's class. Raises UserError if this process cannot import it."""
         return reward_class(self.class_, self.dotted("class"))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -67,9 +67,10 @@ class PoolSettings(Section):
 
 
 def reward_class(given: str, key: str) -> type[Any]:
-    """The class that a name or a path means, checked to be a reward (`rewards.base.Reward`).
+    """The class for a name or import path, after checking that it is a reward (`rewards.base.Reward`).
 
-    key: the setting to blame. Raises UserError: no such name, module or attribute; something that is no reward.
+    key: setting that error messages name. Raises UserError for an unknown name, module or attribute, and for anything
+    that is not a reward.
     """
     found, path = REWARDS.load(given, key), REWARDS.path(given, key)
     if not isinstance(found, type) or not callable(getattr(found, "score", None)):
@@ -89,9 +90,9 @@ def reward_class(given: str, key: str) -> type[Any]:
 
 
 def pool_type(name: str, content: Any) -> type[PoolSettings]:
-    """Class of the settings of pool `name`, which its reward owns. `content` may be wrong in any way: UserError."""
+    """The settings class of pool `name`, declared by its reward. `content` is unchecked input. Raises UserError."""
     if not isinstance(content, Mapping):
-        return PoolSettings  # which will refuse it
+        return PoolSettings  # its validation will reject `content`
     given = content.get("class", name if name in REWARDS else None)
     if given is None:
         raise UserError(
@@ -105,21 +106,21 @@ def pool_type(name: str, content: Any) -> type[PoolSettings]:
 
 
 def pool_types(content: Mapping[str, Any]) -> dict[str, type[PoolSettings]]:
-    """`pool_type` of every pool by name: the registered rewards, then those that `content` names. UserError."""
+    """`pool_type` of each pool by name: the registered rewards, then other pools in `content`. Raises UserError."""
     names = [name for name in dict.fromkeys([*REWARDS, *content]) if name != "weights"]
     return {name: pool_type(name, _section(content.get(name))) for name in names}
 
 
 def make_pools(content: Mapping[str, Any], context: Any = None) -> dict[str, PoolSettings]:
-    """Pools by name, from the content of `rewards` without its weights; one of each registered reward is always there.
+    """Pools by name, from the content of `rewards` without its weights. Every registered reward has a pool.
 
-    Raises UserError for a wrong class, pydantic's ValidationError for wrong options.
+    Raises UserError for a wrong class, and pydantic's ValidationError for wrong options.
     """
     return {name: make_pool(name, content.get(name), context) for name in dict.fromkeys([*REWARDS, *content])}
 
 
 def make_pool(name: str, content: Any, context: Any = None) -> PoolSettings:
-    """One pool. Errors as `make_pools`."""
+    """The settings of one pool. Raises the errors of `make_pools`."""
     if not _NAME.fullmatch(name) or name in _RESERVED:
         raise UserError(
             f"rewards.{name}: {name!r} cannot be the name of a pool; allowed: letters, digits, dash and underscore, "
@@ -129,7 +130,7 @@ def make_pool(name: str, content: Any, context: Any = None) -> PoolSettings:
     kind = pool_type(name, content)
     if isinstance(content, Mapping) and name in REWARDS:
         content = {"class": name, **content}
-    # As a dictionary, so that errors name the pool.
+    # Validate a dictionary, so that errors name the pool.
     pools: TypeAdapter[dict[str, PoolSettings]] = TypeAdapter(dict[str, kind])  # type: ignore[valid-type]
     pool = pools.validate_python({name: content}, context=context)[name]
     pool._pool = name
@@ -137,7 +138,7 @@ def make_pool(name: str, content: Any, context: Any = None) -> PoolSettings:
 
 
 def _section(content: Any) -> Any:
-    """YAML's `judge:` with nothing under it is an empty section."""
+    """Content of a section; empty for None, which YAML gives for `judge:` with nothing under it."""
     return {} if content is None else content
 
 
@@ -145,12 +146,12 @@ def _section(content: Any) -> Any:
 
 
 def pool_keys(kind: type[PoolSettings]) -> dict[str, FieldInfo]:
-    """Keys of a pool as recipes spell them, with their fields."""
+    """A pool's keys, spelled as in recipes, with their fields."""
     return {field.alias or name: field for name, field in kind.model_fields.items()}
 
 
 def own_keys(kind: type[PoolSettings]) -> dict[str, FieldInfo]:
-    """Those of `pool_keys` that not every pool has, or not with this default."""
+    """The `pool_keys` that other pools lack or have with another default."""
     common = pool_keys(PoolSettings)
     return {
         key: field
@@ -160,7 +161,7 @@ def own_keys(kind: type[PoolSettings]) -> dict[str, FieldInfo]:
 
 
 def about_pool(name: str, content: Any) -> str:
-    """In one line, for `--help`: class and first line of its docstring."""
+    """One line for `--help`: the pool's class and the first line of its docstring."""
     given = content.get("class", name) if isinstance(content, Mapping) else name
     lines = (inspect.getdoc(reward_class(given, f"rewards.{name}.class")) or "").splitlines()
     return f"class {given}" + (f". {lines[0]}" if lines else "")

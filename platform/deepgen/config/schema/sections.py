@@ -1,7 +1,7 @@
 """The sections of the settings: every key with its default, meaning, unit and limits.
 
-Defaults are the paper's for the 5B model and its RL stage (method M3.1; where the reference differs, M7, the paper's).
-Left out on purpose: what the weights folder already says, such as widths, layers and the VAE's scale.
+Defaults are the paper's values for the 5B model and its RL stage (method M3.1), also where the reference differs (M7).
+Left out on purpose: facts that the weights folder holds, such as widths, layers and the VAE's scale.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class RunSettings(Section):
 
     @property
     def folder(self) -> Path:
-        """Everything the run writes lies below it."""
+        """The folder for everything that the run writes."""
         return self.dir / self.name
 
 
@@ -195,7 +195,7 @@ class RolloutSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        usable = self.num_steps - 1  # the last step adds no noise: M3.4
+        usable = self.num_steps - 1  # the last step adds no noise (M3.4)
         if self.sde_steps > usable:
             raise ValueError(
                 f"rollout.sde_steps: got {self.sde_steps} with rollout.num_steps {self.num_steps}; "
@@ -242,7 +242,7 @@ _TEXT = {"judge": 0.2, "clip": 0.1, "ocr": 0.7}
 
 
 class RewardSettings(Section):
-    """`weights`, and beside them in recipes and in `model_dump()` any number of pools, each under its own name."""
+    """`weights` and any number of pools. Recipes and `model_dump()` list each pool by name, beside `weights`."""
 
     about: ClassVar[str] = "the pools of rewards, and their weights by task"
     weights: dict[str, dict[str, Weight]] = setting(

@@ -1,15 +1,17 @@
-"""Encodings of images on disk, beside the runs, for all ranks and all later runs with the same VAE and visual tower.
+"""Encodings of images on disk, shared by all ranks and all later runs with the same VAE and visual tower.
 
-    <data.cache_dir>/latent-3f9c01…/about.json                    what the number of the folder was made of
+    <data.cache_dir>/latent-3f9c01…/about.json                    the facts that the folder's hash covers
                                     train-00000-81d2…/8b0e….safetensors     encodings for one parquet shard; ...
-                                                      .5c1a….writing        being written, or left by a kill
+                                                      .5c1a….writing        being written, or left by a killed process
 
-A folder is named by a hash of all its encodings depend on beside the images: the encoder's weights and config, how
-images are prepared, precision, kind of device, versions. A shard is known by its size and footer, an image in it by a
-hash of its encoded bytes, so nothing that has changed is ever found. Files never change: each is written aside by one
-process and renamed when it is whole, so any number of processes may fill the same folder at once; what two have made is
-equal.
-No more than the index of the shards in use is in memory; encodings are read when they are asked for.
+The hash in a folder's name covers everything but the images that determines its encodings: the encoder's weights and
+config, image preparation, precision, kind of device, versions. A shard is identified by its size and footer, an image
+by a hash of its encoded bytes, so a lookup never returns an encoding of changed data.
+
+Files never change. One process writes a file under a temporary name and renames it when complete. So any number of
+processes may fill a folder at the same time; if two write the same encoding, both versions are equal.
+
+Only the index of the shards in use stays in memory; encodings are read on demand.
 """
 
 from __future__ import annotations
@@ -36,18 +38,18 @@ from deepgen.data.loading.dataset import Key, Place
 from deepgen.data.uris import version_of
 from deepgen.errors import UserError
 
-PENDING_BYTES = 128 << 20  # of encodings that wait to be written, per process; so much work a kill costs at most
-MOST_ENTRIES = 1 << 20  # of the index, about 150 bytes each; shards not used for longest go first
+PENDING_BYTES = 128 << 20  # most bytes of unwritten encodings, per process; a killed process loses at most these
+MOST_ENTRIES = 1 << 20  # most index entries, about 150 bytes each; the least recently used shards go first
 OPEN_FILES = 64
-FORMAT = 1  # of the files, their names and the digests in them
+FORMAT = 1  # version of the files, their names and the digests in them
 SUFFIX = ".safetensors"
 WRITING = ".writing"
-_LEFT_BEHIND_S = 3600.0  # no write takes so long: what is older was left by a kill
+_LEFT_BEHIND_S = 3600.0  # no write takes this long: a killed process left any older temporary file
 
 
 @dataclass
 class _Shard:
-    """Index of one encoder's results for one parquet shard: digest of the image -> number of the file."""
+    """Index of one encoder's results for one parquet shard: digest of the image -> index in `files`."""
 
     folder: Path
     files: list[str] = field(default_factory=list)
@@ -56,11 +58,12 @@ class _Shard:
 
 
 class DiskStore:
-    """A `deepgen.data.cache.encoded.Store` in files. ``parts``: of each encoder all that its results depend on,
-    JSON-able.
+    """A `deepgen.data.cache.encoded.Store` in files.
 
-    Encodings wait in memory until PENDING_BYTES have come together or `flush`; they are found meanwhile. Raises
-    UserError naming the path when a file cannot be written or read.
+    ``parts``: for each encoder, everything its results depend on, in a form that JSON can hold.
+
+    New encodings wait in memory until `flush`, or until they exceed PENDING_BYTES; `find` returns them meanwhile.
+    Raises UserError naming the path if a file cannot be written or read.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class DiskStore:
                     _write(own, "about.json", text.encode())
 
     def key(self, place: Place, data: bytes | str) -> Key | None:
-        """By the image itself; None for a path that is not there."""
+        """The shard and a hash of the image's content; None if the image is a path with no file."""
         content = version_of(data) if isinstance(data, str) else data
         return None if content is None else (place[0], hashlib.blake2b(content, digest_size=16).digest())
 
@@ -101,7 +104,7 @@ class DiskStore:
                 return None
             with _reading(shard.folder / shard.files[number]) as path:
                 tensor: Tensor = self._open(path).get_tensor(digest.hex())
-                return tensor.clone()  # of its own memory, not of the mapped file
+                return tensor.clone()  # a copy that does not keep the file mapped
 
     def put(self, part: str, key: Key, made: Tensor) -> None:
         file, digest = key
@@ -155,13 +158,13 @@ class DiskStore:
         for digest in digests:
             shard.entries.setdefault(digest, len(shard.files) - 1)
         self._entries += len(shard.entries) - before
-        while self._entries > MOST_ENTRIES and len(self._shards) > 1:  # the one in use is the last
+        while self._entries > MOST_ENTRIES and len(self._shards) > 1:  # the shard in use is the last one
             _, unused = self._shards.popitem(last=False)
             self._entries -= len(unused.entries)
 
 
 def shard_name(file: str) -> str:
-    """Name and content of a parquet file, as far as its size and its footer (sizes, offsets, statistics) tell it."""
+    """A parquet file's name plus a hash of its size and footer (sizes, offsets, statistics)."""
     with Path(file).open("rb") as stream:
         size = stream.seek(-8, os.SEEK_END) + 8
         length = int.from_bytes(stream.read(4), "little")
@@ -185,13 +188,13 @@ def _names(folder: Path) -> list[str]:
 def _remove_leftovers(folder: Path) -> None:
     for name in _names(folder):
         if name.endswith(WRITING):
-            with suppress(FileNotFoundError):  # whole by now, or removed by another process
+            with suppress(FileNotFoundError):  # another process has renamed or removed it
                 if time.time() - (folder / name).stat().st_mtime > _LEFT_BEHIND_S:
                     (folder / name).unlink()
 
 
 def _write(folder: Path, name: str, content: bytes) -> None:
-    """A whole file or none, also after a power cut."""
+    """Write a file atomically: even after a power cut it is complete or absent."""
     unfinished = folder / f".{uuid.uuid4().hex}{WRITING}"
     try:
         with unfinished.open("xb") as stream:
@@ -200,7 +203,7 @@ def _write(folder: Path, name: str, content: bytes) -> None:
             os.fsync(stream.fileno())
         unfinished.rename(folder / name)
     finally:
-        unfinished.unlink(missing_ok=True)  # of a full disk
+        unfinished.unlink(missing_ok=True)  # left if the disk was full
 
 
 @contextmanager

@@ -1,9 +1,11 @@
-"""What the model's two encoders make of the records' images, made once and kept: in memory, or on disk.
+"""A cache of the encodings that the model's two image encoders produce, in memory or on disk.
 
-No stage trains these two: the VAE makes ``latent`` [c, h, w] float32 of targets and references, the visual tower of
-the VLM makes ``features`` [H / 32, W / 32, vlm_hidden] of references. Everything behind the tower depends on what is
-trained (think tokens, LoRA) and is never kept. Images are encoded one at a time, so an encoding depends neither on the
-images beside it nor on whether it was kept: with and without a cache, and on resume, a run is the same to the bit.
+No stage trains the two encoders. The VAE encodes targets and references as ``latent`` [c, h, w] float32. The VLM's
+visual tower encodes references as ``features`` [H / 32, W / 32, vlm_hidden]. Everything after the tower depends on
+trained weights (think tokens, LoRA) and is never cached.
+
+Images are encoded one at a time, so an encoding does not depend on other images in the batch. A run is therefore
+bit-identical with a cache, without one, and after a resume.
 """
 
 from __future__ import annotations
@@ -15,28 +17,28 @@ from torch import Tensor
 
 from deepgen.data.loading.dataset import LATENT, Key, Picture, Place
 
-MEMORY_BYTES = 512 << 20  # of encodings kept in memory, per process
+MEMORY_BYTES = 512 << 20  # most bytes of encodings in memory, per process
 
 
 class Store(Protocol):
-    """Where encodings lie. An encoder, ``part``, is LATENT or FEATURES; an image is named by a key."""
+    """A place to keep encodings. ``part`` names the encoder, LATENT or FEATURES; ``key`` names the image."""
 
     def key(self, place: Place, data: bytes | str) -> Key | None:
-        """The key of an image; None for one that cannot be kept."""
+        """The key of an image; None if the store cannot keep this image."""
 
     def find(self, part: str, key: Key, *, refresh: bool) -> Tensor | None:
-        """The encoding kept, on the CPU, or None. ``refresh``: also look for what other processes have put by now."""
+        """The stored encoding, on the CPU, or None. ``refresh``: also look for encodings from other processes."""
 
     def put(self, part: str, key: Key, made: Tensor) -> None: ...
 
     def flush(self) -> None:
-        """Make durable what was put."""
+        """Write everything that was put, so that it survives the process."""
 
 
 class MemoryStore:
-    """Encodings of the first images it sees, up to ``max_bytes``.
+    """Keeps the encodings of the first images it sees, up to ``max_bytes``.
 
-    Once full, nothing is thrown out: under shuffled epochs every image is equally likely to come next.
+    A full store evicts nothing: in shuffled epochs every image is equally likely to come next.
     """
 
     def __init__(self, max_bytes: int = MEMORY_BYTES) -> None:
@@ -60,15 +62,17 @@ class MemoryStore:
             self._bytes += size
 
     def flush(self) -> None:
-        """Nothing outlives the process."""
+        """Do nothing: this store ends with the process."""
 
 
 class EncodingCache:
-    """Encodings by way of a store. ``parts``: the encoders by name, each from one image, float32 [3, h, w] in [-1, 1]
-    on the CPU, to its encoding on the CPU. Raises ValueError when LATENT is not among them.
+    """Returns encodings from a store and computes those that are missing.
 
-    The latent is the mode of the VAE's posterior. (The reference samples it, M1.7; its spread is small against the
-    noise that flow matching adds.)
+    ``parts``: the encoders by name. Each maps one image, float32 [3, h, w] in [-1, 1] on the CPU, to its encoding on
+    the CPU. Raises ValueError if LATENT is missing.
+
+    The latent is the mode of the VAE's posterior. (The reference samples it, M1.7, but the posterior's spread is small
+    compared with the noise that flow matching adds.)
     """
 
     def __init__(self, parts: Mapping[str, Callable[[Tensor], Tensor]], store: Store) -> None:
@@ -77,7 +81,7 @@ class EncodingCache:
         self.parts, self.store = parts, store
 
     def find(self, place: Place, data: bytes | str, needed: Sequence[str]) -> tuple[Key | None, dict[str, Tensor]]:
-        """Key of a record's image, and those of the encodings ``needed`` that are kept."""
+        """The key of a record's image, and those of its ``needed`` encodings that are in the store."""
         key = self.store.key(place, data)
         if key is None:
             return None, {}
@@ -85,12 +89,12 @@ class EncodingCache:
         return key, {part: made for part, made in found.items() if made is not None}
 
     def get(self, part: str, picture: Picture) -> Tensor:
-        """The encoding of an image, kept from now on."""
+        """The encoding of an image: from the store, or computed and then stored."""
         if part in picture.kept:
             return picture.kept[part]
         made = None if picture.key is None else self.store.find(part, picture.key, refresh=False)
         if made is None:
-            made = self.parts[part](picture.image()).contiguous()  # as it will lie in memory when it is read back
+            made = self.parts[part](picture.image()).contiguous()  # the same layout as when read back from disk
             if picture.key is not None:
                 self.store.put(part, picture.key, made)
         return made

@@ -1,7 +1,7 @@
-"""Turning raw samples into parquet shards of our schema, each checked; what cannot be used goes to a quarantine file.
+"""Converts raw samples to parquet shards of our schema. Checks each sample and quarantines unusable ones.
 
-A unit of the raw data becomes one shard. Beside it stand its quarantine (JSON lines: place, id, reason) and, written
-last, its tally; a unit with a tally is done and never read again, so a conversion that was stopped goes on.
+A unit of the raw data becomes one shard, with a quarantine file (JSON lines: place, id, reason) and a tally. The tally
+is written last. A unit that has one is done and never read again, so a stopped conversion can continue.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from deepgen.data.records import Record
 from deepgen.data.uris import UriError
 from deepgen.errors import UserError
 
-ROW_GROUP = 64  # rows that are read together in training
-_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")  # names in an error: each would be a reason of its own
+ROW_GROUP = 64  # rows that training reads together
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")  # names in error messages; with them, equal reasons would count separately
 _ASPECT_EDGES = [0.1, 0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0, 10.0]
 _SIDE_EDGES = [0, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192]
 _SHOWN_REASONS = 10
@@ -40,7 +40,7 @@ _SHOWN_REASONS = 10
 
 @dataclass(frozen=True)
 class Limits:
-    """What a usable image is. min_side: pixels, both sides (M2.6: more than 80); max_aspect: longer by shorter side."""
+    """Limits of a usable image. min_side: pixels, for both sides (M2.6: more than 80). max_aspect: longer / shorter."""
 
     min_side: int = 81
     max_aspect: float = MAX_ASPECT
@@ -49,12 +49,12 @@ class Limits:
 
 @dataclass
 class Tally:
-    """Counts of one unit or of many: kept, dropped by reason, and the shapes of kept targets."""
+    """Counts for one unit or many: kept samples, dropped samples by reason, shapes of kept targets."""
 
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    sides: Counter[int] = field(default_factory=Counter)  # edge of the square of equal area, rounded to 64
-    aspects: Counter[int] = field(default_factory=Counter)  # bin of width / height among _ASPECT_EDGES
+    sides: Counter[int] = field(default_factory=Counter)  # side of a square with the same area, rounded to 64
+    aspects: Counter[int] = field(default_factory=Counter)  # width / height, as a bin of _ASPECT_EDGES
     tasks: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Tally) -> None:
@@ -82,7 +82,7 @@ class Tally:
         }
 
     def top_reasons(self) -> dict[str, int]:
-        """Most frequent reasons of dropping, the rest as one."""
+        """Samples dropped for each of the most frequent reasons, and for all other reasons together."""
         shown = dict(self.dropped.most_common(_SHOWN_REASONS))
         if others := len(self.dropped) - len(shown):
             shown[f"{others} other reasons"] = sum(self.dropped.values()) - sum(shown.values())
@@ -106,7 +106,7 @@ class Tally:
 
 
 def check_sample(sample: RawSample, limits: Limits) -> tuple[Record | None, str]:
-    """The record a sample becomes, or None and the reason it cannot be used, in words that many samples share."""
+    """The record made from a sample, or None and why it is unusable. Similar faults give the same reason."""
     if sample.fault:
         return None, sample.fault
     if sample.task not in TASKS:
@@ -123,7 +123,7 @@ def check_sample(sample: RawSample, limits: Limits) -> tuple[Record | None, str]
         reason = image_fault(data, limits)
         if reason:
             return None, f"{what}: {reason}"
-    assert isinstance(sample.image, bytes)  # checked
+    assert isinstance(sample.image, bytes)  # `image_fault` has checked it
     answer = sample.answer if isinstance(sample.answer, str) and sample.answer.strip() else sample.prompt
     references = tuple(data for data in sample.references if isinstance(data, bytes))
     id, own = _cleaned(sample.id), _cleaned(sample.source)
@@ -131,7 +131,7 @@ def check_sample(sample: RawSample, limits: Limits) -> tuple[Record | None, str]
 
 
 def _valid(text: str) -> bool:
-    """Whether it can be written at all: lone surrogates, as from damaged JSON, cannot."""
+    """Whether UTF-8 can encode the text. Lone surrogates, for example from damaged JSON, cannot be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -144,7 +144,7 @@ def _cleaned(name: str) -> str:
 
 
 def image_fault(data: bytes | UriError | None, limits: Limits) -> str:
-    """Why encoded image bytes cannot be used, "" when they can. The header is judged before anything is decoded."""
+    """Why an encoded image is unusable, or "" if it is usable. The header is checked before the pixels are decoded."""
     if isinstance(data, UriError):
         return f"cannot be read ({_QUOTED.sub('...', data.why)})"
     if data is None:
@@ -182,14 +182,14 @@ def tally_path(out: Path, number: int) -> Path:
 
 
 def convert_unit(raw: RawData, unit: Unit, out: Path, limits: Limits, seed: int) -> Tally:
-    """Convert one unit, its samples in a random order that follows from (seed, unit)."""
+    """Convert one unit. (seed, unit) determines the random order of its records."""
     with writing(out):
         return _convert_unit(raw, unit, out, limits, seed)
 
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Turns what the file system says while a conversion is written to `out` into a UserError."""
+    """Turn file system errors into a UserError while a conversion writes to `out`."""
     try:
         yield
     except OSError as error:
@@ -228,15 +228,15 @@ def _convert_unit(raw: RawData, unit: Unit, out: Path, limits: Limits, seed: int
 
 
 def _unread(sample: RawSample) -> dict[str, list[str]]:
-    """For the quarantine: each image that cannot be read, by name, and why."""
+    """Entry for the quarantine: the name of each unreadable image, and why it is unreadable."""
     found = [str(data) for data in (sample.image, *sample.references) if isinstance(data, UriError)]
     return {"unread": found} if found else {}
 
 
 def _count(tally: Tally, record: Record) -> None:
-    assert isinstance(record.image, bytes)  # checked
+    assert isinstance(record.image, bytes)  # `check_sample` has checked both
     width, height = header_size(record.image)
-    assert width and height  # read before
+    assert width and height
     tally.kept += 1
     tally.tasks[record.task] += 1
     tally.sides[max(64, 64 * round(math.sqrt(width * height) / 64))] += 1
@@ -247,7 +247,7 @@ def _count(tally: Tally, record: Record) -> None:
 
 
 def check_folders(path: Path, out: Path) -> None:
-    """Raise UserError when `out` cannot be a folder, or it and the raw data's `path` lie in one another."""
+    """Raise UserError if `out` is a file, or if one of `out` and the raw data's `path` lies inside the other."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give a folder to write to")
     given, made = path.resolve(), out.resolve()
@@ -257,7 +257,7 @@ def check_folders(path: Path, out: Path) -> None:
 
 
 def write_plan(out: Path, raw: RawData, limits: Limits, rows: int, seed: int, units: list[Unit]) -> None:
-    """Note what is converted and how; raises UserError when `out` holds a conversion of something else."""
+    """Write plan.json: what is converted and how. Raises UserError if `out` already holds another conversion."""
     plan = {
         "source": str(raw.path.resolve()),
         "name": raw.name,
@@ -286,7 +286,7 @@ def write_plan(out: Path, raw: RawData, limits: Limits, rows: int, seed: int, un
 
 
 def _unit_plan(raw: RawData, unit: Unit) -> list[Any]:
-    """What a unit is read from: file, its size, and which of its rows."""
+    """Where a unit comes from: file, file size, first and last row."""
     file = Path(unit.file)
     name = file.relative_to(raw.path).as_posix() if raw.path.is_dir() else file.name
     try:
@@ -306,7 +306,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
 
 
 def _compare_plans(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise UserError naming the first thing in which a conversion that is there differs from the one asked for."""
+    """Raise UserError if the plan in `out` differs from the new one, naming the first difference."""
     changed = next((key for key in now if key not in before or before[key] != now[key]), None)
     if changed is None:
         return
@@ -334,7 +334,7 @@ def total_tally(out: Path) -> Tally:
 
 
 def write_report(out: Path) -> Tally:
-    """report.json, histograms.png and samples.png (random kept records) in `out`."""
+    """Write report.json, histograms.png and samples.png (random kept records) to `out`. Returns the total tally."""
     total = total_tally(out)
     with writing(out):
         (out / "report.json").write_text(json.dumps(total.to_dict(), indent=1) + "\n")
@@ -345,7 +345,7 @@ def write_report(out: Path) -> Tally:
 
 
 def draw_histograms(tally: Tally, path: Path) -> None:
-    """Sizes, aspect ratios and reasons of dropping, as bars."""
+    """Draw bar charts of sizes, aspect ratios and reasons for dropping samples."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display, no global state
     from matplotlib.figure import Figure
 
@@ -356,7 +356,7 @@ def draw_histograms(tally: Tally, path: Path) -> None:
     ranges = [f"{low}-{high - 1}" for low, high in itertools.pairwise(_SIDE_EDGES)]
     ranges = [f"<{_SIDE_EDGES[1]}", *ranges[1:], f">={_SIDE_EDGES[-1]}"]
     reasons = Counter[str]()
-    for reason, count in tally.top_reasons().items():  # two lines fit beside a bar; equally short ones are one
+    for reason, count in tally.top_reasons().items():  # reasons that shorten to one label share a bar
         reasons[textwrap.fill(textwrap.shorten(reason, 62, placeholder=" ..."), 34, max_lines=2)] += count
     panels = [
         ("edge of the square of equal area (px)", {ranges[k]: v for k, v in sorted(sides.items())}),
@@ -377,7 +377,7 @@ def draw_histograms(tally: Tally, path: Path) -> None:
 
 
 def draw_samples(out: Path, path: Path, count: int = 24) -> None:
-    """A sheet of random kept records with their prompts; references of edits beside them."""
+    """Draw a sheet of random kept records with their prompts, and the references of edits beside them."""
     from deepgen.data.images import decode_image
     from deepgen.tracking.grids import image_grid
 

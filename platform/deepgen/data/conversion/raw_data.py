@@ -1,4 +1,4 @@
-"""Reading the forms in which users have their data, as raw samples: nothing is checked or decoded here.
+"""Reads users' data, in any of the forms below, as raw samples. Nothing is checked or decoded here.
 
 | form        | what it is                                                                                          |
 |-------------|-----------------------------------------------------------------------------------------------------|
@@ -6,12 +6,12 @@
 | hf          | parquet of Hugging Face datasets: image structs {bytes, path}, text columns                         |
 | webdataset  | tars; files of one sample share the name before the first dot: 07.jpg, 07.txt (or 07.json), and for |
 |             | editing 07.source.jpg (or input, src) and 07.target.jpg (or output)                                 |
-| captions    | JSON list, or a folder of them: {image, annotation}; the caption stands in the annotation's JSON    |
+| captions    | JSON list, or a folder of them: {image, annotation}; the annotation's JSON file holds the caption   |
 | blip3o      | JSON list: {type, txt, image or image_path}                                                         |
 | edits       | JSON list: {input_image: [...], output_image, instruction}                                          |
 
-The last three are those of M2.6 (captions counts twice: list and folder). A `Unit` is the part of the raw data that one
-process converts at a time; the same data and settings always give the same units.
+The last three come from M2.6 (captions counts twice: list and folder). A `Unit` is the part of the raw data that one
+process converts at a time. The same data and settings always give the same units.
 """
 
 from __future__ import annotations
@@ -36,26 +36,27 @@ from deepgen.data.uris import UriError, absolute, read_uri
 from deepgen.errors import UserError
 
 FORMS = ("records", "hf", "webdataset", "captions", "blip3o", "edits")
-FILE_SUFFIX = {"records": ".parquet", "hf": ".parquet", "webdataset": ".tar"}  # of the others: .json
+FILE_SUFFIX = {"records": ".parquet", "hf": ".parquet", "webdataset": ".tar"}  # all other forms: .json
 IMAGE_SUFFIXES = (
     *(".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".png", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
 )
-_SOURCES, _TARGETS = ("source", "input", "src"), ("target", "output")  # beginnings of names in edits' tars
+_SOURCES, _TARGETS = ("source", "input", "src"), ("target", "output")  # prefixes of file names in tars of edits
 HF_IMAGE, HF_TEXT = ("image", "jpg", "png", "webp"), ("caption", "text", "prompt", "txt", "instruction")
 
 
 @dataclass(frozen=True)
 class RawData:
-    """What to read. `columns` names the columns of `hf` (image, prompt, references); the rest fits one form each.
+    """The data to read and how.
 
-    `name` is the data set's, which becomes the column source; `records` keep their own.
+    `columns` names the columns of `hf` (image, prompt, references). `name`: the data set's name for the column source;
+    `records` keep their own.
     """
 
     path: Path
     form: str
     task: str = "t2i"
-    images: Path | None = None  # folder that relative image paths start from; None: that of `path`
+    images: Path | None = None  # base folder of relative image paths; None: `path`, or its folder if it is a file
     caption_key: str = "caption"
     columns: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
@@ -63,7 +64,7 @@ class RawData:
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows first..last-1 of one file; `entries` are the rows themselves where the file is a list."""
+    """Rows first..last-1 of one file (row groups of a parquet file). `entries`: the rows, if it is a JSON list."""
 
     number: int
     file: str
@@ -74,10 +75,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class RawSample:
-    """One sample as found and where: encoded images, None for an absent one, or why one cannot be read.
+    """One sample as it was found, and its place.
 
-    `id` is unique in the data set, except that of `records`, which is their own. `fault`: why the sample cannot be told
-    from its files, "kind: details".
+    An image is encoded bytes, None if absent, or the error from reading it. `id` is unique in the data set, except in
+    `records`, which bring their own ids. `fault`: why the files do not form a sample, as "kind: details".
     """
 
     id: str
@@ -95,7 +96,7 @@ class RawSample:
 
 
 def guess_form(path: Path) -> str:
-    """One of FORMS. Raises UserError when the form cannot be told, naming what was seen."""
+    """The form of the data, one of FORMS. Raises UserError saying what was found if the form is unclear."""
     files = _files(path)
     kinds = Counter(file.suffix.lower() for file in files)
     if len(kinds) > 1:
@@ -118,7 +119,7 @@ def guess_form(path: Path) -> str:
 
 
 def _files(path: Path, suffixes: Sequence[str] = (".parquet", ".tar", ".json")) -> list[Path]:
-    """The file itself, whatever its name, or all files in the folder, at any depth, with one of the suffixes."""
+    """A folder's files with one of the suffixes, at any depth. If `path` is a file: that file, whatever its name."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if path.is_file():
@@ -148,7 +149,7 @@ def plan_units(raw: RawData, rows: int) -> list[Unit]:
 
 
 def _row_groups(file: Path, rows: int) -> list[tuple[int, int]]:
-    """Runs of row groups [first, last) with about `rows` rows each."""
+    """Ranges [first, last) of row groups with about `rows` rows each."""
     with _open_parquet(file) as parquet:
         sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
     runs, first, count = [], 0, 0
@@ -173,7 +174,7 @@ def _schema(file: Path) -> pa.Schema:
 
 
 def _json_list(file: Path, given: Path) -> list[Any]:
-    """The list in a file that stands in, or is, the path `given`."""
+    """The JSON list in a file. `given`: the user's path, which is this file or its folder."""
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -190,7 +191,7 @@ def _json_list(file: Path, given: Path) -> list[Any]:
 
 
 def read_unit(raw: RawData, unit: Unit) -> Iterator[RawSample]:
-    """The samples of a unit. What is absent comes as None; nothing is skipped."""
+    """The samples of a unit. Absent parts are None; no sample is skipped."""
     if raw.form == "webdataset":
         yield from _read_tar(raw, Path(unit.file))
     elif raw.form in ("records", "hf"):
@@ -213,7 +214,7 @@ def _read_parquet(raw: RawData, unit: Unit) -> Iterator[RawSample]:
 
 
 def _group_rows(parquet: pq.ParquetFile, group: int, file: Path) -> list[dict[str, Any]]:
-    """Rows of a row group. Text that is not UTF-8 comes with lone surrogates, which no valid text has."""
+    """Rows of a row group. Text that is not UTF-8 gets lone surrogates, which mark it as invalid."""
     try:
         return decoded_rows(parquet.read_row_group(group), lambda text: text.decode("utf-8", "surrogateescape"))
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -224,7 +225,7 @@ def _group_rows(parquet: pq.ParquetFile, group: int, file: Path) -> list[dict[st
 
 
 def _stem(raw: RawData, file: Path) -> str:
-    """The file's name in ids: from SOURCE on, so that ids of equally named files differ."""
+    """The file's name in ids: its path within SOURCE, so that files of the same name get different ids."""
     return (file.relative_to(raw.path) if raw.path.is_dir() else Path(file.name)).with_suffix("").as_posix()
 
 
@@ -240,7 +241,7 @@ def _records_row(row: dict[str, Any], name: str, place: str, raw: RawData) -> Ra
 
 
 def _record_image(value: Any, folder: Path) -> bytes | UriError | None:
-    """Bytes as they are, or what lies at a path or URI, or why that cannot be read. Structs as those of `hf`."""
+    """Image bytes, given as they are, by path or URI, or in a struct as in `hf`; or the error from reading them."""
     value = _unpacked(value)
     if not isinstance(value, str):
         return _image_bytes(value, folder)
@@ -251,7 +252,7 @@ def _record_image(value: Any, folder: Path) -> bytes | UriError | None:
 
 
 def _hf_picker(raw: RawData, names: list[str], file: Path) -> Any:
-    """A function of a row that knows which columns are which."""
+    """A function that makes a sample from a row, using the columns found in `names`."""
     image = _column(raw, "image", HF_IMAGE, names, file)
     prompt = _column(raw, "prompt", HF_TEXT, names, file)
     reference_column = raw.columns.get("references")
@@ -278,12 +279,12 @@ def _column(raw: RawData, role: str, usual: tuple[str, ...], names: list[str], f
 
 
 def _unpacked(value: Any) -> Any:
-    """What an image struct {bytes, path} holds; anything else as it is."""
+    """The bytes or path in an image struct {bytes, path}; any other value unchanged."""
     return value.get("bytes") or value.get("path") if isinstance(value, Mapping) else value
 
 
 def _image_bytes(value: Any, folder: Path) -> bytes | UriError | None:
-    """Bytes as they are, or the content of a named file; None where none is named or there is no such file."""
+    """Image bytes, given as they are or by file name; None if there is no name or no such file."""
     if value is None or isinstance(value, bytes):
         return value
     if not isinstance(value, str):
@@ -309,7 +310,7 @@ def _read_entry(raw: RawData, file: Path, row: int, entry: Any) -> RawSample:
 
 
 def _annotation(root: Path, name: Any, key: str) -> Any:
-    """The caption in an annotation's file; None where there is none."""
+    """The caption in an annotation file; None if the file or the caption is missing."""
     data = _image_bytes(name, root)
     content = _json_or_none(data) if isinstance(data, bytes) else None
     return content.get(key) if isinstance(content, Mapping) else None
@@ -323,11 +324,11 @@ def _json_or_none(data: bytes) -> Any:
 
 
 def _file_bytes(root: Path, name: str) -> bytes | UriError | None:
-    """A named file's content, None where there is none: what is absent is counted, it does not end the conversion."""
+    """A file's content, or None if the file is missing: the tally counts it, and the conversion continues."""
     path = root / name
     try:
         return path.read_bytes() if name and path.is_file() else None
-    except OSError as error:  # a name of over 255 bytes, or no permission
+    except OSError as error:  # for example, no permission or a name of over 255 bytes
         return UriError(str(path), str(error.strerror))
 
 
@@ -335,12 +336,12 @@ def _file_bytes(root: Path, name: str) -> bytes | UriError | None:
 
 
 def _read_tar(raw: RawData, file: Path) -> Iterator[RawSample]:
-    """Samples of one tar. Raises UserError when the archive is cut or damaged."""
+    """Samples of one tar. Raises UserError if the archive is truncated or damaged."""
     key, parts = "", list[tuple[str, bytes]]()
     for name, content in _members(file):
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
-        if not stem:  # .hidden, ._0.png of macOS: belongs to no sample
+        if not stem:  # hidden files, such as ._0.png from macOS, belong to no sample
             continue
         if f"{folder}/{stem}" != key and parts:
             yield _tar_sample(raw, file, key, parts)
@@ -352,7 +353,7 @@ def _read_tar(raw: RawData, file: Path) -> Iterator[RawSample]:
 
 
 def _members(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a tar's files. Raises UserError when the archive is cut or damaged."""
+    """Names and contents of a tar's files. Raises UserError if the archive is truncated or damaged."""
     count = 0
     try:
         with tarfile.open(file) as tar:
@@ -363,7 +364,7 @@ def _members(file: Path) -> Iterator[tuple[str, bytes]]:
                     yield member.name, content.read() if content else b""
             _require_end(tar)
     except OSError as error:
-        if error.errno is not None:  # the file system's; decompressors raise some without
+        if error.errno is not None:  # from the file system; errors from decompressors have no number
             raise UserError(f"{file}: cannot be read ({error.strerror})") from error
         raise _damaged(file, count, str(error)) from error
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError) as error:
@@ -376,11 +377,12 @@ def _damaged(file: Path, count: int, why: str) -> UserError:
 
 
 def _require_end(tar: tarfile.TarFile) -> None:
-    """Raise TarError unless zeros, and nothing else, follow the last member to the end of the file.
+    """Raise TarError unless only zeros follow the last member, at least one block of them.
 
-    tarfile takes a damaged or missing header for the end. Reading on also has compressed files check their sums.
+    tarfile treats a damaged or missing header as the end of the archive. Reading to the end of the file also makes
+    decompressors verify their checksums.
     """
-    assert tar.fileobj is not None  # open
+    assert tar.fileobj is not None  # `tar` is open
     tar.fileobj.seek(tar.offset)
     found = 0
     while chunk := tar.fileobj.read(1 << 20):
@@ -397,7 +399,7 @@ def _tar_sample(raw: RawData, file: Path, key: str, files: Sequence[tuple[str, b
     references = tuple(images[name] for name in sorted(images, key=_natural) if name.startswith(_SOURCES))
     targets = _targets([name for name in images if not name.startswith(_SOURCES)])
     text: Any = None
-    if "txt" in parts:  # what is not UTF-8 stays invalid, so that the sample is refused
+    if "txt" in parts:  # text that is not UTF-8 stays invalid, so `check_sample` rejects it
         text = parts["txt"].removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").strip()
     elif "json" in parts:
         content = _json_or_none(parts["json"])
@@ -415,13 +417,13 @@ def _tar_sample(raw: RawData, file: Path, key: str, files: Sequence[tuple[str, b
 
 
 def _targets(names: list[str]) -> list[str]:
-    """Those that may be the target: named so, or else with nothing before their extension, or else all."""
+    """Candidates for the target: images named as targets; else images with a bare extension; else all images."""
     said = [name for name in names if name.startswith(_TARGETS)]
     return said or [name for name in names if "." not in name] or names
 
 
 def _natural(name: str) -> list[Any]:
-    """Sorts source.2.png before source.10.png."""
+    """Sort key that puts source.2.png before source.10.png."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 

@@ -1,7 +1,7 @@
-"""How large an image becomes in training, and which records become equally large: their bucket.
+"""The size of an image in training, and the bucket of a record: records of one bucket have images of equal sizes.
 
-What is in one micro-batch runs through the DiT side by side, padded to the longest, so records of one bucket are drawn
-together (``deepgen.data.loading.epoch_order``).
+The DiT pads all samples of a micro-batch to the longest one, so records of one bucket are drawn together
+(``deepgen.data.loading.epoch_order``).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-SIDE_MULTIPLE = 32  # latents, DiT patches and the 28/32 resize for the VLM all divide it
-_MOST_SIDES = 1 << 16  # more 32ths of a side than any image has
+SIDE_MULTIPLE = 32  # pixels; the latent stride, the DiT patch and the VLM's 28/32 resize all divide it
+_MOST_SIDES = 1 << 16  # above the side of any image in units of SIDE_MULTIPLE
 
 
 def fixed_area_size(height: int, width: int, image_size: int) -> tuple[int, int]:
@@ -22,10 +22,10 @@ def fixed_area_size(height: int, width: int, image_size: int) -> tuple[int, int]
 
 
 def bucket_numbers(sizes: Sequence[np.ndarray], image_size: int) -> np.ndarray:
-    """Bucket of each of N records, [N] of the smallest unsigned integer type: equal where all images become equal.
+    """Bucket of each of N records, [N] in the smallest unsigned integer type that fits.
 
-    sizes: pixels (width, height), int [N, 2] for the target and for each further image of a record; 0 where there is
-    none or nobody knows. Records of an unknown size are one bucket.
+    Two records share a bucket if each of their images has the same size in training. Unknown sizes count as equal.
+    sizes: int [N, 2] (width, height) in pixels for the target, then for each reference; 0 if absent or unknown.
     """
     numbers = np.zeros(len(sizes[0]), dtype=np.int64)
     for size in sizes:
@@ -40,6 +40,6 @@ def bucket_numbers(sizes: Sequence[np.ndarray], image_size: int) -> np.ndarray:
 
 
 def _sides(pixels: int | np.ndarray, ratio: float | np.ndarray) -> np.ndarray:
-    """Side in units of SIDE_MULTIPLE after scaling, rounded up; int64."""
-    # 1e-9: 600 * (512 / 600) is 512.0000000000001 and must stay 512
+    """The scaled side in units of SIDE_MULTIPLE, rounded up; int64."""
+    # 1e-9 absorbs rounding errors: 600 * (512 / 600) is 512.0000000000001 and must stay 512.
     return np.ceil(np.asarray(pixels * ratio) / SIDE_MULTIPLE - 1e-9).astype(np.int64)

@@ -1,4 +1,4 @@
-"""From a planned micro-batch to prompts and images."""
+"""Reads the records of a planned micro-batch: prompts, images and seeds."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from deepgen.seeds import stable_seed
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One task-pure micro-batch. ``task`` is "edit" or "t2i"; lists run over its B usable samples, which may be none.
+    """One micro-batch of a single task, "edit" or "t2i". Each list has one entry per usable sample; B may be 0.
 
-    ``indices``: record numbers in the training set; ``seeds``: one per sample, for all its random numbers.
-    ``references[i]`` is [] in generation. ``bad``: the rows whose places stay empty.
+    ``indices``: record numbers in the training set. ``seeds``: one per sample, for all its random numbers.
+    ``references[i]`` is [] in generation. ``bad``: unusable rows; their places in the batch stay empty.
     """
 
     task: str
@@ -30,14 +30,14 @@ class MicroBatch:
     bad: tuple[BadRow, ...]
 
     def generators(self, purpose: str) -> list[torch.Generator]:
-        """Fresh CPU generators, one a sample; ``purpose`` separates uses that must not share numbers."""
+        """New CPU generators, one per sample. Each independent use of random numbers needs its own ``purpose``."""
         return [torch.Generator().manual_seed(stable_seed(seed, purpose)) for seed in self.seeds]
 
 
 def collate(
     data: TrainingSet, planned: PlannedMicroBatch, *, seed: int, step: int, kept: Kept | None = None
 ) -> MicroBatch:
-    """Read a planned micro-batch; a record that cannot be used is missing from it. ``kept``: no pixels needed."""
+    """Read a planned micro-batch, without unusable records. Images whose encodings are in ``kept`` are not decoded."""
     samples, usable, places, bad = list[Sample](), list[int](), list[int](), list[BadRow]()
     for place, index in enumerate(planned.members, start=planned.first):
         try:

@@ -1,6 +1,6 @@
-"""Training records as model-side tensors: resized as the reference does it (M1.9), scaled to [-1, 1].
+"""Training records as input tensors for the model: resized like the reference (M1.9) and scaled to [-1, 1].
 
-Left out on purpose: which records make a batch (``deepgen.data.loading.mixture``).
+``deepgen.data.loading.mixture`` decides which records make a batch.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from deepgen.data.loading.buckets import fixed_area_size
 from deepgen.data.loading.parquet_store import RecordStore
 from deepgen.data.records import RecordError, check_prompt
 
-# Bump when preprocessing yields different pixels, for VAE or VLM, or rejects different images.
+# Bump when preprocessing yields different pixels, for the VAE or the VLM, or rejects different images.
 PREPARATION = 3
-LATENT, FEATURES = "latent", "features"  # what the VAE and the VLM's visual tower make of an image
-Place = tuple[str, int, int]  # file and row (from 1) of a record, and its target (0) or its reference number n (from 1)
-Key = tuple[str, bytes]  # the file an image belongs to, and what tells it from the others of the file
+LATENT, FEATURES = "latent", "features"  # encodings of an image by the VAE and by the VLM's visual tower
+Place = tuple[str, int, int]  # a record's file and row (from 1), then 0 for its target or n for its n-th reference
+Key = tuple[str, bytes]  # the parquet file that holds the image's record, and an id of the image within that file
 
 
 def image_to_tensor(image: np.ndarray | Image.Image, image_size: int) -> Tensor:
-    """uint8 [H, W, 3] or an RGB image -> float32 [3, h, w] in [-1, 1]; area and sides as `fixed_area_size`."""
+    """uint8 [H, W, 3] or an RGB image -> float32 [3, h, w] in [-1, 1]; `fixed_area_size` gives h and w."""
     return scaled(resized(Image.fromarray(image) if isinstance(image, np.ndarray) else image, image_size))
 
 
 def resized(image: Image.Image, image_size: int) -> Tensor:
-    """An RGB image -> uint8 [h, w, 3]; area and sides as `fixed_area_size`."""
+    """An RGB image -> uint8 [h, w, 3]; `fixed_area_size` gives h and w."""
     height, width = fixed_area_size(image.height, image.width, image_size)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -41,16 +41,17 @@ def resized(image: Image.Image, image_size: int) -> Tensor:
 
 def scaled(pixels: Tensor) -> Tensor:
     """uint8 [h, w, 3] -> float32 [3, h, w] in [-1, 1]."""
-    planes = pixels.permute(2, 0, 1).contiguous()  # turned while it is small: four times fewer bytes than as floats
+    planes = pixels.permute(2, 0, 1).contiguous()  # before the cast: uint8 is a quarter of the bytes to copy
     return planes.float().div_(127.5).sub_(1.0)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of a record, as far as it is needed.
+    """One image of a record: its pixels, its cached encodings, or both.
 
-    pixels: uint8 [h, w, 3], on the CPU; None when all that is made of them is in `kept`, by the name of what has made
-    it. key: by which a cache knows the image, None when it does not keep it.
+    pixels: uint8 [h, w, 3], on the CPU; None if `kept` already holds every encoding that is needed.
+    kept: cached encodings by name (LATENT, FEATURES).
+    key: the image's key in the cache; None if the cache does not keep the image.
     """
 
     pixels: Tensor | None
@@ -58,14 +59,14 @@ class Picture:
     key: Key | None = None
 
     def image(self, device: torch.device | str = "cpu") -> Tensor:
-        """The pixels, float32 [3, h, w] in [-1, 1]. Raises ValueError when they were not read."""
+        """The pixels as float32 [3, h, w] in [-1, 1]. Raises ValueError if they were not read."""
         if self.pixels is None:
             raise ValueError(f"image {self.key}: its pixels are needed, but only {', '.join(self.kept)} was read")
         return scaled(self.pixels.to(device))
 
 
 class Kept(Protocol):
-    """Encodings that are kept, by image (`deepgen.data.cache.encoded`)."""
+    """A cache of encodings, looked up by image (`deepgen.data.cache.encoded`)."""
 
     def find(self, place: Place, data: bytes | str, needed: Sequence[str]) -> tuple[Key | None, dict[str, Tensor]]: ...
 
@@ -75,14 +76,14 @@ class Sample:
     """A usable training record."""
 
     prompt: str
-    references: list[Picture]  # [] unless it is an edit
+    references: list[Picture]  # [] unless the task is edit
     target: Picture
 
 
 class TrainingSet:
-    """Records with target images, read when they are needed.
+    """Records with target images, read on demand.
 
-    ``reserved``: texts no prompt may contain, the tokenizer's special tokens, which would pass for structure.
+    ``reserved``: the tokenizer's special tokens. No prompt may contain one, as the model would read it as structure.
     """
 
     def __init__(self, store: RecordStore, image_size: int, reserved: Sequence[str] = ()) -> None:
@@ -92,9 +93,9 @@ class TrainingSet:
         return len(self.store.tasks)
 
     def sample(self, index: int, kept: Kept | None = None) -> Sample:
-        """Record number ``index``; an image of which all is kept is not decoded.
+        """Record number ``index``. An image is decoded only if ``kept`` lacks one of its encodings.
 
-        Raises RecordError with file, row and reason when it cannot be used.
+        Raises RecordError with file, row and reason if the record is unusable.
         """
         record = self.store.read(index)
         file, row = self.store.locate(index)

@@ -1,11 +1,12 @@
-"""Which records make the batch of a step: a fixed cycle of task-pure micro-batches, computed from the step number.
+"""Which records make the batch of a step: a fixed cycle of single-task micro-batches, computed from the step number.
 
 One optimizer step is one whole cycle (M2.4, M8.7): first ``edit_per_cycle`` micro-batches of editing, then
-``t2i_per_cycle`` of generation, the same task on every rank at the same time. Each of the two is an endless row of
-shuffled epochs (``epoch_order``); where sources are told apart, an endless row in which each comes up by its
-weight, in epochs of its own. Where a batch lies in that row follows from the step number and an origin (step,
-positions), so nothing has to be replayed on resume, and a resume on another number of ranks goes on where the old run
-stopped. Where records say how large their images are, those that become equally large come together
+``t2i_per_cycle`` of generation. All ranks work on the same task at the same time.
+
+Editing and generation each have an endless order of shuffled epochs (``epoch_order``). If sources have weights, the
+order draws each source by its weight, in its own epochs. A batch's position in the order follows from the step number
+and an origin (step, positions). So a resume replays nothing, and it continues where the old run stopped even with
+another number of ranks. If records store their image sizes, records of one bucket are drawn together
 (``deepgen.data.loading.buckets``).
 """
 
@@ -27,17 +28,19 @@ from deepgen.errors import UserError, nearest
 if TYPE_CHECKING:
     from deepgen.config.settings import Settings
 
-BATCH_KINDS = ("edit", "t2i")  # editing, and generation of whichever task
-MOST_SOURCES = 1000  # that can be weighed
-_SHOWN = 20  # names in a message
+BATCH_KINDS = ("edit", "t2i")  # editing; generation (all other tasks)
+MOST_SOURCES = 1000  # limit with data.weights or data.temperature
+_SHOWN = 20  # most names in one message
 
 
 @dataclass(frozen=True)
 class Part:
-    """Records of one kind that are drawn together: those of a source, or all of them.
+    """Records of one kind that are drawn with one weight: those of a source, or all of the kind.
 
-    rows: their numbers in the store, ascending. starts: where the store's blocks begin. source_weight: how often they
-    are drawn, above 0 and in any unit. buckets: of each of the rows, None when all are one.
+    rows: record numbers in the store, ascending.
+    starts: first record number of each block of the store.
+    source_weight: relative frequency of drawing them, above 0, in any unit.
+    buckets: bucket of each row; None if all records are in one bucket.
     """
 
     rows: np.ndarray
@@ -46,17 +49,17 @@ class Part:
     buckets: np.ndarray | None = None
 
     def counts(self) -> np.ndarray:
-        """Records in every block that has any."""
+        """Number of these records in each block, without blocks that have none."""
         found = np.diff(np.searchsorted(self.rows, self.starts))
         return found[found > 0]
 
 
 @dataclass(frozen=True)
 class PlannedMicroBatch:
-    """One micro-batch of one rank: ``members`` number records of the store; ``kind`` is "edit" or "t2i".
+    """One micro-batch of one rank. ``kind`` is "edit" or "t2i"; ``members`` are record numbers in the store.
 
-    ``first`` is the place of its first record in the micro-batch of all ranks together; random numbers are drawn per
-    place, so they do not depend on how many ranks share the work.
+    ``first`` is the place of its first record in the combined micro-batch of all ranks. Each place has its own random
+    numbers, so they do not depend on the number of ranks.
     """
 
     kind: str
@@ -67,10 +70,10 @@ class PlannedMicroBatch:
 
 @dataclass
 class Mixture:
-    """Plan of batches. ``parts``: what each kind is drawn from; every rank builds the same object.
+    """The plan of all batches; every rank builds the same one. ``parts``: the records to draw from, by kind.
 
-    ``image_size``: what the buckets of the parts follow from, so that it belongs to the place in the data.
-    ``records``: what tells the records from others (`fingerprint`); empty: a resume does not compare them.
+    ``image_size``: determines the buckets and so the order of the records; a resume therefore checks it.
+    ``records``: `fingerprint` of the records. A resume compares it, unless it is empty.
     """
 
     seed: int
@@ -84,7 +87,7 @@ class Mixture:
 
     @classmethod
     def from_settings(cls, settings: Settings, store: RecordStore, micro_batch: int) -> Mixture:
-        """What data.* says of these records. Raises UserError when it does not fit them, naming the key."""
+        """The mixture that the settings under data.* define. Raises UserError naming a key that does not fit."""
         per_cycle = {"edit": settings.data.edit_per_cycle, "t2i": settings.data.t2i_per_cycle}
         used = [kind for kind in BATCH_KINDS if per_cycle[kind]]
         parts = make_parts(store, settings, used)
@@ -101,7 +104,7 @@ class Mixture:
                     "allowed with this data: 0"
                 )
         buckets = [part.buckets for parts in self.parts.values() for part in parts if part.buckets is not None]
-        self.buckets = len(np.unique(np.concatenate(buckets))) if buckets else 1  # sizes the records are known to have
+        self.buckets = len(np.unique(np.concatenate(buckets))) if buckets else 1  # number of different buckets
         self._orders = {
             kind: WeightedOrder(
                 [part.counts() for part in self.parts[kind]],
@@ -120,7 +123,7 @@ class Mixture:
         return sum(self.per_cycle.get(kind, 0) for kind in BATCH_KINDS)
 
     def plan(self, step: int, rank: int, world: int) -> list[PlannedMicroBatch]:
-        """The micro-batches of ``rank`` at optimizer step ``step``, in the order they are worked on."""
+        """The micro-batches of ``rank`` for optimizer step ``step``, in processing order."""
         batches: list[PlannedMicroBatch] = []
         for kind in BATCH_KINDS:
             start = self._position(kind, step, world)
@@ -132,14 +135,16 @@ class Mixture:
         return batches
 
     def state_dict(self, step: int, world: int) -> dict[str, Any]:
-        """State before optimizer step ``step``: where each kind goes on, and among which records. JSON-able."""
+        """State before optimizer step ``step``: each kind's next position and the record fingerprint. JSON-able."""
         state = {"step": step, "positions": {kind: self._position(kind, step, world) for kind in BATCH_KINDS}}
         state |= {"image_size": self.image_size} if self.buckets > 1 else {}
         return state | ({"records": dict(self.records)} if self.records else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError when records are others, or would now be grouped by other sizes: the shuffled row would be
-        another, in which some records come twice and some never."""
+        """Continue from `state_dict`. Raises UserError if the records or their buckets have changed.
+
+        The shuffled order would then be a different one, and the epoch would repeat some records and skip others.
+        """
         then = state.get("image_size", self.image_size)
         if then != self.image_size:
             raise UserError(
@@ -150,7 +155,7 @@ class Mixture:
         self.origin = {kind: int(state["positions"][kind]) for kind in BATCH_KINDS}
 
     def _check_records(self, then: Mapping[str, Any]) -> None:
-        """Compare what both know: states of older versions know nothing, and a kind may have been left out."""
+        """Compare the entries that both have. Older versions saved none, and a run may leave out a kind."""
         if all(then[name] == self.records[name] for name in then.keys() & self.records.keys()):
             return
         counts = f"{then['count']:,} records then, {self.records['count']:,} now"
@@ -171,14 +176,14 @@ class Mixture:
 
 
 def check_training_data(settings: Settings) -> None:
-    """Raise UserError now, not when the workers have started, when data.train and the keys that mix it do not fit."""
+    """Raise UserError if data.train does not fit the keys that mix it. Call it before the workers start."""
     Mixture.from_settings(settings, ParquetStore(settings.data.train), settings.data.micro_batch)
 
 
 def fingerprint(store: RecordStore, parts: Mapping[str, Sequence[Part]]) -> dict[str, Any]:
-    """What the order of the records follows from, apart from the seed: their count and, for each kind, a hash.
+    """Everything but the seed that determines the order of the records: their count, and a hash for each kind.
 
-    Of tasks, blocks, sources and buckets, all of which are in memory anyway. Names and places of files do not count.
+    The hash covers tasks, blocks, sources and buckets, which are in memory anyway, but not the files' names or paths.
     """
     common = hashlib.blake2b(digest_size=16)
     common.update(store.tasks.astype(np.uint8).tobytes())
@@ -196,8 +201,9 @@ def fingerprint(store: RecordStore, parts: Mapping[str, Sequence[Part]]) -> dict
 
 
 def make_parts(store: RecordStore, settings: Settings, used: Sequence[str]) -> dict[str, list[Part]]:
-    """What each kind of the cycle is drawn from: one part, or one a source if data.weights or data.temperature
-    tell them apart. A kind without records has no parts. Raises UserError naming the key that does not fit.
+    """The parts of each kind: one per source with data.weights or data.temperature, otherwise one for all records.
+
+    A kind without records has no parts. Raises UserError naming the key that does not fit the records.
     """
     is_edit = store.tasks == TASKS.index("edit")
     sizes = store.sizes()

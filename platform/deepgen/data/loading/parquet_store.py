@@ -1,4 +1,4 @@
-"""Records behind one interface, in memory or in parquet files that are read block by block when they are needed."""
+"""Stores of records with one interface: in memory, or in parquet files that are read block by block on demand."""
 
 from __future__ import annotations
 
@@ -19,32 +19,34 @@ from deepgen.data.parquet import PARQUET_ERRORS, SCHEMA, SIZES, as_type, conform
 from deepgen.data.records import Record, check_row
 from deepgen.errors import UserError
 
-CACHE_BYTES = 1 << 30  # of encoded images, per process; what is evicted too soon is read again (epoch_order)
+CACHE_BYTES = 1 << 30  # encoded images per process; a block that is evicted too early is read again (epoch_order)
 
 
 class RecordStore(Protocol):
-    """N records in M blocks; `tasks` uint8 [N] numbers TASKS, `starts` int64 [M + 1] is where each block begins."""
+    """N records in M blocks. `tasks`: uint8 [N], indices in TASKS. `starts`: int64 [M + 1], where each block begins."""
 
     name: str
     tasks: np.ndarray
     starts: np.ndarray
 
     def read(self, index: int) -> Record:
-        """Record number `index`. Raises RecordError naming file and row when it does not fit the schema."""
+        """Record number `index`. Raises RecordError naming file and row if the row does not fit the schema."""
 
     def locate(self, index: int) -> tuple[str, int]:
         """File and row (from 1) of a record."""
 
     def sources(self) -> tuple[list[str], np.ndarray]:
-        """Names in the column source and, for each record, the number of its own, int64 [N]."""
+        """The different names in the column source, and the index of each record's name among them, int64 [N]."""
 
     def sizes(self) -> list[np.ndarray]:
-        """Pixels (width, height), int32 [N, 2], of the target, of the first reference, ...; 0 where there is none or
-        nobody knows. Empty when no size is known."""
+        """Sizes in pixels (width, height), one int32 [N, 2] array for targets, one for first references, and so on.
+
+        A size is 0 if the image is absent or its size unknown. The list is empty if no size is known.
+        """
 
 
 class ListStore:
-    """Records in memory, one block."""
+    """Records in memory, as a single block."""
 
     def __init__(self, records: Sequence[Record], name: str = "data.train") -> None:
         self._records, self.name = list(records), name
@@ -66,9 +68,9 @@ class ListStore:
 
 
 class ParquetStore:
-    """A parquet file or a folder of them; only the tasks are in memory, row groups are read when they are needed.
+    """A parquet file or a folder of them. Only the tasks are always in memory; row groups are read on demand.
 
-    Raises UserError when a file cannot be read, lacks a column, or a task is unknown, naming file and row.
+    Raises UserError naming file and row if a file is unreadable, a column is missing or a task is unknown.
     """
 
     def __init__(self, path: Path, cache_bytes: int = CACHE_BYTES) -> None:
@@ -103,8 +105,10 @@ class ParquetStore:
         return str(file), first + index - int(self.starts[block]) + 1
 
     def sources(self) -> tuple[list[str], np.ndarray]:
-        """Read when it is asked for: most runs do not tell sources apart. A null is the source ""; of one that is not
-        UTF-8, which `read` refuses, the name is what can be shown of it."""
+        """As in `RecordStore`. This reads the column on each call, as most runs do not need sources.
+
+        A null counts as source "". In a name that is not UTF-8, invalid bytes are replaced; `read` rejects its record.
+        """
         columns = [_codes(file, part, "source") for file, part in zip(self._files, self._fragments, strict=True)]
         shown = [[(name or b"").decode(errors="replace") for name in found] for found, _ in columns]
         names = sorted({name for found in shown for name in found})
@@ -113,7 +117,7 @@ class ParquetStore:
         return names, np.concatenate([np.array([number[name] for name in found])[codes] for found, codes in parts])
 
     def sizes(self) -> list[np.ndarray]:
-        """Read when it is asked for, from the columns SIZES alone. Raises UserError when one holds something else."""
+        """As in `RecordStore`. This reads the columns SIZES on each call. Raises UserError if one has a wrong type."""
         found = [_sizes(file, fragment) for file, fragment in zip(self._files, self._fragments, strict=True)]
         images = max(len(sizes) for sizes in found)
         if not any(sizes[0].any() for sizes in found):
@@ -126,7 +130,7 @@ class ParquetStore:
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
     def _rows(self, block: int) -> list[dict[str, object]]:
-        """A block's rows; the blocks used last stay in memory up to the budget."""
+        """A block's rows. Recently used blocks stay in memory, up to the budget."""
         with self._lock:
             if block in self._blocks:
                 self._blocks.move_to_end(block)
@@ -151,7 +155,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _fragments(files: Sequence[Path]) -> list[ds.ParquetFileFragment]:
-    """Row groups of every file, their footers read side by side."""
+    """The row groups of every file. Threads read the files' footers in parallel."""
     from concurrent.futures import ThreadPoolExecutor
 
     def one(file: Path) -> ds.ParquetFileFragment:
@@ -168,7 +172,7 @@ def _fragments(files: Sequence[Path]) -> list[ds.ParquetFileFragment]:
 
 
 def _columns(file: Path, fragment: ds.ParquetFileFragment, names: Sequence[str]) -> pa.Table:
-    """Some columns of a file. Raises UserError when they cannot be read, as of damaged bytes."""
+    """Some columns of a file. Raises UserError if they are unreadable, for example damaged."""
     try:
         return fragment.to_table(columns=list(names))
     except PARQUET_ERRORS as error:
@@ -176,8 +180,10 @@ def _columns(file: Path, fragment: ds.ParquetFileFragment, names: Sequence[str])
 
 
 def _codes(file: Path, fragment: ds.ParquetFileFragment, column: str) -> tuple[list[bytes | None], np.ndarray]:
-    """Different values of a text column as they are stored, None among them if there is one, and their numbers by row,
-    int64 [rows]."""
+    """The different values of a text column as stored bytes (None for null), and the index of each row's value.
+
+    The indices are int64 [rows].
+    """
     text = as_type(_columns(file, fragment, [column]).column(column), pa.string())
     values = text.cast(pa.binary()).combine_chunks().dictionary_encode()
     if isinstance(values, pa.ChunkedArray):
@@ -187,7 +193,7 @@ def _codes(file: Path, fragment: ds.ParquetFileFragment, column: str) -> tuple[l
 
 
 def _sizes(file: Path, fragment: ds.ParquetFileFragment) -> list[np.ndarray]:
-    """Pixels (width, height), int32 [rows, 2], of the target, the first reference, ...; 0 where the file says none."""
+    """One file's sizes in pixels, as in `RecordStore.sizes`: int32 [rows, 2] arrays; 0 if the file gives no size."""
     rows = fragment.count_rows()
     present = [field for field in SIZES if field.name in fragment.physical_schema.names]
     table = _columns(file, fragment, [field.name for field in present])
