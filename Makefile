@@ -2,7 +2,7 @@
 # nothing but Python 3.11, g++ and make. Settings go through ARGS: make rl ARGS="train.steps=10 run.name=try"
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup rl test test-fast check format base bench ui
+.PHONY: help setup rl test test-fast soak check format base bench ui
 
 PYTHON ?= python3.11
 PORT ?= 5000
@@ -30,7 +30,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 # One thread a process: several run side by side, and two threads collapse when anything else wants a core. Not so in
 # `base`, whose trainings run one after another and choose for themselves.
-rl test test-fast bench: export OMP_NUM_THREADS ?= 1
+rl test test-fast soak bench: export OMP_NUM_THREADS ?= 1
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ test: setup  ## all tests; one of them: make test ARGS="-n 0 tests/test_setup.py
 
 test-fast: setup  ## nine in ten of the tests, in less than a minute: those without Ray, vLLM and other processes
 	$(RUN) -m pytest $(PYTEST) -m "not (ray or vllm or processes or slow or gpu)" $(ARGS)
+
+soak: setup  ## long trials with tables (docs/soak.md): half an hour
+	$(RUN) -m soak $(ARGS)
 
 check: setup  ## ruff and mypy
 	$(RUN) -m ruff check .

@@ -38,7 +38,7 @@ KEYS = {
     "update_micro_batch",
     "rewards": "weights",
     "rewards.<name>": "class replicas batch_size deadline_s retries gpus cpus",
-    "rewards.judge": "gpus path gpu_memory_share",
+    "rewards.judge": "gpus path gpu_memory_share batch_invariant",
     "rewards.clip": "path",
     "rewards.aesthetic": "path",
     "experience": "max_staleness deadline_s",
