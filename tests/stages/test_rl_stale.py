@@ -19,6 +19,8 @@ SETTINGS = (
     "train.learning_rate=1e-3",
     "experience.max_staleness=1",
     "algorithm.kl=none",
+    "algorithm.sft_coef=0",
+    "evaluation.prompts=0",
 )
 
 
