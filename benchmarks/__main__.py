@@ -13,6 +13,7 @@ BENCHMARKS = {
     "update": "benchmarks.update_floor",
     "loader": "benchmarks.loader_floor",
     "training": "benchmarks.training_floor",
+    "judge": "benchmarks.judge_batch",
 }
 
 

@@ -1,0 +1,72 @@
+"""The cost of judge scores that do not depend on the batch (`rewards.judge.batch_invariant`).
+
+Ours: the tiny world's judge with that option. Floor: the same judge, which lets vLLM batch as it likes. Both score the
+same images, in reward pools as in a run. The table also says by how much the floor's scores move when the same images
+come in another batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from actors.experience.reward_pool import RewardPool
+from benchmarks.timing import Result, compare, recipe
+from deepgen.config.schema.pools import make_pool
+from deepgen.data.images import decode_image
+from deepgen.data.parquet import read_records
+from rewards import RewardRequest
+
+IMAGES = 64
+
+
+def run(weights: Path, repeats: int, threads: int) -> list[Result]:
+    """One result. Starts a local Ray for its two pools; vLLM uses one thread whatever `threads` says."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # of this cluster only
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        return [asyncio.run(_measure(weights, repeats))]
+    finally:
+        ray.shutdown()
+
+
+async def _measure(weights: Path, repeats: int) -> Result:
+    settings = recipe("tiny-rl", weights)
+    records = [record for record in read_records(settings.data.heldout) if isinstance(record.image, bytes)][:IMAGES]
+    requests = [RewardRequest(r.prompt, r.answer, r.task, decode_image(r.image or b"")) for r in records]
+    options = settings.rewards.pools["judge"].model_dump()
+    batched, invariant = (
+        RewardPool(make_pool("judge", options | {"batch_invariant": wanted}), cache_size=0) for wanted in (False, True)
+    )
+    await asyncio.gather(batched.start(), invariant.start())
+    moved = np.abs(await _scores(batched, requests, IMAGES) - await _scores(batched, requests, 5)).max()
+    loop = asyncio.get_running_loop()
+
+    def scored_by(pool: RewardPool) -> None:
+        asyncio.run_coroutine_threadsafe(_scores(pool, requests, IMAGES), loop).result()
+
+    # In a thread: the pools need this one's event loop meanwhile.
+    result = await asyncio.to_thread(
+        compare,
+        "judge, batch_invariant",
+        f"{len(requests)} images; batches of 5 instead of {IMAGES} move the floor's scores by up to {moved:.0e}",
+        len(requests),
+        lambda: scored_by(invariant),
+        lambda: scored_by(batched),
+        repeats,
+    )
+    batched.stop()
+    invariant.stop()
+    return result
+
+
+async def _scores(pool: RewardPool, requests: Sequence[RewardRequest], size: int) -> np.ndarray:
+    """Scores [N], asked for `size` at a time."""
+    parts = [(await pool.score(requests[i : i + size])).values for i in range(0, len(requests), size)]
+    return np.array([value for part in parts for value in part], dtype=np.float64)
