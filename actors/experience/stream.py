@@ -95,7 +95,7 @@ class ExperienceStream:
         return batch
 
     async def make_step(self, step: int) -> list[RankBatch]:
-        policy = await self._policy_of(step)
+        policy = await self._policy(self._version_of(step))
         clock = StepClock()
         groups = await asyncio.gather(*(self._make_group(group, policy, clock) for group in self._groups(step)))
         return self._split(groups, self._advantages(groups), clock)
@@ -161,9 +161,8 @@ class ExperienceStream:
     def _version_of(self, step: int) -> int:
         return version_of(step, self._settings.experience.max_staleness)
 
-    async def _policy_of(self, step: int) -> PolicyWeights | None:
-        """The policy that draws this step's groups, once it has been published."""
-        version = self._version_of(step)
+    async def _policy(self, version: int) -> PolicyWeights | None:
+        """A version of the policy, once it has been published."""
         async with self._published:
             await self._published.wait_for(lambda: version in self._policies)
         return self._policies[version]
@@ -225,9 +224,17 @@ class ExperienceStream:
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     async def evaluate(
-        self, records: Sequence[Record], samples: int, *, folder: Path | None = None, averaged: bool = False
+        self,
+        records: Sequence[Record],
+        samples: int,
+        *,
+        version: int | None = None,
+        folder: Path | None = None,
+        averaged: bool = False,
     ) -> Evaluation:
-        """Draw and score held-out prompts with the policy that is the newest now, and evaluation.num_steps and .seed.
+        """Draw and score held-out prompts with a policy version, evaluation.num_steps and evaluation.seed.
+
+        Waits until `version` has been published; None is the newest that there is now.
 
         With `folder`, the policy is loaded from this component folder instead. It must hold the newest published
         version, unless `averaged` says that it holds averaged weights.
@@ -235,7 +242,8 @@ class ExperienceStream:
         evaluation = self._settings.evaluation
         per_call = max(1, _EVALUATION_IMAGES // samples)
         parts = [tuple(records[i : i + per_call]) for i in range(0, len(records), per_call)]
-        policy = self._policies.get(self._version or 0)  # for all parts, however long some of them wait
+        newest = self._policies.get(self._version or 0)  # for all parts, however long some of them wait
+        policy = newest if version is None else await self._policy(version)
 
         async def one(part: tuple[Record, ...]) -> tuple[list[np.ndarray], np.ndarray, int]:
             request = EvaluationRequest(part, samples, evaluation.num_steps, evaluation.seed, folder, averaged)

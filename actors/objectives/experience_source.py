@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,15 @@ class ExperienceSource:
         self._context, self._stream, self._auxiliary = context, stream, auxiliary
         self._deadline_s = context.settings.experience.deadline_s + _ANSWER_MARGIN_S
         self._metrics: dict[str, float] = {}
+        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._publishing: Future[None] | None = None
         self._published: dict[int, PolicyWeights] = {}  # rank 0: versions that later steps are drawn with, and the last
 
     def next(self, step: int, rank: int, world: int) -> RLBatch:
         import ray
 
+        if self._publishing is not None and self._publishing.done():
+            self._finish_publishing()
         batch: RankBatch = self._ask(self._stream.next_batch.remote(step, rank, world))
         self._metrics = dict(batch.metrics)
         fetched = ray.get([group.trajectory for group in batch.groups], timeout=self._deadline_s)
@@ -49,9 +54,16 @@ class ExperienceSource:
         return RLBatch(tuple(groups), tuple(records))
 
     def publish(self, weights: Callable[[], Weights], version: int) -> None:
+        """Copy the weights and go on. A thread of rank 0 puts them into the object store and tells the stream.
+
+        Its errors come up in the next call. Versions are published in order; at most one copy waits.
+        """
         full = weights()
         if self._context.rank == 0:
-            self._publish(version, full)
+            self._finish_publishing()
+            # Copies: the next update changes the parameters while the thread still reads.
+            copies = {name: tensor.detach().float().to("cpu", copy=True) for name, tensor in full.items()}
+            self._publishing = self._publisher.submit(self._publish, version, copies)
 
     def _publish(self, version: int, weights: Weights) -> None:
         published = publish_weights(version, weights)
@@ -59,6 +71,12 @@ class ExperienceSource:
         self._published[version] = published
         oldest = version_of(version, self._context.settings.experience.max_staleness)
         self._published = {v: p for v, p in self._published.items() if v >= oldest}
+
+    def _finish_publishing(self) -> None:
+        """Wait until the last version is published; raise what went wrong with it."""
+        publishing, self._publishing = self._publishing, None
+        if publishing is not None:
+            publishing.result(timeout=self._deadline_s)
 
     def metrics(self) -> dict[str, float]:
         return self._metrics
@@ -79,6 +97,7 @@ class ExperienceSource:
 
     def save(self, folder: Path, step: int) -> None:
         """Write the policy versions before `step` that the next steps are drawn with; none when on-policy."""
+        self._finish_publishing()
         for version, published in self._published.items():
             if version < step:
                 arrays = fetch_weights(published, self._deadline_s)
@@ -98,6 +117,7 @@ class ExperienceSource:
             self._publish(version, weights)
 
     def close(self) -> None:
+        self._publisher.shutdown()  # finishes what has been submitted: the stage evaluates the last version next
         if self._auxiliary:
             self._auxiliary.close()
 

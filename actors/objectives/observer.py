@@ -55,7 +55,7 @@ class Observer:
         self._pending = [item for item in self._pending if item[2] not in ready]
 
     def _order(self, step: int, what: str, records: Sequence[Any], samples: int) -> None:
-        self._pending.append((step, what, self._stream.evaluate.remote(records, samples)))
+        self._pending.append((step, what, self._stream.evaluate.remote(records, samples, version=step)))
 
     def _log(self, step: int, what: str, evaluation: Evaluation) -> None:
         if what == "grid":
