@@ -146,12 +146,12 @@ def _prepare_process(*, batch_invariant: bool) -> None:
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # hides messages about memory placement on NUMA nodes
         "VLLM_LOGGING_LEVEL": "ERROR",  # on a CPU vLLM logs many warnings, including one per image
     }
-    import torch
-
-    if batch_invariant and torch.cuda.is_available():
-        wanted["VLLM_BATCH_INVARIANT"] = "1"  # GPU kernels only; `_engine` does without on a CPU
     for key, value in wanted.items():
         os.environ.setdefault(key, value)
+    import torch  # after its log level is set
+
+    if batch_invariant and torch.cuda.is_available():
+        os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")  # GPU kernels only; `_engine` does without on a CPU
     # On a CPU this logger reports a missing Triton at every start, before vLLM applies the level above.
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
