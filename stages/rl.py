@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is c
 from actors.experience.prompt_order import check_state  # noqa: E402
 from actors.learner.checkpoint_store import CheckpointStore  # noqa: E402
 from actors.learner.preflight import own_folder, prepare_run  # noqa: E402
+from actors.learner.run_lock import run_lock  # noqa: E402
 from actors.messages import LearnerJob  # noqa: E402
 from deepgen.cluster.connect import connect  # noqa: E402
 from deepgen.cluster.resources import rl_needs  # noqa: E402
@@ -52,7 +53,14 @@ END_S = 3.0
 
 
 def main() -> int:
-    settings = prepare_run(parse_command_line("rl", sys.argv[1:], plan_text), "rl")
+    settings = parse_command_line("rl", sys.argv[1:], plan_text)
+    with run_lock(settings):
+        wire(prepare_run(settings, "rl"))
+    return 0
+
+
+def wire(settings: Settings) -> None:
+    """Read the prompts, connect, start the actors, run, end them."""
     checkpoint = CheckpointStore(settings, "rl").newest() if settings.run.resume else None
     with own_folder(settings):
         prompts, heldout = read_prompts(settings), heldout_records(settings)
@@ -70,7 +78,6 @@ def main() -> int:
         run(settings, stream, heldout, gpus)
     finally:
         end(stream)
-    return 0
 
 
 def run(settings: Settings, stream: Any, heldout: list[Record], gpus: bool) -> None:

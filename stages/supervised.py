@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 from actors.learner.preflight import own_folder, prepare_run
+from actors.learner.run_lock import run_lock
 from actors.messages import LearnerJob
 from deepgen.cluster.connect import connect
-from deepgen.config import parse_command_line
+from deepgen.config import Settings, parse_command_line
 from deepgen.data.loading.mixture import check_training_data
 from deepgen.evaluation.choose import heldout_records
 from deepgen.models.stage_parts import Stage
@@ -16,7 +17,14 @@ from deepgen.planning.plan import plan_text
 
 
 def main(stage: Stage) -> int:
-    settings = prepare_run(parse_command_line(stage, sys.argv[1:], plan_text), stage)
+    settings = parse_command_line(stage, sys.argv[1:], plan_text)
+    with run_lock(settings):
+        train(prepare_run(settings, stage), stage)
+    return 0
+
+
+def train(settings: Settings, stage: Stage) -> None:
+    """Check the data, connect, train to the end."""
     with own_folder(settings):
         check_training_data(settings)
         heldout_records(settings)  # only for its checks; the learner reads them itself
@@ -28,4 +36,3 @@ def main(stage: Stage) -> int:
     result = start_learner(LearnerJob(stage, settings, build_flow_matching, gpus))
     print(record_curves(settings, stage))
     print(f"done; the next stage takes model.weights={result}")
-    return 0

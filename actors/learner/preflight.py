@@ -22,8 +22,8 @@ from deepgen.tracking.tracker import check_tracking
 def prepare_run(settings: Settings, stage: str) -> Settings:
     """Check what can be checked before the start and make the run folder. Returns settings with weights resolved.
 
-    Raises UserError if a folder is not writable, the disk is too small, MLflow's server does not answer, there is
-    nothing to resume, the checkpoint does not fit, or an input lies in the folder of an older run that `own_folder`
+    Raises UserError if a folder is not writable, the disk is too small, MLflow's server does not answer, the
+    checkpoint to resume from does not fit, or an input lies in the folder of an older run that `own_folder`
     would rename.
     """
     weights = resolve_weights(Path(settings.model.weights))
@@ -83,13 +83,14 @@ def _check_inputs_elsewhere(settings: Settings) -> None:
 
 
 def _check_resume(store: CheckpointStore, settings: Settings) -> None:
-    if not store.run_folder.is_dir():
-        raise UserError(f"--resume: there is no run {settings.run.name!r} in {settings.run.dir}")
+    """Raise UserError if the newest checkpoint does not fit. Without one, a scheduler's first start is no mistake."""
     manifest = store.newest()
-    if manifest is None:
+    if manifest is not None:
+        store.check_fits(manifest)
+    elif store.run_folder.is_dir():
         print(f"{store.run_folder} has no complete checkpoint yet: starting from step 0", flush=True)
     else:
-        store.check_fits(manifest)
+        print(f"there is no run {settings.run.name!r} in {settings.run.dir} yet: starting from step 0", flush=True)
 
 
 def resolve_weights(path: Path) -> Path:

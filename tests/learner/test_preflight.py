@@ -46,9 +46,16 @@ def test_a_new_run_does_not_put_its_own_input_aside(tmp_path: Path, key: str) ->
         prepare_run(settings, "sft")
 
 
+def test_a_resume_of_nothing_is_a_first_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """So that a scheduler can repeat one command, with --resume in it, from the first time on."""
+    settings = start(tmp_path, "run.resume=true")
+    prepare_run(settings, "sft")
+    assert "there is no run 'a' in " in capsys.readouterr().out
+    prepare_run(settings, "sft")
+    assert "has no complete checkpoint yet: starting from step 0" in capsys.readouterr().out
+
+
 def test_what_cannot_start_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="--resume: there is no run 'a'"):
-        prepare_run(start(tmp_path, "run.resume=true"), "sft")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run\.dir: cannot write the run folder .*Not a directory"):
         prepare_run(start(tmp_path, f"run.dir={tmp_path / 'file' / 'runs'}"), "sft")
