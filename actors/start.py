@@ -56,9 +56,11 @@ def _learner_parts(stream: Any, context: WorkerContext) -> Parts:
 def start_learner(job: LearnerJob) -> Path:
     """Run the learner under Ray Train to the end. Returns the component folder with the result (see `run_learner`)."""
     from actors.learner.ray_train import run_learner
+    from actors.learner.run_control import stops_after_a_step
     from actors.learner.worker import work
 
-    return run_learner(job, work)
+    with stops_after_a_step(job.settings):
+        return run_learner(job, work)
 
 
 def _options(role: str, gpus: bool) -> dict[str, float]:

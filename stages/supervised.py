@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from actors.learner.preflight import own_folder, prepare_run
-from actors.learner.run_lock import run_lock
+from actors.learner.run_control import run_lock
 from actors.messages import LearnerJob
 from deepgen.cluster.connect import connect
 from deepgen.config import Settings, parse_command_line

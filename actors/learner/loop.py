@@ -25,6 +25,7 @@ from actors.learner.ema import Ema
 from actors.learner.engine import TrainingEngine
 from actors.learner.lr_schedule import learning_rate
 from actors.learner.protocols import BatchSource, Metrics, Objective, Parts, StepContext, WorkerContext
+from actors.learner.run_control import stop_requested
 from deepgen.errors import UserError
 from deepgen.seeds import stable_seed
 from deepgen.tracking.progress import Phases, Progress
@@ -39,9 +40,10 @@ _RL_PHASES = {"time/rollout_s": "rollout", "time/reward_s": "scoring", "time/upd
 
 def train(
     context: WorkerContext, build: Callable[[WorkerContext], Parts], checkpoints: CheckpointStore, resume: bool
-) -> None:
+) -> bool:
     """Run one worker from the start or the newest checkpoint to ``train.steps``, then write the component folder.
 
+    Returns False if it was asked to stop before; then there is a checkpoint of the last step instead.
     Raises UserError if a checkpoint does not fit the run or cannot be written, or if nothing is trainable.
     """
     settings = context.settings
@@ -60,8 +62,10 @@ def train(
         if start == 0:
             loop.begin()
         for step in range(start, settings.train.steps):
-            loop.run_step(step)
+            if not loop.run_step(step):
+                return False
         _export(engine, ema, checkpoints.run_folder)
+        return True
     finally:
         source.close()
         if parts.evaluator:
@@ -92,8 +96,8 @@ class TrainingLoop:
         if figures and self.context.tracker:
             self.context.tracker.log(0, figures)
 
-    def run_step(self, step: int) -> None:
-        """Take one batch, make one optimizer step, publish one new version of the weights."""
+    def run_step(self, step: int) -> bool:
+        """Take one batch, make one optimizer step, publish one new version of the weights. False: that was the last."""
         context, begin = self.context, time.monotonic()
         with self.phases("wait"):
             batch = self.source.next(step, context.rank, context.world)
@@ -103,8 +107,8 @@ class TrainingLoop:
                 self.ema.update(self.engine.parameters, step)
         with self.phases("publish"):
             self.source.publish(self.engine.weights, step + 1)
-        due = (step + 1) % context.settings.train.checkpoint_every == 0 or step + 1 == context.settings.train.steps
-        if due:
+        stop, last = self._stop_requested(), step + 1 == context.settings.train.steps
+        if stop or last or (step + 1) % context.settings.train.checkpoint_every == 0:
             with self.phases("checkpoint"):
                 state, more = self.source.state_dict(step + 1), partial(self.source.save, step=step + 1)
                 self.checkpoints.save(step + 1, self.engine, self.ema, state, more)
@@ -113,6 +117,11 @@ class TrainingLoop:
         with self.phases("evaluate"):
             metrics |= self._evaluate(step + 1)
         self._log(step + 1, metrics | self.source.metrics() | self.phases.take())
+        return last or not stop
+
+    def _stop_requested(self) -> bool:
+        """Rank 0's answer for all: the request may come while ranks look at different times. Collective."""
+        return gather(stop_requested(self.checkpoints.run_folder), self.context.world)[0]
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Held-out metrics of the weights and of their averages after ``step`` steps; {} if none are due."""

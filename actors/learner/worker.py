@@ -65,7 +65,8 @@ def run_worker(job: LearnerJob, attempt: str, rank: int, world: int) -> None:
     with ExitStack() as stack:
         tracker = stack.enter_context(Tracker(settings, job.stage)) if rank == 0 else None
         context = WorkerContext(job.stage, settings, model, rank, world, device, tracker, say)
-        train(context, job.build, store, resume)
+        if not train(context, job.build, store, resume) and tracker:
+            tracker.close("KILLED")
 
 
 def _resumes(settings: Settings, newest: Manifest | None, attempt: str) -> bool:

@@ -1,16 +1,21 @@
-"""One process a run: a second start of the same run is refused, and the first is left alone."""
+"""Who has a run, and how it is asked to stop: one process a run, and a checkpoint before SIGTERM ends it."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 
 from deepgen.config import Settings, UserError
+from deepgen.errors import Terminated
+
+STOP = "stop-requested"  # file in the run's folder that asks the learner to stop after its step
 
 
 @contextmanager
@@ -47,3 +52,35 @@ def run_lock(settings: Settings) -> Iterator[None]:
 def lock_file(settings: Settings) -> Path:
     """Beside the run's folder, not in it: a new run of the same name renames the folder."""
     return settings.run.dir / f".{settings.run.name}.lock"
+
+
+@contextmanager
+def stops_after_a_step(settings: Settings) -> Iterator[None]:
+    """On SIGTERM or SIGHUP, let the learner finish its step and write a checkpoint; then raise `Terminated`.
+
+    Schedulers send these signals some time before they kill. A second signal raises `Terminated` at once. SIGHUP stays
+    ignored under nohup. Call it in the main thread.
+    """
+    file = settings.run.folder / STOP
+    file.unlink(missing_ok=True)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if file.exists():
+            raise Terminated
+        file.touch()
+        print("stopping after this step and its checkpoint; a second signal ends at once", flush=True)
+
+    numbers = [signal.SIGTERM, *([] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP])]
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if file.exists():
+        raise Terminated
+
+
+def stop_requested(run_folder: Path) -> bool:
+    """Whether the learner shall stop after its step."""
+    return (run_folder / STOP).exists()
