@@ -10,7 +10,7 @@ ARGS ?=
 VENV := $(CURDIR)/.venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
-PYTEST := -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := -n 3 --dist loadfile --no-loadscope-reorder
 
 export PYTHON
 export VIRTUAL_ENV := $(VENV)

@@ -45,9 +45,8 @@ def actors(ray_local: ModuleType, world: Path) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("max_staleness", [0, 1])
-def test_timing_decides_nothing(world: Path, actors: dict[str, Any], max_staleness: int) -> None:
-    outcomes = []
+def test_timing_decides_nothing(world: Path, actors: dict[str, Any]) -> None:
+    outcomes, max_staleness = [], 1
     for schedule in [Schedule(0, 1, 0.0), Schedule(1, 2, 0.1)]:
         settings = settings_of(world, max_staleness, schedule)
         outcomes.append(run_schedule(settings, read_records(settings.data.prompts), actors, schedule))
