@@ -48,7 +48,7 @@ endif
 rl: setup  ## reinforcement learning on the tiny world: about nine minutes, ends with a table and a picture
 	$(RUN) stages/rl.py --recipe tiny-rl $(ARGS)
 
-# Two files side by side, the slow ones first: most of a test's time is waiting for processes to start.
+# Three files side by side, the slow ones first: much of a test's time is waiting for processes to start.
 test: setup  ## all tests; one of them: make test ARGS="-n 0 tests/test_setup.py -k alias"
 	$(RUN) -m pytest $(PYTEST) $(ARGS)
 
