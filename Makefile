@@ -50,13 +50,14 @@ rl: setup  ## reinforcement learning on the tiny world: about nine minutes, ends
 
 # Three files side by side, the slow ones first: much of a test's time is waiting for processes to start.
 test: setup  ## all tests; one of them: make test ARGS="-n 0 tests/test_setup.py -k alias"
-	$(RUN) -m pytest $(PYTEST) $(ARGS)
+	$(RUN) -m pytest $(PYTEST) -m "not soak" $(ARGS)
 
 test-fast: setup  ## nine in ten of the tests, in less than a minute: those without Ray, vLLM and other processes
 	$(RUN) -m pytest $(PYTEST) -m "not (ray or vllm or processes or slow or gpu)" $(ARGS)
 
 soak: setup  ## long trials with tables (docs/soak.md): half an hour
 	$(RUN) -m soak $(ARGS)
+	$(RUN) -m pytest -n 0 -m soak
 
 check: setup  ## ruff and mypy
 	$(RUN) -m ruff check .

@@ -293,6 +293,35 @@ def test_a_restored_stream_goes_on_with_the_next_prompts(
     assert batch.metrics["reward/aesthetic"] == expected.metrics["reward/aesthetic"]
 
 
+def test_a_restored_stale_stream_draws_with_the_version_before(
+    ray_local: ModuleType, world: Path, rollouts: dict[str, Any]
+) -> None:
+    """At max_staleness 1, step 2 is drawn with version 1. The learner publishes it again out of the checkpoint."""
+    settings = make_settings(world, "experience.max_staleness=1")
+    weights = [publish_weights(version, policy(world, 1 + version / 100)) for version in range(3)]
+
+    async def whole(stream: ExperienceStream) -> tuple[RankBatch, dict[str, Any]]:
+        await stream.begin()
+        for version in (0, 1):
+            await stream.publish(weights[version])
+            await stream.next_batch(version, 0, 1)
+        await stream.publish(weights[2])
+        state = await stream.state(2)
+        return await stream.next_batch(2, 0, 1), state
+
+    async def resumed(stream: ExperienceStream) -> RankBatch:
+        await stream.restore(json.loads(json.dumps(state)))
+        for version in (1, 2):
+            await stream.publish(weights[version])
+        return await stream.next_batch(2, 0, 1)
+
+    expected, state = run(settings, rollouts, whole)
+    batch = run(settings, rollouts, resumed, resume=True)
+    assert {group.version for group in (*expected.groups, *batch.groups)} == {1}
+    assert numbers(batch) == numbers(expected) == [4, 5]
+    assert_same(arrays(ray_local, batch), arrays(ray_local, expected))
+
+
 def test_a_restored_stream_serves_another_number_of_ranks(
     ray_local: ModuleType, world: Path, rollouts: dict[str, Any]
 ) -> None:

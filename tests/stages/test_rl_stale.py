@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.rl_world import make_world
 from tests.stages.test_rl_loop import decided, finish, metrics, start
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(900)]
 SETTINGS = (
     "run.seed=7",
     "train.steps=4",
