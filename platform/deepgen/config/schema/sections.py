@@ -285,7 +285,10 @@ class RewardSettings(Section):
 class ExperienceSettings(Section):
     about: ClassVar[str] = "the stream of groups between rollout and learner"
     max_staleness: int = setting(
-        0, "Policy versions a sample may be older than the update it is used in; 0 is on-policy.", unit="versions", ge=0
+        0,
+        "Policy versions by which samples are older than the update that uses them, exactly; 0 is on-policy.",
+        unit="versions",
+        ge=0,
     )
     deadline_s: float = setting(1800.0, "Longest wait of the learner for one batch.", unit="s", gt=0)
 
