@@ -111,3 +111,10 @@ def test_unusable_folders_are_refused(tmp_path: Path) -> None:
         clip_reward(tmp_path)
     with pytest.raises(UserError, match="does not end texts with an end token"):
         clip_reward(make_clip_folder(tmp_path / "endless", end_token=False))
+
+
+def test_batch_invariant_scores_do_not_depend_on_the_batch(folder: Path) -> None:
+    reward = clip_reward(folder, batch_invariant=True)
+    asked = [request(image, f"a red apple number {n % 3}") for n, image in enumerate(pictures(7))]
+    alone = [reward.score([one])[0] for one in asked]
+    assert reward.score(asked) == reward.score(asked[::-1])[::-1] == alone  # to the bit
