@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
 from actors.experience.prompt_order import check_state  # noqa: E402
-from actors.learner.checkpoint_store import CheckpointStore  # noqa: E402
+from actors.learner.checkpoints.checkpoint_store import CheckpointStore  # noqa: E402
 from actors.learner.preflight import own_folder, prepare_run  # noqa: E402
 from actors.learner.run_control import run_lock  # noqa: E402
 from actors.messages import LearnerJob  # noqa: E402

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from actors.learner.checkpoint_store import AVERAGED
+from actors.learner.checkpoints.checkpoint_store import AVERAGED
 from deepgen.config import Settings
 from deepgen.data.records import Record
 from deepgen.evaluation.pictures import grid_rows

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from actors.learner.checkpoint_shards import ShardReader, write_shard
+from actors.learner.checkpoints.checkpoint_shards import ShardReader, write_shard
 from actors.learner.protocols import NamedParameters, ShardedModel, Weights
 
 _SHARDS = "ema"

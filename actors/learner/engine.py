@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from actors.learner.checkpoint_shards import ShardReader, write_shard
+from actors.learner.checkpoints.checkpoint_shards import ShardReader, write_shard
+from actors.learner.checkpoints.zero_layout import Stretch, pieces, restore, stretch_of
 from actors.learner.protocols import NamedParameters, Weights
-from actors.learner.zero_layout import Stretch, pieces, restore, stretch_of
 
 if TYPE_CHECKING:
     from deepgen.config.settings import Settings

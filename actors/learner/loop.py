@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from actors.learner.checkpoint_store import AVERAGED, RESULT, CheckpointStore, Manifest
+from actors.learner.checkpoints.checkpoint_store import AVERAGED, RESULT, CheckpointStore, Manifest
 from actors.learner.collectives import gather
 from actors.learner.ema import Ema
 from actors.learner.engine import TrainingEngine

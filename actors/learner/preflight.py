@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from actors.learner.checkpoint_store import RESULT, SPARE_BYTES, CheckpointStore, megabytes
+from actors.learner.checkpoints.checkpoint_store import RESULT, SPARE_BYTES, CheckpointStore, megabytes
 from deepgen.config import Settings, UserError
 from deepgen.data.usable import JUDGED
 from deepgen.models.presets import check_width

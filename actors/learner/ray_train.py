@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from actors.learner.checkpoint_store import RESULT
+from actors.learner.checkpoints.checkpoint_store import RESULT
 from actors.learner.console import console, shown
 from actors.messages import LearnerJob
 from deepgen.cluster.resources import process_resources

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.learner.checkpoint_store import CheckpointStore, Manifest
+from actors.learner.checkpoints.checkpoint_store import CheckpointStore, Manifest
 from actors.learner.console import console, silent
 from actors.learner.loop import train
 from actors.learner.protocols import WorkerContext

@@ -12,7 +12,7 @@ import torch
 
 from actors.experience.stream import version_of
 from actors.experience.weight_sync import fetch_weights, publish_weights
-from actors.learner.checkpoint_shards import ShardReader, write_shard
+from actors.learner.checkpoints.checkpoint_shards import ShardReader, write_shard
 from actors.learner.protocols import Weights, WorkerContext
 from actors.messages import Group, PolicyWeights, RankBatch
 from actors.objectives.record_source import MixtureSource

@@ -74,7 +74,7 @@ def _train_stage(settings: Any, run: dict[str, Any], rank: int, world: int) -> N
 def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> None:
     import torch
 
-    from actors.learner.checkpoint_store import CheckpointStore
+    from actors.learner.checkpoints.checkpoint_store import CheckpointStore
     from actors.learner.loop import train
     from actors.learner.protocols import Parts, WorkerContext
     from tests.helpers.toy import ToyModel, ToyObjective, ToySource
@@ -102,7 +102,7 @@ def _build(build: Callable[[Any], Any], die_after: int, context: Any) -> Any:
 
 def _die_writing(left: int) -> None:
     """Make this process die in the middle of writing the ``left``-th shard from now."""
-    from actors.learner import checkpoint_shards as shards
+    from actors.learner.checkpoints import checkpoint_shards as shards
 
     write = shards.save_file
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from actors.learner.checkpoint_shards import ShardReader, write_shard
+from actors.learner.checkpoints.checkpoint_shards import ShardReader, write_shard
 from deepgen.config import UserError, load_settings
 from tests.helpers.learner_workers import run_workers
 from tests.helpers.toy import STEPS, check_toy, plain_torch, toy_result, toy_run
@@ -100,7 +100,7 @@ def test_pieces_are_found_wherever_they_are(tmp_path: Path, monkeypatch: pytest.
         opened.append(file)
         return safe_open(file, **options)
 
-    monkeypatch.setattr("actors.learner.checkpoint_shards.safe_open", spy)
+    monkeypatch.setattr("actors.learner.checkpoints.checkpoint_shards.safe_open", spy)
     reader = ShardReader(tmp_path, "engine", 1)
     assert torch.equal(reader.read("w:a@b", 4, 4), values[4:8])
     assert [file.name for file in opened] == ["engine-1.safetensors"]  # the rank's own shard is enough

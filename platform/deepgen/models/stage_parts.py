@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 Stage = Literal["pretrain", "sft", "rl"]
 Part = Literal["bridge", "transformer", "vlm_lora"]  # folder names; the bridge includes the think tokens
-STAGES: tuple[str, ...] = get_args(Stage)
 
 TRAINED_PARTS: dict[str, tuple[Part, ...]] = {
     "pretrain": ("bridge",),

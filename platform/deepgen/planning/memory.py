@@ -26,7 +26,6 @@ FP32 = 4
 BUCKET = 4 * 500_000_000  # DeepSpeed's default reduce_bucket_size and allgather_bucket_size, allocated in full
 LIVE = 1_000_000_000  # stage3_max_live_parameters: the most parameters that ZeRO-3 keeps gathered
 PREFETCH = 50_000_000  # stage3_prefetch_bucket_size: parameters that ZeRO-3 gathers ahead
-PERSISTENT = 100_000  # stage3_param_persistence_threshold: smaller parameters stay whole
 
 
 def usable(gpu_gib: int) -> int:

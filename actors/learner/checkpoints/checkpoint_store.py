@@ -232,7 +232,7 @@ class CheckpointStore:
 
 def check_shards(folder: Path, rank: int, world: int) -> None:
     """Raise UserError on all ranks if a file has changed since it was written. Collective: one rank reads each file."""
-    from actors.learner.checkpoint_shards import is_as_written
+    from actors.learner.checkpoints.checkpoint_shards import is_as_written
     from actors.learner.collectives import gather
 
     files = sorted(folder.glob("*.safetensors"))

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from actors.learner import checkpoint_store as checkpoints
-from actors.learner.checkpoint_store import CheckpointStore
+from actors.learner.checkpoints import checkpoint_store as checkpoints
+from actors.learner.checkpoints.checkpoint_store import CheckpointStore
 from deepgen.config import UserError, load_settings
 from tests.helpers.learner_workers import ROOT, run_workers
 from tests.helpers.toy import start, toy_run

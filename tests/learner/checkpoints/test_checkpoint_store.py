@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from actors.learner.checkpoint_shards import write_shard
-from actors.learner.checkpoint_store import MANIFEST, CheckpointStore, check_shards, fingerprint
+from actors.learner.checkpoints.checkpoint_shards import write_shard
+from actors.learner.checkpoints.checkpoint_store import MANIFEST, CheckpointStore, check_shards, fingerprint
 from deepgen.config import UserError, load_settings
 
 
