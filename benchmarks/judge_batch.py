@@ -1,6 +1,6 @@
-"""The cost of judge scores that do not depend on the batch (`rewards.judge.batch_invariant`).
+"""The cost of judge scores that do not depend on the batch (`rewards.judge.batch_size=1`).
 
-Ours: the tiny world's judge with that option. Floor: the same judge, which lets vLLM batch as it likes. Both score the
+Ours: the tiny world's judge with that setting. Floor: the same judge with the default batch size. Both score the
 same images, in reward pools as in a run. The table also says by how much the floor's scores move when the same images
 come in another batch.
 """
@@ -41,10 +41,10 @@ async def _measure(weights: Path, repeats: int) -> Result:
     records = [record for record in read_records(settings.data.heldout) if isinstance(record.image, bytes)][:IMAGES]
     requests = [RewardRequest(r.prompt, r.answer, r.task, decode_image(r.image or b"")) for r in records]
     options = settings.rewards.pools["judge"].model_dump()
-    batched, invariant = (
-        RewardPool(make_pool("judge", options | {"batch_invariant": wanted}), cache_size=0) for wanted in (False, True)
+    batched, single = (
+        RewardPool(make_pool("judge", options | {"batch_size": size}), cache_size=0) for size in (IMAGES, 1)
     )
-    await asyncio.gather(batched.start(), invariant.start())
+    await asyncio.gather(batched.start(), single.start())
     moved = np.abs(await _scores(batched, requests, IMAGES) - await _scores(batched, requests, 5)).max()
     loop = asyncio.get_running_loop()
 
@@ -54,15 +54,15 @@ async def _measure(weights: Path, repeats: int) -> Result:
     # In a thread: the pools need this one's event loop meanwhile.
     result = await asyncio.to_thread(
         compare,
-        "judge, batch_invariant",
+        "judge, batch_size 1",
         f"{len(requests)} images; batches of 5 instead of {IMAGES} move the floor's scores by up to {moved:.0e}",
         len(requests),
-        lambda: scored_by(invariant),
+        lambda: scored_by(single),
         lambda: scored_by(batched),
         repeats,
     )
     batched.stop()
-    invariant.stop()
+    single.stop()
     return result
 
 

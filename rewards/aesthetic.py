@@ -23,19 +23,15 @@ class AestheticReward:
 
     class Options(PoolSettings):
         path: InputPath = setting("weights/aesthetic", "Folder of the aesthetic model.")
-        batch_invariant: bool = setting(False, "Score images one by one, so that no score depends on its batch.")
 
     def __init__(self, options: Options) -> None:
         from rewards.aesthetic_head import AestheticPredictor
 
-        self._together = 1 if options.batch_invariant else options.batch_size
         self.predictor = AestheticPredictor(options.path, options.batch_size, key=options.dotted("path"))
 
     def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
         """One score in 0..1 per request."""
         if not requests:
             return []
-        images = [request.image for request in requests]
-        chunks = [images[start : start + self._together] for start in range(0, len(images), self._together)]
-        raw = [value for chunk in chunks for value in self.predictor.predict(chunk)]
+        raw = self.predictor.predict([request.image for request in requests])
         return [(min(max(value, LOWEST), HIGHEST) - LOWEST) / (HIGHEST - LOWEST) for value in raw]

@@ -87,5 +87,8 @@ class AestheticPredictor:
     @torch.inference_mode()
     def predict(self, images: Sequence[np.ndarray]) -> list[float]:
         """The head's raw score of each uint8 [H, W, 3] image."""
-        scores: list[float] = self.head(self.encoder.embed_images(images)).tolist()
+        scores: list[float] = []
+        for start in range(0, len(images), self.encoder.batch_size):
+            features = self.encoder.embed_images(images[start : start + self.encoder.batch_size])
+            scores += self.head(features).tolist()
         return scores

@@ -13,13 +13,11 @@ class ClipReward:
 
     class Options(PoolSettings):
         path: InputPath = setting("weights/clip", "Folder of the CLIP model.")
-        batch_invariant: bool = setting(False, "Encode images one by one, so that no score depends on its batch.")
 
     def __init__(self, options: Options) -> None:
         from rewards.clip_encoder import ClipEncoder
 
-        batch_size = 1 if options.batch_invariant else options.batch_size
-        self.encoder = ClipEncoder(options.path, batch_size, key=options.dotted("path"))
+        self.encoder = ClipEncoder(options.path, options.batch_size, key=options.dotted("path"))
 
     @staticmethod
     def applies(request: RewardRequest) -> bool:

@@ -77,16 +77,11 @@ class JudgeReward:
         gpu_memory_share: float = setting(
             0.85, "Share of a GPU's memory that vLLM takes; less where a GPU is shared.", gt=0, le=1
         )
-        batch_invariant: bool = setting(
-            False,
-            "Scores depend on image and prompt alone, not on what else vLLM batches with them, so two runs of one seed "
-            "agree to the bit. On a CPU images are then scored one by one.",
-        )
 
     def __init__(self, options: Options) -> None:
         self._pool, self._key = options.pool_name, options.dotted("path")
         folder = existing_folder(self._key, options.path, "config.json")
-        _prepare_process(batch_invariant=options.batch_invariant)
+        _prepare_process()
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
         model_type = AutoConfig.from_pretrained(folder).model_type
@@ -136,7 +131,7 @@ class JudgeReward:
         return int(ids[0])
 
 
-def _prepare_process(*, batch_invariant: bool) -> None:
+def _prepare_process() -> None:
     """Set the environment variables vLLM reads on import. Variables that are already set keep their value."""
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine in this process: dies with its actor, starts faster
@@ -148,10 +143,6 @@ def _prepare_process(*, batch_invariant: bool) -> None:
     }
     for key, value in wanted.items():
         os.environ.setdefault(key, value)
-    import torch  # after its log level is set
-
-    if batch_invariant and torch.cuda.is_available():
-        os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")  # GPU kernels only; `_engine` does without on a CPU
     # On a CPU this logger reports a missing Triton at every start, before vLLM applies the level above.
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
@@ -171,8 +162,7 @@ def _engine(folder: Path, options: JudgeReward.Options, max_pixels: int) -> Any:
         model=str(folder),
         distributed_executor_backend="uni",
         max_model_len=max_pixels // PATCH**2 + PROMPT_TOKENS + 1,
-        # A CPU's matrix kernels round differently at another batch size, which is enough to change a run's bits.
-        max_num_seqs=1 if options.batch_invariant and not on_gpu else options.batch_size,
+        max_num_seqs=options.batch_size,
         limit_mm_per_prompt={"image": 1, "video": 0},
         # `judge_image` has already resized the image; this keeps the processor from rounding its sides again.
         mm_processor_kwargs={"size": {"shortest_edge": PATCH**2, "longest_edge": max_pixels}},

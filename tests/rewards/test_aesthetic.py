@@ -97,7 +97,7 @@ def test_a_clip_saved_in_bf16_serves_a_head_in_fp32(folder: Path, tmp_path: Path
     np.testing.assert_allclose(scores, wanted, atol=0.01)
 
 
-def test_batch_invariant_scores_do_not_depend_on_the_batch(folder: Path) -> None:
-    reward, asked = aesthetic(folder, batch_invariant=True), requests(7)
+def test_with_a_batch_size_of_1_scores_do_not_depend_on_others(folder: Path) -> None:
+    reward, asked = aesthetic(folder, batch_size=1), requests(7)
     alone = [reward.score([one])[0] for one in asked]
     assert reward.score(asked) == reward.score(asked[::-1])[::-1] == alone  # to the bit

@@ -113,8 +113,8 @@ def test_unusable_folders_are_refused(tmp_path: Path) -> None:
         clip_reward(make_clip_folder(tmp_path / "endless", end_token=False))
 
 
-def test_batch_invariant_scores_do_not_depend_on_the_batch(folder: Path) -> None:
-    reward = clip_reward(folder, batch_invariant=True)
+def test_with_a_batch_size_of_1_scores_do_not_depend_on_others(folder: Path) -> None:
+    reward = clip_reward(folder, batch_size=1)
     asked = [request(image, f"a red apple number {n % 3}") for n, image in enumerate(pictures(7))]
     alone = [reward.score([one])[0] for one in asked]
     assert reward.score(asked) == reward.score(asked[::-1])[::-1] == alone  # to the bit

@@ -123,13 +123,13 @@ def test_probability_of_yes_equals_that_of_transformers(ray_local: ModuleType, t
 @pytest.mark.ray
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_batch_invariant_scores_do_not_depend_on_the_batch(ray_local: ModuleType, tmp_path: Path) -> None:
+def test_with_a_batch_size_of_1_scores_do_not_depend_on_others(ray_local: ModuleType, tmp_path: Path) -> None:
     folder = make_judge_folder(tmp_path / "judge")
     noise = np.random.default_rng(1).integers(0, 256, (6, 112, 112, 3), dtype=np.uint8)
     requests = [RewardRequest("", answer, "t2i", image) for answer, image in zip([RED, GREEN] * 3, noise, strict=True)]
 
     async def score() -> list[list[float | None]]:
-        settings = {"path": str(folder), "batch_size": 16, "deadline_s": 120.0, "batch_invariant": True}
+        settings = {"path": str(folder), "batch_size": 1, "deadline_s": 120.0}
         pool = RewardPool(make_pool("judge", settings), cache_size=0)
         await pool.start()
         together = (await pool.score(requests)).values
