@@ -98,7 +98,9 @@ class ExperienceStream:
         policy = await self._policy(self._version_of(step))
         clock = StepClock()
         groups = await asyncio.gather(*(self._make_group(group, policy, clock) for group in self._groups(step)))
-        return self._split(groups, self._advantages(groups), clock)
+        reward_weights = np.stack([self._rewards.weights(group.record) for group in groups])  # [groups, K]
+        advantages = self._advantages(groups, reward_weights)
+        return self._split(groups, reward_weights, advantages, clock)
 
     async def _make_group(self, asked: Group, policy: PolicyWeights | None, clock: StepClock) -> Group:
         clock.begun()
@@ -117,7 +119,7 @@ class ExperienceStream:
         scores = await self._rewards.score([(drawn.record, image) for image in drawn.images])
         return replace(drawn, images=None, scores=scores)
 
-    def _advantages(self, groups: Sequence[Group]) -> AdvantageResult:
+    def _advantages(self, groups: Sequence[Group], reward_weights: np.ndarray) -> AdvantageResult:
         """Advantages over all groups of the step together, so that they do not depend on the number of ranks."""
         import torch
 
@@ -126,26 +128,26 @@ class ExperienceStream:
         algorithm, world = self._settings.algorithm, self._settings.train.workers
         scores = stacked_scores(groups)  # [groups, G, K]
         size, rewards = scores.shape[1:]
-        weights = np.stack([self._rewards.weights(group.record) for group in groups])  # [groups, K]
         return group_advantages(
             algorithm.advantage,
             torch.from_numpy(scores.reshape(-1, rewards)),
-            torch.from_numpy(np.repeat(weights, size, axis=0)),
+            torch.from_numpy(np.repeat(reward_weights, size, axis=0)),
             torch.arange(len(groups)).repeat_interleave(size),
             whiten=algorithm.whiten,
             rank_ids=(torch.arange(len(groups)) % world).repeat_interleave(size),
             clip=algorithm.advantage_clip,
         )
 
-    def _split(self, groups: Sequence[Group], result: AdvantageResult, clock: StepClock) -> list[RankBatch]:
+    def _split(
+        self, groups: Sequence[Group], reward_weights: np.ndarray, result: AdvantageResult, clock: StepClock
+    ) -> list[RankBatch]:
         """Deal the groups out to the ranks in turn; every rank gets equally many."""
         advantages = result.advantages.reshape(len(groups), -1).numpy()
         ready = [
             replace(group, record=replace(group.record, image=None, references=()), advantages=row.copy())
             for group, row in zip(groups, advantages, strict=True)
         ]
-        weights = np.stack([self._rewards.weights(group.record) for group in groups])
-        metrics, tally = step_metrics(groups, weights, self._rewards.names, result)
+        metrics, tally = step_metrics(groups, reward_weights, self._rewards.names, result)
         metrics |= clock.metrics(stacked_scores(groups)[..., 0].size) | self._rewards.counters()
         metrics |= {"time/sync_s": self._sync_seconds, "rollout/restarts": float(self._fleet.restarts)}
         world = self._settings.train.workers

@@ -265,10 +265,11 @@ def test_a_fleet_that_is_gone_says_so(ray_local: ModuleType) -> None:
 # -- state -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_restored_stream_goes_on_with_the_next_prompts(
-    ray_local: ModuleType, world: Path, rollouts: dict[str, Any]
-) -> None:
-    settings = make_settings(world)
+def whole_and_resumed(
+    world: Path, rollouts: dict[str, Any], *more: str, republished: range
+) -> tuple[RankBatch, RankBatch, dict[str, Any]]:
+    """Step 2 of a stream, the same step of one restored before it, and the state it was restored from."""
+    settings = make_settings(world, *more)
     weights = [publish_weights(version, policy(world, 1 + version / 100)) for version in range(3)]
 
     async def whole(stream: ExperienceStream) -> tuple[RankBatch, dict[str, Any]]:
@@ -282,12 +283,19 @@ def test_a_restored_stream_goes_on_with_the_next_prompts(
 
     async def resumed(stream: ExperienceStream) -> RankBatch:
         await stream.restore(json.loads(json.dumps(state)))
-        await stream.publish(weights[2])
+        for version in republished:
+            await stream.publish(weights[version])
         return await stream.next_batch(2, 0, 1)
 
     expected, state = run(settings, rollouts, whole)
+    return expected, run(settings, rollouts, resumed, resume=True), state
+
+
+def test_a_restored_stream_goes_on_with_the_next_prompts(
+    ray_local: ModuleType, world: Path, rollouts: dict[str, Any]
+) -> None:
+    expected, batch, state = whole_and_resumed(world, rollouts, republished=range(2, 3))
     assert state["cursor"] == {"group": 4, "epoch": 0, "position": 4}
-    batch = run(settings, rollouts, resumed, resume=True)
     assert numbers(batch) == numbers(expected) == [4, 5]
     assert_same(arrays(ray_local, batch), arrays(ray_local, expected))
     assert batch.metrics["reward/aesthetic"] == expected.metrics["reward/aesthetic"]
@@ -297,26 +305,8 @@ def test_a_restored_stale_stream_draws_with_the_version_before(
     ray_local: ModuleType, world: Path, rollouts: dict[str, Any]
 ) -> None:
     """At max_staleness 1, step 2 is drawn with version 1. The learner publishes it again out of the checkpoint."""
-    settings = make_settings(world, "experience.max_staleness=1")
-    weights = [publish_weights(version, policy(world, 1 + version / 100)) for version in range(3)]
-
-    async def whole(stream: ExperienceStream) -> tuple[RankBatch, dict[str, Any]]:
-        await stream.begin()
-        for version in (0, 1):
-            await stream.publish(weights[version])
-            await stream.next_batch(version, 0, 1)
-        await stream.publish(weights[2])
-        state = await stream.state(2)
-        return await stream.next_batch(2, 0, 1), state
-
-    async def resumed(stream: ExperienceStream) -> RankBatch:
-        await stream.restore(json.loads(json.dumps(state)))
-        for version in (1, 2):
-            await stream.publish(weights[version])
-        return await stream.next_batch(2, 0, 1)
-
-    expected, state = run(settings, rollouts, whole)
-    batch = run(settings, rollouts, resumed, resume=True)
+    stale = "experience.max_staleness=1"
+    expected, batch, _ = whole_and_resumed(world, rollouts, stale, republished=range(1, 3))
     assert {group.version for group in (*expected.groups, *batch.groups)} == {1}
     assert numbers(batch) == numbers(expected) == [4, 5]
     assert_same(arrays(ray_local, batch), arrays(ray_local, expected))
