@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 
 from actors.experience.stream import version_of
@@ -19,6 +20,7 @@ from actors.objectives.record_source import MixtureSource
 from deepgen.data.loading.collate import MicroBatch
 
 _ANSWER_MARGIN_S = 60.0  # lets the stream's own error, which says more, arrive first
+_LOOK_S = 0.2  # between looks at the publisher while a batch is waited for
 _POLICY = "policy"  # prefix of the files that hold earlier policy versions in a checkpoint
 
 
@@ -42,11 +44,7 @@ class ExperienceSource:
         self._published: dict[int, PolicyWeights] = {}  # rank 0: versions that later steps are drawn with, and the last
 
     def next(self, step: int, rank: int, world: int) -> RLBatch:
-        import ray
-
-        if self._publishing is not None and self._publishing.done():
-            self._finish_publishing()
-        batch: RankBatch = self._ask(self._stream.next_batch.remote(step, rank, world))
+        batch: RankBatch = self._ask_while_publishing(self._stream.next_batch.remote(step, rank, world))
         self._metrics = dict(batch.metrics)
         fetched = ray.get([group.trajectory for group in batch.groups], timeout=self._deadline_s)
         groups = [replace(group, trajectory=arrays) for group, arrays in zip(batch.groups, fetched, strict=True)]
@@ -121,9 +119,16 @@ class ExperienceSource:
         if self._auxiliary:
             self._auxiliary.close()
 
-    def _ask(self, reference: Any) -> Any:
-        import ray
+    def _ask_while_publishing(self, reference: Any) -> Any:
+        """The stream's answer. It may wait for the version under way, so an error of the publisher ends the wait."""
+        while self._publishing is not None:
+            if self._publishing.done():
+                self._finish_publishing()
+            elif ray.wait([reference], timeout=_LOOK_S)[0]:
+                break
+        return self._ask(reference)
 
+    def _ask(self, reference: Any) -> Any:
         return ray.get(reference, timeout=self._deadline_s)
 
 

@@ -75,6 +75,26 @@ def test_what_went_wrong_comes_up_in_the_next_call(publishing: Publishing, tmp_p
     source.close()
 
 
+def test_an_error_of_the_publisher_ends_the_wait_for_a_batch(
+    publishing: Publishing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch needs the version that failed: without this the learner would wait until its deadline."""
+    source = make_source()
+    source._stream.next_batch = SimpleNamespace(remote=lambda *_: "never")
+    publishing.error = ZeroDivisionError("an actor refused the weights")
+    source.publish(lambda: {"w": torch.ones(3)}, 1)
+
+    def wait(references: list[str], timeout: float) -> tuple[list[str], list[str]]:
+        assert references == ["never"]
+        publishing.allowed.set()  # it fails while the batch is waited for
+        return [], references
+
+    monkeypatch.setattr(experience_source.ray, "wait", wait)
+    with pytest.raises(ZeroDivisionError, match="refused"):
+        source.next(1, 0, 1)
+    source.close()
+
+
 def test_a_checkpoint_holds_the_versions_of_the_next_steps(
     publishing: Publishing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
