@@ -25,23 +25,9 @@ from deepgen.data.images import decode_image
 from deepgen.data.records import Record
 from deepgen.diffusion.schedule import rollout_sigmas
 from deepgen.models.dit import DeepGenTransformer
+from deepgen.models.presets import PRESETS
 from stages.base.training import MODEL, load_split, to_float, training_steps, update_ema
 
-CONFIG = {
-    "sample_size": 16,
-    "patch_size": 2,
-    "in_channels": 8,
-    "out_channels": 8,
-    "num_layers": 6,
-    "attention_head_dim": 48,
-    "num_attention_heads": 4,
-    "joint_attention_dim": 192,
-    "caption_projection_dim": 192,
-    "pooled_projection_dim": 192,
-    "pos_embed_max_size": 16,
-    "dual_attention_layers": (0,),
-    "qk_norm": "rms_norm",
-}
 WORDS_LEARNED = 4500  # steps; the DiT draws words correctly long before rare objects
 SHIFT = 1.5  # shift of the training times towards noise; 16 x 16 latents need less than 64 x 64
 
@@ -171,7 +157,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL / "tokenizer")
     vae = AutoencoderKL.from_pretrained(MODEL / "vae").eval()
     lesson = Lesson(load_split("train"), vae, tokenizer, args.start)
-    dit, encoder = DeepGenTransformer(**CONFIG), PromptEncoder(len(tokenizer))
+    dit, encoder = DeepGenTransformer(**PRESETS["tiny"].transformer), PromptEncoder(len(tokenizer))
     if args.start:
         dit = DeepGenTransformer.from_pretrained(args.out / "transformer")
         encoder.load_state_dict(torch.load(args.sheets / "prompt_encoder.pt", weights_only=True))

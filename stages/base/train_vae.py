@@ -15,21 +15,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
+from deepgen.models.presets import PRESETS
 from stages.base.training import MODEL, load_split, to_float, training_steps, unique_pictures, update_ema
-
-CONFIG = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ("DownEncoderBlock2D",) * 3,
-    "up_block_types": ("UpDecoderBlock2D",) * 3,
-    "block_out_channels": (16, 32, 64),
-    "layers_per_block": 1,
-    "latent_channels": 8,
-    "norm_num_groups": 8,
-    "sample_size": 64,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
 
 
 def loss_fn(vae: AutoencoderKL, x: torch.Tensor, kl_weight: float) -> torch.Tensor:
@@ -71,7 +58,7 @@ def main() -> None:
     pictures = unique_pictures(load_split("train"))
     images, p = to_float(pictures.images), pictures.weights(0.25)
     held = to_float(unique_pictures(load_split("heldout")).images)
-    vae = AutoencoderKL.from_pretrained(args.out) if args.decoder else AutoencoderKL(**CONFIG)
+    vae = AutoencoderKL.from_pretrained(args.out) if args.decoder else AutoencoderKL(**PRESETS["tiny"].vae)
     vae.encoder.requires_grad_(not args.decoder)
     trained = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)

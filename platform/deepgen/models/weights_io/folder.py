@@ -29,7 +29,7 @@ from deepgen.models.bridge import Bridge
 from deepgen.models.dit import DeepGenTransformer
 from deepgen.models.presets import PRESETS, Architecture
 from deepgen.models.vlm import LoraSettings, lora_parameters
-from deepgen.models.weights_io.layout_reader import open_safetensors
+from deepgen.models.weights_io.layout_reader import open_safetensors, read_json
 
 BRIDGE_WEIGHTS = "bridge.safetensors"
 LORA_FOLDER = "vlm_lora"
@@ -68,15 +68,9 @@ def read_architecture(folder: Path, preset: str | None = None) -> Architecture:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"model.weights: {path} does not exist; a component folder is expected") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: an object was expected, not {type(config).__name__}")
-    return config
+    if not path.exists():
+        raise UserError(f"model.weights: {path} does not exist; a component folder is expected")
+    return read_json(path)
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
