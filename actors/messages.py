@@ -39,7 +39,7 @@ class Group:
     trajectory: Filled = None  # Ray reference to the arrays of `pack_samples`; the learner puts the arrays here
     # set after scoring
     scores: Filled = None  # float32 [G, K], NaN where missing or not asked for
-    # computed over all groups of the step
+    # computed over all groups of the step; in a group that arrives alone, its own part of them
     advantages: Filled = None  # float32 [G]
 
     def __str__(self) -> str:
@@ -48,11 +48,17 @@ class Group:
 
 @dataclass(frozen=True)
 class RankBatch:
-    """One rank's share of a step, and the metrics of the whole step. Stream → learner."""
+    """One rank's share of a step, and the metrics of the whole step. Stream → learner.
+
+    For a rank that has had the groups one by one already: `factor` whitens them, and `clamped` is the largest number of
+    groups with clamped advantages that a rank has.
+    """
 
     groups: tuple[Group, ...]
     metrics: dict[str, float]
     tally: dict[str, tuple[int, int, float]]  # reward -> number of scores, missing, sum of scores
+    factor: float = 1.0
+    clamped: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -57,7 +57,8 @@ class ExperienceStream:
         self._policies: dict[int, PolicyWeights | None] = {} if resume else {0: None}
         self._published = asyncio.Condition()
         self._next_step = 0  # first step that no rank has fetched yet
-        self._steps: dict[int, asyncio.Task[list[RankBatch]]] = {}
+        self._steps: dict[int, _Step] = {}
+        self._overlap = settings.overlap()
         self._statistics: dict[str, list[float]] = {}  # the `Tally` of the whole run
         self._sync_seconds = 0.0
 
@@ -87,22 +88,30 @@ class ExperienceStream:
         if world != self._settings.train.workers:
             raise ValueError(f"{world} ranks ask for batches that were planned for {self._settings.train.workers}")
         self._consume(step)
-        batch = (await self._in_time(step))[rank]
+        batch: RankBatch = (await self._in_time(self._steps[step].batches, f"batch of step {step}"))[rank]
         if rank == 0:
             for name, counts in batch.tally.items():
                 before = self._statistics.get(name, [0, 0, 0.0])
                 self._statistics[name] = [a + b for a, b in zip(before, counts, strict=True)]
         return batch
 
-    async def make_step(self, step: int) -> list[RankBatch]:
-        policy = await self._policy(self._version_of(step))
-        clock = StepClock()
-        groups = await asyncio.gather(*(self._make_group(group, policy, clock) for group in self._groups(step)))
-        reward_weights = np.stack([self._rewards.weights(group.record) for group in groups])  # [groups, K]
-        advantages = self._advantages(groups, reward_weights)
-        return self._split(groups, reward_weights, advantages, clock)
+    async def next_group(self, step: int, position: int) -> Group:
+        """Group `position` of a step as soon as it is scored, with its own part of the advantages."""
+        self._consume(step)
+        group = await self._in_time(self._steps[step].groups[position], f"group {position} of step {step}")
+        clip = None if self._overlap.held else self._settings.algorithm.advantage_clip
+        alone = self._advantages([group], self._reward_weights([group]), whiten="none", clip=clip)
+        return _for_learner(group, alone.advantages.numpy())
 
-    async def _make_group(self, asked: Group, policy: PolicyWeights | None, clock: StepClock) -> Group:
+    async def make_step(self, groups: Sequence[asyncio.Task[Group]], clock: StepClock) -> list[RankBatch]:
+        scored = await asyncio.gather(*groups)
+        reward_weights = self._reward_weights(scored)
+        algorithm = self._settings.algorithm
+        advantages = self._advantages(scored, reward_weights, whiten=algorithm.whiten, clip=algorithm.advantage_clip)
+        return self._split(scored, reward_weights, advantages, clock)
+
+    async def _make_group(self, asked: Group, clock: StepClock) -> Group:
+        policy = await self._policy(self._version_of(asked.step))
         clock.begun()
         drawn = await self._generate(asked, policy)
         clock.sampled()
@@ -119,8 +128,14 @@ class ExperienceStream:
         scores = await self._rewards.score([(drawn.record, image) for image in drawn.images])
         return replace(drawn, images=None, scores=scores)
 
-    def _advantages(self, groups: Sequence[Group], reward_weights: np.ndarray) -> AdvantageResult:
-        """Advantages over all groups of the step together, so that they do not depend on the number of ranks."""
+    def _reward_weights(self, groups: Sequence[Group]) -> np.ndarray:
+        """Weights of the K rewards, float32 [groups, K]."""
+        return np.stack([self._rewards.weights(group.record) for group in groups])
+
+    def _advantages(
+        self, groups: Sequence[Group], reward_weights: np.ndarray, *, whiten: str, clip: float | None
+    ) -> AdvantageResult:
+        """Advantages over all of these groups together: for a step, they do not depend on the number of ranks."""
         import torch
 
         from deepgen.algorithms.advantages import group_advantages
@@ -133,9 +148,9 @@ class ExperienceStream:
             torch.from_numpy(scores.reshape(-1, rewards)),
             torch.from_numpy(np.repeat(reward_weights, size, axis=0)),
             torch.arange(len(groups)).repeat_interleave(size),
-            whiten=algorithm.whiten,
+            whiten=whiten,
             rank_ids=(torch.arange(len(groups)) % world).repeat_interleave(size),
-            clip=algorithm.advantage_clip,
+            clip=clip,
         )
 
     def _split(
@@ -143,15 +158,17 @@ class ExperienceStream:
     ) -> list[RankBatch]:
         """Deal the groups out to the ranks in turn; every rank gets equally many."""
         advantages = result.advantages.reshape(len(groups), -1).numpy()
-        ready = [
-            replace(group, record=replace(group.record, image=None, references=()), advantages=row.copy())
-            for group, row in zip(groups, advantages, strict=True)
-        ]
+        ready = [_for_learner(group, row.copy()) for group, row in zip(groups, advantages, strict=True)]
         metrics, tally = step_metrics(groups, reward_weights, self._rewards.names, result)
         metrics |= clock.metrics(stacked_scores(groups)[..., 0].size) | self._rewards.counters()
         metrics |= {"time/sync_s": self._sync_seconds, "rollout/restarts": float(self._fleet.restarts)}
-        world = self._settings.train.workers
-        return [RankBatch(tuple(ready[rank::world]), metrics, tally) for rank in range(world)]
+        world, factor, clamped = self._settings.train.workers, 1.0, 0
+        if self._overlap.held:
+            factor = result.factor
+            limit = self._settings.algorithm.advantage_clip
+            over = [bool((np.abs(row) >= limit).any()) for row in advantages]
+            clamped = max(sum(over[rank::world]) for rank in range(world))
+        return [RankBatch(tuple(ready[rank::world]), metrics, tally, factor, clamped) for rank in range(world)]
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
@@ -174,8 +191,13 @@ class ExperienceStream:
         for step in range(self._next_step, self._settings.train.steps):
             if self._version_of(step) not in self._policies:
                 break
-            if step not in self._steps:
-                self._steps[step] = asyncio.create_task(self.make_step(step))
+            self._begin_step(step)
+
+    def _begin_step(self, step: int) -> None:
+        if step not in self._steps:
+            clock = StepClock()
+            groups = [asyncio.create_task(self._make_group(group, clock)) for group in self._groups(step)]
+            self._steps[step] = _Step(groups, asyncio.create_task(self.make_step(groups, clock)))
 
     def _forget_policies(self) -> None:
         """Let go of versions that no step is drawn with any more. A step that a rank has asked for may still be."""
@@ -183,22 +205,21 @@ class ExperienceStream:
         self._policies = {v: p for v, p in self._policies.items() if v >= oldest or v == self._version}
 
     def _consume(self, step: int) -> None:
-        if step not in self._steps:
-            self._steps[step] = asyncio.create_task(self.make_step(step))
+        self._begin_step(step)
         for done in [number for number in self._steps if number < step]:
             del self._steps[done]  # every rank has it: a rank asks for a step after updating on the one before
         self._next_step = step + 1
         self._forget_policies()
 
-    async def _in_time(self, step: int) -> list[RankBatch]:
+    async def _in_time(self, task: asyncio.Task[Any], what: str) -> Any:
         deadline, begin = self._settings.experience.deadline_s, time.monotonic()
         try:
-            return await asyncio.wait_for(asyncio.shield(self._steps[step]), deadline)
+            return await asyncio.wait_for(asyncio.shield(task), deadline)
         except TimeoutError as error:
             if time.monotonic() - begin < deadline:
                 raise  # not our deadline: a reward pool raised it
             waiting = self._fleet.oldest_call()
-            raise BatchLateError(f"batch of step {step} not ready after {deadline:.0f} s; {waiting}") from error
+            raise BatchLateError(f"{what} not ready after {deadline:.0f} s; {waiting}") from error
 
     # -- policy versions ---------------------------------------------------------------------------------------------
 
@@ -217,9 +238,10 @@ class ExperienceStream:
         return self._sync_seconds
 
     async def _rewind(self, step: int) -> None:
-        for task in self._steps.values():
+        tasks = [task for under_way in self._steps.values() for task in (*under_way.groups, under_way.batches)]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._steps.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._steps, self._next_step = {}, step
         self._policies, self._version = {}, None
 
@@ -283,6 +305,18 @@ class ExperienceStream:
         check_state(self._settings, self._prompts.records, state)
         await self._rewind(state["step"])
         self._statistics = state["rewards"]
+
+
+class _Step(NamedTuple):
+    """A step under way: its groups, in the order in which the learner takes them, and what comes of them all."""
+
+    groups: list[asyncio.Task[Group]]
+    batches: asyncio.Task[list[RankBatch]]
+
+
+def _for_learner(group: Group, advantages: np.ndarray) -> Group:
+    """The group without its record's pictures, which the learner does not need."""
+    return replace(group, record=replace(group.record, image=None, references=()), advantages=advantages)
 
 
 def version_of(step: int, max_staleness: int) -> int:

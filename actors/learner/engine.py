@@ -80,6 +80,7 @@ class TrainingEngine:
             fused=train.offload_optimizer or None,
         )
         self._plain_norm = 0.0
+        self._held: dict[str, Tensor] = {}  # gradients held back, by parameter
         if self.zero_stage == 0:
             # Without ZeRO, DeepSpeed clips but does not report the norm, so we clip here.
             optimizer.register_step_pre_hook(lambda *_: self._clip(train.grad_clip))
@@ -101,6 +102,31 @@ class TrainingEngine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch's loss. The loss is already scaled."""
         self._engine.backward(loss, scale_wrt_gas=False)
+
+    def hold(self, loss: Tensor, *, keep_graph: bool) -> None:
+        """Add the gradient of one micro-batch's loss to those held back until ``release``.
+
+        ``keep_graph``: the same forward has another backward pass to come. Costs one fp32 copy of all gradients, which
+        is this worker's own until then. Not for ZeRO-3, which splits the parameters themselves.
+        """
+        trained = [parameter for _, parameter in self.parameters]
+        gradients = torch.autograd.grad(loss, trained, retain_graph=keep_graph, allow_unused=True)
+        for (name, _), gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if name in self._held:
+                self._held[name].add_(gradient)
+            else:
+                self._held[name] = gradient.detach().clone()
+
+    def release(self, factor: float) -> None:
+        """Add the gradients held back, times ``factor``, to those of this step."""
+        held, self._held = self._held, {}
+        for gradient in held.values():
+            gradient.mul_(factor)
+        pairs = [(parameter, held[name]) for name, parameter in self.parameters if name in held]
+        if pairs:
+            self.backward(self.run(_inner_product, pairs))
 
     def step(self, rate: float) -> float:
         """Average gradients over workers, clip, take one optimizer step, clear. Returns the norm before clipping."""
@@ -191,6 +217,11 @@ class TrainingEngine:
     def _clip(self, limit: float) -> None:
         norm = nn.utils.clip_grad_norm_([parameter for _, parameter in self.parameters], limit)
         self._plain_norm = float(norm)
+
+
+def _inner_product(model: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Sum of parameter * gradient: a loss whose backward pass hands each parameter exactly that gradient."""
+    return torch.stack([(parameter * gradient).sum() for parameter, gradient in pairs]).sum()
 
 
 def _keep_whole(model: nn.Module, name: str) -> None:

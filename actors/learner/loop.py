@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,16 @@ from actors.learner.collectives import gather
 from actors.learner.ema import Ema
 from actors.learner.engine import TrainingEngine
 from actors.learner.lr_schedule import learning_rate
-from actors.learner.protocols import BatchSource, Metrics, Objective, Parts, StepContext, WorkerContext
+from actors.learner.protocols import (
+    Arriving,
+    BatchSource,
+    HeldLoss,
+    Metrics,
+    Objective,
+    Parts,
+    StepContext,
+    WorkerContext,
+)
 from actors.learner.run_control import stop_requested
 from deepgen.errors import UserError
 from deepgen.seeds import stable_seed
@@ -105,6 +114,8 @@ class TrainingLoop:
             metrics = update(self.engine, self.objective, batch, self._step_context(step), context.settings)
             if self.ema:
                 self.ema.update(self.engine.parameters, step)
+        if isinstance(batch, Arriving):
+            self.phases.move("update", "wait", batch.waited_s)
         with self.phases("publish"):
             self.source.publish(self.engine.weights, step + 1)
         stop, last = self._stop_requested(), step + 1 == context.settings.train.steps
@@ -159,24 +170,41 @@ def update(
 
     Returns the batch's metrics, reduced over micro-batches and ranks, plus gradient norm and learning rate.
     """
-    _seed(context, "prepare")
-    with torch.no_grad():
-        micro_batches = engine.run(objective.prepare, batch, context)
-    _check_same_count(len(micro_batches), context)
     reported: list[Metrics] = []
-    total = 0.0
-    for number, micro in enumerate(micro_batches):
+    held: list[Metrics] = []
+    total, held_total = 0.0, 0.0
+    for number, micro in enumerate(_micro_batches(engine, objective, batch, context)):
         _seed(context, number)
         loss, metrics = engine.run(objective.loss, micro, context)
-        engine.backward(loss)
-        total += float(loss.detach())
+        if isinstance(loss, HeldLoss):
+            engine.hold(loss.held.loss, keep_graph=loss.now is not None)
+            held_total += float(loss.held.loss.detach())
+            held.append(loss.held.metrics)
+            loss = loss.now
+        if loss is not None:
+            engine.backward(loss)
+            total += float(loss.detach())
         reported.append(metrics)
+    if isinstance(batch, Arriving):
+        engine.release(batch.factor)
+        total += held_total * batch.factor
+        reported += [{name: value * batch.factor for name, value in metrics.items()} for metrics in held]
     if not math.isfinite(total):
         raise FloatingPointError(f"loss of step {context.step} on rank {context.rank} is {total}")
     rate = learning_rate(settings, context.step)
     grad_norm = engine.step(rate)
     reduced = reduce_metrics([*reported, {"loss/total": total}], context.world)
     return reduced | {"train/grad_norm": grad_norm, "train/learning_rate": rate}
+
+
+def _micro_batches(engine: TrainingEngine, objective: Objective, batch: Any, context: StepContext) -> Iterator[Any]:
+    """The micro-batches of a batch, piece by piece if it is still arriving."""
+    for number, piece in enumerate(batch.pieces if isinstance(batch, Arriving) else (batch,)):
+        _seed(context, f"prepare {number}" if number else "prepare")
+        with torch.no_grad():
+            micro_batches = engine.run(objective.prepare, piece, context)
+        _check_same_count(len(micro_batches), context)
+        yield from micro_batches
 
 
 def reduce_metrics(reported: Iterable[Metrics], world: int) -> dict[str, float]:

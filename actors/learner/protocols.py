@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,38 @@ class WorkerContext:
     say: Callable[[str], None]
 
 
+@dataclass
+class Arriving:
+    """A batch that arrives in pieces while the learner works on it; always the same pieces in the same order.
+
+    Each of ``pieces`` is a batch for ``Objective.prepare``. ``factor``, known after the last piece, is what the
+    gradients of every ``HeldLoss`` are multiplied by. ``waited_s``: seconds spent waiting for pieces.
+    """
+
+    pieces: Iterator[Any]
+    factor: float = 1.0
+    waited_s: float = 0.0
+
+
+@dataclass
+class Held:
+    """A loss, and metrics, that still lack the batch's ``factor``."""
+
+    loss: Tensor
+    metrics: Metrics
+
+
+class HeldLoss(NamedTuple):
+    """A loss in two parts, each scaled like a whole one (see ``Objective.loss``).
+
+    ``now`` is complete (None: there is only the other). DeepSpeed looks for losses in tuples and expects a backward
+    pass of its own for each; ``held`` is none of its business, so it is hidden in an object.
+    """
+
+    now: Tensor | None
+    held: Held
+
+
 class BatchSource(Protocol):
     """Gives every rank its batch of a step, and receives new weights.
 
@@ -66,7 +98,7 @@ class BatchSource(Protocol):
     """
 
     def next(self, step: int, rank: int, world: int) -> Any:
-        """This rank's batch for optimizer step ``step``. All ranks must get the same number of micro-batches."""
+        """This rank's batch for optimizer step ``step``, whole or ``Arriving``; equally many micro-batches a rank."""
 
     def publish(self, weights: Callable[[], Weights], version: int) -> None:
         """Receive the weights after ``version`` optimizer steps.
@@ -105,7 +137,7 @@ class Objective(Protocol):
     def prepare(self, model: UnifiedModel, batch: Any, context: StepContext) -> Sequence[Any]:
         """Micro-batches of ``batch``: at least one, and equally many on every rank (checked: ZeRO would hang)."""
 
-    def loss(self, model: UnifiedModel, micro: Any, context: StepContext) -> tuple[Tensor, Metrics]:
+    def loss(self, model: UnifiedModel, micro: Any, context: StepContext) -> tuple[Tensor | HeldLoss, Metrics]:
         """Scalar loss for the backward pass, ALREADY scaled: the sum over micro-batches is the loss of the batch.
 
         Gradients are averaged over ranks, so a mean over the global batch needs no factor for the world size if ranks

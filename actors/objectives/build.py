@@ -31,6 +31,7 @@ def build_rl(context: WorkerContext, stream: Any) -> Parts:
     auxiliary = FlowMatching.for_worker(context) if context.settings.algorithm.sft_coef else None
     records = auxiliary_records(context, auxiliary) if auxiliary else None
     observer = Observer(context, stream, context.tracker) if context.tracker else None
+    context.say(context.settings.overlap().why)
     return Parts(ExperienceSource(context, stream, records), MRGRPO.for_worker(context, auxiliary), observer)
 
 

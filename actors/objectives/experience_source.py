@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 import torch
 
 from actors.experience.stream import version_of
 from actors.experience.weight_sync import fetch_weights, publish_weights
 from actors.learner.checkpoints.checkpoint_shards import ShardReader, write_shard
-from actors.learner.protocols import Weights, WorkerContext
+from actors.learner.protocols import Arriving, Weights, WorkerContext
 from actors.messages import Group, PolicyWeights, RankBatch
 from actors.objectives.record_source import MixtureSource
 from deepgen.data.loading.collate import MicroBatch
@@ -26,10 +28,24 @@ _POLICY = "policy"  # prefix of the files that hold earlier policy versions in a
 
 @dataclass(frozen=True)
 class RLBatch:
-    """One rank's share of a step: samples with their advantages, and records for the auxiliary loss."""
+    """One rank's share of a step, or a piece of it: samples with their advantages, records for the auxiliary loss.
+
+    In pieces, `held` groups come first, with advantages that lack the batch's factor; `share` is their weight in the
+    step. The last piece has `corrections` for groups that came before: what clamping changes (see `_corrections`).
+    """
 
     groups: tuple[Group, ...]  # with the arrays of their trajectories
     records: tuple[MicroBatch, ...]
+    share: float = 1.0
+    held: bool = False
+    corrections: tuple[Correction, ...] = ()
+
+
+class Correction(NamedTuple):
+    """A group whose loss counts again, with `weights` [G]."""
+
+    group: Group
+    weights: np.ndarray
 
 
 class ExperienceSource:
@@ -38,18 +54,50 @@ class ExperienceSource:
     def __init__(self, context: WorkerContext, stream: Any, auxiliary: MixtureSource | None) -> None:
         self._context, self._stream, self._auxiliary = context, stream, auxiliary
         self._deadline_s = context.settings.experience.deadline_s + _ANSWER_MARGIN_S
+        self._overlap = context.settings.overlap()
         self._metrics: dict[str, float] = {}
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._publishing: Future[None] | None = None
         self._published: dict[int, PolicyWeights] = {}  # rank 0: versions that later steps are drawn with, and the last
 
-    def next(self, step: int, rank: int, world: int) -> RLBatch:
+    def next(self, step: int, rank: int, world: int) -> RLBatch | Arriving:
+        if self._overlap.pieces:
+            arriving = Arriving(iter(()))
+            arriving.pieces = self._pieces(arriving, step, rank, world)
+            return arriving
+        batch = self._batch(step, rank, world)
+        return RLBatch(self._fetched(batch.groups), self._records(step, rank, world))
+
+    def _pieces(self, arriving: Arriving, step: int, rank: int, world: int) -> Iterator[RLBatch]:
+        """This rank's groups, each when it is scored; then the records, and the factor for what was held back."""
+        positions = range(rank, self._context.settings.rollout.prompts_per_step, world)
+        groups: list[Group] = []
+        for position in positions:
+            begin = time.monotonic()
+            group: Group = self._ask_while_publishing(self._stream.next_group.remote(step, position))
+            groups += self._fetched([group])
+            arriving.waited_s += time.monotonic() - begin
+            yield RLBatch((groups[-1],), (), share=1 / len(positions), held=self._overlap.held)
+        begin = time.monotonic()
+        batch = self._batch(step, rank, world)
+        arriving.factor = batch.factor
+        records = self._records(step, rank, world)
+        arriving.waited_s += time.monotonic() - begin
+        if records or batch.clamped:
+            yield RLBatch((), records, 1 / len(positions), corrections=_corrections(groups, batch))
+
+    def _batch(self, step: int, rank: int, world: int) -> RankBatch:
         batch: RankBatch = self._ask_while_publishing(self._stream.next_batch.remote(step, rank, world))
         self._metrics = dict(batch.metrics)
-        fetched = ray.get([group.trajectory for group in batch.groups], timeout=self._deadline_s)
-        groups = [replace(group, trajectory=arrays) for group, arrays in zip(batch.groups, fetched, strict=True)]
-        records = self._auxiliary.next(step, rank, world) if self._auxiliary else ()
-        return RLBatch(tuple(groups), tuple(records))
+        return batch
+
+    def _fetched(self, groups: Sequence[Group]) -> tuple[Group, ...]:
+        """The groups with the arrays of their trajectories."""
+        fetched = ray.get([group.trajectory for group in groups], timeout=self._deadline_s)
+        return tuple(replace(group, trajectory=arrays) for group, arrays in zip(groups, fetched, strict=True))
+
+    def _records(self, step: int, rank: int, world: int) -> tuple[MicroBatch, ...]:
+        return tuple(self._auxiliary.next(step, rank, world)) if self._auxiliary else ()
 
     def publish(self, weights: Callable[[], Weights], version: int) -> None:
         """Copy the weights and go on. A thread of rank 0 puts them into the object store and tells the stream.
@@ -130,6 +178,23 @@ class ExperienceSource:
 
     def _ask(self, reference: Any) -> Any:
         return ray.get(reference, timeout=self._deadline_s)
+
+
+def _corrections(held: Sequence[Group], batch: RankBatch) -> tuple[Correction, ...]:
+    """What clamping changes in the loss of groups that were held back: as many on every rank, weighted 0 if too many.
+
+    A held sample's loss ends up in proportion to its advantage before clamping, a. With its clamped advantage c it is
+    c / a of that, so c / a - 1 of it is added.
+    """
+    found = []
+    for group, final in zip(held, batch.groups, strict=True):
+        whitened = group.advantages * np.float32(batch.factor)
+        over = np.abs(whitened) > np.abs(final.advantages)
+        # Both are 0 for a sample without scores.
+        ratio = np.divide(final.advantages, whitened, out=np.ones_like(whitened), where=over)
+        found.append(Correction(replace(group, advantages=whitened), ratio - 1))
+    found.sort(key=lambda correction: float(correction.weights.min()))  # stable; the strongest first
+    return tuple(found[: batch.clamped])
 
 
 def saved_policies(folder: Path) -> list[int]:

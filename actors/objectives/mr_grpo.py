@@ -3,21 +3,29 @@
 (1 - lambda) * (policy loss + beta * KL) + lambda * flow matching (paper Eq. 3-5). The gradients of all trained
 timesteps, of the KL and of the flow-matching loss add up to one optimizer step (the reference takes 61, M3.7).
 
+A batch may come in pieces, group by group (`experience_source`). The policy loss of a piece is then held back until
+the whitening factor of the batch is known; KL and flow matching are not.
+
 Left out: several updates on one batch.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from actors.experience.policy_sampler import unpack_samples
-from actors.learner.protocols import Metrics, StepContext, WorkerContext
+from actors.learner.protocols import Held, HeldLoss, Metrics, StepContext, WorkerContext
+from actors.messages import Group
 from actors.objectives.experience_source import RLBatch
 from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro
-from actors.objectives.policy_losses import PolicyMicro, PolicyTerm
+from actors.objectives.policy_losses import Part, PolicyMicro, PolicyTerm
 from deepgen.config import Settings
 from deepgen.registry import POLICY_LOSSES
 
@@ -46,19 +54,41 @@ class MRGRPO:
     ) -> list[PolicyMicro | FlowMatchingMicro]:
         micros: list[PolicyMicro | FlowMatchingMicro] = []
         for group in batch.groups:
-            samples = unpack_samples(group.trajectory, context.device)
-            micros += self._term.micros(group, samples, context.step, 1 / len(batch.groups))
-        if self._auxiliary:
+            micros += self._micros(group, context, batch.share / len(batch.groups), "held" if batch.held else "whole")
+        for group, weights in batch.corrections:
+            micros += _weighted(self._micros(group, context, batch.share, "correction"), weights)
+        if self._auxiliary and batch.records:
             micros += self._auxiliary.prepare_records(batch.records, context, self._sft_coef)
         return micros
 
+    def _micros(self, group: Group, context: StepContext, share: float, part: Part) -> Iterator[PolicyMicro]:
+        samples = unpack_samples(group.trajectory, context.device)
+        for micro in self._term.micros(group, samples, context.step, share):
+            yield replace(micro, part=part)
+
     def loss(
         self, model: UnifiedModel, micro: PolicyMicro | FlowMatchingMicro, context: StepContext
-    ) -> tuple[Tensor, Metrics]:
+    ) -> tuple[Tensor | HeldLoss, Metrics]:
         if isinstance(micro, FlowMatchingMicro):
             assert self._auxiliary is not None
             loss, metrics = self._auxiliary.loss(model, micro, context)
             names = {"loss/flow_matching": "loss/sft", "data/quarantined_sum": "data/quarantined_sum"}
             return loss, {names[key]: value for key, value in metrics.items() if key in names}
-        loss, metrics = self._term.loss(model.transformer, self._reference, micro, context)
-        return (1 - self._sft_coef) * micro.share * loss, metrics | {"images_sum": micro.images}
+        if micro.part == "correction":  # its KL and its metrics have counted already
+            terms = self._term.loss(model.transformer, None, micro, context)
+            return (1 - self._sft_coef) * micro.share * terms.policy, {}
+        terms = self._term.loss(model.transformer, self._reference, micro, context)
+        scale, metrics = (1 - self._sft_coef) * micro.share, terms.metrics | {"images_sum": micro.images}
+        if micro.part == "held":
+            held = Held(scale * terms.policy, {"loss/policy": metrics.pop("loss/policy")})
+            return HeldLoss(None if terms.kl is None else scale * terms.kl, held), metrics
+        return scale * terms.total, metrics
+
+
+def _weighted(micros: Iterable[PolicyMicro], weights: np.ndarray) -> Iterator[PolicyMicro]:
+    """The micro-batches of one group with a weight for each of its samples, [G]; see `PolicyMicro.split`."""
+    first = 0
+    for micro in micros:
+        own = np.arange(first, first + len(micro.x)) % len(weights)
+        yield replace(micro, weight=torch.tensor(weights[own], device=micro.x.device))
+        first += len(micro.x)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -41,11 +41,15 @@ RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
 KL_TOLERANCE = {"fp32": 1e-8, "bf16": 1e-3}
 
 
+# A micro-batch of a whole batch; of a piece, whose policy loss is held back; of a group that came before, again.
+Part = Literal["whole", "held", "correction"]
+
+
 class PolicyInvariantError(ArithmeticError):
     """The learner's policy is not the one that drew the samples, although it should be."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PolicyMicro:
     """B (noise level, sample) pairs of one group, which share prompt and conditioning."""
 
@@ -58,6 +62,8 @@ class PolicyMicro:
     version: int | None  # version of the policy that drew the samples
     share: float  # weight in the rank's policy loss
     images: float  # its share of the group's images, for images per second
+    weight: Tensor | None = None  # [B] further weights of the samples in the policy loss
+    part: Part = "whole"
 
     @classmethod
     def split(cls, group: Group, samples: Samples, share: float, largest: int, **pairs: Tensor) -> Iterator[Self]:
@@ -101,16 +107,25 @@ class PolicyTerm(Protocol):
     def micros(self, group: Group, samples: Samples, step: int, share: float) -> Iterator[PolicyMicro]:
         """Micro-batches of a group. Together their losses have weight `share` in the rank's policy loss."""
 
-    def loss(
-        self, transformer: Any, reference: Any, micro: Any, context: StepContext
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Policy loss + beta * KL to `reference` (None: no KL), a scalar, and the metrics to log."""
+    def loss(self, transformer: Any, reference: Any, micro: Any, context: StepContext) -> PolicyTerms:
+        """Policy loss and beta * KL to `reference` (None: no KL), and the metrics to log."""
+
+
+class PolicyTerms(NamedTuple):
+    policy: Tensor  # []
+    kl: Tensor | None  # [], with beta
+    metrics: dict[str, float | Tensor]
+
+    @property
+    def total(self) -> Tensor:
+        """Their sum."""
+        return self.policy if self.kl is None else self.policy + self.kl
 
 
 # -- sampler steps and their probabilities (paper Eq. 3) ------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TransitionMicro(PolicyMicro):
     next_x: Tensor  # [B, c, h, w] state after x
     sigma_next: Tensor  # [B]
@@ -138,11 +153,10 @@ class ClippedRatio:
             old_log_prob=torch.cat([step.log_prob for step in steps]),
         )
 
-    def loss(
-        self, transformer: Any, reference: Any, micro: TransitionMicro, context: StepContext
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, transformer: Any, reference: Any, micro: TransitionMicro, context: StepContext) -> PolicyTerms:
         new, log_prob = self._score(transformer, micro)
-        policy = clipped_policy_loss(log_prob, micro.old_log_prob, micro.advantage, self._algorithm.clip_range)
+        clip_range = self._algorithm.clip_range
+        policy = clipped_policy_loss(log_prob, micro.old_log_prob, micro.advantage, clip_range, micro.weight)
         metrics: dict[str, float | Tensor] = {
             "policy/ratio_mean": policy.stats["ratio_mean"],
             "policy/ratio_max": policy.stats["ratio_max"],
@@ -154,10 +168,9 @@ class ClippedRatio:
             with torch.no_grad():
                 old, _ = self._score(reference, micro)
             kl = kl_divergence(self._algorithm.kl, new, old)
-        loss, both = _with_kl(policy.loss, kl, self._algorithm.kl_beta)
-        metrics |= both
-        self._check(micro, metrics, context)
-        return loss, metrics
+        terms = _terms(policy.loss, kl, self._algorithm.kl_beta, metrics)
+        self._check(micro, terms.metrics, context)
+        return terms
 
     def _score(self, transformer: Any, micro: TransitionMicro) -> tuple[PolicyStep, Tensor]:
         """A DiT's prediction for the transitions, and their log-probabilities [B]."""
@@ -190,7 +203,7 @@ class ClippedRatio:
 # -- the forward process of finished samples (DiffusionNFT) ---------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SampleMicro(PolicyMicro):
     x0: Tensor  # [B, c, h, w] finished samples
 
@@ -225,9 +238,7 @@ class NegativeAware:
             sigma=sigma,
         )
 
-    def loss(
-        self, transformer: Any, reference: Any, micro: SampleMicro, context: StepContext
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, transformer: Any, reference: Any, micro: SampleMicro, context: StepContext) -> PolicyTerms:
         v = micro.velocity(transformer)
         policy = negative_aware_loss(
             v,
@@ -244,21 +255,22 @@ class NegativeAware:
             with torch.no_grad():
                 old = micro.velocity(reference)
             kl = kl_velocity(v, old)
-        loss, metrics = _with_kl(policy.loss, kl, self._algorithm.kl_beta)
-        _check_kl(metrics, context, self._settings.model.precision)
-        return loss, metrics | {"policy/positive_share": policy.stats["positive_share"]}
+        metrics = {"policy/positive_share": policy.stats["positive_share"]}
+        terms = _terms(policy.loss, kl, self._algorithm.kl_beta, metrics)
+        _check_kl(terms.metrics, context, self._settings.model.precision)
+        return terms
 
 
 # -- shared by both losses ------------------------------------------------------------------------------------------
 
 
-def _with_kl(policy: Tensor, kl: Tensor | None, beta: float) -> tuple[Tensor, dict[str, float | Tensor]]:
-    """policy + beta * mean(kl) for kl [B], and both terms as metrics; `policy` alone if kl is None."""
-    metrics: dict[str, float | Tensor] = {"loss/policy": policy.detach()}
+def _terms(policy: Tensor, kl: Tensor | None, beta: float, metrics: Metrics) -> PolicyTerms:
+    """policy and beta * mean(kl) for kl [B] (None: no KL), with both as metrics beside the given ones."""
+    logged = {**metrics, "loss/policy": policy.detach()}
     if kl is None:
-        return policy, metrics
+        return PolicyTerms(policy, None, logged)
     mean = kl.mean()
-    return policy + beta * mean, metrics | {"policy/kl": mean.detach(), "loss/kl": beta * mean.detach()}
+    return PolicyTerms(policy, beta * mean, logged | {"policy/kl": mean.detach(), "loss/kl": beta * mean.detach()})
 
 
 def _check_kl(metrics: Metrics, context: StepContext, precision: str) -> None:

@@ -144,6 +144,26 @@ def test_rewards_are_routed_and_a_missing_score_is_not_zero(world: Path, rollout
     assert state["rewards"]["clip"][:2] == [4 * (len(red) - 1), 4]
 
 
+def test_a_group_comes_when_it_is_scored(ray_local: ModuleType, world: Path, rollouts: dict[str, Any]) -> None:
+    """Before its step is complete, with its own part of the advantages; the step then gives the factor for the rest."""
+    settings = make_settings(world, "rollout.prompts_per_step=4", "experience.overlap=on")
+
+    async def scenario(stream: ExperienceStream) -> tuple[list[Group], int, RankBatch]:
+        await stream.begin()
+        first = await stream.next_group(0, 0)
+        missing = sum(not group.done() for group in stream._steps[0].groups)
+        groups = [first, *[await stream.next_group(0, position) for position in (1, 2, 3)]]
+        return groups, missing, await stream.next_batch(0, 0, 1)
+
+    groups, missing, batch = run(settings, rollouts, scenario)
+    assert missing > 0
+    assert [group.number for group in groups] == numbers(batch)
+    for one, whole in zip(groups, batch.groups, strict=True):
+        assert one.trajectory == whole.trajectory
+        np.testing.assert_allclose(one.advantages * batch.factor, whole.advantages, rtol=1e-5, atol=1e-6)
+    assert batch.clamped == 0
+
+
 def test_any_actor_draws_the_same_group(ray_local: ModuleType, world: Path, rollouts: dict[str, Any]) -> None:
     record = read_records(make_settings(world).data.prompts)[2]
     assert record.task == "edit"

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def run_workers(folder: Path, runs: Sequence[dict[str, Any]], *, world: int = 1, exit_code: int = 0) -> str:
     """Train each of ``runs`` in turn on ``world`` workers and wait. Returns the workers' output.
 
-    A run is {"overrides": [...]} plus optional keys: "recipe", "stage" (default: the toy model), "noise" (toy).
+    A run is {"overrides": [...]} plus optional keys: "recipe", "stage" (default: the toy model), "noise" and "pieces"
+    (both toy; pieces: batches arrive in pieces, with losses held back).
     "die_after": n ends the worker abruptly in the step after n steps. "die_writing": n kills it (SIGKILL) when half of
     the n-th checkpoint shard is on disk. "measure": a file name; instead of the usual training, rank 0 writes its
     memory use there (``tests.helpers.memory_states``).
@@ -77,7 +78,7 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
     from actors.learner.checkpoints.checkpoint_store import CheckpointStore
     from actors.learner.loop import train
     from actors.learner.protocols import Parts, WorkerContext
-    from tests.helpers.toy import ToyModel, ToyObjective, ToySource
+    from tests.helpers.toy import ToyHeld, ToyModel, ToyObjective, ToyPieces, ToySource
 
     class Log:
         def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -87,8 +88,9 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
     model: Any = ToyModel()
     tracker: Any = Log() if rank == 0 else None
     context = WorkerContext("rl", settings, model, rank, world, torch.device("cpu"), tracker, print)
-    toy = ToyObjective(run.get("noise", 0.0))
-    parts = Parts(ToySource(), toy, toy)
+    pieces = run.get("pieces", False)
+    toy = (ToyHeld if pieces else ToyObjective)(run.get("noise", 0.0))
+    parts = Parts(ToyPieces() if pieces else ToySource(), toy, toy)
     build = functools.partial(_build, lambda _: parts, run.get("die_after", 0))
     if "die_writing" in run:
         _die_writing(run["die_writing"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from actors.learner.protocols import Arriving, Held, HeldLoss
 from deepgen.config import load_settings
 from deepgen.models.presets import DEEPGEN_5B
 
 WIDTH = 6
 MICRO_BATCHES = 3
+FACTOR = 0.3  # of the losses held back in `ToyHeld`
 STEPS = 6
 TOY = [
     f"train.steps={STEPS}",
@@ -90,6 +92,21 @@ class ToySource:
     def close(self) -> None: ...
 
 
+class ToyPieces(ToySource):
+    """The same batches, one micro-batch at a time, and their losses in two parts (`ToyHeld`)."""
+
+    def next(self, step: int, rank: int, world: int) -> Any:
+        arriving = Arriving(iter(()))
+
+        def pieces() -> Iterator[Any]:
+            for micro in toy_batch(step, rank, world):
+                yield [micro]
+            arriving.factor = FACTOR
+
+        arriving.pieces = pieces()
+        return arriving
+
+
 class ToyObjective:
     """Squared error. Its noise comes from torch's global generator, which the loop seeds."""
 
@@ -116,6 +133,15 @@ class ToyObjective:
         x, y = micro
         error = ((model(x + self.noise * torch.randn_like(x)) - y) ** 2).mean()
         return error / MICRO_BATCHES, {"loss/toy": error.detach(), "images_sum": len(x), "row_max": x.max()}
+
+
+class ToyHeld(ToyObjective):
+    """Three quarters of the error are held back, without their factor."""
+
+    def loss(self, model: Any, micro: tuple[Tensor, Tensor], context: Any) -> tuple[Any, dict[str, Any]]:
+        loss, metrics = super().loss(model, micro, context)
+        late = {"loss/toy": metrics.pop("loss/toy") / FACTOR}
+        return HeldLoss(0.25 * loss, Held(0.75 * loss / FACTOR, late)), metrics
 
 
 # -- runs of it, and what they must come to --------------------------------------------------------------------------

@@ -47,6 +47,32 @@ def test_every_zero_stage_is_plain_training_with_one_step_a_batch(tmp_path: Path
 
 @pytest.mark.processes
 @pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_batch_in_pieces_is_the_same_training(tmp_path: Path, world: int) -> None:
+    """Gradients held back for a factor that is known only at the end, beside others that are not."""
+    runs = [
+        toy_run(
+            tmp_path,
+            f"zero{stage}",
+            f"train.zero_stage={stage}",
+            f"train.workers={world}",
+            "train.ema_decay=0.9",
+            pieces=True,
+        )
+        for stage in (0, 1, 2)
+    ]
+    run_workers(tmp_path, runs, world=world)
+    expected = plain_torch()
+    for stage in (0, 1, 2):
+        check_toy(tmp_path, f"zero{stage}", expected)
+        log = [json.loads(line) for line in (tmp_path / f"zero{stage}.jsonl").read_text().splitlines()][1:]
+        np.testing.assert_allclose([entry["train/grad_norm"] for entry in log], expected.norms, rtol=1e-4)
+        np.testing.assert_allclose([entry["loss/total"] for entry in log], expected.losses, rtol=1e-5)
+        np.testing.assert_allclose([entry["loss/toy"] for entry in log], expected.losses, rtol=1e-5)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     """Bit for bit, with noise from torch's generator. The run ends between two checkpoints or while it writes one.
 

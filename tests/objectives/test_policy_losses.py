@@ -63,7 +63,7 @@ def total(name: str, *more: str) -> Tensor:
     settings, group, samples = make(name, *more)
     term, dit, reference = POLICY_LOSSES[name](settings), Dit(0.5), Dit(0.3)
     for micro in term.micros(group, samples, 3, 0.25):
-        (micro.share * term.loss(dit, reference, micro, CONTEXT)[0]).backward()
+        (micro.share * term.loss(dit, reference, micro, CONTEXT).total).backward()
     assert dit.weight.grad is not None and reference.weight.grad is None
     return dit.weight.grad
 

@@ -67,7 +67,10 @@ def world(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Pat
 
 
 def test_it_learns_what_is_rewarded(world: Path) -> None:
-    """Brightness of held-out images rises; the invariants hold; report, grid and records exist."""
+    """Brightness of held-out images rises; the invariants hold; report, grid and records exist.
+
+    The learner takes the groups one by one, and holds back what whitening scales (KL and auxiliary loss are not).
+    """
     output = finish(
         start(
             world,
@@ -79,6 +82,7 @@ def test_it_learns_what_is_rewarded(world: Path) -> None:
             "rollout.group_size=8",
             "algorithm.update_micro_batch=8",
             "algorithm.clip_range=0.2",
+            "experience.overlap=on",
             *(f"rewards.weights.{task}={{aesthetic: 1.0}}" for task in ("t2i", "edit")),
         )
     )
@@ -87,6 +91,7 @@ def test_it_learns_what_is_rewarded(world: Path) -> None:
     assert rows["aesthetic"]["difference"] > 0
     assert rows["aesthetic"]["low"] > 0
     assert "weighted total" in output
+    assert "the learner starts on each group when it is scored" in output
     assert f"grid:   {folder / 'before-after.png'}" in output
     assert (folder / "before-after.png").stat().st_size > 1000
     assert (folder / "images" / "samples-000002.png").exists()

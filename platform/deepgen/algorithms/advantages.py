@@ -30,6 +30,7 @@ class AdvantageResult:
     missing: Tensor  # [K] int, missing scores among those asked for (weight > 0)
     spread_before: float  # standard deviation of the combined signal before the batch-wide normalisation
     spread_after: float  # standard deviation of the final advantages
+    factor: float  # what whitening multiplies a group's own part with, see `choose_overlap`
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,15 @@ def group_advantages(
     if clip is not None:
         advantages = advantages.clamp(-clip, clip)
     asked = scores.weights != 0
+    spread = _spread(combined[scores.usable])
     return AdvantageResult(
         advantages=advantages.float(),
         normalised=torch.where(scores.present, normalised, torch.nan).float(),
         zero_spread=_share_of_groups(flat, asked, scores.groups).float(),
         missing=(~scores.present & asked).sum(dim=0),
-        spread_before=_spread(combined[scores.usable]),
+        spread_before=spread,
         spread_after=_spread(advantages[scores.usable]),
+        factor=1 / (spread + eps),
     )
 
 

@@ -5,6 +5,8 @@ An algorithm given as an import path is assumed to need what most need: noise fo
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from deepgen.errors import UserError
 
 DETERMINISTIC_SAMPLERS = ("ode",)  # no noise, so their steps have no log-probabilities
@@ -13,6 +15,51 @@ ETA_MAX = {"cps": 1.0}  # largest eta, for samplers that have a limit
 ADVANTAGES_WITHOUT_GROUPS = ("reinforcepp",)  # compare a sample with the whole batch
 LOSSES_OF_FINISHED_SAMPLES = ("diffusion_nft",)  # train no sampler steps and accept any sampler
 KL_OF_VELOCITIES = ("velocity", "none")  # need no variance of a sampler step
+GROUPWISE_ADVANTAGES = ("gdpo", "grpo")  # centred in their groups; the rest of the batch gives one factor at most
+LINEAR_LOSSES = ("clipped_ratio",)  # a multiple of the advantages multiplies the loss, whatever is clipped
+
+
+class Overlap(NamedTuple):
+    """How the groups of an on-policy step reach the learner.
+
+    pieces: one by one, as soon as they are scored. held: their policy gradients wait for the whitening factor of the
+    batch. why: a sentence for the console.
+    """
+
+    pieces: bool
+    held: bool
+    why: str
+
+
+def choose_overlap(
+    wanted: str, *, max_staleness: int, advantage: str, whiten: str, policy_loss: str, kl: bool, zero_stage: int
+) -> Overlap:
+    """Whether the learner can start on a group before the last one of its step has been scored.
+
+    A group's own part of an advantage is known with its scores. What the batch adds to it is one positive factor,
+    because every reward is centred in its group (the mean of the batch is 0). A loss that is linear in the advantage
+    therefore takes the factor at the end, on its summed gradient (method 3.5). Everything that the factor does not
+    belong to needs a backward pass of its own then, which is why "auto" waits if there is a KL term.
+    """
+    factor = advantage == "gdpo" and whiten != "none"
+    why = ""
+    if wanted == "off":
+        why = "experience.overlap is off"
+    elif max_staleness:
+        why = f"experience.max_staleness {max_staleness} overlaps whole steps already"
+    elif advantage not in GROUPWISE_ADVANTAGES:
+        why = f"algorithm.advantage {advantage} compares the samples of the whole batch"
+    elif factor and whiten == "rank":
+        why = "algorithm.whiten rank has a factor for each rank"
+    elif factor and policy_loss not in LINEAR_LOSSES:
+        why = f"algorithm.policy_loss {policy_loss} is not linear in the advantages that algorithm.whiten scales"
+    elif factor and zero_stage == 3:
+        why = "train.zero_stage 3 cannot hold back the gradients that algorithm.whiten scales"
+    elif factor and kl and wanted == "auto":
+        why = "with a KL term it costs a second backward pass (experience.overlap=on does it)"
+    if why:
+        return Overlap(False, False, f"the learner waits for whole batches: {why}")
+    return Overlap(True, factor, "the learner starts on each group when it is scored")
 
 
 def check_noise(sampler: str, eta: float) -> None:

@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from deepgen.algorithms.rules import check_group
+from deepgen.algorithms.rules import Overlap, check_group, choose_overlap
 from deepgen.config.recipes import describe_yaml_error, parse_value, read_recipe
 from deepgen.config.schema.choices import OneOf, ShareRule
 from deepgen.config.schema.pools import PoolSettings, own_keys, pool_keys, pool_type, pool_types
@@ -64,6 +64,19 @@ class Settings(Section):
     def _check_groups(self) -> Self:
         check_group(self.algorithm.advantage, self.rollout.group_size, self.rollout.prompts_per_step)
         return self
+
+    def overlap(self) -> Overlap:
+        """How the groups of an rl step reach the learner."""
+        algorithm = self.algorithm
+        return choose_overlap(
+            self.experience.overlap,
+            max_staleness=self.experience.max_staleness,
+            advantage=algorithm.advantage,
+            whiten=algorithm.whiten,
+            policy_loss=algorithm.policy_loss,
+            kl=algorithm.kl != "none" and algorithm.kl_beta > 0,
+            zero_stage=self.train.zero_stage,
+        )
 
 
 def load_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Settings:

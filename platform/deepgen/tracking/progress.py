@@ -71,6 +71,11 @@ class Phases:
         """Add seconds that were measured elsewhere, e.g. inside an actor."""
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Count seconds for `target` that were measured inside `source`."""
+        self.add(source, -seconds)
+        self.add(target, seconds)
+
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase since the last `take`."""
         return dict(self._seconds)

@@ -290,6 +290,11 @@ class ExperienceSettings(Section):
         unit="versions",
         ge=0,
     )
+    overlap: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "On-policy, let the learner start on a group once it is scored, while others are still drawn: auto where that "
+        "costs nothing, on also where it costs a second backward pass (whitened advantages beside a KL), or off.",
+    )
     deadline_s: float = setting(1800.0, "Longest wait of the learner for one batch.", unit="s", gt=0)
 
 
