@@ -29,27 +29,43 @@ def run_learner(job: LearnerJob, work: Callable[[dict[str, Any]], None]) -> Path
     """Train under Ray Train until the last step. Returns the component folder with the result. Ray must be connected.
 
     ``work`` (`actors.learner.worker`) runs on every worker. When a worker dies, all of them restart and continue from
-    the newest checkpoint, at most train.max_failures times. Lines of rank 0 appear on this process's stdout. Raises a
-    worker's UserError unchanged, and KeyboardInterrupt on Ctrl-C.
+    the newest checkpoint, at most train.max_failures times; likewise when Ray Train's controller dies, which takes its
+    workers with it. Lines of rank 0 appear on this process's stdout. Raises a worker's UserError unchanged, and
+    KeyboardInterrupt on Ctrl-C.
     """
-    from ray.train import TrainingFailedError
-
     settings, folder = job.settings, job.settings.run.folder
     start_deadline = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(settings.cluster.start_deadline_s)}
     for key, value in (_RAY_TRAIN_ENVIRONMENT | start_deadline).items():
         os.environ.setdefault(key, value)
-    trainer = _make_trainer(job, work)
+    attempt = uuid.uuid4().hex
     engine = f"Ray Train, DeepSpeed ZeRO-{settings.train.zero_stage}"
     print(f"starting {settings.train.workers} learner worker(s): {engine}", flush=True)
     with shown(folder):
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            raise _user_error(error) or error from None
+        controllers_lost = 0
+        while not _fit(_make_trainer(job, work, attempt)):
+            controllers_lost += 1
+            limit = settings.train.max_failures
+            if 0 <= limit < controllers_lost:
+                raise RuntimeError(f"Ray Train's controller died {controllers_lost} times; train.max_failures {limit}")
+            print(f"starting Ray Train again ({controllers_lost}, train.max_failures {limit}): its controller died")
     return folder / RESULT
 
 
-def _make_trainer(job: LearnerJob, work: Callable[[dict[str, Any]], None]) -> Any:
+def _fit(trainer: Any) -> bool:
+    """Train to the end. False: the controller died; its workers die with it, because Ray ends an owner's actors."""
+    from ray.exceptions import ActorDiedError
+    from ray.train import TrainingFailedError
+
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise _user_error(error) or error from None
+    except ActorDiedError:
+        return False
+    return True
+
+
+def _make_trainer(job: LearnerJob, work: Callable[[dict[str, Any]], None], attempt: str) -> Any:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -77,7 +93,7 @@ def _make_trainer(job: LearnerJob, work: Callable[[dict[str, Any]], None]) -> An
 
     return LeanTrainer(
         work,
-        train_loop_config={"job": job, "attempt": uuid.uuid4().hex},
+        train_loop_config={"job": job, "attempt": attempt},
         torch_config=TorchConfig(backend="nccl" if job.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=settings.train.workers,

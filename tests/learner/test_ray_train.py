@@ -45,10 +45,24 @@ def start_sft(folder: Path, overrides: list[str]) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    while process.poll() is None and not (folder / "ray" / "a" / "checkpoints" / "step-000003").exists():
+    wait_for_step(process, folder, 3)
+    return process
+
+
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    """Return when the run has a checkpoint of this step or a later one."""
+    checkpoints = folder / "ray" / "a" / "checkpoints"
+    while process.poll() is None and not any(
+        int(path.name.removeprefix("step-")) >= step for path in checkpoints.glob("step-*")
+    ):
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0]
-    return process
+
+
+def ray_processes(process: subprocess.Popen[str], name: str) -> list[psutil.Process]:
+    """The run's Ray processes with this title."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if child.cmdline()[:1] and child.cmdline()[0].startswith(f"ray::{name}")]
 
 
 @pytest.mark.ray
@@ -76,19 +90,21 @@ def test_sft_under_ray_train_interrupted_and_resumed(world: Path, tmp_path: Path
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_killed_worker_is_started_again(world: Path, tmp_path: Path) -> None:
-    """After SIGKILL of one of two workers, Ray Train restarts both from the last checkpoint; the result is the same."""
+def test_a_killed_worker_and_a_killed_controller_are_started_again(world: Path, tmp_path: Path) -> None:
+    """After SIGKILL of Ray Train's controller, then of one of two workers: both times all workers restart from the last
+    checkpoint, and the result is the same.
+    """
     options = ("train.workers=2", "train.steps=20", "train.max_failures=1")
     process = start_sft(tmp_path, stage_overrides(world, tmp_path / "ray", "a", *options, "cluster.num_cpus=4"))
-    workers = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if child.cmdline()[:1] and child.cmdline()[0].startswith("ray::RayTrainWorker")
-    ]
+    (controller,) = ray_processes(process, "TrainController")
+    controller.kill()
+    wait_for_step(process, tmp_path, 8)
+    workers = ray_processes(process, "RayTrainWorker")
     assert len(workers) == 2
     workers[1].kill()
     output = process.communicate(timeout=900)[0]
     assert process.returncode == 0, output
+    assert output.count("starting Ray Train again (1, train.max_failures 1): its controller died") == 1
     assert output.count("starting the workers again (1, train.max_failures 1): worker ") == 1
     assert "resuming after step" in output and "step 20/20" in output
     alone = stage_overrides(world, tmp_path / "alone", "a", *options)
