@@ -126,12 +126,27 @@ def test_policy_statistics() -> None:
     assert not any(value.requires_grad for value in stats.values())
 
 
+def test_weights_multiply_each_samples_loss_and_get_no_gradient() -> None:
+    ratios, weights = torch.tensor([1.5, 0.5, 1.1]), torch.tensor([0.5, 2.0, 0.0]).requires_grad_()
+    log_prob, advantages = ratios.log().requires_grad_(), torch.tensor([1.0, 1.0, -1.0])
+    result = clipped_policy_loss(log_prob, torch.zeros(3), advantages, 0.2, weights)
+    assert result.loss.item() == pytest.approx((0.5 * -1.2 + 2.0 * -0.5 + 0.0 * 1.1) / 3)
+    result.loss.backward()
+    torch.testing.assert_close(log_prob.grad, torch.tensor([0.0, 2.0 * -0.5, 0.0]) / 3)
+    assert weights.grad is None
+    plain = clipped_policy_loss(log_prob, torch.zeros(3), advantages, 0.2)
+    assert torch.equal(clipped_policy_loss(log_prob, torch.zeros(3), advantages, 0.2, torch.ones(3)).loss, plain.loss)
+    assert result.stats == plain.stats  # of the ratios, whatever the weights
+
+
 def test_policy_loss_refuses_half_precision_and_broadcasting() -> None:
     ones = torch.ones(3)
     with pytest.raises(ValueError, match="float32"):
         clipped_policy_loss(ones, ones.bfloat16(), ones, 1e-4)
     with pytest.raises(ValueError, match="one shape"):
         clipped_policy_loss(ones, ones, torch.ones(3, 1), 1e-4)
+    with pytest.raises(ValueError, match="weights must have the shape of log_prob"):
+        clipped_policy_loss(ones, ones, ones, 1e-4, torch.ones(1))
 
 
 # -- policy, by the forward process ----------------------------------------------------------------

@@ -58,10 +58,13 @@ class PolicyLoss(NamedTuple):
     stats: dict[str, Tensor]  # scalars without gradient, described at each loss
 
 
-def clipped_policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> PolicyLoss:
-    """mean(max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range))) with rho = exp(log_prob - old_log_prob).
+def clipped_policy_loss(
+    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float, weights: Tensor | None = None
+) -> PolicyLoss:
+    """mean(w max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range))) with rho = exp(log_prob - old_log_prob).
 
-    All arguments [B]. Log-probabilities must be fp32, because bf16 rounds them more coarsely than clip_range (M3.6).
+    All tensors [B]. Log-probabilities must be fp32, because bf16 rounds them more coarsely than clip_range (M3.6).
+    weights: w, which no gradient reaches; None is 1 for every sample. The mean is over samples, not over weights.
     stats: ratio_mean, ratio_max, ratio_deviation (largest |rho - 1|, exactly 0 in the first on-policy update) and
     clip_share, the share of samples whose gradient is cut off by the clip.
     """
@@ -70,6 +73,8 @@ def clipped_policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tens
     if not log_prob.shape == old_log_prob.shape == advantages.shape:
         shapes = f"{list(log_prob.shape)}, {list(old_log_prob.shape)}, {list(advantages.shape)}"
         raise ValueError(f"log_prob, old_log_prob and advantages must have one shape, got {shapes}")
+    if weights is not None and weights.shape != log_prob.shape:
+        raise ValueError(f"weights must have the shape of log_prob, {list(log_prob.shape)}, got {list(weights.shape)}")
     ratio = torch.exp(log_prob - old_log_prob.detach())
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -80,7 +85,8 @@ def clipped_policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tens
             "ratio_deviation": (ratio - 1).abs().max(),
             "clip_share": (clipped > plain).float().mean(),
         }
-    return PolicyLoss(torch.maximum(plain, clipped).mean(), stats)
+    losses = torch.maximum(plain, clipped)
+    return PolicyLoss((losses if weights is None else weights.detach() * losses).mean(), stats)
 
 
 # -- policy, by the forward process (DiffusionNFT; M3.6) -------------------------------------------
