@@ -1,14 +1,18 @@
 """MR-GRPO: the learner's loss on one batch of experience.
 
 (1 - lambda) * (policy loss + beta * KL) + lambda * flow matching (paper Eq. 3-5). The gradients of all trained
-timesteps, of the KL and of the flow-matching loss add up to one optimizer step (the reference takes 61, M3.7).
-
-Left out: several updates on one batch.
+timesteps, of the KL and of the flow-matching loss add up to one optimizer step (the reference takes 61, M3.7), or to
+`algorithm.updates_per_batch` steps: groups and records of a batch are then split in order into as many mini-batches,
+and the loss of each is the mean over its own. What the losses need of the policy that the first step starts from is
+computed in `prepare`.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -29,7 +33,7 @@ class MRGRPO:
     """The MR-GRPO objective. `reference` is the frozen initial DiT, or None if the settings ask for no KL."""
 
     def __init__(self, settings: Settings, reference: Any, auxiliary: FlowMatching | None) -> None:
-        self._sft_coef = settings.algorithm.sft_coef
+        self._sft_coef, self._updates = settings.algorithm.sft_coef, settings.algorithm.updates_per_batch
         self._reference = reference
         self._auxiliary = auxiliary
         self._term: PolicyTerm = POLICY_LOSSES.load(settings.algorithm.policy_loss)(settings)
@@ -45,12 +49,20 @@ class MRGRPO:
         self, model: UnifiedModel, batch: RLBatch, context: StepContext
     ) -> list[PolicyMicro | FlowMatchingMicro]:
         micros: list[PolicyMicro | FlowMatchingMicro] = []
-        for group in batch.groups:
-            samples = unpack_samples(group.trajectory, context.device)
-            micros += self._term.micros(group, samples, context.step, 1 / len(batch.groups))
-        if self._auxiliary:
-            micros += self._auxiliary.prepare_records(batch.records, context, self._sft_coef)
+        for update, part in enumerate(split_batch(batch, self._updates)):
+            for group in part.groups:
+                samples = unpack_samples(group.trajectory, context.device)
+                drawn = self._term.micros(group, samples, context.step, 1 / len(part.groups), update)
+                micros += [self._term.at_start(model.transformer, micro, context) for micro in drawn]
+            if self._auxiliary:
+                records = self._auxiliary.prepare_records(part.records, context, self._sft_coef)
+                micros += [replace(micro, update=update) for micro in records]
         return micros
+
+    def mini_batches(
+        self, micros: Sequence[PolicyMicro | FlowMatchingMicro]
+    ) -> list[Sequence[PolicyMicro | FlowMatchingMicro]]:
+        return [list(part) for _, part in groupby(micros, key=lambda micro: micro.update)]
 
     def loss(
         self, model: UnifiedModel, micro: PolicyMicro | FlowMatchingMicro, context: StepContext
@@ -62,3 +74,17 @@ class MRGRPO:
             return loss, {names[key]: value for key, value in metrics.items() if key in names}
         loss, metrics = self._term.loss(model.transformer, self._reference, micro, context)
         return (1 - self._sft_coef) * micro.share * loss, metrics | {"images_sum": micro.images}
+
+
+def split_batch(batch: RLBatch, count: int) -> Iterator[RLBatch]:
+    """``count`` batches of neighbouring groups, equally many, and of records, as even as can be, of every micro-batch.
+
+    Each so has the batch's cycle of editing and generation. Raises ValueError if ``count`` does not divide the groups.
+    """
+    size, rest = divmod(len(batch.groups), count)
+    if rest:
+        raise ValueError(f"{len(batch.groups)} groups can't be split into {count} equal mini-batches")
+    records = [micro.split(count) for micro in batch.records]
+    for part in range(count):
+        groups = batch.groups[part * size : (part + 1) * size]
+        yield RLBatch(groups, tuple(parts[part] for parts in records))

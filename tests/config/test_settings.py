@@ -35,7 +35,7 @@ KEYS = {
     "rollout": "sampler eta num_steps shift guidance_scale sde_steps sde_window group_size prompts_per_step actors "
     "same_noise threads",
     "algorithm": "advantage whiten advantage_clip policy_loss clip_range kl kl_beta sft_coef sft_batch "
-    "update_micro_batch",
+    "update_micro_batch updates_per_batch decoupled_loss importance_cap off_policy_min_sigma",
     "rewards": "weights",
     "rewards.<name>": "class replicas batch_size deadline_s retries gpus cpus",
     "rewards.judge": "gpus path gpu_memory_share",
