@@ -16,7 +16,7 @@ ADVANTAGES_WITHOUT_GROUPS = ("reinforcepp",)  # compare a sample with the whole 
 LOSSES_OF_FINISHED_SAMPLES = ("diffusion_nft",)  # train no sampler steps and accept any sampler
 KL_OF_VELOCITIES = ("velocity", "none")  # need no variance of a sampler step
 RANDOM_WINDOWS = ("all", "window")  # trained steps differ from one training step to the next
-_FINEST = 1000  # levels of the training grid, see `deepgen.diffusion.schedule`
+_TRAIN_STEPS = 1000  # as in `deepgen.diffusion.schedule`
 
 
 def check_noise(sampler: str, eta: float) -> None:
@@ -109,7 +109,7 @@ def noise_level(index: int, num_steps: int, shift: float) -> float:
     def shifted(u: float) -> float:
         return shift * u / (1 + (shift - 1) * u)
 
-    last = shifted(1 / _FINEST)
+    last = shifted(1 / _TRAIN_STEPS)
     return shifted(1 + (last - 1) * index / (num_steps - 1))
 
 
