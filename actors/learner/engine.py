@@ -150,7 +150,7 @@ class TrainingEngine:
         write_shard(folder, _SHARDS, self.rank, self._pieces())
 
     def load(self, folder: Path, step: int) -> None:
-        """Restore what ``save`` wrote after ``step`` steps, with any number of workers and any ZeRO stage.
+        """Restore what ``save`` wrote after ``step`` optimizer steps, with any number of workers and any ZeRO stage.
 
         A worker reads the elements it updates. If the layout has not changed, its own file has them, bit for bit.
         Raises UserError if some are missing.

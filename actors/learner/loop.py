@@ -1,18 +1,20 @@
-"""The learner loop of all stages: take a batch, accumulate its gradients, step once, publish, checkpoint.
+"""The learner loop of all stages: take a batch, accumulate its gradients, step, publish, checkpoint.
 
 The loop knows neither data sets nor rewards. A ``BatchSource`` hands it one batch per step, and an ``Objective`` turns
 that batch into losses, micro-batch by micro-batch. Everything else (ZeRO, clipping, schedule, EMA, checkpoints, resume,
-metrics) is written here once for pretrain, sft and rl. Exactly one optimizer step follows each batch, whatever the
-number of micro-batches (method 3.7: the reference takes 61 steps a batch; we do not).
+metrics) is written here once for pretrain, sft and rl. One optimizer step follows each batch, whatever the number of
+micro-batches (method 3.7: the reference takes 61 steps a batch; we do not), unless the objective splits it into
+mini-batches (`algorithm.updates_per_batch`). For everything else a batch is one step.
 
 Left out on purpose: how the processes start (``actors.learner.ray_train``) and what a batch contains.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,7 +108,7 @@ class TrainingLoop:
             self.context.tracker.log(0, figures)
 
     def run_step(self, step: int) -> bool:
-        """Take one batch, make one optimizer step, publish one new version of the weights. False: that was the last."""
+        """Take one batch, update on it, publish one new version of the weights. False: that was the last."""
         context, begin = self.context, time.monotonic()
         with self.phases("wait"):
             batch = self.source.next(step, context.rank, context.world)
@@ -166,14 +168,33 @@ class TrainingLoop:
 def update(
     engine: TrainingEngine, objective: Objective, batch: Any, context: StepContext, settings: Settings
 ) -> dict[str, float]:
-    """Accumulate the gradients of every micro-batch, then take exactly one optimizer step.
+    """Take one optimizer step for each mini-batch (usually one), with the same learning rate.
 
-    Returns the batch's metrics, reduced over micro-batches and ranks, plus gradient norm and learning rate.
+    Returns the batch's metrics, reduced over all its micro-batches and ranks, plus the mean gradient norm of the steps
+    and the learning rate.
     """
+    rate, numbers = learning_rate(settings, context.step), itertools.count()
+    reported, norms = list[Metrics](), list[float]()
+    for micros in _mini_batches(engine, objective, batch, context):
+        reported += _accumulate(engine, objective, micros, numbers, batch, context)
+        norms.append(engine.step(rate))
+    reduced = reduce_metrics(reported, context.world)
+    return reduced | {"train/grad_norm": sum(norms) / len(norms), "train/learning_rate": rate}
+
+
+def _accumulate(
+    engine: TrainingEngine,
+    objective: Objective,
+    micros: Iterable[Any],
+    numbers: Iterator[int],
+    batch: Any,
+    context: StepContext,
+) -> list[Metrics]:
+    """Add up the gradients of the micro-batches of one optimizer step. ``numbers``: theirs in the batch."""
     reported: list[Metrics] = []
     held: list[Metrics] = []
     total, held_total = 0.0, 0.0
-    for number, micro in enumerate(_micro_batches(engine, objective, batch, context)):
+    for micro, number in zip(micros, numbers, strict=False):
         _seed(context, number)
         loss, metrics = engine.run(objective.loss, micro, context)
         if isinstance(loss, HeldLoss):
@@ -191,20 +212,35 @@ def update(
         reported += [{name: value * batch.factor for name, value in metrics.items()} for metrics in held]
     if not math.isfinite(total):
         raise FloatingPointError(f"loss of step {context.step} on rank {context.rank} is {total}")
-    rate = learning_rate(settings, context.step)
-    grad_norm = engine.step(rate)
-    reduced = reduce_metrics([*reported, {"loss/total": total}], context.world)
-    return reduced | {"train/grad_norm": grad_norm, "train/learning_rate": rate}
+    return [*reported, {"loss/total": total}]
 
 
-def _micro_batches(engine: TrainingEngine, objective: Objective, batch: Any, context: StepContext) -> Iterator[Any]:
-    """The micro-batches of a batch, piece by piece if it is still arriving."""
-    for number, piece in enumerate(batch.pieces if isinstance(batch, Arriving) else (batch,)):
-        _seed(context, f"prepare {number}" if number else "prepare")
-        with torch.no_grad():
-            micro_batches = engine.run(objective.prepare, piece, context)
-        _check_same_count(len(micro_batches), context)
-        yield from micro_batches
+def _mini_batches(
+    engine: TrainingEngine, objective: Objective, batch: Any, context: StepContext
+) -> Sequence[Iterable[Any]]:
+    """The micro-batches of each optimizer step. A batch that is still arriving is one step."""
+    if isinstance(batch, Arriving):
+        return [_arriving(engine, objective, batch, context)]
+    mini_batches = objective.mini_batches(_prepared(engine, objective, batch, context, "prepare"))
+    _check_same_count([len(micros) for micros in mini_batches], context)
+    return mini_batches
+
+
+def _arriving(engine: TrainingEngine, objective: Objective, batch: Arriving, context: StepContext) -> Iterator[Any]:
+    """The micro-batches of each piece, when it comes."""
+    for number, piece in enumerate(batch.pieces):
+        micros = _prepared(engine, objective, piece, context, f"prepare {number}")
+        _check_same_count([len(micros)], context)
+        yield from micros
+
+
+def _prepared(
+    engine: TrainingEngine, objective: Objective, batch: Any, context: StepContext, part: str
+) -> Sequence[Any]:
+    _seed(context, part)
+    with torch.no_grad():
+        micros: Sequence[Any] = engine.run(objective.prepare, batch, context)
+    return micros
 
 
 def reduce_metrics(reported: Iterable[Metrics], world: int) -> dict[str, float]:
@@ -244,9 +280,10 @@ def _seed(context: StepContext, part: int | str) -> None:
     torch.manual_seed(stable_seed(context.seed, "global", context.step, context.rank, part))
 
 
-def _check_same_count(count: int, context: StepContext) -> None:
-    counts = gather(count, context.world)
-    if count == 0 or len(set(counts)) > 1:
+def _check_same_count(mine: list[int], context: StepContext) -> None:
+    """``mine``: micro-batches of each mini-batch."""
+    counts = gather(mine, context.world)
+    if not all(mine) or not mine or any(other != mine for other in counts):
         raise RuntimeError(f"step {context.step}: micro-batches by rank are {counts}; all need the same, at least 1")
 
 

@@ -27,7 +27,7 @@ Evaluate = Callable[["UnifiedModel", "StepContext", str], dict[str, float]]
 class StepContext:
     """Which worker processes which step: everything that random numbers may depend on.
 
-    ``seed`` is run.seed, ``step`` counts optimizer steps from 0, ``rank`` is one of ``world`` data-parallel workers.
+    ``seed`` is run.seed, ``step`` counts batches from 0, ``rank`` is one of ``world`` data-parallel workers.
     """
 
     seed: int
@@ -101,7 +101,7 @@ class BatchSource(Protocol):
         """This rank's batch for optimizer step ``step``, whole or ``Arriving``; equally many micro-batches a rank."""
 
     def publish(self, weights: Callable[[], Weights], version: int) -> None:
-        """Receive the weights after ``version`` optimizer steps.
+        """Receive the weights after ``version`` batches.
 
         ``weights()`` is collective: call it on all ranks or on none. On rank 0 it returns the trainable parameters by
         name (full fp32 tensors, not copies: read them before returning), elsewhere an empty dict.
@@ -126,7 +126,7 @@ class BatchSource(Protocol):
 
 
 class Objective(Protocol):
-    """Turns a batch into losses. Both methods run inside the DeepSpeed engine's forward, so that ZeRO's hooks fire.
+    """Turns a batch into losses. ``prepare`` and ``loss`` run inside the DeepSpeed engine's forward, for ZeRO's hooks.
 
     ``prepare`` runs under ``torch.no_grad`` once per batch (encode prompts and images, reference velocities) and
     returns the micro-batches; ``loss`` is then called once for each. Autocast (model.precision) is already on in both.
@@ -137,8 +137,11 @@ class Objective(Protocol):
     def prepare(self, model: UnifiedModel, batch: Any, context: StepContext) -> Sequence[Any]:
         """Micro-batches of ``batch``: at least one, and equally many on every rank (checked: ZeRO would hang)."""
 
+    def mini_batches(self, micros: Sequence[Any]) -> Sequence[Sequence[Any]]:
+        """The micro-batches in order, split: one optimizer step follows each part. The same sizes on every rank."""
+
     def loss(self, model: UnifiedModel, micro: Any, context: StepContext) -> tuple[Tensor | HeldLoss, Metrics]:
-        """Scalar loss for the backward pass, ALREADY scaled: the sum over micro-batches is the loss of the batch.
+        """Scalar loss for the backward pass, ALREADY scaled: the sum over a mini-batch is the loss of its step.
 
         Gradients are averaged over ranks, so a mean over the global batch needs no factor for the world size if ranks
         hold equal shares. Metrics: plain keys are averaged over the micro-batches and ranks that report them, ``*_max``

@@ -43,6 +43,7 @@ class FlowMatchingMicro:
     sigmas: Tensor  # [B] fp32
     share: float  # weight of this micro-batch in the batch's loss
     bad: int  # number of unusable records
+    update: int = 0  # optimizer steps on the same batch before it
 
 
 class FlowMatching:
@@ -73,6 +74,9 @@ class FlowMatching:
         if not any(gather(any(micro.share for micro in micros), context.world)):
             raise UserError(f"data.train: no record of step {context.step} can be used; see {self.quarantine.path}")
         return micros
+
+    def mini_batches(self, micros: Sequence[FlowMatchingMicro]) -> list[Sequence[FlowMatchingMicro]]:
+        return [micros]
 
     def prepare_records(
         self, batch: Sequence[MicroBatch], context: StepContext, share: float

@@ -15,6 +15,7 @@ from deepgen.algorithms.losses import (
     kl_velocity,
     kl_velocity_scaled,
     negative_aware_loss,
+    truncated_importance,
 )
 from deepgen.diffusion.samplers import sampler_step
 from deepgen.errors import UserError
@@ -147,6 +148,37 @@ def test_policy_loss_refuses_half_precision_and_broadcasting() -> None:
         clipped_policy_loss(ones, ones, torch.ones(3, 1), 1e-4)
     with pytest.raises(ValueError, match="weights must have the shape of log_prob"):
         clipped_policy_loss(ones, ones, ones, 1e-4, torch.ones(1))
+
+
+def test_decoupled_loss_is_its_formula() -> None:
+    """Hilton et al. 2021: the clip is around the proximal policy, the weight leads to it from the behaviour policy."""
+    behaviour = torch.tensor([-1.0, -1.0, -1.0, -1.0])
+    proximal = behaviour + torch.tensor([0.5, 3.0, 1.0, 0.2]).log()  # importance
+    log_prob = (proximal + torch.tensor([1.5, 1.0, 0.5, 1.1]).log()).requires_grad_()  # ratios
+    advantages = torch.tensor([1.0, 2.0, -1.0, -2.0])
+    weights, stats = truncated_importance(proximal, behaviour, 2.0)
+    torch.testing.assert_close(weights, torch.tensor([0.5, 2.0, 1.0, 0.2]))
+    assert {name: round(value.item(), 4) for name, value in stats.items()} == {
+        "importance_mean": 1.175,
+        "importance_max": 3.0,
+        "importance_capped_share": 0.25,
+    }
+    loss = clipped_policy_loss(log_prob, proximal, advantages, 0.2, weights).loss
+    by_hand = 0.5 * -1.2 + 2.0 * -2.0 + 1.0 * 0.8 + 0.2 * 2.2
+    assert loss.item() == pytest.approx(by_hand / 4)
+    (gradient,) = torch.autograd.grad(loss, log_prob)
+    torch.testing.assert_close(gradient, torch.tensor([0.0, 2.0 * -2.0, 0.0, 0.2 * 2.2]) / 4)
+
+
+@pytest.mark.parametrize(("sampler", "power"), [("flow_sde", 1 / 120), ("dance_sde", 1 / 120), ("cps", 2 * 0.36 / 120)])
+def test_importance_is_a_power_of_the_quotient_of_densities(sampler: str, power: float) -> None:
+    x, v, v_old = (_randn(2, 4, 6, 5, seed=s) for s in (1, 2, 3))
+    drawn = sampler_step(sampler, x, v_old, 0.8, 0.6, eta=1.0, noise=_randn(2, 4, 6, 5, seed=4))
+    new = sampler_step(sampler, x, v, 0.8, 0.6, eta=1.0, next_x=drawn.next)
+    normal = torch.distributions.Normal
+    logs = [normal(step.mean, step.std).log_prob(drawn.next).sum((1, 2, 3)) for step in (new, drawn)]
+    weights, _ = truncated_importance(new.log_prob, drawn.log_prob, 2.0)
+    torch.testing.assert_close(weights, ((logs[0] - logs[1]) * power).exp(), rtol=1e-4, atol=0)
 
 
 # -- policy, by the forward process ----------------------------------------------------------------

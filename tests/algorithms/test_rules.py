@@ -6,8 +6,17 @@ import math
 
 import pytest
 
-from deepgen.algorithms.rules import ADVANTAGES_WITHOUT_GROUPS, DETERMINISTIC_SAMPLERS, ETA_MAX
+from deepgen.algorithms.rules import (
+    ADVANTAGES_WITHOUT_GROUPS,
+    DETERMINISTIC_SAMPLERS,
+    ETA_MAX,
+    RANDOM_WINDOWS,
+    check_truncation,
+    noise_level,
+)
 from deepgen.config import UserError, load_settings
+from deepgen.diffusion.schedule import rollout_sigmas
+from deepgen.diffusion.trajectory import choose_sde_steps
 from deepgen.registry import ADVANTAGES, KL_FORMS, POLICY_LOSSES, SAMPLERS, SDE_WINDOWS, Registry
 
 REGISTRIES = (ADVANTAGES, KL_FORMS, POLICY_LOSSES, SAMPLERS, SDE_WINDOWS)
@@ -20,6 +29,25 @@ def test_rules_agree_with_the_samplers() -> None:
 
 def test_rules_name_registered_algorithms() -> None:
     assert set(ADVANTAGES_WITHOUT_GROUPS) <= set(ADVANTAGES)
+
+
+@pytest.mark.parametrize(("num_steps", "shift"), [(50, 3.0), (3, 3.0), (2, 1.0)])
+def test_rules_know_the_noise_levels(num_steps: int, shift: float) -> None:
+    levels = [noise_level(i, num_steps, shift) for i in range(num_steps)]
+    assert levels == pytest.approx(rollout_sigmas(num_steps, shift)[:-1].tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("window", SDE_WINDOWS)
+def test_truncation_is_refused_where_a_step_could_lose_all_it_trains(window: str) -> None:
+    """The limit is the most that leaves something to train for every seed."""
+    sigmas = rollout_sigmas(8, 3.0)
+    choices = [choose_sde_steps(8, 3, window, seed) for seed in range(300)]
+    limit = min(max(float(sigmas[step + 1]) for step in steps) for steps in choices)
+    check_truncation(limit - 1e-6, 8, 3.0, 3, window)
+    with pytest.raises(UserError, match=r"algorithm\.off_policy_min_sigma: got .*allowed: 0 to 0\.") as caught:
+        check_truncation(limit + 1e-6, 8, 3.0, 3, window)
+    assert abs(float(str(caught.value).rpartition(" ")[2]) - limit) < 1e-4
+    assert (window in RANDOM_WINDOWS) == (len({*map(tuple, choices)}) > 1)
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.key)

@@ -35,7 +35,7 @@ KEYS = {
     "rollout": "sampler eta num_steps shift guidance_scale sde_steps sde_window group_size prompts_per_step actors "
     "same_noise threads",
     "algorithm": "advantage whiten advantage_clip policy_loss clip_range kl kl_beta sft_coef sft_batch "
-    "update_micro_batch",
+    "update_micro_batch updates_per_batch decoupled_loss importance_cap off_policy_min_sigma",
     "rewards": "weights",
     "rewards.<name>": "class replicas batch_size deadline_s retries gpus cpus",
     "rewards.judge": "gpus path gpu_memory_share",
@@ -225,6 +225,9 @@ def test_recipe_that_is_no_text_or_missing(tmp_path: Path) -> None:
         (["train.steps=5"], ["train.warmup_steps: got 20 with train.steps 5", "0 to 5"]),
         (["train.min_learning_rate=1"], ["train.min_learning_rate", "at most"]),
         (["data.edit_per_cycle=0", "data.t2i_per_cycle=0"], ["data.t2i_per_cycle", "at least one"]),
+        (["algorithm.updates_per_batch=0"], ["algorithm.updates_per_batch: got 0", ">= 1"]),
+        (["algorithm.importance_cap=0.5"], ["algorithm.importance_cap: got 0.5", ">= 1"]),
+        (["algorithm.off_policy_min_sigma=1"], ["algorithm.off_policy_min_sigma: got 1", ">= 0 and < 1"]),
     ],
 )
 def test_bad_value_is_one_clear_line(overrides: list[str], parts: list[str]) -> None:
@@ -253,6 +256,27 @@ def test_text_keys_take_the_text_as_it_is() -> None:
         ),
         (["rollout.eta=0"], "rollout.eta: got 0"),
         (["train.workers=5"], "rollout.prompts_per_step: got 32 for train.workers 5"),
+        (
+            ["algorithm.updates_per_batch=3"],
+            "algorithm.updates_per_batch: got 3 with rollout.prompts_per_step 32 and train.workers 8, 4 groups a rank; "
+            "allowed: a divisor of 4",
+        ),
+        (
+            ["algorithm.updates_per_batch=2", "algorithm.sft_batch=5"],
+            "algorithm.sft_batch: got 5 with algorithm.updates_per_batch 2 and 3 micro-batches a cycle; allowed: >= 6",
+        ),
+        (
+            ["algorithm.policy_loss=diffusion_nft", "algorithm.decoupled_loss=true"],
+            "algorithm.decoupled_loss: got true with .*allowed: false, or algorithm.policy_loss=clipped_ratio",
+        ),
+        (
+            ["algorithm.policy_loss=diffusion_nft", "algorithm.off_policy_min_sigma=0.1"],
+            "algorithm.off_policy_min_sigma: got 0.1 with .*allowed: 0, or",
+        ),
+        (
+            ["algorithm.off_policy_min_sigma=0.9"],
+            "algorithm.off_policy_min_sigma: got 0.9, but all trained steps may .*sde_window all; allowed: 0 to 0.8",
+        ),
         ([f"rewards.weights.{task}={{}}" for task in TASKS], "rewards.weights: got no weight above 0"),
     ],
 )

@@ -89,7 +89,7 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
     tracker: Any = Log() if rank == 0 else None
     context = WorkerContext("rl", settings, model, rank, world, torch.device("cpu"), tracker, print)
     pieces = run.get("pieces", False)
-    toy = (ToyHeld if pieces else ToyObjective)(run.get("noise", 0.0))
+    toy = (ToyHeld if pieces else ToyObjective)(run.get("noise", 0.0), settings.algorithm.updates_per_batch)
     parts = Parts(ToyPieces() if pieces else ToySource(), toy, toy)
     build = functools.partial(_build, lambda _: parts, run.get("die_after", 0))
     if "die_writing" in run:

@@ -108,14 +108,20 @@ class ToyPieces(ToySource):
 
 
 class ToyObjective:
-    """Squared error. Its noise comes from torch's global generator, which the loop seeds."""
+    """Squared error. Its noise comes from torch's global generator, which the loop seeds.
 
-    def __init__(self, noise: float = 0.0) -> None:
-        self.noise = noise
+    updates: optimizer steps on each batch, on equally many micro-batches.
+    """
+
+    def __init__(self, noise: float = 0.0, updates: int = 1) -> None:
+        self.noise, self.size = noise, MICRO_BATCHES // updates
 
     def prepare(self, model: Any, batch: Any, context: Any) -> Any:
         assert not torch.is_grad_enabled()
         return batch
+
+    def mini_batches(self, micros: Sequence[Any]) -> list[Sequence[Any]]:
+        return [micros[start : start + self.size] for start in range(0, len(micros), self.size)]
 
     def evaluation(self, step: int) -> Any:
         """The error on the first batch of step 0, measured every other step."""
@@ -132,7 +138,7 @@ class ToyObjective:
     def loss(self, model: Any, micro: tuple[Tensor, Tensor], context: Any) -> tuple[Tensor, dict[str, Any]]:
         x, y = micro
         error = ((model(x + self.noise * torch.randn_like(x)) - y) ** 2).mean()
-        return error / MICRO_BATCHES, {"loss/toy": error.detach(), "images_sum": len(x), "row_max": x.max()}
+        return error / self.size, {"loss/toy": error.detach(), "images_sum": len(x), "row_max": x.max()}
 
 
 class ToyHeld(ToyObjective):
@@ -165,7 +171,7 @@ class Expected:
 
     weights: dict[str, Tensor]
     average: dict[str, Tensor]
-    norms: list[float]
+    norms: list[float]  # mean over the optimizer steps of a batch
     losses: list[float]
     evaluations: list[dict[str, float]]  # figures of `ToyObjective.evaluation` after every other step, from 0
 
@@ -180,19 +186,23 @@ def plain_torch(overrides: Sequence[str] = ()) -> Expected:
     optimizer = torch.optim.AdamW(parameter_groups(parameters, 0.1), betas=(0.9, 0.999))
     average = {name: p.detach().clone() for name, p in parameters}
     norms, losses, evaluations = [], [], [_evaluate(model, None)]
+    updates = settings.algorithm.updates_per_batch
+    toy = ToyObjective(updates=updates)
     for step in range(STEPS):
         losses.append(0.0)
-        for micro in toy_batch(step, 0, 1):
-            loss = ToyObjective().loss(model, micro, None)[0]
-            loss.backward()
-            losses[-1] += float(loss.detach())
-        for parameter in model.unused.parameters():
-            parameter.grad = torch.zeros_like(parameter)  # DeepSpeed's view of a parameter without gradient
-        norms.append(float(torch.nn.utils.clip_grad_norm_([p for _, p in parameters], 0.5)))
+        norms.append(0.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
-        optimizer.step()
-        optimizer.zero_grad()
+        for micros in toy.mini_batches(toy_batch(step, 0, 1)):
+            for micro in micros:
+                loss = toy.loss(model, micro, None)[0]
+                loss.backward()
+                losses[-1] += float(loss.detach()) / updates
+            for parameter in model.unused.parameters():
+                parameter.grad = torch.zeros_like(parameter)  # DeepSpeed's view of a parameter without gradient
+            norms[-1] += float(torch.nn.utils.clip_grad_norm_([p for _, p in parameters], 0.5)) / updates
+            optimizer.step()
+            optimizer.zero_grad()
         decay = min(0.9, (1 + step) / (10 + step))
         for name, p in parameters:
             average[name] = decay * average[name] + (1 - decay) * p.detach()

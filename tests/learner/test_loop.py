@@ -50,16 +50,9 @@ def test_every_zero_stage_is_plain_training_with_one_step_a_batch(tmp_path: Path
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_batch_in_pieces_is_the_same_training(tmp_path: Path, world: int) -> None:
     """Gradients held back for a factor that is known only at the end, beside others that are not."""
+    options = (f"train.workers={world}", "train.ema_decay=0.9")
     runs = [
-        toy_run(
-            tmp_path,
-            f"zero{stage}",
-            f"train.zero_stage={stage}",
-            f"train.workers={world}",
-            "train.ema_decay=0.9",
-            pieces=True,
-        )
-        for stage in (0, 1, 2)
+        toy_run(tmp_path, f"zero{stage}", f"train.zero_stage={stage}", *options, pieces=True) for stage in (0, 1, 2)
     ]
     run_workers(tmp_path, runs, world=world)
     expected = plain_torch()
@@ -69,6 +62,27 @@ def test_a_batch_in_pieces_is_the_same_training(tmp_path: Path, world: int) -> N
         np.testing.assert_allclose([entry["train/grad_norm"] for entry in log], expected.norms, rtol=1e-4)
         np.testing.assert_allclose([entry["loss/total"] for entry in log], expected.losses, rtol=1e-5)
         np.testing.assert_allclose([entry["loss/toy"] for entry in log], expected.losses, rtol=1e-5)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_several_updates_a_batch_are_plain_training_with_as_many_steps(tmp_path: Path) -> None:
+    """3 optimizer steps at one learning rate, then one step of the averages; AdamW's count goes on after a resume."""
+    options = ("train.ema_decay=0.9", "algorithm.updates_per_batch=3")
+    runs = [toy_run(tmp_path, f"zero{stage}", f"train.zero_stage={stage}", *options) for stage in (0, 2, 3)]
+    cut = toy_run(tmp_path, "cut", "train.zero_stage=2", *options)
+    run_workers(tmp_path, [*runs, cut | {"die_after": 3}], exit_code=9)
+    run_workers(tmp_path, [cut | {"overrides": [*cut["overrides"], "run.resume=true"]}])
+    expected, one = plain_torch(options[1:]), plain_torch()
+    assert any(not torch.equal(value, one.weights[name]) for name, value in expected.weights.items())
+    for stage in (0, 2, 3):
+        check_toy(tmp_path, f"zero{stage}", expected)
+        log = [json.loads(line) for line in (tmp_path / f"zero{stage}.jsonl").read_text().splitlines()]
+        assert [entry["step"] for entry in log] == list(range(STEPS + 1))
+        np.testing.assert_allclose([entry["train/grad_norm"] for entry in log[1:]], expected.norms, rtol=1e-4)
+        np.testing.assert_allclose([entry["loss/total"] for entry in log[1:]], expected.losses, rtol=1e-5)
+    whole, resumed = toy_result(tmp_path, "zero2"), toy_result(tmp_path, "cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.mark.processes

@@ -97,6 +97,7 @@ def test_pieces_have_the_gradient_of_the_whole_batch(own: list[str], clip: float
     [
         (["experience.overlap=off"], "experience.overlap is off"),
         (["experience.max_staleness=1"], "experience.max_staleness 1"),
+        (["algorithm.updates_per_batch=2"], "algorithm.updates_per_batch 2"),
         (["algorithm.advantage=reinforcepp"], "algorithm.advantage reinforcepp"),
         (["algorithm.advantage=grpo_global_std"], "algorithm.advantage grpo_global_std"),
         (["algorithm.whiten=rank"], "algorithm.whiten rank"),

@@ -62,7 +62,7 @@ def total(name: str, *more: str) -> Tensor:
     """Gradient of a group's loss with respect to the DiT's weight."""
     settings, group, samples = make(name, *more)
     term, dit, reference = POLICY_LOSSES[name](settings), Dit(0.5), Dit(0.3)
-    for micro in term.micros(group, samples, 3, 0.25):
+    for micro in term.micros(group, samples, 3, 0.25, 0):
         (micro.share * term.loss(dit, reference, micro, CONTEXT).total).backward()
     assert dit.weight.grad is not None and reference.weight.grad is None
     return dit.weight.grad
@@ -71,7 +71,7 @@ def total(name: str, *more: str) -> Tensor:
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_a_group_is_split_and_adds_up(name: str) -> None:
     settings, group, samples = make(name)
-    micros = list(POLICY_LOSSES[name](settings).micros(group, samples, 3, 0.25))
+    micros = list(POLICY_LOSSES[name](settings).micros(group, samples, 3, 0.25, 0))
     assert [len(micro.x) for micro in micros] == [3, 3, 2]
     assert sum(micro.share for micro in micros) == pytest.approx(0.25)
     assert sum(micro.images for micro in micros) == pytest.approx(4)

@@ -40,7 +40,7 @@ SPARE_BYTES = 16 << 20  # bytes kept free beside a checkpoint, for journal and i
 
 @dataclass(frozen=True)
 class Manifest:
-    """Describes a checkpoint. ``step`` optimizer steps are done; ``files`` maps file names to sizes in bytes."""
+    """Describes a checkpoint. ``step`` batches are done; ``files`` maps file names to sizes in bytes."""
 
     format: int
     step: int
@@ -101,6 +101,8 @@ class CheckpointStore:
             ("run.seed", settings.run.seed, then["run"].get("seed")),
             # In rl the checkpoint holds the policy versions that the next steps are drawn with.
             ("experience.max_staleness", self._staleness(), _staleness(manifest)),
+            # AdamW's count of steps follows from the step and this setting.
+            ("algorithm.updates_per_batch", self._updates(), _updates(manifest)),
             # The position in each data source follows from the common position and these two settings.
             ("data.temperature", settings.data.temperature, then["data"].get("temperature")),
             ("data.weights", settings.data.weights, then["data"].get("weights")),
@@ -161,7 +163,7 @@ class CheckpointStore:
 
         self.check_fits(manifest)
         check_shards(self.path(manifest.step), engine.rank, dist.get_world_size())
-        engine.load(self.path(manifest.step), manifest.step)
+        engine.load(self.path(manifest.step), manifest.step * self._updates())
         if ema:
             ema.load(self.path(manifest.step), engine)
 
@@ -223,6 +225,9 @@ class CheckpointStore:
 
     def _staleness(self) -> int:
         return self._settings.experience.max_staleness if self._stage == "rl" else 0
+
+    def _updates(self) -> int:
+        return self._settings.algorithm.updates_per_batch if self._stage == "rl" else 1
 
     def _weights_fingerprint(self) -> str:
         if not self._fingerprint:
@@ -292,6 +297,11 @@ def _lora(manifest: Manifest, key: str) -> Any:
 
 def _staleness(manifest: Manifest) -> Any:
     return manifest.settings.get("experience", {}).get("max_staleness") if manifest.stage == "rl" else 0
+
+
+def _updates(manifest: Manifest) -> Any:
+    # Checkpoints from before there was the setting have one update a batch.
+    return manifest.settings.get("algorithm", {}).get("updates_per_batch", 1) if manifest.stage == "rl" else 1
 
 
 def _size(file: Path) -> int:

@@ -89,6 +89,33 @@ def clipped_policy_loss(
     return PolicyLoss((losses if weights is None else weights.detach() * losses).mean(), stats)
 
 
+class Importance(NamedTuple):
+    weights: Tensor  # [B], min(importance, cap)
+    stats: dict[str, Tensor]  # scalars: importance_mean, importance_max (both before the cap), importance_capped_share
+
+
+def truncated_importance(proximal_log_prob: Tensor, behaviour_log_prob: Tensor, cap: float) -> Importance:
+    """min(exp(log pi_prox - log pi_behaviour), cap): weights of decoupled PPO (Hilton et al. 2021, arXiv 2110.00641).
+
+    Both log-probabilities [B] fp32: of the policy that the step started from, against which ratio and clip are taken,
+    and of the policy that drew the samples. The weight w corrects for what lies between the two; the cap bounds its
+    variance and biases it (truncated importance sampling). No gradient.
+
+    The samplers' log-probabilities are means over the D dimensions of a latent, so w is not the quotient of densities
+    q = pi_prox / pi_behaviour. It is q^(1/D) for flow_sde and dance_sde; for cps, whose log-probability is the squared
+    distance without variance, it is q^(2 std^2 / D). So w is a tempered weight, as near to 1 as the ratios are, and
+    only a policy that has moved very far reaches a cap of 2.
+    """
+    with torch.no_grad():
+        importance = torch.exp(proximal_log_prob - behaviour_log_prob)
+        stats = {
+            "importance_mean": importance.mean(),
+            "importance_max": importance.max(),
+            "importance_capped_share": (importance > cap).float().mean(),
+        }
+        return Importance(importance.clamp(max=cap), stats)
+
+
 # -- policy, by the forward process (DiffusionNFT; M3.6) -------------------------------------------
 
 
@@ -98,11 +125,11 @@ def negative_aware_loss(
     """DiffusionNFT: flow matching towards samples with a high advantage and away from those with a low one.
 
     v, v_old, x, x0 [B, c, h, w]; sigma, advantages [B]. v and v_old are velocities at x = (1 - sigma) x0 + sigma noise:
-    v of the trained policy, v_old of the policy that drew x0. With r = (clamp(A / clip, -1, 1) + 1) / 2 the loss is
-    clip / beta * mean(r err((1 - beta) v_old + beta v) + (1 - r) err((1 + beta) v_old - beta v)). err is the squared
-    error of the image that a velocity implies, divided by its mean size (without gradient), so that every noise level
-    counts equally. No log-probability is needed: samples may come from any sampler. While v equals v_old, the gradient
-    is that of A times err / 2 in v; beta decides how far v may go before the loss holds it back.
+    v of the trained policy, v_old of the policy that the step started from. With r = (clamp(A / clip, -1, 1) + 1) / 2
+    the loss is clip / beta * mean(r err((1 - beta) v_old + beta v) + (1 - r) err((1 + beta) v_old - beta v)). err is
+    the squared error of the image that a velocity implies, divided by its mean size (without gradient), so that every
+    noise level counts equally. No log-probability is needed: samples may come from any sampler. While v equals v_old,
+    the gradient is that of A times err / 2 in v; beta decides how far v may go before the loss holds it back.
 
     The reference uses the trajectory's next latent as x0 (M3.6), for which the derivation does not hold; here x0 is the
     final latent. stats: positive_share, the mean of r.

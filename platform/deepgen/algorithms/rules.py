@@ -5,6 +5,7 @@ An algorithm given as an import path is assumed to need what most need: noise fo
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from deepgen.errors import UserError
@@ -32,7 +33,15 @@ class Overlap(NamedTuple):
 
 
 def choose_overlap(
-    wanted: str, *, max_staleness: int, advantage: str, whiten: str, policy_loss: str, kl: bool, zero_stage: int
+    wanted: str,
+    *,
+    max_staleness: int,
+    updates: int,
+    advantage: str,
+    whiten: str,
+    policy_loss: str,
+    kl: bool,
+    zero_stage: int,
 ) -> Overlap:
     """Whether the learner can start on a group before the last one of its step has been scored.
 
@@ -47,6 +56,8 @@ def choose_overlap(
         why = "experience.overlap is off"
     elif max_staleness:
         why = f"experience.max_staleness {max_staleness} overlaps whole steps already"
+    elif updates > 1:
+        why = f"algorithm.updates_per_batch {updates} needs the final advantages for its first update"
     elif advantage not in GROUPWISE_ADVANTAGES:
         why = f"algorithm.advantage {advantage} compares the samples of the whole batch"
     elif factor and whiten == "rank":
@@ -60,6 +71,10 @@ def choose_overlap(
     if why:
         return Overlap(False, False, f"the learner waits for whole batches: {why}")
     return Overlap(True, factor, "the learner starts on each group when it is scored")
+
+
+RANDOM_WINDOWS = ("all", "window")  # trained steps differ from one training step to the next
+_TRAIN_STEPS = 1000  # as in `deepgen.diffusion.schedule`
 
 
 def check_noise(sampler: str, eta: float) -> None:
@@ -107,4 +122,68 @@ def check_kl(policy_loss: str, kl: str) -> None:
         raise UserError(
             f"algorithm.kl: got {kl!r} with algorithm.policy_loss {policy_loss}, which trains no sampler steps and so "
             f"has no variance of one; allowed: {' or '.join(KL_OF_VELOCITIES)}"
+        )
+
+
+# -- several updates a batch, and samples of an older policy (docs/algorithms.md, Off-policy) -----------------------
+
+
+def check_updates(updates: int, prompts_per_step: int, workers: int, sft_batch: int | None, cycle: int) -> None:
+    """Raise UserError if a rank's groups or auxiliary records can't be split into as many mini-batches.
+
+    sft_batch: None without an auxiliary loss. cycle: its micro-batches, each of which is split.
+    """
+    groups = prompts_per_step // workers
+    if groups % updates:
+        raise UserError(
+            f"algorithm.updates_per_batch: got {updates} with rollout.prompts_per_step {prompts_per_step} and "
+            f"train.workers {workers}, {groups} groups a rank; allowed: a divisor of {groups}"
+        )
+    if updates > 1 and sft_batch is not None and sft_batch < updates * cycle:
+        raise UserError(
+            f"algorithm.sft_batch: got {sft_batch} with algorithm.updates_per_batch {updates} and {cycle} "
+            f"micro-batches a cycle; allowed: >= {updates * cycle}, a record of each of them in each update"
+        )
+
+
+def check_off_policy(policy_loss: str, min_sigma: float, *, decoupled: bool) -> None:
+    """Raise UserError if a correction for off-policy samples is asked of a loss without probability ratios."""
+    if policy_loss not in LOSSES_OF_FINISHED_SAMPLES:
+        return
+    for key, given, allowed in (
+        ("decoupled_loss", decoupled, "false"),
+        ("off_policy_min_sigma", min_sigma, "0"),
+    ):
+        if given:
+            raise UserError(
+                f"algorithm.{key}: got {str(given).lower()} with algorithm.policy_loss {policy_loss}, which has no "
+                f"probability ratios; allowed: {allowed}, or algorithm.policy_loss=clipped_ratio"
+            )
+
+
+def noise_level(index: int, num_steps: int, shift: float) -> float:
+    """Entry ``index`` < ``num_steps`` of `deepgen.diffusion.schedule.rollout_sigmas`, which needs torch."""
+
+    def shifted(u: float) -> float:
+        return shift * u / (1 + (shift - 1) * u)
+
+    last = shifted(1 / _TRAIN_STEPS)
+    return shifted(1 + (last - 1) * index / (num_steps - 1))
+
+
+def check_truncation(min_sigma: float, num_steps: int, shift: float, sde_steps: int, window: str) -> None:
+    """Raise UserError if algorithm.off_policy_min_sigma could leave out every trained step of a training step.
+
+    The least favourable choice is looked at: the last `sde_steps` steps that can be trained. Only the learner can check
+    a window of your own.
+    """
+    first = {"first": 0} | dict.fromkeys(RANDOM_WINDOWS, num_steps - 1 - sde_steps)
+    if window not in first:
+        return
+    level = noise_level(first[window] + 1, num_steps, shift)
+    if min_sigma > level:
+        raise UserError(
+            f"algorithm.off_policy_min_sigma: got {min_sigma:g}, but all trained steps may end below it with "
+            f"rollout.num_steps {num_steps}, rollout.shift {shift:g}, rollout.sde_steps {sde_steps} and "
+            f"rollout.sde_window {window}; allowed: 0 to {math.floor(level * 1e4) / 1e4:g}"
         )

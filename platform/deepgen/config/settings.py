@@ -71,6 +71,7 @@ class Settings(Section):
         return choose_overlap(
             self.experience.overlap,
             max_staleness=self.experience.max_staleness,
+            updates=algorithm.updates_per_batch,
             advantage=algorithm.advantage,
             whiten=algorithm.whiten,
             policy_loss=algorithm.policy_loss,

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deepgen.algorithms.rules import check_exploration, check_kl
+from deepgen.algorithms.rules import (
+    check_exploration,
+    check_kl,
+    check_off_policy,
+    check_truncation,
+    check_updates,
+)
 from deepgen.config.schema.paths import CHECKOUT, exists, resolve_path
 from deepgen.config.settings import Settings
 from deepgen.errors import UserError
@@ -25,8 +31,25 @@ def check_stage(settings: Settings, stage: Stage) -> None:
             f"rollout.prompts_per_step: got {rollout.prompts_per_step} for train.workers {train.workers}; "
             f"allowed: a multiple of {train.workers}, so that each rank gets as many groups"
         )
+    _check_off_policy(settings)
     if not settings.rewards.used():
         raise UserError("rewards.weights: got no weight above 0; allowed: at least one reward for some task")
+
+
+def _check_off_policy(settings: Settings) -> None:
+    """Several updates a batch, and corrections for samples of an older policy."""
+    rollout, algorithm, data = settings.rollout, settings.algorithm, settings.data
+    check_updates(
+        algorithm.updates_per_batch,
+        rollout.prompts_per_step,
+        settings.train.workers,
+        algorithm.sft_batch if algorithm.sft_coef else None,
+        data.edit_per_cycle + data.t2i_per_cycle,
+    )
+    check_off_policy(algorithm.policy_loss, algorithm.off_policy_min_sigma, decoupled=algorithm.decoupled_loss)
+    check_truncation(
+        algorithm.off_policy_min_sigma, rollout.num_steps, rollout.shift, rollout.sde_steps, rollout.sde_window
+    )
 
 
 def _check_own_code(settings: Settings) -> None:

@@ -13,9 +13,11 @@ slash, the curves select them by name):
 | policy/ratio_{mean,max,deviation_max}        | probability ratio of the update, largest distance from 1 |
 | policy/clip_share, policy/kl                 | share of clipped samples, KL to the reference |
 | policy/staleness_max                         | steps between the policy that drew and the one that learns |
+| policy/importance_{mean,max,capped_share}    | weights of the decoupled loss before the cap, share of capped ones |
+| policy/truncated_share                       | share of the off-policy samples' transitions that is left out |
 | loss/total, loss/policy, loss/kl, loss/sft, loss/flow_matching | losses |
 | data/quarantined_sum, data/quarantined_{prompts,heldout} | bad training records of the step, prompts left out |
-| train/grad_norm, train/learning_rate         | optimizer |
+| train/grad_norm, train/learning_rate         | optimizer; the norm is the mean over the updates of a batch |
 | time/<phase>_s                               | seconds per phase; reward: the wait after the last image |
 | throughput/images_per_s, throughput/rollout_images_per_s | images per second, trained on and drawn |
 | pool/<reward>/<counter>, rollout/restarts    | counters of the reward pools and the rollout fleet |

@@ -119,6 +119,17 @@ def test_what_changes_the_model_must_stay(save: Callable[..., CheckpointStore], 
         save(more=(more,)).check_fits(manifest)
 
 
+def test_the_updates_of_a_batch_must_stay_in_rl(save: Callable[..., CheckpointStore]) -> None:
+    """They say how many optimizer steps AdamW has counted."""
+    one, two = ((f"algorithm.updates_per_batch={count}",) for count in (1, 2))
+    manifest = save(1, stage="rl", more=one).newest()
+    assert manifest is not None
+    with pytest.raises(UserError, match=r"algorithm\.updates_per_batch: got 2; allowed: 1, with which"):
+        save(stage="rl", more=two).check_fits(manifest)
+    del manifest.settings["algorithm"]["updates_per_batch"]  # written before there was the setting
+    save(stage="rl", more=one).check_fits(manifest)
+
+
 def test_a_fingerprint_sees_all_through_a_file(tmp_path: Path) -> None:
     content = bytearray(10 << 20)
     (tmp_path / "w").write_bytes(content)

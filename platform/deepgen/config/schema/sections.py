@@ -121,7 +121,9 @@ class DataSettings(Section):
 
 class TrainSettings(Section):
     about: ClassVar[str] = "the learner: optimizer, ranks, checkpoints"
-    steps: int = setting(1500, "Optimizer steps in all; in rl each step is one batch of rollouts.", ge=1)
+    steps: int = setting(
+        1500, "Optimizer steps in all; in rl batches of rollouts, whatever algorithm.updates_per_batch.", ge=1
+    )
     learning_rate: float = setting(2e-6, "Peak learning rate (paper: pretrain 1e-4, sft 5e-5, rl 2e-6).", gt=0, le=1)
     min_learning_rate: float = setting(0.0, "Where the cosine schedule ends.", ge=0)
     beta1: float = setting(0.9, "AdamW decay of the first moment.", ge=0, lt=1)
@@ -188,7 +190,7 @@ class RolloutSettings(Section):
         "steps, all trained; first: that run at the beginning.",
     )
     group_size: int = setting(8, "Images sampled for one prompt, compared with each other.", unit="images", ge=1)
-    prompts_per_step: int = setting(32, "Groups in one optimizer step.", unit="prompts", ge=1)
+    prompts_per_step: int = setting(32, "Groups in one batch.", unit="prompts", ge=1)
     actors: int = setting(8, "Rollout actors.", ge=1)
     same_noise: bool = setting(True, "The images of a group start from the same noise.")
     threads: int = setting(1, "CPU threads of a rollout actor.", ge=1)
@@ -234,6 +236,21 @@ class AlgorithmSettings(Section):
     )
     update_micro_batch: int = setting(
         32, "Samples per forward and backward of the policy loss on a learner rank.", unit="samples", ge=1
+    )
+    updates_per_batch: int = setting(
+        1, "Optimizer steps on one batch: its groups are split in order into so many mini-batches.", ge=1
+    )
+    decoupled_loss: bool = setting(
+        False,
+        "Ratio and clip against the policy that the step started from instead of the one that drew the samples; "
+        "truncated importance weights make up for what lies between (decoupled PPO). On-policy it changes nothing.",
+    )
+    importance_cap: float = setting(2.0, "Largest importance weight of algorithm.decoupled_loss.", ge=1)
+    off_policy_min_sigma: float = setting(
+        0.0,
+        "Of off-policy samples, transitions to a noise level below this are left out (OP-GRPO); 0 leaves out none.",
+        ge=0,
+        lt=1,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -32,6 +33,22 @@ class MicroBatch:
     def generators(self, purpose: str) -> list[torch.Generator]:
         """New CPU generators, one per sample. Each independent use of random numbers needs its own ``purpose``."""
         return [torch.Generator().manual_seed(stable_seed(seed, purpose)) for seed in self.seeds]
+
+    def split(self, count: int) -> list[MicroBatch]:
+        """``count`` micro-batches of neighbouring samples, as even as can be; ``bad`` stays with the first."""
+        edges = [len(self.indices) * part // count for part in range(count + 1)]
+        return [
+            replace(
+                self,
+                indices=self.indices[begin:end],
+                prompts=self.prompts[begin:end],
+                references=self.references[begin:end],
+                targets=self.targets[begin:end],
+                seeds=self.seeds[begin:end],
+                bad=() if part else self.bad,
+            )
+            for part, (begin, end) in enumerate(pairwise(edges))
+        ]
 
 
 def collate(
