@@ -23,10 +23,12 @@ from actors.experience.prompt_order import PromptOrder, check_state
 from actors.experience.reward_router import RewardRouter
 from actors.experience.rollout_fleet import ATTEMPTS, RolloutFleet
 from actors.experience.step_metrics import StepClock, stacked_scores, step_metrics
+from actors.experience.watch import Watch
 from actors.messages import EvaluationRequest, Group, PolicyWeights, RankBatch
 from deepgen.config import Settings
 from deepgen.data.records import Record
 from deepgen.evaluation.results import Evaluation
+from deepgen.tracking.timeline import Recorder
 
 if TYPE_CHECKING:
     from deepgen.algorithms.advantages import AdvantageResult
@@ -46,12 +48,15 @@ class ExperienceStream:
     ) -> None:
         self._settings = settings
         self._prompts = PromptOrder(records, settings.run.seed)
+        recorder = Recorder(settings.run.folder, "stream")
         self._fleet = RolloutFleet(
             actors,
             call_deadline_s=settings.experience.deadline_s / ATTEMPTS,
             start_deadline_s=settings.cluster.start_deadline_s,
+            recorder=recorder,
         )
-        self._rewards = RewardRouter(settings, gpus=gpus)
+        self._rewards = RewardRouter(settings, gpus=gpus, recorder=recorder)
+        self._watch = Watch(settings, recorder, self._fleet, self._rewards)
         self._version: int | None = None if resume else 0  # the newest
         # Versions that steps may still be drawn with; None: the weights folder, which is version 0.
         self._policies: dict[int, PolicyWeights | None] = {} if resume else {0: None}
@@ -64,6 +69,7 @@ class ExperienceStream:
     async def start(self) -> None:
         """Wait until rollout actors and reward pools are ready. Raises TimeoutError after cluster.start_deadline_s."""
         deadline = self._settings.cluster.start_deadline_s
+        self._watch.start(lambda: self._version)
         try:
             parts = self._fleet.start(), self._rewards.start(), asyncio.to_thread(_import_libraries)
             await asyncio.wait_for(asyncio.gather(*parts), deadline)
@@ -76,7 +82,9 @@ class ExperienceStream:
 
     async def stop(self) -> None:
         """Stop the reward pools and cancel unfinished steps. The rollout actors keep running."""
+        version = self._version
         await self._rewind(self._next_step)
+        await self._watch.stop(version)
         self._rewards.stop()
         await asyncio.sleep(0)  # lets the pools' cancelled tasks end
 
@@ -86,8 +94,10 @@ class ExperienceStream:
         """This rank's share of a step. The step is sampled and scored once for all ranks."""
         if world != self._settings.train.workers:
             raise ValueError(f"{world} ranks ask for batches that were planned for {self._settings.train.workers}")
+        self._watch.asked(step, rank)
         self._consume(step)
         batch = (await self._in_time(step))[rank]
+        batch = replace(batch, metrics=batch.metrics | self._watch.handed_out(step, rank))
         if rank == 0:
             for name, counts in batch.tally.items():
                 before = self._statistics.get(name, [0, 0, 0.0])
@@ -96,7 +106,7 @@ class ExperienceStream:
 
     async def make_step(self, step: int) -> list[RankBatch]:
         policy = await self._policy(self._version_of(step))
-        clock = StepClock()
+        clock = self._watch.step(step)
         groups = await asyncio.gather(*(self._make_group(group, policy, clock) for group in self._groups(step)))
         reward_weights = np.stack([self._rewards.weights(group.record) for group in groups])  # [groups, K]
         advantages = self._advantages(groups, reward_weights)

@@ -29,6 +29,7 @@ from actors.learner.run_control import stop_requested
 from deepgen.errors import UserError
 from deepgen.seeds import stable_seed
 from deepgen.tracking.progress import Phases, Progress
+from deepgen.tracking.timeline import LEARNER, Recorder, Span
 
 if TYPE_CHECKING:
     from deepgen.config.settings import Settings
@@ -86,7 +87,11 @@ class TrainingLoop:
     ) -> None:
         self.context, (self.source, self.objective, self.evaluator) = context, parts
         self.engine, self.ema, self.checkpoints = engine, ema, checkpoints
-        self.phases = Phases()
+        # The timeline is of runs with several actors; here are the phases of this rank.
+        folder = checkpoints.run_folder if context.stage == "rl" else None
+        self.recorder = Recorder(folder, f"{LEARNER}-{context.rank}")
+        self.phases = Phases(clock=self.recorder.clock, ended=self._record)
+        self.step = start
         self.progress = Progress(context.settings.train.steps, start)
         self.last_said = -math.inf
 
@@ -98,7 +103,7 @@ class TrainingLoop:
 
     def run_step(self, step: int) -> bool:
         """Take one batch, make one optimizer step, publish one new version of the weights. False: that was the last."""
-        context, begin = self.context, time.monotonic()
+        context, begin, self.step = self.context, time.monotonic(), step
         with self.phases("wait"):
             batch = self.source.next(step, context.rank, context.world)
         with self.phases("update"):
@@ -117,7 +122,11 @@ class TrainingLoop:
         with self.phases("evaluate"):
             metrics |= self._evaluate(step + 1)
         self._log(step + 1, metrics | self.source.metrics() | self.phases.take())
+        self.recorder.flush()
         return last or not stop
+
+    def _record(self, phase: str, begin: float, end: float) -> None:
+        self.recorder.add(Span(f"{LEARNER} {self.context.rank}", LEARNER, phase, begin, end, step=self.step))
 
     def _stop_requested(self) -> bool:
         """Rank 0's answer for all: the request may come while ranks look at different times. Collective."""

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 # Metrics that differ between equal runs: times, and how busy the actors were.
-TIMES = ("time/", "throughput/", "pool/", "rollout/restarts")
+TIMES = ("time/", "throughput/", "idle/", "pool/", "rollout/restarts")
 
 
 def start(world: Path, *more: str) -> subprocess.Popen[str]:

@@ -53,10 +53,16 @@ class Phases:
     """Seconds per named phase of a step: `with phases("rollout"): ...`.
 
     Phases may overlap (reward scoring while other groups are sampled), so their sum can exceed the step's time.
+    `ended(name, begin, end)`, in seconds of `clock`, is called when a phase has ended.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        ended: Callable[[str, float, float], None] = lambda name, begin, end: None,
+    ) -> None:
+        self._clock, self._ended = clock, ended
         self._seconds: dict[str, float] = {}
 
     @contextmanager
@@ -65,7 +71,9 @@ class Phases:
         try:
             yield
         finally:
-            self.add(name, self._clock() - begin)
+            end = self._clock()
+            self.add(name, end - begin)
+            self._ended(name, begin, end)
 
     def add(self, name: str, seconds: float) -> None:
         """Add seconds that were measured elsewhere, e.g. inside an actor."""
