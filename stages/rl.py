@@ -79,6 +79,7 @@ def wire(settings: Settings) -> None:
         run(settings, stream, heldout, gpus)
     finally:
         end(stream)
+    record_timeline(settings)
 
 
 def run(settings: Settings, stream: Any, heldout: list[Record], gpus: bool) -> None:
@@ -93,7 +94,6 @@ def run(settings: Settings, stream: Any, heldout: list[Record], gpus: bool) -> N
     ray.get(stream.begin.remote(), timeout=MARGIN_S)
     result = start_learner(LearnerJob("rl", settings, learner_parts(stream), gpus))
     comparison.report(result)
-    record_timeline(settings)
     say(f"the trained model is {result}")
 
 

@@ -66,10 +66,7 @@ def _state(status: Status, holder: Holder | None, now: float) -> tuple[str, bool
     written = f"{format_duration(now - status.time)} ago"
     if holder is not None and holder.lives:
         if now - status.time > _OLD_S:
-            return (
-                f"{holder.who} has it, but its status is of {written}: it starts, ends or hangs; as it was then",
-                False,
-            )
+            return f"{holder.who} starts, ends or hangs: its status is old, written {written}", False
         return f"running, {holder.who}", True
     if status.ended:
         return f"ended {written}", False

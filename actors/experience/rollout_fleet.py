@@ -15,13 +15,12 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 from actors.messages import Group, PolicyWeights
-from deepgen.tracking.timeline import ROLLOUT, Recorder, Span
+from deepgen.tracking.timeline import ROLLOUT, Recorder
 
 ATTEMPTS = 3
 RESTARTS = 8  # per actor and run; more than that is no longer bad luck
 WEIGHTS_GROUP = "weights"  # calls that may overlap sampling
 _PAUSE_S = 0.2  # pause before a restarting actor is asked again
-_WHAT = {"sample_group": "sample", "prefetch": "fetch weights", "ready": "start"}  # method -> name in the timeline
 _NOBODY = ""  # in the queue of idle actors this means that none is left
 
 
@@ -70,7 +69,7 @@ class RolloutFleet:
         while len(failures) < ATTEMPTS:
             name = await self._next_idle()
             begin = time.monotonic()
-            span = self._span(name, method, request, policy)
+            span = self._recorder.begin(name, ROLLOUT, **_about(method, request, policy))
             # Stays True when the sampling code itself raises: the error propagates, the actor is fine.
             reusable = True
             try:
@@ -94,7 +93,10 @@ class RolloutFleet:
         async def one(name: str) -> None:
             begin = time.monotonic()
             call = self._actors[name].prefetch.options(concurrency_group=WEIGHTS_GROUP)
-            span = self._span(name, "prefetch", f"version {published.version}", published)
+            version = published.version
+            span = self._recorder.begin(
+                name, ROLLOUT, "fetch weights", call=f"prefetch of version {version}", version=version
+            )
             try:
                 await asyncio.wait_for(call.remote(published), self._call_deadline_s)
             except RayActorError:
@@ -115,12 +117,6 @@ class RolloutFleet:
 
     # -- internals --------------------------------------------------------------------------------------------------
 
-    def _span(self, name: str, method: str, request: Any, policy: PolicyWeights | None) -> Span:
-        step = request.step if isinstance(request, Group) else None
-        version = policy.version if policy else (None if step is None else 0)
-        call, what = f"{method} of {request}", _WHAT.get(method, method)
-        return self._recorder.begin(name, ROLLOUT, what, call=call, step=step, version=version)
-
     async def _next_idle(self) -> str:
         name = await self._idle.get()
         if name == _NOBODY:
@@ -132,7 +128,7 @@ class RolloutFleet:
         """Wait until the actor answers, then put it into the idle queue."""
         begin = time.monotonic()
         left = self._start_deadline_s
-        span = self._span(name, "ready", "the model", None)
+        span = self._recorder.begin(name, ROLLOUT, "start", call="start of the actor")
         try:
             while not await self._answers(name, left):
                 await asyncio.sleep(_PAUSE_S)
@@ -166,6 +162,14 @@ class RolloutFleet:
             self._lost[name] = f"{failure}; {error}"
             if len(self._lost) == len(self._actors):
                 self._idle.put_nowait(_NOBODY)
+
+
+def _about(method: str, request: Any, policy: PolicyWeights | None) -> dict[str, Any]:
+    """What the timeline says of a call."""
+    about = {"what": method, "call": f"{method} of {request}"}
+    if not isinstance(request, Group):
+        return about
+    return about | {"what": "sample", "step": request.step, "version": policy.version if policy else 0}
 
 
 def _failure(name: str, call: str, begin: float, error: BaseException) -> str:

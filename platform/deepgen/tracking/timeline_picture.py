@@ -35,12 +35,13 @@ _COLOURS = {
     "start": "#8d8d8d",
     "score": "#4fa46b",
     "update": "#b8433b",
-    "publish": "#f2a13c",
+    "publish": "#d9701e",
     "checkpoint": "#7d5ba6",
     "wait": "#f6e3e1",
 }
 _OTHER = "#c9a227"
-_NARROW = 0.025  # share of the width below which a step's number does not fit into its bar
+# Shares of the width below which a step's number does not fit into its bar, and an edge would hide the bar.
+_NARROW, _EDGE = 0.025, 0.004
 
 
 def write_timeline(folder: Path, title: str) -> list[Path]:
@@ -114,7 +115,7 @@ def _draw_row(axes: Axes, place: int, spans: Sequence[Span], begin: float, end: 
         left, right = max(span.begin, begin) - begin, min(span.end, end) - begin
         height = 0.4 if span.what == "fetch weights" else 0.72
         (bar,) = axes.barh(place, right - left, left=left, height=height, zorder=2)
-        _paint(bar, span.what)
+        _paint(bar, span.what, edge=right - left > _EDGE * (end - begin))
         if span.step is not None and span.what in ("sample", "update") and right - left > _NARROW * (end - begin):
             middle = (left + right) / 2
             axes.text(middle, place, str(span.step), ha="center", va="center", fontsize=7, color="white", zorder=3)
@@ -151,9 +152,9 @@ def _draw_legend(axes: Axes, spans: Sequence[Span]) -> None:
     axes.figure.legend(handles=patches, ncols=len(patches), loc="outside lower center", fontsize=8, frameon=False)
 
 
-def _paint(patch: Patch, what: str) -> None:
-    """The colour of a kind of work. Waiting is hatched: it is no work."""
+def _paint(patch: Patch, what: str, *, edge: bool = True) -> None:
+    """The colour of a kind of work. Waiting is hatched: it is no work. Without an edge, the smallest bar shows."""
     patch.set_facecolor(_COLOURS.get(what, _OTHER))
-    patch.set_edgecolor("#d9aaa6" if what == "wait" else "white")
+    patch.set_edgecolor("#d9aaa6" if what == "wait" else "white" if edge else _COLOURS.get(what, _OTHER))
     patch.set_hatch("////" if what == "wait" else "")
     patch.set_linewidth(0.5)
