@@ -1,6 +1,6 @@
 """Stage 3, reinforcement learning: MR-GRPO on the DiT (method 3).
 
-    python stages/rl.py [--recipe NAME_OR_PATH] [KEY=VALUE ...] [--resume] [--plan]
+    python stages/rl.py [--recipe NAME_OR_PATH] [KEY=VALUE ...] [--resume] [--plan] [--status RUN]
 
 One training step, and where each part of it is:
 
@@ -46,14 +46,15 @@ from deepgen.data.records import Record  # noqa: E402
 from deepgen.data.usable import usable_records  # noqa: E402
 from deepgen.evaluation.choose import heldout_records  # noqa: E402
 from deepgen.planning.plan import plan_text  # noqa: E402
-from stages.rl_report import BeforeAfter, say  # noqa: E402
+from stages.rl_report import BeforeAfter, record_timeline, say  # noqa: E402
+from stages.rl_status import status_text  # noqa: E402
 
 MARGIN_S = 30.0  # lets an actor's own error, which says more, arrive first
 END_S = 3.0
 
 
 def main() -> int:
-    settings = parse_command_line("rl", sys.argv[1:], plan_text)
+    settings = parse_command_line("rl", sys.argv[1:], plan_text, status_text)
     with run_lock(settings):
         wire(prepare_run(settings, "rl"))
     return 0
@@ -78,6 +79,7 @@ def wire(settings: Settings) -> None:
         run(settings, stream, heldout, gpus)
     finally:
         end(stream)
+    record_timeline(settings)
 
 
 def run(settings: Settings, stream: Any, heldout: list[Record], gpus: bool) -> None:

@@ -116,6 +116,16 @@ def write_report(settings: Settings, before: Evaluation, after: Evaluation, aver
     say(f"MLflow: {page}")
 
 
+def record_timeline(settings: Settings) -> None:
+    """Draw the timeline of the run and attach it to its MLflow run."""
+    from deepgen.tracking.timeline_picture import log_timeline
+    from deepgen.tracking.tracker import Tracker
+
+    with Tracker(settings, "rl", attach=True) as tracker:
+        for path in log_timeline(tracker, settings.run.name):
+            say(f"timeline: {path}")
+
+
 def means_text(evaluation: Evaluation) -> str:
     return "  ".join(f"{name} {mean:.3f}" for name, mean in evaluation.means().items())
 

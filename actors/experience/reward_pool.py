@@ -30,6 +30,7 @@ from actors.messages import BatchReply
 from deepgen.cluster.resources import pool_resources
 from deepgen.config import PoolSettings
 from deepgen.errors import UserError
+from deepgen.tracking.timeline import Recorder
 from rewards import RewardRequest, RewardUnavailable, applies, build_reward
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ class RewardPool:
         max_restarts: restarts of one replica without a successful call in between; then the pool drops the replica.
         backoff_s: pause before the first retry; doubles with each retry, up to 10 s.
         cache_size: number of cached scores; the least recently used are dropped first; 0 = no cache.
+        recorder: gets a span for every call of a replica.
     """
 
     def __init__(
@@ -127,12 +129,13 @@ class RewardPool:
         max_restarts: int = 3,
         backoff_s: float = 0.5,
         cache_size: int = 1 << 16,
+        recorder: Recorder | None = None,
     ) -> None:
         self.name, self._settings = settings.pool_name, settings
         resources = pool_resources(settings, gpus=gpus)
         self._resources = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0.0)}
         self._start_deadline_s, self._max_restarts, self._backoff_s = start_deadline_s, max_restarts, backoff_s
-        self._cache_size = cache_size
+        self._cache_size, self._recorder = cache_size, recorder or Recorder()
         self._cache: OrderedDict[bytes, float] = OrderedDict()
         self._replicas: list[_Replica] = []
         self._workers: list[asyncio.Task[None]] = []
@@ -174,6 +177,10 @@ class RewardPool:
     def counters(self) -> dict[str, float]:
         """Totals since the start, keys as in COUNTERS. `seconds` is the time that replicas spent in calls."""
         return dict(self._totals)
+
+    def open_requests(self) -> int:
+        """Requests without an answer, queued or being scored."""
+        return len(self._open)
 
     def replica_actors(self) -> list[Any]:
         """Ray handles of the current replicas, for operations and tests."""
@@ -257,12 +264,15 @@ class RewardPool:
         return remote.remote(self._settings)
 
     async def _warm_up(self, replica: _Replica) -> None:
+        span = self._recorder.begin(replica.label, self.name, "start", call="start of the reward")
         try:
             await _answer(replica.actor.start.remote(), replica.label, "start", self._start_deadline_s)
         except RayTaskError as error:
             if isinstance(error.cause, UserError):  # not a bug, so leave out the remote traceback
                 raise error.cause from None
             raise
+        finally:
+            self._recorder.end(span)
 
     async def _serve(self, replica: _Replica) -> None:
         """Score batches on one replica until the pool drops the replica."""
@@ -290,6 +300,7 @@ class RewardPool:
             return None
         self._count_batch(batch, "calls")
         began = time.monotonic()
+        span = self._recorder.begin(replica.label, self.name, "score", call=f"score of {len(batch)} images")
         try:
             reply: BatchReply = await _answer(
                 self._call(replica, batch), replica.label, "score", self._settings.deadline_s
@@ -306,6 +317,7 @@ class RewardPool:
             return None
         finally:
             self._totals["seconds"] += time.monotonic() - began
+            self._recorder.end(span)
         if reply.unavailable is not None:
             return f"{replica.label}: {reply.unavailable}", False
         replica.failures = 0

@@ -16,18 +16,23 @@ from actors.experience.reward_pool import RewardPool
 from deepgen.config import Settings
 from deepgen.data.images import decode_image
 from deepgen.data.records import Record
+from deepgen.tracking.timeline import Recorder
 from rewards import RewardRequest, applies
 
 
 class RewardRouter:
-    """The reward pools of a run. `names`: the K rewards, in the order of the score columns."""
+    """The reward pools of a run. `names`: the K rewards, in the order of the score columns.
 
-    def __init__(self, settings: Settings, *, gpus: bool) -> None:
+    Calls of the pools' replicas are spans in `recorder`.
+    """
+
+    def __init__(self, settings: Settings, *, gpus: bool, recorder: Recorder | None = None) -> None:
         self.names = settings.rewards.used()
         self._weights = settings.rewards.weights
         self._settings = settings.rewards.pools
+        deadline = settings.cluster.start_deadline_s
         self._pools = {
-            name: RewardPool(self._settings[name], gpus=gpus, start_deadline_s=settings.cluster.start_deadline_s)
+            name: RewardPool(self._settings[name], gpus=gpus, start_deadline_s=deadline, recorder=recorder)
             for name in self.names
         }
 
@@ -66,6 +71,10 @@ class RewardRouter:
             for name, pool in self._pools.items()
             for key, value in pool.counters().items()
         }
+
+    def open_requests(self) -> dict[str, int]:
+        """Images that each pool has still to score."""
+        return {name: pool.open_requests() for name, pool in self._pools.items()}
 
     def _weight(self, name: str, record: Record) -> float:
         weight = self._weights.get(record.task, {}).get(name, 0.0)

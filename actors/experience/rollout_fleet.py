@@ -14,7 +14,8 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
-from actors.messages import PolicyWeights
+from actors.messages import Group, PolicyWeights
+from deepgen.tracking.timeline import ROLLOUT, Recorder
 
 ATTEMPTS = 3
 RESTARTS = 8  # per actor and run; more than that is no longer bad luck
@@ -32,15 +33,26 @@ class NoRolloutLeftError(RolloutError):
 
 
 class RolloutFleet:
-    """Distributes calls over the actors, inside one asyncio loop. `actors` maps names to handles of `RolloutActor`."""
+    """Distributes calls over the actors, inside one asyncio loop. `actors` maps names to handles of `RolloutActor`.
 
-    def __init__(self, actors: Mapping[str, Any], *, call_deadline_s: float, start_deadline_s: float) -> None:
+    Every call is a span in `recorder`.
+    """
+
+    def __init__(
+        self,
+        actors: Mapping[str, Any],
+        *,
+        call_deadline_s: float,
+        start_deadline_s: float,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._actors = dict(actors)
+        self._recorder = recorder or Recorder()
         self._call_deadline_s, self._start_deadline_s = call_deadline_s, start_deadline_s
         self._idle: asyncio.Queue[str] = asyncio.Queue()
-        self._busy: dict[str, tuple[str, float]] = {}  # actor -> its call and when that began
         self._recovering: set[asyncio.Task[None]] = set()
         self._lost: dict[str, str] = {}  # actor that did not come back -> why
+        self.names = tuple(self._actors)
         self.restarts = 0
 
     async def start(self) -> None:
@@ -57,7 +69,7 @@ class RolloutFleet:
         while len(failures) < ATTEMPTS:
             name = await self._next_idle()
             begin = time.monotonic()
-            self._busy[name] = (f"{method} of {request}", begin)
+            span = self._recorder.begin(name, ROLLOUT, **_about(method, request, policy))
             # Stays True when the sampling code itself raises: the error propagates, the actor is fine.
             reusable = True
             try:
@@ -70,7 +82,7 @@ class RolloutFleet:
                 failures.append(_failure(name, method, begin, error))
                 self._replace(name, failures[-1], kill=isinstance(error, TimeoutError))
             finally:
-                self._busy.pop(name, None)
+                self._recorder.end(span)
                 if reusable:
                     self._idle.put_nowait(name)
         raise RolloutError(f"{request} failed {ATTEMPTS} times; " + "; ".join(failures))
@@ -81,21 +93,27 @@ class RolloutFleet:
         async def one(name: str) -> None:
             begin = time.monotonic()
             call = self._actors[name].prefetch.options(concurrency_group=WEIGHTS_GROUP)
+            version = published.version
+            span = self._recorder.begin(
+                name, ROLLOUT, "fetch weights", call=f"prefetch of version {version}", version=version
+            )
             try:
                 await asyncio.wait_for(call.remote(published), self._call_deadline_s)
             except RayActorError:
                 return
             except TimeoutError as error:
                 raise RolloutError(_failure(name, "prefetch", begin, error)) from error
+            finally:
+                self._recorder.end(span)
 
         await asyncio.gather(*(one(name) for name in self._actors))
 
     def oldest_call(self) -> str:
         """Describes the longest-running call, for the error message of a caller that waited too long."""
-        if not self._busy:
-            return f"no call is running; {len(self._recovering)} of {len(self._actors)} rollout actors are restarting"
-        name, (what, since) = min(self._busy.items(), key=lambda item: item[1][1])
-        return f"actor {name}, call {what}, running for {time.monotonic() - since:.0f} s"
+        if not (busy := self._recorder.open(ROLLOUT)):
+            return f"no call is running on the {len(self._actors)} rollout actors"
+        age = self._recorder.clock() - busy[0].begin
+        return f"actor {busy[0].actor}, call {busy[0].call}, running for {age:.0f} s"
 
     # -- internals --------------------------------------------------------------------------------------------------
 
@@ -110,12 +128,15 @@ class RolloutFleet:
         """Wait until the actor answers, then put it into the idle queue."""
         begin = time.monotonic()
         left = self._start_deadline_s
+        span = self._recorder.begin(name, ROLLOUT, "start", call="start of the actor")
         try:
             while not await self._answers(name, left):
                 await asyncio.sleep(_PAUSE_S)
                 left = self._start_deadline_s - (time.monotonic() - begin)
         except (RayActorError, TimeoutError) as error:
             raise RolloutError(_failure(name, "ready", begin, error)) from error
+        finally:
+            self._recorder.end(span)
         self._idle.put_nowait(name)
 
     async def _answers(self, name: str, deadline_s: float) -> bool:
@@ -141,6 +162,14 @@ class RolloutFleet:
             self._lost[name] = f"{failure}; {error}"
             if len(self._lost) == len(self._actors):
                 self._idle.put_nowait(_NOBODY)
+
+
+def _about(method: str, request: Any, policy: PolicyWeights | None) -> dict[str, Any]:
+    """What the timeline says of a call."""
+    about = {"what": method, "call": f"{method} of {request}"}
+    if not isinstance(request, Group):
+        return about
+    return about | {"what": "sample", "step": request.step, "version": policy.version if policy else 0}
 
 
 def _failure(name: str, call: str, begin: float, error: BaseException) -> str:

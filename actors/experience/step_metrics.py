@@ -22,6 +22,7 @@ class StepClock:
     """Records when the groups of one step begin, are sampled and are scored, in seconds of this process's clock."""
 
     def __init__(self) -> None:
+        self.sampled_groups = self.scored_groups = 0
         self._first_begun, self._last_sampled, self._last_scored = math.inf, -math.inf, -math.inf
 
     def begun(self) -> None:
@@ -29,9 +30,11 @@ class StepClock:
 
     def sampled(self) -> None:
         self._last_sampled = time.monotonic()
+        self.sampled_groups += 1
 
     def scored(self) -> None:
         self._last_scored = time.monotonic()
+        self.scored_groups += 1
 
     def metrics(self, images: int) -> dict[str, float]:
         """Seconds of sampling, seconds of scoring after the last group was sampled, and sampled images per second."""

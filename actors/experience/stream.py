@@ -23,10 +23,12 @@ from actors.experience.prompt_order import PromptOrder, check_state
 from actors.experience.reward_router import RewardRouter
 from actors.experience.rollout_fleet import ATTEMPTS, RolloutFleet
 from actors.experience.step_metrics import StepClock, stacked_scores, step_metrics
+from actors.experience.watch import Watch
 from actors.messages import EvaluationRequest, Group, PolicyWeights, RankBatch
 from deepgen.config import Settings
 from deepgen.data.records import Record
 from deepgen.evaluation.results import Evaluation
+from deepgen.tracking.timeline import Recorder
 
 if TYPE_CHECKING:
     from deepgen.algorithms.advantages import AdvantageResult
@@ -46,12 +48,15 @@ class ExperienceStream:
     ) -> None:
         self._settings = settings
         self._prompts = PromptOrder(records, settings.run.seed)
+        recorder = Recorder(settings.run.folder, "stream")
         self._fleet = RolloutFleet(
             actors,
             call_deadline_s=settings.experience.deadline_s / ATTEMPTS,
             start_deadline_s=settings.cluster.start_deadline_s,
+            recorder=recorder,
         )
-        self._rewards = RewardRouter(settings, gpus=gpus)
+        self._rewards = RewardRouter(settings, gpus=gpus, recorder=recorder)
+        self._watch = Watch(settings, recorder, self._fleet, self._rewards)
         self._version: int | None = None if resume else 0  # the newest
         # Versions that steps may still be drawn with; None: the weights folder, which is version 0.
         self._policies: dict[int, PolicyWeights | None] = {} if resume else {0: None}
@@ -65,6 +70,7 @@ class ExperienceStream:
     async def start(self) -> None:
         """Wait until rollout actors and reward pools are ready. Raises TimeoutError after cluster.start_deadline_s."""
         deadline = self._settings.cluster.start_deadline_s
+        self._watch.start(lambda: self._version)
         try:
             parts = self._fleet.start(), self._rewards.start(), asyncio.to_thread(_import_libraries)
             await asyncio.wait_for(asyncio.gather(*parts), deadline)
@@ -77,7 +83,9 @@ class ExperienceStream:
 
     async def stop(self) -> None:
         """Stop the reward pools and cancel unfinished steps. The rollout actors keep running."""
+        version = self._version
         await self._rewind(self._next_step)
+        await self._watch.stop(version)
         self._rewards.stop()
         await asyncio.sleep(0)  # lets the pools' cancelled tasks end
 
@@ -87,8 +95,10 @@ class ExperienceStream:
         """This rank's share of a step. The step is sampled and scored once for all ranks."""
         if world != self._settings.train.workers:
             raise ValueError(f"{world} ranks ask for batches that were planned for {self._settings.train.workers}")
+        self._watch.asked(step, rank)
         self._consume(step)
         batch: RankBatch = (await self._in_time(self._steps[step].batches, f"batch of step {step}"))[rank]
+        batch = replace(batch, metrics=batch.metrics | self._watch.handed_out(step, rank))
         if rank == 0:
             for name, counts in batch.tally.items():
                 before = self._statistics.get(name, [0, 0, 0.0])
@@ -97,8 +107,11 @@ class ExperienceStream:
 
     async def next_group(self, step: int, position: int) -> Group:
         """Group `position` of a step as soon as it is scored, with its own part of the advantages."""
+        rank = position % self._settings.train.workers
+        self._watch.asked(step, rank)
         self._consume(step)
         group = await self._in_time(self._steps[step].groups[position], f"group {position} of step {step}")
+        self._watch.got(step, rank)
         clip = None if self._overlap.held else self._settings.algorithm.advantage_clip
         alone = self._advantages([group], self._reward_weights([group]), whiten="none", clip=clip)
         return _for_learner(group, alone.advantages.numpy())
@@ -195,7 +208,7 @@ class ExperienceStream:
 
     def _begin_step(self, step: int) -> None:
         if step not in self._steps:
-            clock = StepClock()
+            clock = self._watch.step(step)
             groups = [asyncio.create_task(self._make_group(group, clock)) for group in self._groups(step)]
             self._steps[step] = _Step(groups, asyncio.create_task(self.make_step(groups, clock)))
 

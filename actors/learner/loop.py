@@ -40,6 +40,7 @@ from actors.learner.run_control import stop_requested
 from deepgen.errors import UserError
 from deepgen.seeds import stable_seed
 from deepgen.tracking.progress import Phases, Progress
+from deepgen.tracking.timeline import LEARNER, Recorder, Span
 
 if TYPE_CHECKING:
     from deepgen.config.settings import Settings
@@ -97,7 +98,11 @@ class TrainingLoop:
     ) -> None:
         self.context, (self.source, self.objective, self.evaluator) = context, parts
         self.engine, self.ema, self.checkpoints = engine, ema, checkpoints
-        self.phases = Phases()
+        # The timeline is of runs with several actors; here are the phases of this rank.
+        folder = checkpoints.run_folder if context.stage == "rl" else None
+        self.recorder = Recorder(folder, f"{LEARNER}-{context.rank}")
+        self.phases = Phases(clock=self.recorder.clock, ended=self._record)
+        self.step = start
         self.progress = Progress(context.settings.train.steps, start)
         self.last_said = -math.inf
 
@@ -109,15 +114,15 @@ class TrainingLoop:
 
     def run_step(self, step: int) -> bool:
         """Take one batch, update on it, publish one new version of the weights. False: that was the last."""
-        context, begin = self.context, time.monotonic()
+        context, begin, self.step = self.context, time.monotonic(), step
         with self.phases("wait"):
             batch = self.source.next(step, context.rank, context.world)
+        if isinstance(batch, Arriving):
+            batch.pieces = self._waited_for(batch.pieces)
         with self.phases("update"):
             metrics = update(self.engine, self.objective, batch, self._step_context(step), context.settings)
             if self.ema:
                 self.ema.update(self.engine.parameters, step)
-        if isinstance(batch, Arriving):
-            self.phases.move("update", "wait", batch.waited_s)
         with self.phases("publish"):
             self.source.publish(self.engine.weights, step + 1)
         stop, last = self._stop_requested(), step + 1 == context.settings.train.steps
@@ -130,7 +135,21 @@ class TrainingLoop:
         with self.phases("evaluate"):
             metrics |= self._evaluate(step + 1)
         self._log(step + 1, metrics | self.source.metrics() | self.phases.take())
+        self.recorder.flush()
         return last or not stop
+
+    def _waited_for(self, pieces: Iterator[Any]) -> Iterator[Any]:
+        """The pieces of a batch; the time until each comes counts as waiting."""
+        end = object()
+        while True:
+            with self.phases("wait"):
+                piece = next(pieces, end)
+            if piece is end:
+                return
+            yield piece
+
+    def _record(self, phase: str, begin: float, end: float) -> None:
+        self.recorder.add(Span(f"{LEARNER} {self.context.rank}", LEARNER, phase, begin, end, step=self.step))
 
     def _stop_requested(self) -> bool:
         """Rank 0's answer for all: the request may come while ranks look at different times. Collective."""

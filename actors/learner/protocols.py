@@ -61,12 +61,11 @@ class Arriving:
     """A batch that arrives in pieces while the learner works on it; always the same pieces in the same order.
 
     Each of ``pieces`` is a batch for ``Objective.prepare``. ``factor``, known after the last piece, is what the
-    gradients of every ``HeldLoss`` are multiplied by. ``waited_s``: seconds spent waiting for pieces.
+    gradients of every ``HeldLoss`` are multiplied by.
     """
 
     pieces: Iterator[Any]
     factor: float = 1.0
-    waited_s: float = 0.0
 
 
 @dataclass

@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -52,6 +53,29 @@ def run_lock(settings: Settings) -> Iterator[None]:
 def lock_file(settings: Settings) -> Path:
     """Beside the run's folder, not in it: a new run of the same name renames the folder."""
     return settings.run.dir / f".{settings.run.name}.lock"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who has had a run last (`process 4242 on host since ...`), and whether that process still has it."""
+
+    who: str
+    lives: bool
+
+
+def lock_holder(settings: Settings) -> Holder | None:
+    """The last process of a run; None if nobody has ever started it. On another host, see `run_lock`."""
+    try:
+        file = lock_file(settings).open()
+    except FileNotFoundError:
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go at once
+            lives = False
+        except BlockingIOError:
+            lives = True
+        return Holder(file.read().strip(), lives)
 
 
 @contextmanager

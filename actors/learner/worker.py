@@ -53,6 +53,7 @@ def run_worker(job: LearnerJob, attempt: str, rank: int, world: int) -> None:
     """Run one worker of an initialised torch process group: load the model, then train."""
     import torch
 
+    from deepgen.tracking.timeline_picture import log_timeline
     from deepgen.tracking.tracker import Tracker
 
     store = CheckpointStore(job.settings, job.stage, attempt)
@@ -66,6 +67,7 @@ def run_worker(job: LearnerJob, attempt: str, rank: int, world: int) -> None:
         tracker = stack.enter_context(Tracker(settings, job.stage)) if rank == 0 else None
         context = WorkerContext(job.stage, settings, model, rank, world, device, tracker, say)
         if not train(context, job.build, store, resume) and tracker:
+            log_timeline(tracker, settings.run.name)  # at the end of a whole run its report does this
             tracker.close("KILLED")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -73,16 +72,12 @@ class ExperienceSource:
         positions = range(rank, self._context.settings.rollout.prompts_per_step, world)
         groups: list[Group] = []
         for position in positions:
-            begin = time.monotonic()
             group: Group = self._ask_while_publishing(self._stream.next_group.remote(step, position))
             groups += self._fetched([group])
-            arriving.waited_s += time.monotonic() - begin
             yield RLBatch((groups[-1],), (), share=1 / len(positions), held=self._overlap.held)
-        begin = time.monotonic()
         batch = self._batch(step, rank, world)
         arriving.factor = batch.factor
         records = self._records(step, rank, world)
-        arriving.waited_s += time.monotonic() - begin
         if records or batch.clamped:
             yield RLBatch((), records, 1 / len(positions), corrections=_corrections(groups, batch))
 

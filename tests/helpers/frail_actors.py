@@ -22,3 +22,11 @@ class Frail(Slow):
 
     def sample_group(self, request: Any, weights: None) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Quick(Slow):
+    """Answers at once."""
+
+    def prefetch(self, published: Any) -> None: ...
+
+    def sample_group(self, request: Any, weights: Any) -> None: ...

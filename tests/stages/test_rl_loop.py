@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 
 from deepgen.data.parquet import write_records
-from tests.helpers.rl_world import PROMPTS, make_records, make_world, overrides
+from deepgen.tracking.timeline import read_spans
+from stages.rl_status import status_text
+from tests.helpers.rl_world import PROMPTS, make_records, make_settings, make_world, overrides
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 # Metrics that differ between equal runs: times, and how busy the actors were.
-TIMES = ("time/", "throughput/", "pool/", "rollout/restarts")
+TIMES = ("time/", "throughput/", "idle/", "pool/", "rollout/restarts")
 
 
 def start(world: Path, *more: str) -> subprocess.Popen[str]:
@@ -110,6 +112,13 @@ def test_it_learns_what_is_rewarded(world: Path) -> None:
     assert (folder / "model-ema" / "transformer" / "config.json").exists()
     assert (steps[0]["data/quarantined_prompts"], steps[0]["data/quarantined_heldout"]) == (1, 1)
     assert json.loads((folder / "quarantine-prompts.jsonl").read_text())["row"] == PROMPTS + 1
+    assert (folder / "timeline.png").stat().st_size > 1000
+    spans = {(span.role, span.what) for span in read_spans(folder)}
+    assert spans >= {("rollout", "sample"), ("rollout", "fetch weights"), ("aesthetic", "score"), ("learner", "update")}
+    assert "bright: ended" in status_text(make_settings(world), "bright")
+    assert "idle/rollout" not in steps[1]  # there is no batch before the first
+    for role in ("rollout", "aesthetic", "learner"):
+        assert 0 <= steps[4][f"idle/{role}"] <= 1
     for name in ("loss/sft", "loss/policy", "advantage/std", "time/rollout_s", "time/update_s", "time/sync_s"):
         assert name in steps[4]
 

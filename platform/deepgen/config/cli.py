@@ -31,6 +31,7 @@ from deepgen.registry import REWARDS
 
 WIDTH = 100
 _FLAGS = ("help", "plan", "print-config", "resume")
+_WORDS = ("recipe", "status")  # options with a value
 
 _PURPOSE = {
     "pretrain": "Alignment: trains think tokens and bridge by flow matching; VLM and DiT stay as they are.",
@@ -47,13 +48,18 @@ options:
   --print-config          print all settings as YAML, which is itself a recipe, and start nothing
   --plan                  print the memory this run needs on each GPU and the smallest clusters that
                           have it, and start nothing; weights and data need not be there
-  --help                  this text
+{more}  --help                  this text
+"""
+_STATUS_OPTION = """\
+  --status RUN            print what the rl run RUN does, a run.name in run.dir or a run folder, and
+                          start nothing; exit code 2 if there is no such run
 """
 
 
 @dataclass
 class _Arguments:
     recipe: str
+    status: str = ""
     overrides: list[str] = field(default_factory=list)
     print_config: bool = False
     plan: bool = False
@@ -61,11 +67,16 @@ class _Arguments:
 
 
 def parse_command_line(
-    stage: Stage, argv: Sequence[str], plan: Callable[[Settings, Stage], str] | None = None
+    stage: Stage,
+    argv: Sequence[str],
+    plan: Callable[[Settings, Stage], str] | None = None,
+    status: Callable[[Settings, str], str] | None = None,
 ) -> Settings:
     """Settings of one stage program, from its arguments without the program's name.
 
-    `plan` makes the text of --plan. --help, --plan and --print-config print their text and exit with SystemExit(0).
+    `plan` makes the text of --plan, `status` that of --status RUN. --help, --plan, --print-config and --status print
+    their text and exit with SystemExit(0).
+
     Raises UserError, before anything starts, for an unknown key, a bad value, a missing or broken recipe, two settings
     that do not work together, or a missing input file.
     """
@@ -82,6 +93,11 @@ def parse_command_line(
         if plan is None:
             raise UserError(f"--plan: {stage} has none; allowed: pretrain.py, sft.py and rl.py in stages/")
         print(plan(settings, stage))
+        sys.exit(0)
+    if arguments.status:
+        if status is None:
+            raise UserError(f"--status: {stage} has none; allowed: rl.py in stages/")
+        print(status(settings, arguments.status))
         sys.exit(0)
     check_inputs(settings, stage)
     return settings
@@ -105,8 +121,8 @@ def _read_arguments(stage: Stage, argv: Sequence[str]) -> _Arguments:
             value = text if equals else next(rest, None)
             if value is None or (not equals and value.startswith("--")):
                 raise UserError(f"--{name}: got no value; allowed: --{name} VALUE")
-            if name == "recipe":
-                arguments.recipe = value
+            if name in _WORDS:
+                setattr(arguments, name, value)
             else:
                 arguments.overrides.append(f"{name}={value}")
         elif equals and not word.startswith("-"):
@@ -123,8 +139,8 @@ def _check_option(name: str, *, has_value: bool) -> None:
     """
     if name in _FLAGS and has_value:
         raise UserError(f"--{name}: got a value; allowed: --{name} alone")
-    if "." not in name and name != "recipe":
-        raise UserError(f"unknown option '--{name}'{nearest(name, ['recipe', *_FLAGS, *leaf_keys()])}")
+    if "." not in name and name not in _WORDS:
+        raise UserError(f"unknown option '--{name}'{nearest(name, [*_WORDS, *_FLAGS, *leaf_keys()])}")
 
 
 # ---- Help ----
@@ -151,7 +167,7 @@ def help_text(stage: Stage, recipe: str, overrides: Sequence[str] = ()) -> str:
         "",
     ]
     lines += ["examples:", *(f"  {command:<{width}}  {what}" for command, what in examples), ""]
-    lines += [_OPTIONS.format(recipe=f"tiny-{stage}")]
+    lines += [_OPTIONS.format(recipe=f"tiny-{stage}", more=_STATUS_OPTION if stage == "rl" else "")]
     lines += [f"settings (default; in brackets what {recipe} sets):"]
     return "\n".join([*lines, *_help_of_keys(recipe, overrides)])
 

@@ -20,6 +20,9 @@ slash, the curves select them by name):
 | train/grad_norm, train/learning_rate         | optimizer; the norm is the mean over the updates of a batch |
 | time/<phase>_s                               | seconds per phase; reward: the wait after the last image |
 | throughput/images_per_s, throughput/rollout_images_per_s | images per second, trained on and drawn |
+| idle/<role>                                  | share of the time from the learner's batch before to this one in |
+|                                              | which an actor of the role had no call, mean over actors: rollout, |
+|                                              | each reward pool by name; learner: share in which it waited for it |
 | pool/<reward>/<counter>, rollout/restarts    | counters of the reward pools and the rollout fleet |
 | eval/<reward>, eval/total                    | mean on the fixed held-out prompts |
 """

@@ -52,29 +52,37 @@ class Progress:
 class Phases:
     """Seconds per named phase of a step: `with phases("rollout"): ...`.
 
-    Phases may overlap (reward scoring while other groups are sampled), so their sum can exceed the step's time.
+    The time of a phase inside another one counts for the inner one alone. What `add` brings from elsewhere may overlap
+    (reward scoring while other groups are sampled), so the sum can exceed the step's time.
+    `ended(name, begin, end)`, in seconds of `clock`, is called when a phase has ended.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        ended: Callable[[str, float, float], None] = lambda name, begin, end: None,
+    ) -> None:
+        self._clock, self._ended = clock, ended
         self._seconds: dict[str, float] = {}
+        self._inner: list[float] = []  # of each phase that goes on: seconds of those inside it
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         begin = self._clock()
+        self._inner.append(0.0)
         try:
             yield
         finally:
-            self.add(name, self._clock() - begin)
+            end = self._clock()
+            self.add(name, end - begin - self._inner.pop())
+            if self._inner:
+                self._inner[-1] += end - begin
+            self._ended(name, begin, end)
 
     def add(self, name: str, seconds: float) -> None:
         """Add seconds that were measured elsewhere, e.g. inside an actor."""
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
-
-    def move(self, source: str, target: str, seconds: float) -> None:
-        """Count seconds for `target` that were measured inside `source`."""
-        self.add(source, -seconds)
-        self.add(target, seconds)
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase since the last `take`."""

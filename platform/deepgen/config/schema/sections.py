@@ -313,6 +313,9 @@ class ExperienceSettings(Section):
         "costs nothing, on also where it costs a second backward pass (whitened advantages beside a KL), or off.",
     )
     deadline_s: float = setting(1800.0, "Longest wait of the learner for one batch.", unit="s", gt=0)
+    silence_s: float = setting(
+        300.0, "When nothing has moved for so long, a console line says who waits for whom.", unit="s", gt=0
+    )
 
 
 class ClusterSettings(Section):
