@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +13,25 @@ import ray
 from actors.experience.rollout_actor import RolloutActor
 from actors.experience.rollout_fleet import RESTARTS, WEIGHTS_GROUP
 from actors.experience.stream import ExperienceStream
+from actors.experience.stream_client import RESTARTS as RESTARTS_OF_STREAM
 from actors.messages import LearnerJob
 from deepgen.cluster.resources import process_resources
 from deepgen.config import Settings
-from deepgen.data.records import Record
 
 if TYPE_CHECKING:
     from actors.learner.protocols import Parts, WorkerContext
 
 
-def start_rollouts(settings: Settings, *, gpus: bool) -> dict[str, Any]:
-    """Start the rollout actors, spread over the nodes. Returns handles by name, without waiting for the models."""
+class Rollouts(dict[str, Any]):
+    """Handles of rollout actors by their names in the run. `in_ray`: their names in Ray."""
+
+    def __init__(self, handles: dict[str, Any], in_ray: dict[str, str]) -> None:
+        super().__init__(handles)
+        self.in_ray = in_ray
+
+
+def start_rollouts(settings: Settings, *, gpus: bool) -> Rollouts:
+    """Start the rollout actors, spread over the nodes, without waiting for the models."""
     options: dict[str, Any] = {
         **_options("rollout", gpus),
         "max_restarts": RESTARTS,
@@ -30,16 +39,20 @@ def start_rollouts(settings: Settings, *, gpus: bool) -> dict[str, Any]:
         "scheduling_strategy": "SPREAD",
     }
     remote = ray.remote(**options)(RolloutActor)
-    names = [f"rollout-{i}" for i in range(settings.rollout.actors)]
-    return {name: remote.remote(settings, name) for name in names}
+    run = uuid.uuid4().hex
+    in_ray = {f"rollout-{i}": f"rollout-{i} of {run}" for i in range(settings.rollout.actors)}
+    handles = {name: remote.options(name=named).remote(settings, name) for name, named in in_ray.items()}
+    return Rollouts(handles, in_ray)
 
 
-def start_stream(
-    settings: Settings, prompts: Sequence[Record], rollouts: dict[str, Any], *, resume: bool, gpus: bool
-) -> Any:
-    """Start the experience stream. Returns its handle; call the stream's `start` next."""
-    remote = ray.remote(ExperienceStream).options(**_options("experience", gpus))
-    return remote.remote(settings, prompts, rollouts, resume=resume, gpus=gpus)
+def start_stream(settings: Settings, rollouts: Rollouts, *, resume: bool, gpus: bool) -> Any:
+    """Start the experience stream. Returns its handle; call the stream's `start` next.
+
+    It reads its prompts itself and gets names instead of handles: Ray can start an actor again only as long as objects
+    in its arguments exist, and warns of them.
+    """
+    remote = ray.remote(ExperienceStream).options(**_options("experience", gpus), max_restarts=RESTARTS_OF_STREAM)
+    return remote.remote(settings, None, rollouts.in_ray, resume=resume, gpus=gpus)
 
 
 def learner_parts(stream: Any) -> Callable[[WorkerContext], Parts]:

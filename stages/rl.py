@@ -74,7 +74,7 @@ def wire(settings: Settings) -> None:
 
     say(f"starting {settings.rollout.actors} rollout actors and the rewards {', '.join(settings.rewards.used())}")
     rollouts = start_rollouts(settings, gpus=gpus)
-    stream = start_stream(settings, prompts, rollouts, resume=checkpoint is not None, gpus=gpus)
+    stream = start_stream(settings, rollouts, resume=checkpoint is not None, gpus=gpus)
     try:
         run(settings, stream, heldout, gpus)
     finally:
@@ -84,14 +84,13 @@ def wire(settings: Settings) -> None:
 
 def run(settings: Settings, stream: Any, heldout: list[Record], gpus: bool) -> None:
     """Evaluate, train, evaluate, report."""
-    import ray
-
+    from actors.experience.stream_client import StreamClient  # late: --help needs no Ray
     from actors.start import learner_parts, start_learner
 
-    ray.get(stream.start.remote(), timeout=settings.cluster.start_deadline_s + MARGIN_S)
+    StreamClient(stream, settings.cluster.start_deadline_s + MARGIN_S).ask("start")
     comparison = BeforeAfter(settings, stream, heldout)
     comparison.begin()  # continues while the learner starts
-    ray.get(stream.begin.remote(), timeout=MARGIN_S)
+    StreamClient(stream, MARGIN_S).ask("begin")
     result = start_learner(LearnerJob("rl", settings, learner_parts(stream), gpus))
     comparison.report(result)
     say(f"the trained model is {result}")

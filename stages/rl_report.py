@@ -9,13 +9,16 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.learner.checkpoints.checkpoint_store import AVERAGED
 from deepgen.config import Settings
 from deepgen.data.records import Record
 from deepgen.evaluation.pictures import grid_rows
 from deepgen.evaluation.results import Evaluation
+
+if TYPE_CHECKING:
+    from actors.experience.stream_client import Request
 
 BEFORE, AFTER = "evaluation-before.npz", "evaluation-after.npz"
 
@@ -24,30 +27,26 @@ class BeforeAfter:
     """The comparison of one run. Without held-out prompts nothing happens. `stream`: the experience stream's handle."""
 
     def __init__(self, settings: Settings, stream: Any, heldout: Sequence[Record]) -> None:
-        self._settings, self._stream, self._heldout = settings, stream, heldout
+        from actors.experience.stream_client import StreamClient  # late: --help needs no Ray
+
+        self._settings, self._heldout = settings, heldout
+        self._client = StreamClient(stream, settings.experience.deadline_s)
         self._folder = settings.run.folder
         self._before: Future[Evaluation] = Future()
 
     def begin(self) -> None:
-        """Start evaluating the initial policy, or load the evaluation that an earlier start of this run has saved.
-
-        In a resumed run this waits for the result, because the learner publishes other weights as soon as it starts.
-        """
+        """Start evaluating the initial policy, or load the evaluation that an earlier start of this run has saved."""
         if not self._heldout:
             return
-        resume, path = self._settings.run.resume, self._folder / BEFORE
-        if resume and path.exists() and (saved := Evaluation.load(path, self._heldout)):
+        path = self._folder / BEFORE
+        if self._settings.run.resume and path.exists() and (saved := Evaluation.load(path, self._heldout)):
             self._before.set_result(saved)
             return
-        drawn = self._order()  # requested here, so that it comes before the first step
+        drawn = self._order(0)  # requested here, so that it comes before the first step
 
         def finish() -> None:
             try:
-                evaluation = self._wait(drawn)
-                if evaluation.version != 0:
-                    raise RuntimeError(
-                        f"the evaluation before the first step was drawn by version {evaluation.version}"
-                    )
+                evaluation: Evaluation = self._client.wait(drawn)
                 evaluation.save(path)
                 say("held-out before: " + means_text(evaluation))
                 self._before.set_result(evaluation)
@@ -55,30 +54,24 @@ class BeforeAfter:
                 self._before.set_exception(error)
 
         threading.Thread(target=finish, daemon=True).start()  # daemon: Ctrl-C does not wait for it
-        if resume:
-            self._before.result()
 
     def report(self, result: Path) -> None:
         """Evaluate the trained model in folder `result` and the averages beside it, and compare with before."""
         if not self._heldout:
             return
-        after = self._wait(self._order(result))
+        steps = self._settings.train.steps
+        after = self._client.wait(self._order(steps, result))
         after.save(self._folder / AFTER)
         averaged = None
         if self._settings.train.ema_decay:
-            averaged = self._wait(self._order(result.with_name(AVERAGED), averaged=True))
+            averaged = self._client.wait(self._order(steps, result.with_name(AVERAGED), averaged=True))
         write_report(self._settings, self._before.result(), after, averaged)
 
-    def _order(self, folder: Path | None = None, *, averaged: bool = False) -> Any:
+    def _order(self, version: int, folder: Path | None = None, *, averaged: bool = False) -> Request:
         """Request images and scores of the prompts. `folder`: draw with the weights (or averages) in this folder."""
         samples = self._settings.evaluation.samples_per_prompt
-        return self._stream.evaluate.remote(self._heldout, samples, folder=folder, averaged=averaged)
-
-    def _wait(self, drawn: Any) -> Evaluation:
-        import ray
-
-        evaluation: Evaluation = ray.get(drawn, timeout=self._settings.experience.deadline_s)
-        return evaluation
+        named = {"version": version, "folder": folder, "averaged": averaged}
+        return self._client.request("evaluate", self._heldout, samples, **named)
 
 
 def write_report(settings: Settings, before: Evaluation, after: Evaluation, averaged: Evaluation | None = None) -> None:

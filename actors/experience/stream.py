@@ -11,6 +11,8 @@ Left out: dropping samples (the admission rule bounds staleness), and batches th
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,20 +20,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import ray
 
 from actors.experience.prompt_order import PromptOrder, check_state
 from actors.experience.reward_router import RewardRouter
 from actors.experience.rollout_fleet import ATTEMPTS, RolloutFleet
 from actors.experience.step_metrics import StepClock, stacked_scores, step_metrics
+from actors.experience.stream_client import StreamForgotError, VersionGoneError
 from actors.experience.watch import Watch
 from actors.messages import EvaluationRequest, Group, PolicyWeights, RankBatch
 from deepgen.config import Settings
 from deepgen.data.records import Record
+from deepgen.data.usable import usable_records
 from deepgen.evaluation.results import Evaluation
 from deepgen.tracking.timeline import Recorder
 
 if TYPE_CHECKING:
     from deepgen.algorithms.advantages import AdvantageResult
+
+log = logging.getLogger(__name__)
 
 _EVALUATION_IMAGES = 16  # images per evaluation call
 
@@ -41,16 +48,28 @@ class BatchLateError(RuntimeError):
 
 
 class ExperienceStream:
-    """See the module. `actors` maps names to rollout actor handles. With `resume`, no step begins before `publish`."""
+    """See the module. `actors`: rollout actors by name, each as its handle or its name in Ray. With `resume`, no step
+    begins before `publish`.
+
+    records: the prompts; None: the usable ones of data.prompts.
+    """
 
     def __init__(
-        self, settings: Settings, records: Sequence[Record], actors: dict[str, Any], *, resume: bool, gpus: bool = False
+        self,
+        settings: Settings,
+        records: Sequence[Record] | None,
+        actors: dict[str, Any],
+        *,
+        resume: bool,
+        gpus: bool = False,
     ) -> None:
         self._settings = settings
+        if records is None:
+            records = [record for _, record in usable_records(settings, "data.prompts", say=log.warning)]
         self._prompts = PromptOrder(records, settings.run.seed)
         recorder = Recorder(settings.run.folder, "stream")
         self._fleet = RolloutFleet(
-            actors,
+            {name: ray.get_actor(actor) if isinstance(actor, str) else actor for name, actor in actors.items()},
             call_deadline_s=settings.experience.deadline_s / ATTEMPTS,
             start_deadline_s=settings.cluster.start_deadline_s,
             recorder=recorder,
@@ -64,11 +83,20 @@ class ExperienceStream:
         self._next_step = 0  # first step that no rank has fetched yet
         self._steps: dict[int, _Step] = {}
         self._overlap = settings.overlap()
-        self._statistics: dict[str, list[float]] = {}  # the `Tally` of the whole run
         self._sync_seconds = 0.0
+        self._learner = ""  # the start of the learner that has published last
+        self._starting: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Wait until rollout actors and reward pools are ready. Raises TimeoutError after cluster.start_deadline_s."""
+        """Wait until rollout actors and reward pools are ready. Raises TimeoutError after cluster.start_deadline_s.
+
+        Every call does this first, because Ray may have started the stream again before it.
+        """
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        await asyncio.shield(self._starting)
+
+    async def _start(self) -> None:
         deadline = self._settings.cluster.start_deadline_s
         self._watch.start(lambda: self._version)
         try:
@@ -91,22 +119,22 @@ class ExperienceStream:
 
     # -- one step: generate -> score -> advantage --------------------------------------------------------------------
 
-    async def next_batch(self, step: int, rank: int, world: int) -> RankBatch:
-        """This rank's share of a step. The step is sampled and scored once for all ranks."""
+    async def next_batch(self, step: int, rank: int, world: int, learner: str = "") -> RankBatch:
+        """This rank's share of a step. The step is sampled and scored once for all ranks.
+
+        `learner`: as in `publish`. Raises StreamForgotError if another one, or none, has published.
+        """
+        await self._known(learner)
         if world != self._settings.train.workers:
             raise ValueError(f"{world} ranks ask for batches that were planned for {self._settings.train.workers}")
         self._watch.asked(step, rank)
         self._consume(step)
         batch: RankBatch = (await self._in_time(self._steps[step].batches, f"batch of step {step}"))[rank]
-        batch = replace(batch, metrics=batch.metrics | self._watch.handed_out(step, rank))
-        if rank == 0:
-            for name, counts in batch.tally.items():
-                before = self._statistics.get(name, [0, 0, 0.0])
-                self._statistics[name] = [a + b for a, b in zip(before, counts, strict=True)]
-        return batch
+        return replace(batch, metrics=batch.metrics | self._watch.handed_out(step, rank))
 
-    async def next_group(self, step: int, position: int) -> Group:
+    async def next_group(self, step: int, position: int, learner: str = "") -> Group:
         """Group `position` of a step as soon as it is scored, with its own part of the advantages."""
+        await self._known(learner)
         rank = position % self._settings.train.workers
         self._watch.asked(step, rank)
         self._consume(step)
@@ -115,6 +143,18 @@ class ExperienceStream:
         clip = None if self._overlap.held else self._settings.algorithm.advantage_clip
         alone = self._advantages([group], self._reward_weights([group]), whiten="none", clip=clip)
         return _for_learner(group, alone.advantages.numpy())
+
+    async def draw_again(self, step: int, number: int, learner: str = "") -> list[Any]:
+        """A reference to the trajectory of a group whose first one is lost, in a list. It has the same bits."""
+        await self._known(learner)
+        (asked,) = (group for group in self._groups(step) if group.number == number)
+        drawn = await self._generate(asked, await self._policy(self._version_of(step)))
+        return [drawn.trajectory]
+
+    async def _known(self, learner: str) -> None:
+        await self.start()
+        if learner != self._learner:
+            raise StreamForgotError("the stream has started again; publish the versions that it needs")
 
     async def make_step(self, groups: Sequence[asyncio.Task[Group]], clock: StepClock) -> list[RankBatch]:
         scored = await asyncio.gather(*groups)
@@ -194,9 +234,11 @@ class ExperienceStream:
         return version_of(step, self._settings.experience.max_staleness)
 
     async def _policy(self, version: int) -> PolicyWeights | None:
-        """A version of the policy, once it has been published."""
+        """A version of the policy, once it has been published. Raises VersionGoneError if only newer ones are there."""
         async with self._published:
-            await self._published.wait_for(lambda: version in self._policies)
+            await self._published.wait_for(lambda: version in self._policies or version < (self._version or 0))
+        if version not in self._policies:
+            raise VersionGoneError(f"policy version {version} is gone; there is {sorted(self._policies)}")
         return self._policies[version]
 
     def _schedule_steps(self) -> None:
@@ -236,19 +278,28 @@ class ExperienceStream:
 
     # -- policy versions ---------------------------------------------------------------------------------------------
 
-    async def publish(self, published: PolicyWeights) -> float:
-        """Send a new policy version to the rollout actors and start the steps that waited for it. Returns seconds."""
-        begin = time.monotonic()
-        if self._version is not None and published.version < self._version:
-            await self._rewind(published.version)  # the learner started again from the beginning: no `restore`
+    async def publish(self, published: PolicyWeights, step: int | None = None, learner: str = "") -> list[int]:
+        """Send a policy version to the rollout actors and start the steps that waited for it.
+
+        step: the learner's next one, if that is not the version's number. learner: names one start of the learner; a
+        new one begins anew with what it publishes. Returns the versions that are there now.
+        """
+        await self.start()
+        begin, step = time.monotonic(), published.version if step is None else step
+        if learner != self._learner:
+            if self._learner:
+                await self._rewind(step)
+            self._learner = learner
         await self._fleet.prefetch(published)
+        self._next_step = max(self._next_step, step)
         async with self._published:
-            self._policies[published.version], self._version = published, published.version
+            self._policies[published.version] = published
+            self._version = max(self._version or 0, published.version)
             self._published.notify_all()
         self._schedule_steps()
         self._forget_policies()
         self._sync_seconds = time.monotonic() - begin
-        return self._sync_seconds
+        return sorted(self._policies)
 
     async def _rewind(self, step: int) -> None:
         tasks = [task for under_way in self._steps.values() for task in (*under_way.groups, under_way.batches)]
@@ -271,34 +322,40 @@ class ExperienceStream:
     ) -> Evaluation:
         """Draw and score held-out prompts with a policy version, evaluation.num_steps and evaluation.seed.
 
-        Waits until `version` has been published; None is the newest that there is now.
+        Waits until `version` has been published; None is the newest that there is now, 0 is the weights folder.
 
-        With `folder`, the policy is loaded from this component folder instead. It must hold the newest published
-        version, unless `averaged` says that it holds averaged weights.
+        With `folder`, the policy is loaded from this component folder instead. If `version` is still there, the folder
+        must hold it, unless `averaged` says that it holds averaged weights.
         """
+        await self.start()
         evaluation = self._settings.evaluation
         per_call = max(1, _EVALUATION_IMAGES // samples)
         parts = [tuple(records[i : i + per_call]) for i in range(0, len(records), per_call)]
-        newest = self._policies.get(self._version or 0)  # for all parts, however long some of them wait
-        policy = newest if version is None else await self._policy(version)
+        version = (self._version or 0) if version is None else version
+        # For all parts, however long some of them wait. Version 0 can be read from its folder at any time.
+        policy = self._policies.get(version) if folder or version == 0 else await self._policy(version)
 
-        async def one(part: tuple[Record, ...]) -> tuple[list[np.ndarray], np.ndarray, int]:
+        async def one(part: tuple[Record, ...]) -> tuple[list[np.ndarray], np.ndarray]:
             request = EvaluationRequest(part, samples, evaluation.num_steps, evaluation.seed, folder, averaged)
-            ((images, version),) = await self._fleet.call("evaluate", request, policy)
+            ((images, _),) = await self._fleet.call("evaluate", request, policy)
             pairs = [(record, image) for record, own in zip(part, images, strict=True) for image in own]
-            return images, await self._rewards.score(pairs), version
+            return images, await self._rewards.score(pairs)
 
         drawn = await asyncio.gather(*(one(part) for part in parts))
         return Evaluation(
             records=tuple(records),
-            images=tuple(image for images, _, _ in drawn for image in images),
+            images=tuple(image for images, _ in drawn for image in images),
             names=self._rewards.names,
-            scores=np.concatenate([scores for _, scores, _ in drawn]).reshape(len(records), samples, -1),
+            scores=np.concatenate([scores for _, scores in drawn]).reshape(len(records), samples, -1),
             reward_weights=np.stack([self._rewards.weights(record) for record in records]),
-            version=min(version for _, _, version in drawn),
+            version=version,
         )
 
     # -- state -------------------------------------------------------------------------------------------------------
+
+    async def pid(self) -> int:
+        """The number of this process, for operations and tests."""
+        return os.getpid()
 
     async def state(self, step: int) -> dict[str, Any]:
         """JSON-able state before `step`. A resumed stream samples everything else again."""
@@ -310,14 +367,12 @@ class ExperienceStream:
             "prompts": self._prompts.fingerprint(),
             "version": self._version,
             "in_flight": sorted(self._steps.keys() - range(step)),
-            "rewards": self._statistics,
         }
 
     async def restore(self, state: dict[str, Any]) -> None:
         """Continue from a saved state. Raises UserError if the run's prompts have changed since then."""
         check_state(self._settings, self._prompts.records, state)
         await self._rewind(state["step"])
-        self._statistics = state["rewards"]
 
 
 class _Step(NamedTuple):

@@ -115,14 +115,16 @@ def _failure_policy(settings: Settings, config: Any) -> Any:
 
     from actors.experience.reward_pool import RewardPoolError
     from actors.experience.rollout_fleet import NoRolloutLeftError
+    from actors.experience.stream_client import StreamLostError
 
+    final = (UserError, ArithmeticError, RewardPoolError, NoRolloutLeftError, StreamLostError)
     say, limit = console(settings.run.folder), settings.train.max_failures
 
     class Policy(DefaultFailurePolicy):
         restarts = 0
 
         def make_decision(self, training_failed_error: Any) -> FailureDecision:
-            if _cause(training_failed_error, (UserError, ArithmeticError, RewardPoolError, NoRolloutLeftError)):
+            if _cause(training_failed_error, final):
                 return FailureDecision.RAISE
             decision = super().make_decision(training_failed_error)
             if decision is FailureDecision.RETRY:

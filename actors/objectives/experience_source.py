@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,17 +13,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 import torch
+from ray.exceptions import ObjectLostError
 
-from actors.experience.stream import version_of
-from actors.experience.weight_sync import fetch_weights, publish_weights
+from actors.experience.rollout_fleet import ATTEMPTS
+from actors.experience.stream_client import StreamClient, StreamForgotError
+from actors.experience.weight_sync import fetch_weights
 from actors.learner.checkpoints.checkpoint_shards import ShardReader, write_shard
+from actors.learner.collectives import gather
 from actors.learner.protocols import Arriving, Weights, WorkerContext
-from actors.messages import Group, PolicyWeights, RankBatch
+from actors.messages import Arrays, Group, RankBatch
+from actors.objectives.publisher import Publisher
 from actors.objectives.record_source import MixtureSource
 from deepgen.data.loading.collate import MicroBatch
 
 _ANSWER_MARGIN_S = 60.0  # lets the stream's own error, which says more, arrive first
-_LOOK_S = 0.2  # between looks at the publisher while a batch is waited for
+_PAUSE_S = 0.5  # before another rank asks a stream that has started again
 _POLICY = "policy"  # prefix of the files that hold earlier policy versions in a checkpoint
 
 
@@ -51,13 +57,15 @@ class ExperienceSource:
     """Gets batches from the experience stream, and publishes rank 0's weights to it."""
 
     def __init__(self, context: WorkerContext, stream: Any, auxiliary: MixtureSource | None) -> None:
-        self._context, self._stream, self._auxiliary = context, stream, auxiliary
-        self._deadline_s = context.settings.experience.deadline_s + _ANSWER_MARGIN_S
+        self._context, self._auxiliary = context, auxiliary
+        experience = context.settings.experience
+        self._deadline_s = experience.deadline_s + _ANSWER_MARGIN_S
+        self._client = StreamClient(stream, self._deadline_s)
+        self._learner, self._introduced = uuid.uuid4().hex, False  # this start of the learner, named by rank 0
+        self._publisher = Publisher(self._client, self._learner, experience.max_staleness, self._deadline_s)
         self._overlap = context.settings.overlap()
         self._metrics: dict[str, float] = {}
-        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
-        self._publishing: Future[None] | None = None
-        self._published: dict[int, PolicyWeights] = {}  # rank 0: versions that later steps are drawn with, and the last
+        self._statistics: dict[str, list[float]] = {}  # rank 0: reward -> scores, missing, sum of scores; of the run
 
     def next(self, step: int, rank: int, world: int) -> RLBatch | Arriving:
         if self._overlap.pieces:
@@ -72,7 +80,7 @@ class ExperienceSource:
         positions = range(rank, self._context.settings.rollout.prompts_per_step, world)
         groups: list[Group] = []
         for position in positions:
-            group: Group = self._ask_while_publishing(self._stream.next_group.remote(step, position))
+            group: Group = self._ask("next_group", step, position)
             groups += self._fetched([group])
             yield RLBatch((groups[-1],), (), share=1 / len(positions), held=self._overlap.held)
         batch = self._batch(step, rank, world)
@@ -82,14 +90,32 @@ class ExperienceSource:
             yield RLBatch((), records, 1 / len(positions), corrections=_corrections(groups, batch))
 
     def _batch(self, step: int, rank: int, world: int) -> RankBatch:
-        batch: RankBatch = self._ask_while_publishing(self._stream.next_batch.remote(step, rank, world))
+        batch: RankBatch = self._ask("next_batch", step, rank, world)
         self._metrics = dict(batch.metrics)
+        for name, counts in batch.tally.items():
+            before = self._statistics.get(name, [0, 0, 0.0])
+            self._statistics[name] = [a + b for a, b in zip(before, counts, strict=True)]
         return batch
 
     def _fetched(self, groups: Sequence[Group]) -> tuple[Group, ...]:
-        """The groups with the arrays of their trajectories."""
-        fetched = ray.get([group.trajectory for group in groups], timeout=self._deadline_s)
+        """The groups with the arrays of their trajectories. One that was lost with its node is drawn again."""
+        try:
+            fetched = ray.get([group.trajectory for group in groups], timeout=self._deadline_s)
+        except ObjectLostError:
+            fetched = [self._fetch_or_draw_again(group) for group in groups]
         return tuple(replace(group, trajectory=arrays) for group, arrays in zip(groups, fetched, strict=True))
+
+    def _fetch_or_draw_again(self, group: Group) -> Arrays:
+        """Raises ObjectLostError if it is lost ATTEMPTS times in a row."""
+        reference = group.trajectory
+        for _ in range(ATTEMPTS - 1):
+            with suppress(ObjectLostError):
+                found: Arrays = ray.get(reference, timeout=self._deadline_s)
+                return found
+            self._context.say(f"{group}: its samples were lost with their node; they are drawn again")
+            (reference,) = self._ask("draw_again", group.step, group.number)
+        last: Arrays = ray.get(reference, timeout=self._deadline_s)
+        return last
 
     def _records(self, step: int, rank: int, world: int) -> tuple[MicroBatch, ...]:
         return tuple(self._auxiliary.next(step, rank, world)) if self._auxiliary else ()
@@ -97,33 +123,25 @@ class ExperienceSource:
     def publish(self, weights: Callable[[], Weights], version: int) -> None:
         """Copy the weights and go on. A thread of rank 0 puts them into the object store and tells the stream.
 
-        Its errors come up in the next call. Versions are published in order; at most one copy waits.
+        Its errors come up in the next call. Versions are published in order; at most one copy waits. The first version
+        is waited for, on all ranks: from then on the stream knows this learner.
         """
         full = weights()
         if self._context.rank == 0:
-            self._finish_publishing()
             # Copies: the next update changes the parameters while the thread still reads.
             copies = {name: tensor.detach().float().to("cpu", copy=True) for name, tensor in full.items()}
-            self._publishing = self._publisher.submit(self._publish, version, copies)
-
-    def _publish(self, version: int, weights: Weights) -> None:
-        published = publish_weights(version, weights)
-        self._ask(self._stream.publish.remote(published))
-        self._published[version] = published
-        oldest = version_of(version, self._context.settings.experience.max_staleness)
-        self._published = {v: p for v, p in self._published.items() if v >= oldest}
-
-    def _finish_publishing(self) -> None:
-        """Wait until the last version is published; raise what went wrong with it."""
-        publishing, self._publishing = self._publishing, None
-        if publishing is not None:
-            publishing.result(timeout=self._deadline_s)
+            self._publisher.start(version, copies)
+        if not self._introduced:
+            self._publisher.finish()
+            self._learner, self._introduced = gather(self._learner, self._context.world)[0], True
 
     def metrics(self) -> dict[str, float]:
         return self._metrics
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        state: dict[str, Any] = self._ask(self._stream.state.remote(step)) if self._context.rank == 0 else {}
+        state: dict[str, Any] = {}
+        if self._context.rank == 0:
+            state = self._client.ask("state", step) | {"rewards": self._statistics}
         if self._auxiliary:
             state["auxiliary"] = self._auxiliary.state_dict(step)
         return state
@@ -133,13 +151,14 @@ class ExperienceSource:
         auxiliary = state.pop("auxiliary", None)
         if self._auxiliary and auxiliary:
             self._auxiliary.load_state_dict(auxiliary)
+        self._statistics = state.pop("rewards")
         if self._context.rank == 0:
-            self._ask(self._stream.restore.remote(state))
+            self._client.ask("restore", state)
 
     def save(self, folder: Path, step: int) -> None:
         """Write the policy versions before `step` that the next steps are drawn with; none when on-policy."""
-        self._finish_publishing()
-        for version, published in self._published.items():
+        self._publisher.finish()
+        for version, published in self._publisher.versions().items():
             if version < step:
                 arrays = fetch_weights(published, self._deadline_s)
                 pieces = ((name, 0, torch.tensor(array).view(-1)) for name, array in arrays.items())
@@ -149,30 +168,36 @@ class ExperienceSource:
         """Publish these versions again, oldest first: the learner that published them may be gone."""
         if self._context.rank > 0:
             return
+        step = int(folder.name.rpartition("-")[2])
         trained = self._context.model.trainable_parameters(self._context.stage)
         for version in saved_policies(folder):
             reader = ShardReader(folder, f"{_POLICY}{version}", 0)
             # Under ZeRO-3 a parameter holds only this rank's part, and ds_shape the whole one's shape.
             shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in trained}
             weights = {name: reader.read(name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
-            self._publish(version, weights)
+            self._publisher.publish(version, weights, step)
 
     def close(self) -> None:
-        self._publisher.shutdown()  # finishes what has been submitted: the stage evaluates the last version next
+        self._publisher.close()
         if self._auxiliary:
             self._auxiliary.close()
 
-    def _ask_while_publishing(self, reference: Any) -> Any:
-        """The stream's answer. It may wait for the version under way, so an error of the publisher ends the wait."""
-        while self._publishing is not None:
-            if self._publishing.done():
-                self._finish_publishing()
-            elif ray.wait([reference], timeout=_LOOK_S)[0]:
-                break
-        return self._ask(reference)
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """The stream's answer. It may wait for the version under way, so an error of the publisher ends the wait.
 
-    def _ask(self, reference: Any) -> Any:
-        return ray.get(reference, timeout=self._deadline_s)
+        If the stream has started again, rank 0 first publishes what it needs; other ranks wait for that.
+        """
+        begin = time.monotonic()
+        while True:
+            try:
+                return self._client.ask(method, *arguments, self._learner, meanwhile=self._publisher.check)
+            except StreamForgotError:
+                if time.monotonic() - begin > self._deadline_s:
+                    raise
+                if self._context.rank == 0:
+                    self._publisher.publish_again()
+                else:
+                    time.sleep(_PAUSE_S)
 
 
 def _corrections(held: Sequence[Group], batch: RankBatch) -> tuple[Correction, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from actors.experience.stream_client import Request, StreamClient, VersionGoneError
 from actors.learner.protocols import WorkerContext
 from deepgen.data.usable import left_out
 from deepgen.evaluation.choose import GRID_PROMPTS, choose_records, heldout_records
@@ -20,12 +21,13 @@ class Observer:
 
     def __init__(self, context: WorkerContext, stream: Any, tracker: Tracker) -> None:
         settings = self._settings = context.settings
-        self._stream, self._tracker = stream, tracker
+        self._client, self._tracker = StreamClient(stream, settings.experience.deadline_s), tracker
+        self._say = context.say
         self._heldout = heldout_records(settings)
         if quarantined := left_out(settings, "data.prompts", "data.heldout"):
             tracker.log(0, quarantined)
         self._grid = choose_records(self._heldout, GRID_PROMPTS, settings.evaluation.seed) if self._heldout else []
-        self._pending: list[tuple[int, str, Any]] = []
+        self._pending: list[tuple[int, str, Request]] = []
 
     def evaluation(self, step: int) -> None:
         """Request the evaluations due after ``step`` steps, whose policy is already published, and log finished ones.
@@ -48,14 +50,17 @@ class Observer:
         """Log finished evaluations, after waiting at most `wait_s` for the pending ones."""
         if not self._pending:
             return
-        references = [reference for _, _, reference in self._pending]
+        references = [request.reference for _, _, request in self._pending]
         ready, _ = ray.wait(references, num_returns=len(references), timeout=wait_s)
-        for step, what, reference in [item for item in self._pending if item[2] in ready]:
-            self._log(step, what, ray.get(reference))
-        self._pending = [item for item in self._pending if item[2] not in ready]
+        for step, what, request in [item for item in self._pending if item[2].reference in ready]:
+            try:
+                self._log(step, what, self._client.wait(request))
+            except VersionGoneError as error:  # the stream had to start again
+                self._say(f"step {step}: no {what}: {error}")
+        self._pending = [item for item in self._pending if item[2].reference not in ready]
 
     def _order(self, step: int, what: str, records: Sequence[Any], samples: int) -> None:
-        self._pending.append((step, what, self._stream.evaluate.remote(records, samples, version=step)))
+        self._pending.append((step, what, self._client.request("evaluate", records, samples, version=step)))
 
     def _log(self, step: int, what: str, evaluation: Evaluation) -> None:
         if what == "grid":

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from actors.experience import stream_client
+from actors.experience.stream_client import StreamClient
 from actors.messages import PolicyWeights
-from actors.objectives import experience_source
+from actors.objectives import experience_source, publisher
 from actors.objectives.experience_source import ExperienceSource, saved_policies
 from deepgen.config import load_settings
 
@@ -32,26 +34,28 @@ class Publishing:
         self.given.append((version, float(weights["w"][0])))
         return PolicyWeights(version, "", ("w",), ())
 
-    def answer(self, reference: Any) -> Any:
-        """In the place of waiting for the stream."""
+    def ask(self, method: str, *arguments: Any, **_: Any) -> Any:
+        """In the place of the stream."""
+        assert method == "publish"
         if self.error:
             raise self.error
-        return reference
+        return [arguments[0].version]
 
 
 @pytest.fixture
 def publishing(monkeypatch: pytest.MonkeyPatch) -> Publishing:
     stand_in = Publishing()
-    monkeypatch.setattr(experience_source, "publish_weights", stand_in.put)
-    monkeypatch.setattr(ExperienceSource, "_ask", lambda self, reference: stand_in.answer(reference))
+    monkeypatch.setattr(publisher, "publish_weights", stand_in.put)
+    monkeypatch.setattr(StreamClient, "ask", lambda self, *arguments, **named: stand_in.ask(*arguments, **named))
     return stand_in
 
 
 def make_source(staleness: int = 0) -> ExperienceSource:
     settings = load_settings(None, [f"experience.max_staleness={staleness}"])
-    context: Any = SimpleNamespace(settings=settings, rank=0)
-    stream: Any = SimpleNamespace(publish=SimpleNamespace(remote=lambda published: published))
-    return ExperienceSource(context, stream, None)
+    context: Any = SimpleNamespace(settings=settings, rank=0, world=1)
+    source = ExperienceSource(context, None, None)
+    source._introduced = True  # the first version is waited for
+    return source
 
 
 def test_the_learner_goes_on_while_its_weights_travel(publishing: Publishing) -> None:
@@ -79,9 +83,12 @@ def test_an_error_of_the_publisher_ends_the_wait_for_a_batch(
     publishing: Publishing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The batch needs the version that failed: without this the learner would wait until its deadline."""
+    monkeypatch.undo()
+    monkeypatch.setattr(publisher, "publish_weights", publishing.put)
     source = make_source()
-    source._stream.next_batch = SimpleNamespace(remote=lambda *_: "never")
-    publishing.error = ZeroDivisionError("an actor refused the weights")
+    broken = SimpleNamespace(remote=lambda *_: 1 / 0)
+    stream = SimpleNamespace(next_batch=SimpleNamespace(remote=lambda *_: "never"), publish=broken)
+    source._client._stream = stream
     source.publish(lambda: {"w": torch.ones(3)}, 1)
 
     def wait(references: list[str], timeout: float) -> tuple[list[str], list[str]]:
@@ -89,8 +96,8 @@ def test_an_error_of_the_publisher_ends_the_wait_for_a_batch(
         publishing.allowed.set()  # it fails while the batch is waited for
         return [], references
 
-    monkeypatch.setattr(experience_source.ray, "wait", wait)
-    with pytest.raises(ZeroDivisionError, match="refused"):
+    monkeypatch.setattr(stream_client.ray, "wait", wait)
+    with pytest.raises(ZeroDivisionError):
         source.next(1, 0, 1)
     source.close()
 

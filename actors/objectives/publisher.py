@@ -1,0 +1,65 @@
+"""Sends the learner's policy versions to the stream, behind its back, and keeps those that are still needed."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from actors.experience.stream import version_of
+from actors.experience.stream_client import StreamClient
+from actors.experience.weight_sync import publish_weights
+from actors.learner.protocols import Weights
+from actors.messages import PolicyWeights
+
+
+class Publisher:
+    """Rank 0's versions. `learner` names this start of the learner, see `ExperienceStream.publish`."""
+
+    def __init__(self, client: StreamClient, learner: str, max_staleness: int, deadline_s: float) -> None:
+        self._client, self._learner, self._max_staleness = client, learner, max_staleness
+        self._deadline_s = deadline_s
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._under_way: Future[None] | None = None
+        self._lock = threading.Lock()  # guards _kept
+        self._kept: dict[int, PolicyWeights] = {}  # versions that later steps are drawn with, and the last
+
+    def start(self, version: int, weights: Weights) -> None:
+        """Publish a version in a thread; the weights are its own from now on. The one before is finished first."""
+        self.finish()
+        self._under_way = self._thread.submit(self.publish, version, weights, version)
+
+    def finish(self) -> None:
+        """Wait until the last version is published; raise what went wrong with it."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result(timeout=self._deadline_s)
+
+    def check(self) -> None:
+        """Raise what went wrong with the last version, without waiting for it."""
+        if self._under_way is not None and self._under_way.done():
+            self.finish()
+
+    def publish(self, version: int, weights: Weights, step: int) -> None:
+        """Publish a version now. `step`: the learner's next one."""
+        published = publish_weights(version, weights)
+        known = self._client.ask("publish", published, step, self._learner)
+        oldest = version_of(step, self._max_staleness)
+        with self._lock:
+            self._kept = {v: p for v, p in self._kept.items() if v >= oldest} | {version: published}
+        if not self._kept.keys() <= set(known):
+            self.publish_again()  # the stream has started again since the version before
+
+    def publish_again(self) -> None:
+        """Tell a stream that has started again the versions that steps are drawn with, oldest first."""
+        kept = self.versions()
+        for published in kept.values():
+            self._client.ask("publish", published, max(kept), self._learner)
+
+    def versions(self) -> dict[int, PolicyWeights]:
+        """The versions that are kept, oldest first."""
+        with self._lock:
+            return dict(sorted(self._kept.items()))
+
+    def close(self) -> None:
+        """Finish what has been started: the stage evaluates the last version next."""
+        self._thread.shutdown()
