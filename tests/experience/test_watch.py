@@ -128,6 +128,21 @@ def test_a_watched_run_writes_its_status(tmp_path: Path) -> None:
     assert status.restarts == {"rollout": 3, "clip": 1}
 
 
+def test_a_watch_ends_also_right_after_a_batch(tmp_path: Path) -> None:
+    async def body() -> None:
+        watch, _ = make_watch(tmp_path, Clock())
+        watch.start(lambda: None)
+        await until(lambda: read_status(tmp_path / "a") is not None, "the first status")
+        await asyncio.sleep(0.1)  # it waits for a change
+        watch.asked(0, 0)
+        watch.handed_out(0, 0)
+        await asyncio.wait_for(watch.stop(0), 5)
+
+    asyncio.run(body())
+    status = read_status(tmp_path / "a")
+    assert status is not None and status.ended
+
+
 def test_silence_is_said_once_a_period_until_something_moves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     watch, recorder = make_watch(tmp_path, clock, "experience.silence_s=0.01")
