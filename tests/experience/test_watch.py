@@ -128,7 +128,10 @@ def test_a_watched_run_writes_its_status(tmp_path: Path) -> None:
     assert status.restarts == {"rollout": 3, "clip": 1}
 
 
-def test_a_watch_ends_also_right_after_a_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("turns", range(4))
+def test_a_watch_ends_also_right_after_a_batch(tmp_path: Path, turns: int) -> None:
+    """However many turns of the event loop lie between the two."""
+
     async def body() -> None:
         watch, _ = make_watch(tmp_path, Clock())
         watch.start(lambda: None)
@@ -136,6 +139,8 @@ def test_a_watch_ends_also_right_after_a_batch(tmp_path: Path) -> None:
         await asyncio.sleep(0.1)  # it waits for a change
         watch.asked(0, 0)
         watch.handed_out(0, 0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
         await asyncio.wait_for(watch.stop(0), 5)
 
     asyncio.run(body())
