@@ -141,7 +141,8 @@ def test_a_watch_ends_also_right_after_a_batch(tmp_path: Path, turns: int) -> No
         watch.handed_out(0, 0)
         for _ in range(turns):
             await asyncio.sleep(0)
-        await asyncio.wait_for(watch.stop(0), 5)
+        finished, _ = await asyncio.wait({asyncio.ensure_future(watch.stop(0))}, timeout=5)
+        assert finished
 
     asyncio.run(body())
     status = read_status(tmp_path / "a")
