@@ -38,7 +38,7 @@ class Watch:
         self._waits: list[Span] = []  # of the ranks, since the last batch
         self._handed: tuple[int, float] | None = None  # the step whose batch rank 0 got last, and when
         self._said = -math.inf  # when the last word about a silence was said
-        self._changed = asyncio.Event()
+        self._changed, self._stopped = asyncio.Event(), False
         self._task: asyncio.Task[None] | None = None
 
     def start(self, newest: Callable[[], int | None]) -> None:
@@ -49,9 +49,9 @@ class Watch:
         """Write a last status, which says that the run's stream has ended."""
         if self._task is None:
             return
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        self._stopped = True  # no cancel: `wait_for` swallows one that comes together with its event (Python 3.11)
+        self._changed.set()
+        await self._task
         await self._write(self._status(newest, ended=True))
         self._recorder.flush()
 
@@ -99,7 +99,7 @@ class Watch:
     # -- status and silence ------------------------------------------------------------------------------------------
 
     async def _run(self, newest: Callable[[], int | None]) -> None:
-        while True:
+        while not self._stopped:
             self._changed.clear()
             status = self._status(newest())
             await self._write(status)

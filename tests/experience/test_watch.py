@@ -128,6 +128,27 @@ def test_a_watched_run_writes_its_status(tmp_path: Path) -> None:
     assert status.restarts == {"rollout": 3, "clip": 1}
 
 
+@pytest.mark.parametrize("turns", range(4))
+def test_a_watch_ends_also_right_after_a_batch(tmp_path: Path, turns: int) -> None:
+    """However many turns of the event loop lie between the two."""
+
+    async def body() -> None:
+        watch, _ = make_watch(tmp_path, Clock())
+        watch.start(lambda: None)
+        await until(lambda: read_status(tmp_path / "a") is not None, "the first status")
+        await asyncio.sleep(0.1)  # it waits for a change
+        watch.asked(0, 0)
+        watch.handed_out(0, 0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        finished, _ = await asyncio.wait({asyncio.ensure_future(watch.stop(0))}, timeout=5)
+        assert finished
+
+    asyncio.run(body())
+    status = read_status(tmp_path / "a")
+    assert status is not None and status.ended
+
+
 def test_silence_is_said_once_a_period_until_something_moves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     watch, recorder = make_watch(tmp_path, clock, "experience.silence_s=0.01")

@@ -18,7 +18,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -127,7 +127,7 @@ class Recorder:
             self._file = path.open("ab")
             if self._file.tell():  # another process's last line may be cut
                 self._file.write(b"\n")
-        content = asdict(span) | {"begin": round(span.begin, 4), "end": round(span.end, 4)}
+        content = vars(span) | {"begin": round(span.begin, 4), "end": round(span.end, 4)}
         known = {key: value for key, value in content.items() if value not in (None, "")}
         self._file.write(json.dumps(known).encode() + b"\n")
         if self.clock() - self._flushed >= _FLUSH_S:
