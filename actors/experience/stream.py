@@ -48,10 +48,10 @@ class BatchLateError(RuntimeError):
 
 
 class ExperienceStream:
-    """See the module. `actors`: rollout actors by name, each as its handle or its name in Ray. With `resume`, no step
-    begins before `publish`.
+    """See the module. With `resume`, no step begins before `publish`.
 
-    records: the prompts; None: the usable ones of data.prompts.
+    records: the prompts; None: the usable ones of data.prompts. actors: rollout actors by name, each as its handle or
+    its name in Ray.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ import pytest
 
 from actors.experience.stream_client import Request, StreamClient, VersionGoneError
 from actors.objectives.experience_source import ExperienceSource, RLBatch
-from actors.start import start_rollouts, start_stream
+from actors.start import Rollouts, start_rollouts, start_stream
 from deepgen.config import Settings
 from deepgen.data.parquet import read_records
 from deepgen.models.unified import UnifiedModel
@@ -34,7 +34,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def rollouts(ray_local: ModuleType, settings: Settings) -> Iterator[dict[str, Any]]:
+def rollouts(ray_local: ModuleType, settings: Settings) -> Iterator[Rollouts]:
     actors = start_rollouts(settings, gpus=False)
     yield actors
     for actor in actors.values():
@@ -83,7 +83,7 @@ def lost_object(ray: ModuleType) -> Any:
     raise AssertionError("the object survives its owner")
 
 
-def train(ray: ModuleType, settings: Settings, rollouts: dict[str, Any], *, disturbed: bool) -> list[RLBatch]:
+def train(ray: ModuleType, settings: Settings, rollouts: Rollouts, *, disturbed: bool) -> list[RLBatch]:
     """The batches of a run whose weights depend on the step alone."""
     stream = start_stream(settings, rollouts, resume=False, gpus=False)
     said: list[str] = []
@@ -117,9 +117,7 @@ def train(ray: ModuleType, settings: Settings, rollouts: dict[str, Any], *, dist
     return batches
 
 
-def test_a_stream_that_dies_changes_nothing(
-    ray_local: ModuleType, settings: Settings, rollouts: dict[str, Any]
-) -> None:
+def test_a_stream_that_dies_changes_nothing(ray_local: ModuleType, settings: Settings, rollouts: Rollouts) -> None:
     calm = train(ray_local, settings, rollouts, disturbed=False)
     rough = train(ray_local, settings, rollouts, disturbed=True)
     for step, (one, other) in enumerate(zip(calm, rough, strict=True)):
