@@ -364,7 +364,7 @@ def test_a_restored_stream_serves_another_number_of_ranks(
     assert_same([by_number[group.number] for group in one[1][1][0].groups], arrays(ray_local, one[1][1][0]))
     again = go_on(1, two[1][0], range(2, 3))
     assert groups(again[0][1]) == groups(two[1][1])
-    assert again[0][0]["rewards"] == two[1][0]["rewards"]
+    assert again[0][1][0].tally == two[1][1][0].tally == two[1][1][1].tally
 
 
 def test_restoring_with_other_prompts_is_refused(world: Path) -> None:
