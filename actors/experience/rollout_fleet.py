@@ -66,7 +66,8 @@ class RolloutFleet:
                 handle = getattr(self._actors[name], method).options(num_returns=outputs)
                 returned = handle.remote(request, policy, *more)
                 first, *others = [returned] if outputs == 1 else returned
-                return (await asyncio.wait_for(first, self._call_deadline_s), *others)
+                async with asyncio.timeout(self._call_deadline_s):  # `wait_for` would cost a task for each group
+                    return (await first, *others)
             except (RayActorError, TimeoutError) as error:
                 reusable = False
                 failures.append(_failure(name, method, begin, error))
