@@ -1,6 +1,6 @@
 """Every type that travels between the processes of a run.
 
-A group of samples keeps one type, `Group`, on its whole way: stream → rollout actor → stream → rewards → learner.
+A group of samples keeps one type, `Group`, on its whole way: stream → rollout actor → stream → learner.
 Library types (`Record`, `Settings`, `Evaluation`, the rewards' `RewardRequest`) travel inside these types or on their
 own.
 """
@@ -32,10 +32,12 @@ class Group:
     number: int  # position in the run's prompt order, from 0
     step: int  # training step that the samples are for
     epoch: int
-    record: Record  # the learner gets it without its pictures
+    record: Record  # without its pictures, which travel by reference
     # set by the rollout actor
     version: int | None = None  # policy version that drew the samples
-    images: Filled = None  # uint8 [G, H, W, 3]; dropped after scoring
+    reward_weights: Filled = None  # float32 [K], 0 where a reward has no weight or does not apply to the prompt
+    keys: Filled = None  # G bytes that tell images with their prompts apart (`request_key`); dropped after scoring
+    requests: Filled = None  # Ray reference to the list of G `RewardRequest`s, with the images; dropped after scoring
     trajectory: Filled = None  # Ray reference to the arrays of `pack_samples`; the learner puts the arrays here
     # set after scoring
     scores: Filled = None  # float32 [G, K], NaN where missing or not asked for
@@ -78,6 +80,19 @@ class EvaluationRequest:
 
     def __str__(self) -> str:
         return f"evaluation of {len(self.records)} prompts"
+
+
+@dataclass(frozen=True)
+class EvaluationReply:
+    """What a rollout actor says about N evaluation images; the list of `RewardRequest`s with them follows by reference.
+
+    keys: as in `Group`, N in the order of the images, the samples of a prompt side by side.
+    reward_weights: as in `Group`, float32 [prompts, K].
+    """
+
+    version: int  # policy version that drew the images
+    keys: tuple[bytes, ...]
+    reward_weights: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 import ray
 
 from actors.experience.reward_pool import RewardPool
+from actors.experience.reward_requests import request_key
 from benchmarks.timing import Result, compare, recipe
 from deepgen.config.schema.pools import make_pool
 from deepgen.data.images import decode_image
@@ -68,5 +69,6 @@ async def _measure(weights: Path, repeats: int) -> Result:
 
 async def _scores(pool: RewardPool, requests: Sequence[RewardRequest], size: int) -> np.ndarray:
     """Scores [N], asked for `size` at a time."""
-    parts = [(await pool.score(requests[i : i + size])).values for i in range(0, len(requests), size)]
-    return np.array([value for part in parts for value in part], dtype=np.float64)
+    parts = [list(requests[i : i + size]) for i in range(0, len(requests), size)]
+    scored = [await pool.score(ray.put(part), [request_key(request) for request in part]) for part in parts]
+    return np.array([value for scores in scored for value in scores.values], dtype=np.float64)

@@ -19,7 +19,7 @@ import ray
 import torch
 from torch import Tensor
 
-from actors.experience.rollout_actor import RolloutActor
+from actors.experience.rollout_actor import Pictures, RolloutActor
 from actors.experience.rollout_fleet import WEIGHTS_GROUP
 from actors.experience.stream import ExperienceStream
 from actors.experience.weight_sync import publish_weights
@@ -62,9 +62,11 @@ class DelayedRollout(RolloutActor):
         self._wait()
         super().prefetch(published)
 
-    def sample_group(self, group: Group, policy: PolicyWeights | None) -> tuple[Group, Arrays]:
+    def sample_group(
+        self, group: Group, policy: PolicyWeights | None, references: Pictures = ()
+    ) -> tuple[Group, list[RewardRequest], Arrays]:
         self._wait()
-        drawn = super().sample_group(group, policy)
+        drawn = super().sample_group(group, policy, references)
         self._wait()
         return drawn
 

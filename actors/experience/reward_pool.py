@@ -1,11 +1,14 @@
 """A pool of actors that all run one reward: batches, deadlines, retries, restarts and a cache around a plain class.
 
-    score(requests) ─▶ cache ─▶ queue ─▶ replica 0 ┐  each takes waiting requests, at most batch_size at a time,
-                                    └──▶ replica 1 ┘  so requests of several groups share a call
+    score(requests, keys) ─▶ cache ─▶ queue ─▶ replica 0 ┐  each takes waiting requests, at most batch_size at a time,
+                                          └──▶ replica 1 ┘  so requests of several groups share a call
+
+The pool never sees an image. It gets a reference to a list of requests, which replicas read, and the requests' keys.
 
 A call fails if its deadline passes, its actor dies or the reward raises `RewardUnavailable`. The pool retries it on any
 free replica. After the last attempt the scores are missing: None, a reason and a counter, never 0. The pool replaces a
-replica that died or did not answer. Any other exception from the reward is a bug, and `score` raises it.
+replica that died or did not answer. Any other exception from the reward is a bug, and `score` raises it. Requests lost
+with their node cannot be read by another attempt either: `score` raises `RequestsLostError`.
 
 Left out: splitting a batch to find the one request that crashes it, and autoscaling of replicas.
 """
@@ -13,25 +16,24 @@ Left out: splitting a batch to find the one request that crashes it, and autosca
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import math
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
 from actors.messages import BatchReply
 from deepgen.cluster.resources import pool_resources
 from deepgen.config import PoolSettings
 from deepgen.errors import UserError
 from deepgen.tracking.timeline import Recorder
-from rewards import RewardRequest, RewardUnavailable, applies, build_reward
+from rewards import RewardRequest, RewardUnavailable, build_reward
 
 log = logging.getLogger(__name__)
 
@@ -44,19 +46,23 @@ class CallTimeout(TimeoutError):
     """A remote call passed its deadline; the message names actor, call and age."""
 
 
+class RequestsLostError(RuntimeError):
+    """The list of requests is in no object store any more. Whoever made it can make it again."""
+
+
 class RewardPoolError(RuntimeError):
     """The pool has no replica left and cannot create one."""
 
 
 @dataclass(frozen=True)
 class RewardScores:
-    """Scores of one call of `RewardPool.score`, in the order of its requests.
+    """Scores of one call of `RewardPool.score`, in the order of its keys.
 
     Attributes:
         values: the scores; None if a score is missing.
         reasons: why a score is missing; None if it is not.
         counters: counts for this call, keys as in COUNTERS. `calls` counts replica calls with at least one of its
-            requests; `missing` excludes requests to which the reward does not apply; `seconds` is wall time.
+            requests; `missing` excludes requests without a key; `seconds` is wall time.
     """
 
     values: list[float | None]
@@ -76,9 +82,9 @@ class RewardActor:
         grey = np.full((64, 64, 3), 128, dtype=np.uint8)
         self._reward.score([RewardRequest('a sign with the word "ok"', "a sign", "t2i", grey)])
 
-    def score(self, picks: list[tuple[int, int]], *sources: list[RewardRequest]) -> BatchReply:
-        """Score `sources[s][i]` for each (s, i) in `picks`."""
-        requests = [sources[source][index] for source, index in picks]
+    def score(self, picks: list[list[int]], *lists: list[RewardRequest]) -> BatchReply:
+        """Score the requests of each list that the same place of `picks` names. Ray has read the lists already."""
+        requests = [listed[index] for picked, listed in zip(picks, lists, strict=True) for index in picked]
         try:
             values = self._reward.score(requests)
         except RewardUnavailable as error:
@@ -90,14 +96,42 @@ class RewardActor:
 
 
 @dataclass(eq=False)
-class _Item:
-    """A request on its way through the pool."""
+class _Call:
+    """One call of `RewardPool.score`."""
 
-    source: Any  # list[RewardRequest], or the ObjectRef of one
-    index: int  # in source
-    future: asyncio.Future[tuple[float | None, str | None]]  # score, or None and the reason
-    counters: dict[str, float]  # counters of the request's `score` call
+    requests: ray.ObjectRef  # of a list[RewardRequest]
+    values: list[float | None]
+    reasons: list[str | None]
+    counters: dict[str, float]
+    waiting: int  # requests without an outcome
+    done: asyncio.Future[None]
+
+    def fail(self, error: BaseException) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+@dataclass(eq=False)
+class _Part:
+    """Requests of one call, by their index, that are tried together."""
+
+    call: _Call
+    indices: list[int]
     failures: int = 0
+
+    def settle(self, values: Sequence[float | None], reason: str) -> None:
+        """Enter the outcomes; `reason` is that of the missing ones."""
+        for index, value in zip(self.indices, values, strict=True):
+            self.call.values[index] = value
+            self.call.reasons[index] = reason if value is None else None
+        self.call.waiting -= len(self.indices)
+        if not self.call.waiting and not self.call.done.done():
+            self.call.done.set_result(None)
+
+    def split(self, count: int) -> _Part:
+        """Take the first `count` requests out of this part."""
+        taken, self.indices = self.indices[:count], self.indices[count:]
+        return _Part(self.call, taken, self.failures)
 
 
 @dataclass(eq=False)
@@ -139,8 +173,9 @@ class RewardPool:
         self._cache: OrderedDict[bytes, float] = OrderedDict()
         self._replicas: list[_Replica] = []
         self._workers: list[asyncio.Task[None]] = []
-        self._queue: asyncio.Queue[_Item] = asyncio.Queue()
-        self._open: set[_Item] = set()  # all requests without an answer, queued or not
+        self._queue: deque[_Part] = deque()
+        self._filled = asyncio.Event()  # set while the queue is not empty
+        self._open: set[_Call] = set()
         self._broken: BaseException | None = None
         self._totals = dict.fromkeys(COUNTERS, 0.0)
 
@@ -186,76 +221,65 @@ class RewardPool:
         """Ray handles of the current replicas, for operations and tests."""
         return [replica.actor for replica in self._replicas]
 
-    async def score(self, requests: Sequence[RewardRequest] | ray.ObjectRef) -> RewardScores:
-        """Score a list of requests, given directly or as an ObjectRef of the list.
+    async def score(self, requests: ray.ObjectRef, keys: Sequence[bytes | None]) -> RewardScores:
+        """Score the list of requests behind a reference.
 
-        With an ObjectRef, replicas read the images from the object store. This process reads them once, for the cache.
+        keys: what tells the requests apart (`request_key`), in their order; None where this reward is not asked.
 
         Raises:
-            CallTimeout: the ObjectRef was not readable within the deadline.
+            RequestsLostError: the node that held the requests died.
             RewardPoolError: no replica is left, or the pool is not running.
             Exception: any exception from the reward except `RewardUnavailable`.
         """
         began = time.monotonic()
         if self._broken is not None or not self._workers:
             raise self._broken or RewardPoolError(f"reward pool {self.name}: start() comes first")
-        listed = await self._listed(requests)
         counters = dict.fromkeys(COUNTERS, 0.0)
-        values: list[float | None] = [None] * len(listed)
-        reasons: list[str | None] = [NOT_APPLICABLE] * len(listed)
-        asked = [index for index, request in enumerate(listed) if applies(self._settings, request)]
-        keys = {index: request_key(listed[index]) for index in asked} if self._cache_size else {}
-        waiting: dict[int, _Item] = {}
-        for index in asked:
-            if (known := self._recall(keys.get(index))) is not None:
-                values[index], reasons[index] = known, None
-                self._count("cache_hits", counters)
-            else:
-                waiting[index] = self._submit(requests, index, counters)
-        outcomes = await asyncio.gather(*(item.future for item in waiting.values()))
-        for index, (value, reason) in zip(waiting, outcomes, strict=True):
-            values[index], reasons[index] = value, reason
-            if value is None:
-                self._count("missing", counters)
-            else:
-                self._remember(keys.get(index), value)
+        values: list[float | None] = [None if key is None else self._recall(key) for key in keys]
+        reasons: list[str | None] = [NOT_APPLICABLE if key is None else None for key in keys]
+        self._count("cache_hits", counters, by=len(values) - values.count(None))
+        new = {index: key for index, key in enumerate(keys) if key is not None and values[index] is None}
+        if new:
+            call = _Call(requests, values, reasons, counters, len(new), asyncio.get_running_loop().create_future())
+            await self._outcome(call, list(new))
+            for index, key in new.items():
+                if (value := values[index]) is None:
+                    self._count("missing", counters)
+                else:
+                    self._remember(key, value)
         counters["seconds"] = time.monotonic() - began
         return RewardScores(values, reasons, counters)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
-    async def _listed(self, requests: Sequence[RewardRequest] | ray.ObjectRef) -> Sequence[RewardRequest]:
-        if not isinstance(requests, ray.ObjectRef):
-            return requests
-        listed: Sequence[RewardRequest] = await _answer(
-            requests, f"reward pool {self.name}", "read requests from the object store", self._settings.deadline_s
-        )
-        return listed
+    async def _outcome(self, call: _Call, indices: list[int]) -> None:
+        """Fill in the scores of these requests, or why they are missing."""
+        self._open.add(call)
+        try:
+            self._enqueue([_Part(call, indices)])
+            await call.done
+        finally:
+            self._open.discard(call)
 
-    def _submit(self, source: Any, index: int, counters: dict[str, float]) -> _Item:
-        item = _Item(source, index, asyncio.get_running_loop().create_future(), counters)
-        self._open.add(item)
-        item.future.add_done_callback(lambda _: self._open.discard(item))
-        self._queue.put_nowait(item)
-        return item
+    def _enqueue(self, parts: Iterable[_Part]) -> None:
+        self._queue.extend(parts)
+        self._filled.set()
 
-    def _recall(self, key: bytes | None) -> float | None:
-        if key is None or key not in self._cache:
+    def _recall(self, key: bytes) -> float | None:
+        if key not in self._cache:
             return None
         self._cache.move_to_end(key)
         return self._cache[key]
 
-    def _remember(self, key: bytes | None, value: float) -> None:
-        if key is None:
-            return
+    def _remember(self, key: bytes, value: float) -> None:
         self._cache[key] = value
         if len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
 
-    def _count(self, key: str, *calls: dict[str, float]) -> None:
-        """Count an event in the totals and in the counters of its `score` calls."""
+    def _count(self, key: str, *calls: dict[str, float], by: int = 1) -> None:
+        """Count events in the totals and in the counters of their `score` calls."""
         for counters in (self._totals, *calls):
-            counters[key] += 1
+            counters[key] += by
 
     # ---- replicas ----------------------------------------------------------------------------------------------------
 
@@ -286,15 +310,21 @@ class RewardPool:
             if lost and not await self._replace(replica, reason):
                 return
 
-    async def _take(self) -> list[_Item]:
+    async def _take(self) -> list[_Part]:
         """Wait for requests and take a fair share of them, so that other replicas get some too."""
-        batch = [await self._queue.get()]
-        share = math.ceil((self._queue.qsize() + 1) / len(self._replicas))
-        while len(batch) < min(share, self._settings.batch_size):
-            batch.append(self._queue.get_nowait())
-        return [item for item in batch if not item.future.done()]  # the caller may have given up
+        await self._filled.wait()
+        self._queue = deque(part for part in self._queue if not part.call.done.done())  # the others' callers are gone
+        share = math.ceil(sum(len(part.indices) for part in self._queue) / len(self._replicas))
+        left, batch = min(share, self._settings.batch_size), list[_Part]()
+        while left and self._queue:
+            first = self._queue[0]
+            batch.append(self._queue.popleft() if len(first.indices) <= left else first.split(left))
+            left -= len(batch[-1].indices)
+        if not self._queue:
+            self._filled.clear()
+        return batch
 
-    async def _attempt(self, replica: _Replica, batch: list[_Item]) -> tuple[str, bool] | None:
+    async def _attempt(self, replica: _Replica, batch: list[_Part]) -> tuple[str, bool] | None:
         """Call a replica once. Returns None on success, else why the call failed and whether the replica is lost."""
         if not batch:
             return None
@@ -302,18 +332,16 @@ class RewardPool:
         began = time.monotonic()
         span = self._recorder.begin(replica.label, self.name, "score", call=f"score of {len(batch)} images")
         try:
-            reply: BatchReply = await _answer(
-                self._call(replica, batch), replica.label, "score", self._settings.deadline_s
-            )
+            sent = replica.actor.score.remote([part.indices for part in batch], *(part.call.requests for part in batch))
+            reply: BatchReply = await _answer(sent, replica.label, "score", self._settings.deadline_s)
         except CallTimeout as error:
             self._count_batch(batch, "timeouts")
             return str(error), True
         except RayActorError as error:
             age = time.monotonic() - began
             return f"{replica.label}: died during score, {age:.1f} s after the call: {_first_line(error)}", True
-        except RayError as error:  # a bug in the reward: raise it in the `score` calls of the batch
-            for item in batch:
-                _settle(item, error=error)
+        except RayError as error:
+            self._raise(batch, error)
             return None
         finally:
             self._totals["seconds"] += time.monotonic() - began
@@ -321,41 +349,43 @@ class RewardPool:
         if reply.unavailable is not None:
             return f"{replica.label}: {reply.unavailable}", False
         replica.failures = 0
-        for item, value in zip(batch, reply.values, strict=True):
-            _settle(item, value, None if value is not None else f"{replica.label}: the reward gave no score")
+        values = iter(reply.values)
+        for part in batch:
+            part.settle([next(values) for _ in part.indices], f"{replica.label}: the reward gave no score")
         return None
 
-    def _call(self, replica: _Replica, batch: list[_Item]) -> ray.ObjectRef:
-        """Send a batch to a replica: ObjectRefs unchanged, all other requests in one list."""
-        inline = [item.source[item.index] for item in batch if not isinstance(item.source, ray.ObjectRef)]
-        references = list(dict.fromkeys(item.source for item in batch if isinstance(item.source, ray.ObjectRef)))
-        picks, sent = [], 0
-        for item in batch:
-            if isinstance(item.source, ray.ObjectRef):
-                picks.append((1 + references.index(item.source), item.index))
-            else:
-                picks.append((0, sent))
-                sent += 1
-        return replica.actor.score.remote(picks, inline, *references)
+    def _raise(self, batch: list[_Part], error: RayError) -> None:
+        """Raise an error that another attempt would meet again in the `score` calls that it concerns."""
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        lost = cause.object_ref_hex if isinstance(cause, ObjectLostError) else None
+        if all(part.call.requests.hex() != lost for part in batch):  # a bug in the reward
+            for part in batch:
+                part.call.fail(error)
+            return
+        for part in batch:
+            if part.call.requests.hex() == lost:
+                part.call.fail(RequestsLostError(f"reward pool {self.name}: {_first_line(cause)}"))
+        self._enqueue(batch)  # for the others; `_take` drops those that have failed
 
-    def _count_batch(self, batch: list[_Item], key: str) -> None:
-        self._count(key, *{id(item.counters): item.counters for item in batch}.values())
+    def _count_batch(self, batch: list[_Part], key: str) -> None:
+        self._count(key, *{id(part.call): part.call.counters for part in batch}.values())
 
-    def _fail(self, batch: list[_Item], reason: str) -> None:
+    def _fail(self, batch: list[_Part], reason: str) -> None:
         """Queue a failed batch again after a pause. Scores of requests with no attempts left are missing."""
-        again: list[_Item] = []
-        for item in batch:
-            item.failures += 1
-            if item.failures > self._settings.retries:
-                _settle(item, None, f"{reason} (attempt {item.failures}, the last)")
+        again: list[_Part] = []
+        for part in batch:
+            part.failures += 1
+            if part.failures > self._settings.retries:
+                part.settle([None] * len(part.indices), f"{reason} (attempt {part.failures}, the last)")
             else:
-                again.append(item)
-        log.warning("%s; %d requests are tried again, %d are missing", reason, len(again), len(batch) - len(again))
+                again.append(part)
+        retried, asked = (sum(len(part.indices) for part in parts) for parts in (again, batch))
+        log.warning("%s; %d requests are tried again, %d are missing", reason, retried, asked - retried)
         if again:
             self._count_batch(again, "retries")
-        for item in again:
-            pause = min(self._backoff_s * 2 ** (item.failures - 1), MAX_BACKOFF_S)
-            asyncio.get_running_loop().call_later(pause, self._queue.put_nowait, item)
+        for part in again:
+            pause = min(self._backoff_s * 2 ** (part.failures - 1), MAX_BACKOFF_S)
+            asyncio.get_running_loop().call_later(pause, self._enqueue, [part])
 
     async def _replace(self, replica: _Replica, reason: str) -> bool:
         """Replace a lost replica's actor with a new one. Returns False if the pool drops the replica instead."""
@@ -385,19 +415,8 @@ class RewardPool:
     def _break(self, error: BaseException) -> None:
         """Mark the pool as broken: all open requests and all later `score` calls raise the error."""
         self._broken = self._broken or error
-        for item in list(self._open):
-            _settle(item, error=error)
-
-
-def request_key(request: RewardRequest) -> bytes:
-    """Cache key: a hash of everything that a reward may use."""
-    key = hashlib.blake2b(digest_size=16)
-    for text in (request.prompt, request.answer, request.task):
-        key.update(f"{len(text)}:{text}".encode())
-    for image in (request.image, *request.references):
-        key.update(repr(image.shape).encode())
-        key.update(np.ascontiguousarray(image).data)
-    return key.digest()
+        for call in list(self._open):
+            call.fail(error)
 
 
 async def _answer(reference: ray.ObjectRef, actor: str, call: str, deadline_s: float) -> Any:
@@ -411,17 +430,6 @@ async def _answer(reference: ray.ObjectRef, actor: str, call: str, deadline_s: f
         age = time.monotonic() - began
         raise CallTimeout(f"{actor}: call {call!r} has not answered after {age:.1f} s (deadline {deadline_s:g} s)")
     return future.result()
-
-
-def _settle(
-    item: _Item, value: float | None = None, reason: str | None = None, *, error: BaseException | None = None
-) -> None:
-    if item.future.done():
-        return
-    if error is not None:
-        item.future.set_exception(error)
-    else:
-        item.future.set_result((value, reason))
 
 
 def _first_line(error: BaseException) -> str:

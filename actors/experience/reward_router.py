@@ -1,23 +1,20 @@
-"""Chooses the rewards for each image by task and prompt, and calls them all at once.
+"""Calls all rewards of each image at once: those that have a weight for its prompt.
 
-A reward is never called for a prompt if its weight there is 0 or if it does not apply (OCR without quoted words). A
-missing score is NaN. `actors.experience.reward_pool` handles retries, deadlines and caches.
+A missing score is NaN. `actors.experience.reward_pool` handles retries, deadlines and caches,
+`actors.experience.reward_requests` says which rewards a prompt has.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Sequence
 
 import numpy as np
+import ray
 
 from actors.experience.reward_pool import RewardPool
 from deepgen.config import Settings
-from deepgen.data.images import decode_image
-from deepgen.data.records import Record
 from deepgen.tracking.timeline import Recorder
-from rewards import RewardRequest, applies
 
 
 class RewardRouter:
@@ -28,11 +25,9 @@ class RewardRouter:
 
     def __init__(self, settings: Settings, *, gpus: bool, recorder: Recorder | None = None) -> None:
         self.names = settings.rewards.used()
-        self._weights = settings.rewards.weights
-        self._settings = settings.rewards.pools
-        deadline = settings.cluster.start_deadline_s
+        pools, deadline = settings.rewards.pools, settings.cluster.start_deadline_s
         self._pools = {
-            name: RewardPool(self._settings[name], gpus=gpus, start_deadline_s=deadline, recorder=recorder)
+            name: RewardPool(pools[name], gpus=gpus, start_deadline_s=deadline, recorder=recorder)
             for name in self.names
         }
 
@@ -45,21 +40,17 @@ class RewardRouter:
         for pool in self._pools.values():
             pool.stop()
 
-    def weights(self, record: Record) -> np.ndarray:
-        """Weight of each reward for a prompt, float32 [K]; 0 = never called."""
-        return np.array([self._weight(name, record) for name in self.names], dtype=np.float32)
+    async def score(self, requests: ray.ObjectRef, keys: Sequence[bytes], weights: np.ndarray) -> np.ndarray:
+        """Scores, float32 [N, K], of the N requests behind a reference; NaN if missing or not asked for.
 
-    async def score(self, items: Sequence[tuple[Record, np.ndarray]]) -> np.ndarray:
-        """Scores, float32 [N, K], of N pairs (prompt, uint8 [H, W, 3] image); NaN if missing or not asked for."""
-        requests = [_request(record, image) for record, image in items]
-        scores = np.full((len(items), len(self.names)), np.nan, dtype=np.float32)
-        weights = np.stack([self.weights(record) for record, _ in items])  # [N, K]
+        keys, weights [N, K]: of the requests (`actors.experience.reward_requests`).
+        """
+        scores = np.full(weights.shape, np.nan, dtype=np.float32)
 
         async def one(k: int, name: str) -> None:
-            rows = np.flatnonzero(weights[:, k])
-            if rows.size:
-                result = await self._pools[name].score([requests[row] for row in rows])
-                scores[rows, k] = [np.nan if value is None else value for value in result.values]
+            asked = [key if weight else None for key, weight in zip(keys, weights[:, k].tolist(), strict=True)]
+            result = await self._pools[name].score(requests, asked)
+            scores[:, k] = [np.nan if value is None else value for value in result.values]
 
         await asyncio.gather(*(one(k, name) for k, name in enumerate(self.names)))
         return scores
@@ -75,20 +66,3 @@ class RewardRouter:
     def open_requests(self) -> dict[str, int]:
         """Images that each pool has still to score."""
         return {name: pool.open_requests() for name, pool in self._pools.items()}
-
-    def _weight(self, name: str, record: Record) -> float:
-        weight = self._weights.get(record.task, {}).get(name, 0.0)
-        return weight if weight and applies(self._settings[name], _request(record, _NO_IMAGE)) else 0.0
-
-
-_NO_IMAGE = np.zeros((1, 1, 3), dtype=np.uint8)  # `applies` is asked before any image exists
-
-
-def _request(record: Record, image: np.ndarray) -> RewardRequest:
-    references = tuple(_decoded(data) for data in record.references)
-    return RewardRequest(record.prompt, record.answer, record.task, image, references)
-
-
-@functools.lru_cache(maxsize=256)
-def _decoded(data: bytes) -> np.ndarray:
-    return decode_image(data)

@@ -1,6 +1,6 @@
 """A rollout actor: holds the policy without gradients and samples one group per call.
 
-The images of a group go to the rewards; its trajectory stays in the object store until a learner rank fetches it. A
+The images of a group stay in the object store until the rewards read them, its trajectory until a learner rank does. A
 group depends only on the policy version, the run's seed, and its own prompt, epoch and step. Any actor can sample it
 again and gets the same bits. Left out: several groups in one forward, which would make a group depend on its
 neighbours.
@@ -10,15 +10,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actors.messages import Arrays, EvaluationRequest, Group, PolicyWeights
+from actors.experience.reward_requests import make_requests, request_key, reward_weights
+from actors.messages import Arrays, EvaluationReply, EvaluationRequest, Group, PolicyWeights
 from deepgen.config import Settings
+from rewards import RewardRequest
 
 if TYPE_CHECKING:
     from actors.experience.policy_version import LoadedPolicy
+
+Pictures = tuple[bytes | str, ...]  # as in `Record.references`
 
 
 class RolloutActor:
@@ -46,19 +51,37 @@ class RolloutActor:
         """Fetch a policy version into this process; the next call that needs it loads it into the model."""
         self._policy.prefetch(published)
 
-    def sample_group(self, group: Group, policy: PolicyWeights | None) -> tuple[Group, Arrays]:
-        """The group with its images, and its packed trajectory (see `unpack_samples`), as two Ray objects.
+    def sample_group(
+        self, group: Group, policy: PolicyWeights | None, references: Pictures = ()
+    ) -> tuple[Group, list[RewardRequest], Arrays]:
+        """The group, what its rewards are asked, and its packed trajectory (`unpack_samples`), as three Ray objects.
 
-        `policy` is the version to sample with; None means the weights folder that the run started from.
+        Only the first one, which is small, goes to the stream. `policy` is the version to sample with; None means the
+        weights folder that the run started from. `references`: the source pictures of the group's record.
         """
         self._policy.use(policy)
-        images, arrays = self._policy.sampler.sample_group(group)
-        return replace(group, version=self._policy.version, images=images), arrays
+        record = replace(group.record, references=references)
+        images, arrays = self._policy.sampler.sample_group(replace(group, record=record))
+        requests = make_requests(record, images)
+        drawn = replace(
+            group,
+            version=self._policy.version,
+            reward_weights=reward_weights(self._settings.rewards, requests[0]),
+            keys=tuple(map(request_key, requests)),
+        )
+        return drawn, requests, arrays
 
-    def evaluate(self, request: EvaluationRequest, policy: PolicyWeights | None) -> tuple[list[np.ndarray], int]:
-        """Images uint8 [samples, H, W, 3] of each prompt, in order, and the policy version that drew them."""
+    def evaluate(
+        self, request: EvaluationRequest, policy: PolicyWeights | None
+    ) -> tuple[EvaluationReply, list[RewardRequest]]:
+        """The images of the prompts, in order, inside of what the rewards are asked about them; as two Ray objects."""
         if request.folder is None:
             self._policy.use(policy)
         else:
             self._policy.read(request.folder, None if request.averaged else policy)
-        return self._policy.sampler.evaluate(request), policy.version if policy else 0
+        drawn = zip(request.records, self._policy.sampler.evaluate(request), strict=True)
+        by_prompt = [make_requests(record, images) for record, images in drawn]
+        requests = list(chain(*by_prompt))
+        weights = np.stack([reward_weights(self._settings.rewards, first) for first, *_ in by_prompt])
+        version = policy.version if policy else 0
+        return EvaluationReply(version, tuple(map(request_key, requests)), weights), requests

@@ -59,8 +59,10 @@ class RolloutFleet:
         """Wait until every actor has loaded its model. Raises RolloutError after the deadline."""
         await asyncio.gather(*(self._admit(name) for name in self._actors))
 
-    async def call(self, method: str, request: Any, policy: PolicyWeights | None, outputs: int = 1) -> tuple[Any, ...]:
-        """Run `method(request, policy)` on an idle actor and wait for its first output.
+    async def call(
+        self, method: str, request: Any, policy: PolicyWeights | None, *more: Any, outputs: int = 1
+    ) -> tuple[Any, ...]:
+        """Run `method(request, policy, *more)` on an idle actor and wait for its first output.
 
         Returns that output, and references to the others, which stay in the object store. Raises RolloutError after
         ATTEMPTS failures.
@@ -74,9 +76,10 @@ class RolloutFleet:
             reusable = True
             try:
                 handle = getattr(self._actors[name], method).options(num_returns=outputs)
-                returned = handle.remote(request, policy)
+                returned = handle.remote(request, policy, *more)
                 first, *others = [returned] if outputs == 1 else returned
-                return (await asyncio.wait_for(first, self._call_deadline_s), *others)
+                async with asyncio.timeout(self._call_deadline_s):  # `wait_for` would cost a task for each group
+                    return (await first, *others)
             except (RayActorError, TimeoutError) as error:
                 reusable = False
                 failures.append(_failure(name, method, begin, error))

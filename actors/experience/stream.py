@@ -2,8 +2,9 @@
 
 The path of a group: the stream admits a prompt when the policy is fresh enough, and a rollout actor samples it. All its
 rewards score it in parallel, while other groups are still being sampled. When the whole step is scored, the stream
-computes all advantages together and splits them over the learner's ranks. Images pass through this process;
-trajectories do not: they stay in the object store until a rank reads them.
+computes all advantages together and splits them over the learner's ranks. This process moves references and numbers:
+images stay in the object store until the rewards read them, trajectories until a rank does. A group whose images are
+lost with their node is drawn again.
 
 Left out: dropping samples (the admission rule bounds staleness), and batches that mix steps.
 """
@@ -11,34 +12,41 @@ Left out: dropping samples (the admission rule bounds staleness), and batches th
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import ray
+from ray.exceptions import ObjectLostError
 
 from actors.experience.prompt_order import PromptOrder, check_state
+from actors.experience.reward_pool import RequestsLostError
 from actors.experience.reward_router import RewardRouter
-from actors.experience.rollout_fleet import ATTEMPTS, RolloutFleet
+from actors.experience.rollout_actor import Pictures
+from actors.experience.rollout_fleet import ATTEMPTS, RolloutError, RolloutFleet
 from actors.experience.step_metrics import StepClock, stacked_scores, step_metrics
 from actors.experience.stream_client import StreamForgotError, VersionGoneError
 from actors.experience.watch import Watch
-from actors.messages import EvaluationRequest, Group, PolicyWeights, RankBatch
+from actors.messages import EvaluationReply, EvaluationRequest, Group, PolicyWeights, RankBatch
 from deepgen.config import Settings
 from deepgen.data.records import Record
 from deepgen.data.usable import usable_records
 from deepgen.evaluation.results import Evaluation
 from deepgen.tracking.timeline import Recorder
+from rewards import RewardRequest
 
 if TYPE_CHECKING:
     from deepgen.algorithms.advantages import AdvantageResult
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _EVALUATION_IMAGES = 16  # images per evaluation call
 
@@ -76,6 +84,7 @@ class ExperienceStream:
         )
         self._rewards = RewardRouter(settings, gpus=gpus, recorder=recorder)
         self._watch = Watch(settings, recorder, self._fleet, self._rewards)
+        self._pictures: dict[Pictures, ray.ObjectRef] = {}  # an edit's source pictures, in the object store
         self._version: int | None = None if resume else 0  # the newest
         # Versions that steps may still be drawn with; None: the weights folder, which is version 0.
         self._policies: dict[int, PolicyWeights | None] = {} if resume else {0: None}
@@ -138,11 +147,11 @@ class ExperienceStream:
         rank = position % self._settings.train.workers
         self._watch.asked(step, rank)
         self._consume(step)
-        group = await self._in_time(self._steps[step].groups[position], f"group {position} of step {step}")
+        group: Group = await self._in_time(self._steps[step].groups[position], f"group {position} of step {step}")
         self._watch.got(step, rank)
         clip = None if self._overlap.held else self._settings.algorithm.advantage_clip
-        alone = self._advantages([group], self._reward_weights([group]), whiten="none", clip=clip)
-        return _for_learner(group, alone.advantages.numpy())
+        alone = self._advantages([group], group.reward_weights[None], whiten="none", clip=clip)
+        return replace(group, advantages=alone.advantages.numpy())
 
     async def draw_again(self, step: int, number: int, learner: str = "") -> list[Any]:
         """A reference to the trajectory of a group whose first one is lost, in a list. It has the same bits."""
@@ -158,32 +167,43 @@ class ExperienceStream:
 
     async def make_step(self, groups: Sequence[asyncio.Task[Group]], clock: StepClock) -> list[RankBatch]:
         scored = await asyncio.gather(*groups)
-        reward_weights = self._reward_weights(scored)
+        reward_weights = np.stack([group.reward_weights for group in scored])  # [groups, K]
         algorithm = self._settings.algorithm
         advantages = self._advantages(scored, reward_weights, whiten=algorithm.whiten, clip=algorithm.advantage_clip)
         return self._split(scored, reward_weights, advantages, clock)
 
     async def _make_group(self, asked: Group, clock: StepClock) -> Group:
         policy = await self._policy(self._version_of(asked.step))
+
+        async def once() -> Group:
+            drawn = await self._generate(asked, policy)
+            clock.sampled()
+            return await self._score(drawn)
+
         clock.begun()
-        drawn = await self._generate(asked, policy)
-        clock.sampled()
-        scored = await self._score(drawn)
+        scored = await _again_if_lost(str(asked), once)
         clock.scored()
         return scored
 
     async def _generate(self, asked: Group, policy: PolicyWeights | None) -> Group:
         drawn: Group
-        drawn, trajectory = await self._fleet.call("sample_group", asked, policy, outputs=2)
-        return replace(drawn, trajectory=trajectory)
+        light = replace(asked, record=replace(asked.record, image=None, references=()))
+        sources = self._sources(asked.record)
+        drawn, requests, trajectory = await self._fleet.call("sample_group", light, policy, *sources, outputs=3)
+        return replace(drawn, requests=requests, trajectory=trajectory)
+
+    def _sources(self, record: Record) -> list[ray.ObjectRef]:
+        """The source pictures of an edit, as the last argument of `sample_group`. They enter the object store once."""
+        if not record.references:
+            return []
+        if record.references not in self._pictures:
+            self._pictures[record.references] = ray.put(record.references)
+        return [self._pictures[record.references]]
 
     async def _score(self, drawn: Group) -> Group:
-        scores = await self._rewards.score([(drawn.record, image) for image in drawn.images])
-        return replace(drawn, images=None, scores=scores)
-
-    def _reward_weights(self, groups: Sequence[Group]) -> np.ndarray:
-        """Weights of the K rewards, float32 [groups, K]."""
-        return np.stack([self._rewards.weights(group.record) for group in groups])
+        weights = np.tile(drawn.reward_weights, (len(drawn.keys), 1))
+        scores = await self._rewards.score(drawn.requests, drawn.keys, weights)
+        return replace(drawn, requests=None, keys=None, scores=scores)
 
     def _advantages(
         self, groups: Sequence[Group], reward_weights: np.ndarray, *, whiten: str, clip: float | None
@@ -211,7 +231,7 @@ class ExperienceStream:
     ) -> list[RankBatch]:
         """Deal the groups out to the ranks in turn; every rank gets equally many."""
         advantages = result.advantages.reshape(len(groups), -1).numpy()
-        ready = [_for_learner(group, row.copy()) for group, row in zip(groups, advantages, strict=True)]
+        ready = [replace(group, advantages=row.copy()) for group, row in zip(groups, advantages, strict=True)]
         metrics, tally = step_metrics(groups, reward_weights, self._rewards.names, result)
         metrics |= clock.metrics(stacked_scores(groups)[..., 0].size) | self._rewards.counters()
         metrics |= {"time/sync_s": self._sync_seconds, "rollout/restarts": float(self._fleet.restarts)}
@@ -328,26 +348,31 @@ class ExperienceStream:
         must hold it, unless `averaged` says that it holds averaged weights.
         """
         await self.start()
-        evaluation = self._settings.evaluation
+        evaluation, deadline_s = self._settings.evaluation, self._settings.experience.deadline_s
         per_call = max(1, _EVALUATION_IMAGES // samples)
         parts = [tuple(records[i : i + per_call]) for i in range(0, len(records), per_call)]
         version = (self._version or 0) if version is None else version
         # For all parts, however long some of them wait. Version 0 can be read from its folder at any time.
         policy = self._policies.get(version) if folder or version == 0 else await self._policy(version)
 
-        async def one(part: tuple[Record, ...]) -> tuple[list[np.ndarray], np.ndarray]:
+        async def one(part: tuple[Record, ...]) -> tuple[EvaluationReply, np.ndarray, list[np.ndarray]]:
             request = EvaluationRequest(part, samples, evaluation.num_steps, evaluation.seed, folder, averaged)
-            ((images, _),) = await self._fleet.call("evaluate", request, policy)
-            pairs = [(record, image) for record, own in zip(part, images, strict=True) for image in own]
-            return images, await self._rewards.score(pairs)
+            reply: EvaluationReply
+            reply, requests = await self._fleet.call("evaluate", request, policy, outputs=2)
+            weights = np.repeat(reply.reward_weights, samples, axis=0)
+            scores = await self._rewards.score(requests, reply.keys, weights)
+            images = [request.image for request in await _read(requests, f"images of the {request}", deadline_s)]
+            return reply, scores, [np.stack(images[i : i + samples]) for i in range(0, len(images), samples)]
 
-        drawn = await asyncio.gather(*(one(part) for part in parts))
+        drawn = await asyncio.gather(
+            *(_again_if_lost("a part of an evaluation", functools.partial(one, part)) for part in parts)
+        )
         return Evaluation(
             records=tuple(records),
-            images=tuple(image for images, _ in drawn for image in images),
+            images=tuple(image for _, _, images in drawn for image in images),
             names=self._rewards.names,
-            scores=np.concatenate([scores for _, scores in drawn]).reshape(len(records), samples, -1),
-            reward_weights=np.stack([self._rewards.weights(record) for record in records]),
+            scores=np.concatenate([scores for _, scores, _ in drawn]).reshape(len(records), samples, -1),
+            reward_weights=np.concatenate([reply.reward_weights for reply, _, _ in drawn]),
             version=version,
         )
 
@@ -382,17 +407,36 @@ class _Step(NamedTuple):
     batches: asyncio.Task[list[RankBatch]]
 
 
-def _for_learner(group: Group, advantages: np.ndarray) -> Group:
-    """The group without its record's pictures, which the learner does not need."""
-    return replace(group, record=replace(group.record, image=None, references=()), advantages=advantages)
-
-
 def version_of(step: int, max_staleness: int) -> int:
     """The policy version that draws the groups of a training step.
 
     It is a function of the step alone, whoever draws a group and whenever: a run's result does not depend on timing.
     """
     return max(0, step - max_staleness)
+
+
+async def _read(requests: ray.ObjectRef, what: str, deadline_s: float) -> list[RewardRequest]:
+    try:
+        listed: list[RewardRequest] = await asyncio.wait_for(requests, deadline_s)
+    except TimeoutError as error:
+        raise TimeoutError(f"{what}: not readable within {deadline_s:.0f} s") from error
+    except ObjectLostError as error:
+        raise RequestsLostError(f"{what}: {error}") from error
+    return listed
+
+
+async def _again_if_lost(what: str, make: Callable[[], Awaitable[T]]) -> T:
+    """The result of `make`, which draws images and has them scored. They are drawn again if they died with their node.
+
+    The same bits come out. Raises RolloutError after ATTEMPTS losses.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return await make()
+        except RequestsLostError as error:
+            log.warning("%s: its images are lost (attempt %d of %d): %s", what, attempt, ATTEMPTS, error)
+            last = error
+    raise RolloutError(f"{what}: its images were lost {ATTEMPTS} times") from last
 
 
 def _import_libraries() -> None:

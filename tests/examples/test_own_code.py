@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from actors.experience.reward_requests import make_requests, request_key, reward_weights
 from actors.experience.reward_router import RewardRouter
 from deepgen.algorithms.advantages import group_advantages
 from deepgen.cluster.resources import rl_needs
@@ -66,22 +67,20 @@ def test_the_same_pool_on_the_command_line(capsys: pytest.CaptureFixture[str]) -
     assert "  rewards.light.wanted = 0.5\n      Wanted mean brightness" in text
 
 
-@pytest.fixture
-def router(ray_local: ModuleType, settings: Settings) -> RewardRouter:
+@pytest.mark.ray
+def test_pools_of_one_class_score_beside_each_other(ray_local: ModuleType, settings: Settings) -> None:
     bright = {task: {"light": 1.0, "dark": 0.5} if task == "t2i" else {"dark": 1.0} for task in ("t2i", "edit")}
     rewards = settings.rewards.model_copy(update={"weights": bright})
-    return RewardRouter(settings.model_copy(update={"rewards": rewards}), gpus=False)
-
-
-@pytest.mark.ray
-def test_pools_of_one_class_score_beside_each_other(router: RewardRouter) -> None:
+    router = RewardRouter(settings.model_copy(update={"rewards": rewards}), gpus=False)
     drawn, edited = (Record(task, task, "a cat", "", None, (), "test") for task in ("t2i", "edit"))
-    items = [(drawn, grey(255)), (edited, grey(51))]
+    requests = [*make_requests(drawn, [grey(255)]), *make_requests(edited, [grey(51)])]
+    keys = [request_key(request) for request in requests]
+    weights = np.stack([reward_weights(rewards, request) for request in requests])
 
     async def score() -> np.ndarray:
         await router.start()
         try:
-            return await router.score(items)
+            return await router.score(ray_local.put(requests), keys, weights)
         finally:
             router.stop()
 

@@ -15,14 +15,17 @@ import pytest
 from actors.experience.reward_pool import (
     NOT_APPLICABLE,
     CallTimeout,
+    RequestsLostError,
     RewardPool,
     RewardPoolError,
     RewardScores,
-    request_key,
 )
+from actors.experience.reward_requests import request_key
 from deepgen.config.schema.pools import make_pool as make_pool_settings
 from deepgen.errors import UserError
 from rewards.base import RewardRequest
+from tests.helpers.lost_objects import lost_reference
+from tests.helpers.pool_calls import score
 
 pytestmark = pytest.mark.ray
 
@@ -101,13 +104,11 @@ def levels(scores: RewardScores) -> list[int | None]:
 
 def test_scores_in_order_in_batches_and_from_two_replicas(ray_local: ModuleType, tmp_path: Path) -> None:
     async def scenario(pool: RewardPool) -> list[RewardScores]:
-        groups = [[request(10 * group + index) for index in range(5)] for group in range(4)]
-        by_reference = ray_local.put([request(100 + index) for index in range(5)])
-        return await asyncio.gather(*(pool.score(group) for group in groups), pool.score(by_reference))
+        groups = [[request(10 * group + index) for index in range(5)] for group in range(5)]
+        return await asyncio.gather(*(score(pool, group) for group in groups))
 
-    *groups, referenced = run(tmp_path, scenario, replicas=2)
-    assert [levels(scores) for scores in groups] == [[10 * g + i for i in range(5)] for g in range(4)]
-    assert levels(referenced) == [100, 101, 102, 103, 104]
+    groups = run(tmp_path, scenario, replicas=2)
+    assert [levels(scores) for scores in groups] == [[10 * g + i for i in range(5)] for g in range(5)]
     assert all(scores.reasons == [None] * 5 for scores in groups)
     sizes = batches(tmp_path)
     assert sizes[:2] == [1, 1]  # warm-ups
@@ -117,8 +118,8 @@ def test_scores_in_order_in_batches_and_from_two_replicas(ray_local: ModuleType,
 
 def test_cache_answers_what_was_scored_before(shared: Shared) -> None:
     async def scenario(pool: RewardPool) -> tuple[RewardScores, RewardScores]:
-        first = await pool.score([request(1), request(2), request(3, "none")])
-        again = await pool.score([request(2), request(1, answer="a dog"), request(1), request(3, "none")])
+        first = await score(pool, [request(1), request(2), request(3, "none")])
+        again = await score(pool, [request(2), request(1, answer="a dog"), request(1), request(3, "none")])
         return first, again
 
     hits = shared.pool.counters()["cache_hits"]
@@ -151,7 +152,7 @@ def test_unavailable_is_tried_again_and_then_succeeds(shared: Shared) -> None:
     mishaps(shared.folder, "unavailable", 2)
 
     async def scenario(pool: RewardPool) -> RewardScores:
-        return await pool.score([request(7, "unavailable"), request(8)])
+        return await score(pool, [request(7, "unavailable"), request(8)])
 
     scores = shared.run(scenario)
     assert levels(scores) == [7, 8]
@@ -163,8 +164,8 @@ def test_missing_scores_are_none_with_reason_and_counter(shared: Shared) -> None
 
     async def scenario(pool: RewardPool) -> tuple[RewardScores, RewardScores]:
         return (
-            await pool.score([request(21, "unavailable"), request(22, "unavailable")]),
-            await pool.score([request(21, "none"), request(22, "nan"), request(23, "skip"), request(24)]),
+            await score(pool, [request(21, "unavailable"), request(22, "unavailable")]),
+            await score(pool, [request(21, "none"), request(22, "nan"), request(23, "skip"), request(24)]),
         )
 
     down, odd = shared.run(scenario)
@@ -182,7 +183,7 @@ def test_hanging_replica_is_replaced_and_its_request_scored(ray_local: ModuleTyp
 
     async def scenario(pool: RewardPool) -> tuple[RewardScores, dict[str, float], bool]:
         before = pool.replica_actors()
-        scores = await pool.score([request(5, "hang"), request(6)])
+        scores = await score(pool, [request(5, "hang"), request(6)])
         return scores, pool.counters(), before != pool.replica_actors()
 
     scores, totals, replaced = run(tmp_path, scenario, deadline_s=4.0, retries=5)
@@ -197,7 +198,7 @@ def test_timeout_without_retries_is_missing_and_names_actor_call_and_age(ray_loc
     mishaps(tmp_path, "hang", 1)
 
     async def scenario(pool: RewardPool) -> RewardScores:
-        return await pool.score([request(5, "hang")])
+        return await score(pool, [request(5, "hang")])
 
     scores = run(tmp_path, scenario, deadline_s=2.0, retries=0)
     assert scores.values == [None]
@@ -215,12 +216,12 @@ def test_killed_replica_is_replaced(ray_local: ModuleType, tmp_path: Path) -> No
     mishaps(tmp_path, "die", 1)
 
     async def scenario(pool: RewardPool) -> tuple[RewardScores, RewardScores, dict[str, float]]:
-        during = await pool.score([request(1, "die"), request(2)])  # dies while it scores
+        during = await score(pool, [request(1, "die"), request(2)])  # dies while it scores
         replica = pool.replica_actors()[0]
         ray_local.kill(replica)  # dies while it waits; the call returns before it is dead
         with pytest.raises(ray_local.exceptions.RayActorError):
             ask_until_dead(ray_local, replica)
-        return during, await pool.score([request(3), request(4)]), pool.counters()
+        return during, await score(pool, [request(3), request(4)]), pool.counters()
 
     during, after, totals = run(tmp_path, scenario)
     assert (levels(during), levels(after)) == ([1, 2], [3, 4])
@@ -233,9 +234,9 @@ def test_pool_without_replicas_fails_loud(ray_local: ModuleType, tmp_path: Path)
 
     async def scenario(pool: RewardPool) -> None:
         with pytest.raises(RewardPoolError, match=r"has no replica left; last: .* died during score"):
-            await asyncio.gather(pool.score([request(1, "die")]), pool.score([request(2, "die")]))
+            await asyncio.gather(score(pool, [request(1, "die")]), score(pool, [request(2, "die")]))
         with pytest.raises(RewardPoolError, match="has no replica left"):
-            await pool.score([request(3)])
+            await score(pool, [request(3)])
 
     run(tmp_path, scenario, max_restarts=1, retries=5)
 
@@ -243,10 +244,24 @@ def test_pool_without_replicas_fails_loud(ray_local: ModuleType, tmp_path: Path)
 def test_bugs_of_a_reward_are_raised_and_leave_the_pool_working(shared: Shared) -> None:
     async def scenario(pool: RewardPool) -> RewardScores:
         with pytest.raises(ZeroDivisionError, match="a bug in the reward"):
-            await pool.score([request(31, "bug")])
-        return await pool.score([request(32)])
+            await score(pool, [request(31, "bug")])
+        return await score(pool, [request(32)])
 
     assert levels(shared.run(scenario)) == [32]
+
+
+def test_lost_requests_are_named_and_do_not_disturb_others(shared: Shared) -> None:
+    lost = lost_reference()
+
+    async def scenario(pool: RewardPool) -> Any:
+        calls = pool.score(lost, [b"41"]), score(pool, [request(42)])
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    error, scores = shared.run(scenario)
+    assert isinstance(error, RequestsLostError)
+    assert "reward pool FakeReward: Failed to retrieve object" in str(error)
+    assert isinstance(scores, RewardScores)
+    assert levels(scores) == [42]
 
 
 def test_start_reports_bad_settings_and_deadline(ray_local: ModuleType, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
@@ -15,15 +16,19 @@ import pytest
 import torch
 
 from actors.experience.prompt_order import PromptOrder
+from actors.experience.reward_requests import request_key
 from actors.experience.rollout_fleet import RolloutError, RolloutFleet
 from actors.experience.stream import BatchLateError, ExperienceStream
 from actors.experience.weight_sync import WeightsMismatchError, publish_weights
-from actors.messages import EvaluationRequest, Group, RankBatch
+from actors.messages import EvaluationRequest, Group, PolicyWeights, RankBatch
 from actors.start import start_rollouts
 from deepgen.config import Settings, UserError
+from deepgen.data.images import decode_image
 from deepgen.data.parquet import read_records
+from deepgen.data.records import Record
 from deepgen.models.unified import UnifiedModel
 from tests.helpers.frail_actors import Frail, Slow
+from tests.helpers.lost_objects import lost_reference
 from tests.helpers.rl_world import PROMPTS, make_records, make_settings, make_world
 
 pytestmark = pytest.mark.ray
@@ -167,15 +172,18 @@ def test_any_actor_draws_the_same_group(ray_local: ModuleType, world: Path, roll
     assert record.task == "edit"
     request = Group(number=2, step=0, epoch=0, record=record)
     drawn = [
-        ray_local.get(list(actor.sample_group.options(num_returns=2).remote(request, None)))
+        ray_local.get(list(actor.sample_group.options(num_returns=3).remote(request, None, record.references)))
         for actor in (*rollouts.values(), *rollouts.values())
     ]
-    for images, packed in drawn[1:]:
-        assert np.array_equal(images.images, drawn[0][0].images)
-        assert_same([packed], [drawn[0][1]])
+    for group, requests, packed in drawn:
+        assert group.keys == drawn[0][0].keys == tuple(map(request_key, requests))
+        assert all(np.array_equal(r.references[0], decode_image(record.references[0])) for r in requests)
+        assert_same([packed], [drawn[0][2]])
     other = Group(number=8, step=0, epoch=1, record=record)
-    images, _ = ray_local.get(list(rollouts["rollout-0"].sample_group.options(num_returns=2).remote(other, None)))
-    assert not np.array_equal(images.images, drawn[0][0].images)
+    group, *_ = ray_local.get(
+        list(rollouts["rollout-0"].sample_group.options(num_returns=3).remote(other, None, record.references))
+    )
+    assert not set(group.keys) & set(drawn[0][0].keys)
 
 
 # -- versions --------------------------------------------------------------------------------------------------------
@@ -239,6 +247,34 @@ def test_the_group_of_a_dead_actor_is_drawn_again(ray_local: ModuleType, world: 
     assert_same(arrays(ray_local, calm), arrays(ray_local, rough))
     for one, other in zip(calm.groups, rough.groups, strict=True):
         assert np.array_equal(one.advantages, other.advantages)
+
+
+def losing(stream: ExperienceStream, times: int) -> None:
+    """Let the images of the next `times` groups be lost before they are scored."""
+    generate, lost = stream._generate, [lost_reference()] * times
+
+    async def drawn_and_lost(asked: Group, policy: PolicyWeights | None) -> Group:
+        drawn = await generate(asked, policy)
+        return replace(drawn, requests=lost.pop()) if lost else drawn
+
+    stream._generate = drawn_and_lost  # type: ignore[method-assign]
+
+
+def test_a_group_whose_images_are_lost_is_drawn_again(
+    ray_local: ModuleType, world: Path, rollouts: dict[str, Any]
+) -> None:
+    async def step(stream: ExperienceStream, lost: int) -> RankBatch:
+        losing(stream, lost)
+        await stream.begin()
+        return await stream.next_batch(0, 0, 1)
+
+    settings = make_settings(world)
+    calm, rough = (run(settings, rollouts, functools.partial(step, lost=lost)) for lost in (0, 2))
+    assert_same(arrays(ray_local, calm), arrays(ray_local, rough))
+    for one, other in zip(calm.groups, rough.groups, strict=True):
+        assert np.array_equal(one.scores, other.scores, equal_nan=True)
+    with pytest.raises(RolloutError, match=r"group \d of step 0 \(prompt 'rl-\d'\): its images were lost 3 times"):
+        run(settings, rollouts, functools.partial(step, lost=6))
 
 
 def call_once(ray: ModuleType, kind: type, call_deadline_s: float) -> None:
@@ -386,12 +422,16 @@ def test_an_evaluation_is_the_same_however_it_is_batched(
 ) -> None:
     heldout = read_records(make_settings(world).data.heldout)
     actor = rollouts["rollout-0"]
-    together = ray_local.get(actor.evaluate.remote(EvaluationRequest(tuple(heldout), 2, 4, 5), None))[0]
-    alone = [ray_local.get(actor.evaluate.remote(EvaluationRequest((r,), 2, 4, 5), None))[0][0] for r in heldout]
+
+    def drawn(*records: Record) -> list[np.ndarray]:
+        call = actor.evaluate.options(num_returns=2).remote(EvaluationRequest(records, 2, 4, 5), None)
+        return [request.image for request in ray_local.get(call[1])]
+
+    together, alone = drawn(*heldout), [image for record in heldout for image in drawn(record)]
     for one, other in zip(together, alone, strict=True):
-        assert one.shape == (2, 64, 64, 3)
+        assert one.shape == (64, 64, 3)
         assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
-        assert not np.array_equal(one[0], one[1])
+    assert not any(np.array_equal(one, other) for one, other in zip(together[::2], together[1::2], strict=True))
 
 
 def test_evaluation_scores_by_prompt(world: Path, rollouts: dict[str, Any]) -> None:

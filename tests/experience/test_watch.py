@@ -199,7 +199,8 @@ def test_calls_of_fleet_and_pool_are_spans(ray_local: ModuleType, tmp_path: Path
         await fleet.call(
             "sample_group", Group(5, 1, 0, Record("x", "t2i", "a cat", "a cat", None, (), "test")), weights
         )
-        scores = await pool.score([RewardRequest("die", "", "t2i", image)])
+        request = RewardRequest("die", "", "t2i", image)
+        scores = await pool.score(ray_local.put([request]), [request_key(request)])
         assert scores.values == [0.0]
         pool.stop()
         ray_local.kill(actor)

@@ -19,6 +19,7 @@ from deepgen.config.schema.pools import make_pool
 from deepgen.errors import UserError
 from rewards import Reward, RewardRequest, build_reward
 from rewards.judge import JUDGE_QUESTION, PROMPT_TOKENS, judge_image, judge_prompt
+from tests.helpers.pool_calls import score
 from tests.helpers.reward_models import WORDS, make_judge_folder
 
 RED, GREEN = "a red apple", "the green cat"
@@ -105,15 +106,15 @@ def test_probability_of_yes_equals_that_of_transformers(ray_local: ModuleType, t
     ]
     too_long = RewardRequest("cat " * PROMPT_TOKENS, "", "t2i", noise[0])
 
-    async def score() -> RewardScores:
+    async def scenario() -> RewardScores:
         settings = {"path": str(folder), "replicas": 1, "batch_size": 16, "deadline_s": 120.0, "retries": 0}
         pool = RewardPool(make_pool("judge", settings))
         await pool.start()
-        scores = await pool.score([*requests, too_long])
+        scores = await score(pool, [*requests, too_long])
         pool.stop()
         return scores
 
-    scores = asyncio.run(score())
+    scores = asyncio.run(scenario())
     wanted = transformers_probabilities(folder, requests)
     assert scores.values[:-1] == pytest.approx(wanted, abs=5e-4)
     assert scores.values[-1] is None
@@ -128,16 +129,16 @@ def test_with_a_batch_size_of_1_scores_do_not_depend_on_others(ray_local: Module
     noise = np.random.default_rng(1).integers(0, 256, (6, 112, 112, 3), dtype=np.uint8)
     requests = [RewardRequest("", answer, "t2i", image) for answer, image in zip([RED, GREEN] * 3, noise, strict=True)]
 
-    async def score() -> list[list[float | None]]:
+    async def scenario() -> list[list[float | None]]:
         settings = {"path": str(folder), "batch_size": 1, "deadline_s": 120.0}
         pool = RewardPool(make_pool("judge", settings), cache_size=0)
         await pool.start()
-        together = (await pool.score(requests)).values
-        backwards = (await pool.score(requests[::-1])).values[::-1]
-        alone = [value for request in requests for value in (await pool.score([request])).values]
+        together = (await score(pool, requests)).values
+        backwards = (await score(pool, requests[::-1])).values[::-1]
+        alone = [value for request in requests for value in (await score(pool, [request])).values]
         pool.stop()
         return [together, backwards, alone]
 
-    together, backwards, alone = asyncio.run(score())
+    together, backwards, alone = asyncio.run(scenario())
     assert together == backwards == alone  # to the bit
     assert None not in together

@@ -1,0 +1,183 @@
+"""How long rollout actors wait for control: hundreds of actors that sleep instead of sampling, on one machine.
+
+Stream, fleet, reward pools, Ray calls and objects are real, and the stream has a process of its own, as in a run. Few
+processes host the actors: each is an asyncio actor under many names, where a group is a sleep of GROUP_S that leaves
+images and a trajectory in the object store. Rewards sleep, too. A stand-in for the learner takes the batches at
+max_staleness 1, so that nobody waits for it: what actors wait for is control.
+
+An actor waits when it is not in a group, and a group counts GROUP_S from the arrival of its call. So the time to store
+its results and delays of the host count as waiting. The window leaves out the first step, when the actors begin, and
+what comes after the last step but one, when they run out of work.
+
+Left out: a network between nodes, and objects of real size. Above 100 KB an object's size is nothing to the stream: it
+does not leave the node where it was made until somebody reads it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from actors.experience.rollout_actor import Pictures
+from actors.experience.rollout_fleet import WEIGHTS_GROUP
+from actors.experience.weight_sync import publish_weights
+from actors.messages import Arrays, Group, PolicyWeights, RankBatch
+from actors.start import start_stream
+from benchmarks.timing import Result, recipe
+from deepgen.config import PoolSettings, Settings
+from deepgen.config.settings import TASKS
+from deepgen.data.parquet import read_records
+from rewards import RewardRequest, setting
+
+ACTORS = (128, 256, 512)
+GROUP_S = 2.0
+HOSTS = 4  # processes
+IMAGES, SIDE = 8, 96  # of a group; 221 KB
+TRAJECTORY_BYTES = 256 << 10
+ROUNDS = 2  # groups of a step and actor
+DEADLINE_S = 120.0
+
+
+class SleepingReward:
+    """Scores by the first pixel, after the time that a batch takes."""
+
+    class Options(PoolSettings):
+        batch_s: float = setting(0.02, "Seconds of a batch.", unit="s", ge=0)
+
+    def __init__(self, options: Options) -> None:
+        self._batch_s = options.batch_s
+
+    def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
+        """One score a request."""
+        time.sleep(self._batch_s)
+        return [float(request.image[0, 0, 0]) / 255 for request in requests]
+
+
+class Host:
+    """Any number of rollout actors that sleep. They share this process, and its event loop runs their calls at once."""
+
+    def __init__(self, rewards: int) -> None:
+        self._begun: list[float] = []
+        noise = np.random.default_rng(os.getpid())
+        self._images = noise.integers(0, 256, (IMAGES, SIDE, SIDE, 3), dtype=np.uint8)
+        self._arrays = {"trajectory/latents": np.zeros(TRAJECTORY_BYTES // 4, dtype=np.float32)}
+        self._weights = np.ones(rewards, dtype=np.float32)
+
+    async def ready(self) -> None: ...
+
+    async def prefetch(self, published: PolicyWeights) -> None: ...
+
+    async def sample_group(
+        self, group: Group, policy: PolicyWeights | None, references: Pictures = ()
+    ) -> tuple[Group, list[RewardRequest], Arrays]:
+        self._begun.append(time.monotonic())
+        await asyncio.sleep(GROUP_S)
+        record, keys = group.record, tuple(f"{group.number}/{i}".encode() for i in range(IMAGES))
+        requests = [RewardRequest(record.prompt, record.answer, record.task, image) for image in self._images]
+        version = policy.version if policy else 0
+        return replace(group, version=version, reward_weights=self._weights, keys=keys), requests, self._arrays
+
+    async def begun(self) -> list[float]:
+        """When each group began, on this machine's monotonic clock."""
+        return self._begun
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Moments on the machine's monotonic clock, s: when each batch arrived, and when each group began."""
+
+    actors: int
+    batches: tuple[float, ...]
+    cpu: tuple[float, ...]  # CPU seconds of the stream's process at each batch
+    groups: np.ndarray
+
+    def busy(self, begin: float, end: float) -> float:
+        """Actor seconds in groups between two moments."""
+        inside = np.minimum(self.groups + GROUP_S, end) - np.maximum(self.groups, begin)
+        return float(np.clip(inside, 0, None).sum())
+
+    def result(self) -> Result:
+        """Seconds of an actor for each group, against GROUP_S; one repetition a step."""
+        ends = self.batches[:-1]
+        steps = list(itertools.pairwise(ends))
+        begin, end = ends[0], ends[-1]
+        waited = 1 - self.busy(begin, end) / (self.actors * (end - begin))
+        groups = self.busy(begin, end) / GROUP_S
+        cpu = self.cpu[-2] - self.cpu[0]
+        text = (
+            f"actors wait {waited:.1%}; {groups / (end - begin):.0f} groups/s; "
+            f"the stream: {cpu / (end - begin):.0%} of a core, {1000 * cpu / groups:.1f} ms CPU a group"
+        )
+        ours = tuple(GROUP_S * self.actors * (b - a) / self.busy(a, b) for a, b in steps)
+        return Result(f"control, {self.actors} actors", text, 1, ours, tuple(GROUP_S for _ in steps))
+
+
+def run(weights: Path, repeats: int, threads: int) -> list[Result]:
+    """One result for each number of actors, with a window of `repeats` steps. Starts a local Ray for each."""
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # of these clusters only
+        "RAY_worker_niceness": "0",  # not 15: anything else on this machine would starve them
+    }
+    return [measure(weights, actors, repeats) for actors in ACTORS]
+
+
+def measure(weights: Path, actors: int, repeats: int) -> Result:
+    """Run `actors` for a window of `repeats` steps."""
+    both = [f"rewards.weights.{task}={{first: 1.0, second: 1.0}}" for task in TASKS]
+    sleeping = [f"rewards.{name}.class=benchmarks.control_plane:SleepingReward" for name in ("first", "second")]
+    settings = recipe(
+        "tiny-rl",
+        weights,
+        f"train.steps={repeats + 2}",
+        f"rollout.prompts_per_step={ROUNDS * actors}",
+        f"rollout.group_size={IMAGES}",
+        "experience.max_staleness=1",
+        f"experience.deadline_s={DEADLINE_S}",
+        *both,
+        *sleeping,
+    )
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=3 << 30)
+    try:
+        return _observe(settings, actors).result()
+    finally:
+        ray.shutdown()
+
+
+def _observe(settings: Settings, actors: int) -> Observed:
+    options: dict[str, Any] = {
+        "num_cpus": 0.1,
+        "max_concurrency": actors,
+        "concurrency_groups": {WEIGHTS_GROUP: actors},
+    }
+    hosts = [ray.remote(**options)(Host).remote(len(settings.rewards.used())) for _ in range(HOSTS)]
+    named = {f"rollout-{i}": hosts[i % HOSTS] for i in range(actors)}
+    stream = start_stream(settings, read_records(settings.data.prompts), named, resume=False, gpus=False)
+    ray.get(stream.start.remote(), timeout=DEADLINE_S)
+    ray.get(stream.begin.remote(), timeout=DEADLINE_S)
+    batches, cpu = [], []
+    for step in range(settings.train.steps):
+        batch: RankBatch = ray.get(stream.next_batch.remote(step, 0, 1), timeout=DEADLINE_S)
+        batches.append(time.monotonic())
+        cpu.append(ray.get(stream.__ray_call__.remote(_cpu_seconds), timeout=DEADLINE_S))
+        ray.get([group.trajectory for group in batch.groups], timeout=DEADLINE_S)
+        published = publish_weights(step + 1, {"weight": torch.full((8,), float(step))})
+        ray.get(stream.publish.remote(published), timeout=DEADLINE_S)
+    begun = ray.get([host.begun.remote() for host in hosts], timeout=DEADLINE_S)
+    ray.get(stream.stop.remote(), timeout=DEADLINE_S)
+    return Observed(actors, tuple(batches), tuple(cpu), np.sort(np.concatenate(begun)))
+
+
+def _cpu_seconds(stream: Any) -> float:
+    return time.process_time()
