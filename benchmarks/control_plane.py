@@ -23,22 +23,23 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-import torch
 
 from actors.experience.rollout_actor import Pictures
 from actors.experience.rollout_fleet import WEIGHTS_GROUP
 from actors.experience.weight_sync import publish_weights
 from actors.messages import Arrays, Group, PolicyWeights, RankBatch
 from actors.start import start_stream
-from benchmarks.timing import Result, recipe
 from deepgen.config import PoolSettings, Settings
 from deepgen.config.settings import TASKS
 from deepgen.data.parquet import read_records
 from rewards import RewardRequest, setting
+
+if TYPE_CHECKING:
+    from benchmarks.timing import Result  # late everywhere: the actors here need no torch
 
 ACTORS = (128, 256, 512)
 GROUP_S = 2.0
@@ -109,6 +110,8 @@ class Observed:
 
     def result(self) -> Result:
         """Seconds of an actor for each group, against GROUP_S; one repetition a step."""
+        from benchmarks.timing import Result
+
         ends = self.batches[:-1]
         steps = list(itertools.pairwise(ends))
         begin, end = ends[0], ends[-1]
@@ -135,6 +138,8 @@ def run(weights: Path, repeats: int, threads: int) -> list[Result]:
 
 def measure(weights: Path, actors: int, repeats: int) -> Result:
     """Run `actors` for a window of `repeats` steps."""
+    from benchmarks.timing import recipe
+
     both = [f"rewards.weights.{task}={{first: 1.0, second: 1.0}}" for task in TASKS]
     sleeping = [f"rewards.{name}.class=benchmarks.control_plane:SleepingReward" for name in ("first", "second")]
     settings = recipe(
@@ -156,6 +161,8 @@ def measure(weights: Path, actors: int, repeats: int) -> Result:
 
 
 def _observe(settings: Settings, actors: int) -> Observed:
+    import torch
+
     options: dict[str, Any] = {
         "num_cpus": 0.1,
         "max_concurrency": actors,
