@@ -51,9 +51,9 @@ class RolloutActor:
 
         `policy` is the version to sample with; None means the weights folder that the run started from.
         """
-        self._policy.use(policy)
+        version = self._policy.use(policy)
         images, arrays = self._policy.sampler.sample_group(group)
-        return replace(group, version=self._policy.version, images=images), arrays
+        return replace(group, version=version, images=images), arrays
 
     def evaluate(self, request: EvaluationRequest, policy: PolicyWeights | None) -> tuple[list[np.ndarray], int]:
         """Images uint8 [samples, H, W, 3] of each prompt, in order, and the policy version that drew them."""

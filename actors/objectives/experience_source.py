@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
+from actors.experience.canary import canary_log_prob, known_kernels
 from actors.experience.stream import version_of
 from actors.experience.weight_sync import fetch_weights, publish_weights
 from actors.learner.checkpoints.checkpoint_shards import ShardReader, write_shard
-from actors.learner.protocols import Weights, WorkerContext
-from actors.messages import Group, PolicyWeights, RankBatch
+from actors.learner.protocols import TrainedModel, Weights, WorkerContext
+from actors.messages import Canary, Group, PolicyWeights, RankBatch
 from actors.objectives.record_source import MixtureSource
 from deepgen.data.loading.collate import MicroBatch
 
@@ -42,29 +42,36 @@ class ExperienceSource:
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._publishing: Future[None] | None = None
         self._published: dict[int, PolicyWeights] = {}  # rank 0: versions that later steps are drawn with, and the last
+        self._canaries: dict[int, Canary] = {}  # of the versions in the checkpoint that the run resumed from
 
     def next(self, step: int, rank: int, world: int) -> RLBatch:
         batch: RankBatch = self._ask_while_publishing(self._stream.next_batch.remote(step, rank, world))
+        if not self._published:
+            self._finish_publishing()  # actors draw with the start weights before they can compare them with ours
         self._metrics = dict(batch.metrics)
         fetched = ray.get([group.trajectory for group in batch.groups], timeout=self._deadline_s)
         groups = [replace(group, trajectory=arrays) for group, arrays in zip(batch.groups, fetched, strict=True)]
         records = self._auxiliary.next(step, rank, world) if self._auxiliary else ()
         return RLBatch(tuple(groups), tuple(records))
 
-    def publish(self, weights: Callable[[], Weights], version: int) -> None:
-        """Copy the weights and go on. A thread of rank 0 puts them into the object store and tells the stream.
+    def publish(self, policy: TrainedModel, version: int) -> None:
+        """Score the canary, copy the weights and go on. A thread of rank 0 puts them into the object store and tells
+        the stream.
 
         Its errors come up in the next call. Versions are published in order; at most one copy waits.
         """
-        full = weights()
+        with torch.no_grad():
+            log_prob = policy.run(canary_log_prob, self._context.settings.rollout)
+        full = policy.weights()
         if self._context.rank == 0:
             self._finish_publishing()
             # Copies: the next update changes the parameters while the thread still reads.
             copies = {name: tensor.detach().float().to("cpu", copy=True) for name, tensor in full.items()}
-            self._publishing = self._publisher.submit(self._publish, version, copies)
+            canary = Canary(log_prob, known_kernels(self._context.device))
+            self._publishing = self._publisher.submit(self._publish, version, copies, canary)
 
-    def _publish(self, version: int, weights: Weights) -> None:
-        published = publish_weights(version, weights)
+    def _publish(self, version: int, weights: Weights, canary: Canary) -> None:
+        published = publish_weights(version, weights, canary)
         self._ask(self._stream.publish.remote(published))
         self._published[version] = published
         oldest = version_of(version, self._context.settings.experience.max_staleness)
@@ -81,6 +88,7 @@ class ExperienceSource:
 
     def state_dict(self, step: int) -> dict[str, Any]:
         state: dict[str, Any] = self._ask(self._stream.state.remote(step)) if self._context.rank == 0 else {}
+        state["canaries"] = {v: astuple(p.canary) for v, p in dict(self._published).items() if v < step}  # see `save`
         if self._auxiliary:
             state["auxiliary"] = self._auxiliary.state_dict(step)
         return state
@@ -88,6 +96,7 @@ class ExperienceSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         state = dict(state)
         auxiliary = state.pop("auxiliary", None)
+        self._canaries = {int(version): Canary(*saved) for version, saved in state.pop("canaries").items()}
         if self._auxiliary and auxiliary:
             self._auxiliary.load_state_dict(auxiliary)
         if self._context.rank == 0:
@@ -112,7 +121,7 @@ class ExperienceSource:
             # Under ZeRO-3 a parameter holds only this rank's part, and ds_shape the whole one's shape.
             shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in trained}
             weights = {name: reader.read(name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
-            self._publish(version, weights)
+            self._publish(version, weights, self._canaries[version])
 
     def close(self) -> None:
         self._publisher.shutdown()  # finishes what has been submitted: the stage evaluates the last version next

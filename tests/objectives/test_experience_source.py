@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.messages import PolicyWeights
+from actors.messages import Canary, PolicyWeights
 from actors.objectives import experience_source
 from actors.objectives.experience_source import ExperienceSource, saved_policies
 from deepgen.config import load_settings
@@ -26,11 +26,11 @@ class Publishing:
         self.allowed, self.given = threading.Event(), list[tuple[int, float]]()
         self.error: Exception | None = None
 
-    def put(self, version: int, weights: dict[str, Tensor]) -> PolicyWeights:
+    def put(self, version: int, weights: dict[str, Tensor], canary: Canary) -> PolicyWeights:
         """In the place of `publish_weights`."""
         assert self.allowed.wait(WAIT_S)
         self.given.append((version, float(weights["w"][0])))
-        return PolicyWeights(version, "", ("w",), ())
+        return PolicyWeights(version, "", ("w",), (), canary)
 
     def answer(self, reference: Any) -> Any:
         """In the place of waiting for the stream."""
@@ -49,18 +49,23 @@ def publishing(monkeypatch: pytest.MonkeyPatch) -> Publishing:
 
 def make_source(staleness: int = 0) -> ExperienceSource:
     settings = load_settings(None, [f"experience.max_staleness={staleness}"])
-    context: Any = SimpleNamespace(settings=settings, rank=0)
+    context: Any = SimpleNamespace(settings=settings, rank=0, device=torch.device("cpu"))
     stream: Any = SimpleNamespace(publish=SimpleNamespace(remote=lambda published: published))
     return ExperienceSource(context, stream, None)
 
 
+def trained(weights: dict[str, Tensor]) -> Any:
+    """A learner's engine whose canary says 0.1."""
+    return SimpleNamespace(weights=lambda: weights, run=lambda compute, *arguments: 0.1)
+
+
 def test_the_learner_goes_on_while_its_weights_travel(publishing: Publishing) -> None:
     source, weights = make_source(), {"w": torch.ones(3)}
-    source.publish(lambda: weights, 1)  # returns, although nobody takes anything yet
+    source.publish(trained(weights), 1)  # returns, although nobody takes anything yet
     weights["w"].fill_(2)  # the next update
     assert publishing.given == []
     publishing.allowed.set()
-    source.publish(lambda: weights, 2)
+    source.publish(trained(weights), 2)
     source.close()
     assert publishing.given == [(1, 1.0), (2, 2.0)]
 
@@ -69,7 +74,7 @@ def test_what_went_wrong_comes_up_in_the_next_call(publishing: Publishing, tmp_p
     source = make_source()
     publishing.error = ZeroDivisionError("an actor refused the weights")
     publishing.allowed.set()
-    source.publish(lambda: {"w": torch.ones(3)}, 1)
+    source.publish(trained({"w": torch.ones(3)}), 1)
     with pytest.raises(ZeroDivisionError, match="refused"):
         source.save(tmp_path, 1)
     source.close()
@@ -82,7 +87,7 @@ def test_an_error_of_the_publisher_ends_the_wait_for_a_batch(
     source = make_source()
     source._stream.next_batch = SimpleNamespace(remote=lambda *_: "never")
     publishing.error = ZeroDivisionError("an actor refused the weights")
-    source.publish(lambda: {"w": torch.ones(3)}, 1)
+    source.publish(trained({"w": torch.ones(3)}), 1)
 
     def wait(references: list[str], timeout: float) -> tuple[list[str], list[str]]:
         assert references == ["never"]
@@ -104,7 +109,7 @@ def test_a_checkpoint_holds_the_versions_of_the_next_steps(
         source, folder = make_source(staleness), tmp_path / str(staleness)
         folder.mkdir()
         for version in range(6):
-            source.publish(lambda: {"w": torch.ones(3)}, version)
+            source.publish(trained({"w": torch.ones(3)}), version)
         source.save(folder, 5)
         assert saved_policies(folder) == saved
         source.close()
