@@ -15,9 +15,11 @@ from __future__ import annotations
 import math
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from actors.experience.weight_sync import WeightsMismatchError
 from actors.messages import Canary
@@ -35,16 +37,18 @@ SIGMA, SIGMA_NEXT = 0.75, 0.5
 # of one CPU (AVX-512, AVX2, none; MKL's and torch's) differ by at most 1.1e-7; the rest is room for accelerators and deep
 # models, as much as the ratio of an unchanged policy has in fp32 (`RATIO_TOLERANCE`).
 TOLERANCE = 1e-5
+_PRODUCTS = {"linear", "conv2d", "addmm", "matmul"}  # the last two are what ZeRO-3's linear calls
+_BLOCK = 64  # bytes
 
 
 def take_canary(model: UnifiedModel, rollout: RolloutSettings) -> Canary:
     """The canary of a whole model. For one that ZeRO-3 has split, see `canary_log_prob`."""
-    return Canary(canary_log_prob(model, rollout), known_kernels(model.transformer.device))
+    return Canary(float(canary_log_prob(model, rollout)), known_kernels(model.transformer.device))
 
 
 @torch.no_grad()
-def canary_log_prob(model: UnifiedModel, rollout: RolloutSettings) -> float:
-    """Log-probability of the transition under the model's DiT, a mean over its elements.
+def canary_log_prob(model: UnifiedModel, rollout: RolloutSettings) -> Tensor:
+    """Log-probability of the transition under the model's DiT, a mean over its elements: fp64 [].
 
     It depends on the DiT's weights, its sizes, and the run's sampler (cps in place of one without probabilities).
     Neither torch's global generator nor the training mode is touched; the DiT has no dropout. The learner calls this
@@ -53,14 +57,14 @@ def canary_log_prob(model: UnifiedModel, rollout: RolloutSettings) -> float:
     transformer, generator = model.transformer, torch.Generator().manual_seed(0)
     config, device = transformer.config, transformer.device
 
-    def draw(*shape: int) -> torch.Tensor:
+    def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
     latents = 1, config.in_channels, config.patch_size, IMAGE_TOKENS * config.patch_size
     x, next_x = draw(*latents), draw(*latents)
     context, pooled = draw(1, CONTEXT_TOKENS, config.joint_attention_dim), draw(1, config.pooled_projection_dim)
     sigma, sigma_next = torch.tensor([[SIGMA], [SIGMA_NEXT]], device=device)
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False), _Aligned():
         v = transformer(x, timesteps(sigma), context, pooled)
         sampler, eta = SAMPLERS.load(rollout.sampler), rollout.eta
         if not sampler.stochastic:
@@ -69,7 +73,19 @@ def canary_log_prob(model: UnifiedModel, rollout: RolloutSettings) -> float:
         # Each element counts as a sample of its own, and their mean is taken in fp64: the fp32 mean of one sample would
         # hide a change that is small in each element.
         elements = sampler.log_prob(*(tensor.reshape(-1, 1, 1, 1) for tensor in (next_x, mean, std.expand_as(mean))))
-    return float(elements.double().mean())
+    return elements.double().mean()
+
+
+class _Aligned(TorchFunctionMode):
+    """Moves operands of matrix products to where memory blocks begin, as the allocator places a model's parameters.
+
+    ZeRO-1 and 2 keep parameters in one flat buffer, wherever the one before ended, and MKL rounds differently there.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in _PRODUCTS:
+            args = [arg.clone() if isinstance(arg, Tensor) and arg.data_ptr() % _BLOCK else arg for arg in args]
+        return function(*args, **(kwargs or {}))
 
 
 def known_kernels(device: torch.device) -> str | None:

@@ -61,7 +61,7 @@ class ExperienceSource:
         Its errors come up in the next call. Versions are published in order; at most one copy waits.
         """
         with torch.no_grad():
-            log_prob = policy.run(canary_log_prob, self._context.settings.rollout)
+            log_prob = float(policy.run(canary_log_prob, self._context.settings.rollout))
         full = policy.weights()
         if self._context.rank == 0:
             self._finish_publishing()
