@@ -1,8 +1,8 @@
 """What the canary adds to the sync of one policy version to one rollout actor, the learner's part included.
 
-Ours: the canary, scored once by each side. Floor: all else, one after the other in this process: the learner's copy, the
-checksum, the way into the object store and out of it, the copy into the model, the checksum again. Left out: the calls to
-stream and actors.
+Ours: the canary, scored once by each side. Floor: all else, one after the other in this process: the learner's copy,
+the checksum, the way into the object store and out of it, the copy into the model, the checksum again. Left out: the
+calls to stream and actors.
 """
 
 from __future__ import annotations

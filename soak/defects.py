@@ -1,8 +1,8 @@
 """Weights damaged on their way from the learner to a rollout actor, which must be refused before a sample is drawn.
 
 The actor is a real `LoadedPolicy` in this process, the weights come out of Ray's object store. Version 2 differs from
-version 1 by one optimizer step (`STEP`) in every element. Each trial loads version 1 undamaged, does its damage, and asks
-for version 2.
+version 1 by one optimizer step (`STEP`) in every element. Each trial loads version 1 undamaged, does its damage, and
+asks for version 2.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from deepgen.config import Settings
 from deepgen.models.unified import UnifiedModel
 
 STEP = 4e-5  # the learning rate of tiny-rl
-DEFECT_HEADER = "| defect | injected | refused by names, shapes, checksum | by the canary | loaded again | missed |\n" + "|---" * 6 + "|"
+DEFECT_HEADER = "| defect | injected | by checksum | by canary | loaded again | missed |\n" + "|---" * 6 + "|"
 # Parameters without effect: the last block drops what its context asks for (`context_pre_only`).
 UNUSED = ("add_q_proj", "norm_added_q")
 

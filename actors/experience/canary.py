@@ -1,8 +1,8 @@
 """The canary: one fixed sampler step, scored by the learner and by every rollout actor that loads its weights.
 
-A checksum says which bytes the parameters hold. It does not say that a forward reads these parameters: a module that was
-replaced, or a copy that something cached, would draw samples with other weights. The log-probability of a transition
-does, because it is computed as that of a sample is.
+A checksum says which bytes the parameters hold. It does not say that a forward reads these parameters: a module that
+was replaced, or a copy that something cached, would draw samples with other weights. The log-probability of a
+transition says it, because it is computed as that of a sample is.
 
 It is taken in fp32, also where the run uses bf16 autocast. On the tiny model with one tensor at a time off by one
 optimizer step (4e-5), a canary under autocast does not see 43 of the 209 tensors that a sample depends on, because
@@ -34,11 +34,12 @@ if TYPE_CHECKING:
 IMAGE_TOKENS = CONTEXT_TOKENS = 2
 SIGMA, SIGMA_NEXT = 0.75, 0.5
 # Largest difference where learner and actor round differently, relative to a log-probability above 1. Instruction sets
-# of one CPU (AVX-512, AVX2, none; MKL's and torch's) differ by at most 1.1e-7; the rest is room for accelerators and deep
-# models, as much as the ratio of an unchanged policy has in fp32 (`RATIO_TOLERANCE`).
+# of one CPU (AVX-512, AVX2, none; MKL's and torch's) differ by at most 1.1e-7; the rest is room for accelerators and
+# deep models, as much as the ratio of an unchanged policy has in fp32 (`RATIO_TOLERANCE`).
 TOLERANCE = 1e-5
 _PRODUCTS = {"linear", "conv2d", "addmm", "matmul"}  # the last two are what ZeRO-3's linear calls
 _BLOCK = 64  # bytes
+_CPU = Path("/proc/cpuinfo")
 
 
 def take_canary(model: UnifiedModel, rollout: RolloutSettings) -> Canary:
@@ -95,9 +96,10 @@ def known_kernels(device: torch.device) -> str | None:
     """
     if device.type != "cpu":
         return None
-    about = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in about if line.startswith("model name")), platform.machine())
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, {torch.nn.functional.linear.__name__}"
+    about = _CPU.read_text().splitlines() if _CPU.exists() else []
+    names = (line.partition(":")[2] for line in about if line.startswith("model name"))
+    model = next(names, platform.machine())
+    return f"{model.strip()}, {torch.backends.cpu.get_cpu_capability()}, {torch.nn.functional.linear.__name__}"
 
 
 def check_canary(here: Canary, learner: Canary, version: int) -> None:

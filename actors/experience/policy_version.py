@@ -27,8 +27,8 @@ class LoadedPolicy:
     `prefetch` may run in a different thread from the other methods. It only fetches weights into this process; `use`
     copies them into the model before the next group. A group is therefore never sampled with a mixture of two versions.
 
-    Weights count as held when all of them are in the model and its checksum and canary are the learner's. Until then the
-    model holds nothing: a load that stopped in the middle is made again from the beginning.
+    Weights count as held when all of them are in the model and its checksum and canary are the learner's. Until then
+    the model holds nothing: a load that stopped in the middle is made again from the beginning.
     """
 
     def __init__(self, settings: Settings) -> None:

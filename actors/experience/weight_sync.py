@@ -21,7 +21,7 @@ import numpy as np
 from actors.messages import Arrays, Canary, PolicyWeights
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 SHARD_BYTES = 512 << 20  # several objects of this size travel better than one of many gigabytes
 

@@ -1,4 +1,4 @@
-"""The canary: learner and actor score it alike, it sees every tensor that a sample depends on, and nothing else moves."""
+"""The canary: learner and actor score it alike, and it sees every tensor that a sample depends on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROLLOUT = load_settings(None, []).rollout
 @pytest.mark.processes
 @pytest.mark.slow
 def test_learner_and_actor_score_it_alike(tmp_path: Path) -> None:
-    """Two ranks and threads against one, in an optimizer's buffer or sharded, with autocast around it: the same bits."""
+    """Two ranks and threads against one, in a flat buffer or sharded, with autocast around it: the same bits."""
     folder, world = make_tiny_folder(tmp_path / "model"), 2
     cases = [(stage, precision) for stage in (1, 3) for precision in ("fp32", "bf16")]
     runs = [
@@ -75,7 +75,9 @@ def test_equal_kernels_must_agree_to_the_bit_and_others_nearly() -> None:
     for kernels in ("b", None):
         check_canary(replace(close, kernels=kernels), learner, 3)
     check_canary(replace(close, kernels=None), replace(learner, kernels=None), 3)
-    wanted = r"version 3: the learner's canary has log-probability -2.5, the rollout policy's -2.50002; allowed: the same"
+    wanted = (
+        r"version 3: the learner's canary has log-probability -2.5, the rollout policy's -2.50002; allowed: the same"
+    )
     with pytest.raises(WeightsMismatchError, match=wanted):
         check_canary(close, learner, 3)
     with pytest.raises(WeightsMismatchError, match="allowed: 3e-05 apart"):

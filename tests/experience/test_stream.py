@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from actors.experience.canary import take_canary
 from actors.experience.prompt_order import PromptOrder
