@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.messages import Canary, PolicyWeights
+from actors.experience.canary import known_kernels
+from actors.experience.weight_sync import WeightsMismatchError
+from actors.messages import Canary, PolicyWeights, RankBatch
 from actors.objectives import experience_source
 from actors.objectives.experience_source import ExperienceSource, saved_policies
 from deepgen.config import load_settings
@@ -113,3 +116,42 @@ def test_a_checkpoint_holds_the_versions_of_the_next_steps(
         source.save(folder, 5)
         assert saved_policies(folder) == saved
         source.close()
+
+
+def test_the_first_batch_waits_until_the_start_weights_are_compared(
+    publishing: Publishing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Actors may draw before the learner publishes version 0. If theirs are other weights, nothing is learned."""
+    source = make_source()
+    source._stream.next_batch = SimpleNamespace(remote=lambda *_: RankBatch((), {}, {}))
+    publishing.error = WeightsMismatchError("other start weights")
+    source.publish(trained({"w": torch.ones(3)}), 0)
+
+    def wait(references: list[RankBatch], timeout: float) -> tuple[list[RankBatch], list[RankBatch]]:
+        publishing.allowed.set()  # the batch is there before the actors have answered
+        return references, []
+
+    monkeypatch.setattr(experience_source.ray, "wait", wait)
+    monkeypatch.setattr(ExperienceSource, "_ask", answer_batches(publishing))
+    with pytest.raises(WeightsMismatchError, match="other start weights"):
+        source.next(0, 0, 1)
+    source.close()
+
+
+def answer_batches(publishing: Publishing) -> Any:
+    """`_ask` for a stream that gives batches, but answers to weights as `publishing` does."""
+    return lambda self, reference: reference if isinstance(reference, RankBatch) else publishing.answer(reference)
+
+
+def test_a_checkpoint_keeps_the_canaries_of_its_versions(publishing: Publishing) -> None:
+    publishing.allowed.set()
+    source, resumed = make_source(2), make_source(2)
+    source._stream.state = SimpleNamespace(remote=lambda step: {"step": step})
+    resumed._stream.restore = SimpleNamespace(remote=lambda state: state)
+    for version in range(5):
+        source.publish(trained({"w": torch.ones(3)}), version)
+    state = json.loads(json.dumps(source.state_dict(4)))
+    resumed.load_state_dict(state)
+    assert resumed._canaries == dict.fromkeys((2, 3), Canary(0.1, known_kernels(torch.device("cpu"))))
+    source.close()
+    resumed.close()
