@@ -6,8 +6,8 @@ transition says it, because it is computed as that of a sample is.
 
 It is taken in fp32, also where the run uses bf16 autocast. On the tiny model with one tensor at a time off by one
 optimizer step (4e-5), a canary under autocast does not see 43 of the 209 tensors that a sample depends on, because
-rounding hides them; in fp32 it sees all. And ZeRO-3's own linear, which rounds bf16 differently, gives the same bits for
-two tokens in fp32. Threads make no difference, at the widths of deepgen-5b either.
+rounding hides them; in fp32 it sees all. And ZeRO-3's own linear, which rounds bf16 differently, gives the same bits
+for two tokens in fp32. Threads make no difference, at the widths of deepgen-5b either.
 """
 
 from __future__ import annotations
