@@ -107,16 +107,29 @@ class BatchReply:
 
 
 @dataclass(frozen=True)
+class Canary:
+    """What a policy says about one fixed transition, see `actors.experience.canary`. Travels in `PolicyWeights`.
+
+    `kernels` names what rounded the sums; two equal names must give equal bits.
+    """
+
+    log_prob: float
+    kernels: str | None
+
+
+@dataclass(frozen=True)
 class PolicyWeights:
     """One version of the policy's trained weights. Learner → stream → rollout actors.
 
-    `refs` are Ray references to dicts name -> float32 array; `names` lists the names in all of them.
+    `refs` are Ray references to dicts name -> float32 array; `names` lists the names in all of them. `checksum` is that
+    of version, names, shapes and values.
     """
 
     version: int
     checksum: str
     names: tuple[str, ...]
     refs: tuple[Any, ...]
+    canary: Canary
 
 
 @dataclass(frozen=True)

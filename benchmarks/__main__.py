@@ -15,6 +15,7 @@ BENCHMARKS = {
     "training": "benchmarks.training_floor",
     "judge": "benchmarks.judge_batch",
     "control": "benchmarks.control_plane",
+    "canary": "benchmarks.canary_share",
 }
 
 

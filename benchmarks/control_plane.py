@@ -31,11 +31,10 @@ import ray
 from actors.experience.rollout_actor import Pictures
 from actors.experience.rollout_fleet import WEIGHTS_GROUP
 from actors.experience.weight_sync import publish_weights
-from actors.messages import Arrays, Group, PolicyWeights, RankBatch
-from actors.start import start_stream
+from actors.messages import Arrays, Canary, Group, PolicyWeights, RankBatch
+from actors.start import Rollouts, start_stream
 from deepgen.config import PoolSettings, Settings
 from deepgen.config.settings import TASKS
-from deepgen.data.parquet import read_records
 from rewards import RewardRequest, setting
 
 if TYPE_CHECKING:
@@ -168,9 +167,11 @@ def _observe(settings: Settings, actors: int) -> Observed:
         "max_concurrency": actors,
         "concurrency_groups": {WEIGHTS_GROUP: actors},
     }
-    hosts = [ray.remote(**options)(Host).remote(len(settings.rewards.used())) for _ in range(HOSTS)]
-    named = {f"rollout-{i}": hosts[i % HOSTS] for i in range(actors)}
-    stream = start_stream(settings, read_records(settings.data.prompts), named, resume=False, gpus=False)
+    remote = ray.remote(**options)(Host)
+    hosts = [remote.options(name=f"host-{i}").remote(len(settings.rewards.used())) for i in range(HOSTS)]
+    handles = {f"rollout-{i}": hosts[i % HOSTS] for i in range(actors)}
+    rollouts = Rollouts(handles, {name: f"host-{i % HOSTS}" for i, name in enumerate(handles)})
+    stream = start_stream(settings, rollouts, resume=False, gpus=False)
     ray.get(stream.start.remote(), timeout=DEADLINE_S)
     ray.get(stream.begin.remote(), timeout=DEADLINE_S)
     batches, cpu = [], []
@@ -179,7 +180,7 @@ def _observe(settings: Settings, actors: int) -> Observed:
         batches.append(time.monotonic())
         cpu.append(ray.get(stream.__ray_call__.remote(_cpu_seconds), timeout=DEADLINE_S))
         ray.get([group.trajectory for group in batch.groups], timeout=DEADLINE_S)
-        published = publish_weights(step + 1, {"weight": torch.full((8,), float(step))})
+        published = publish_weights(step + 1, {"weight": torch.full((8,), float(step))}, Canary(0.0, None))
         ray.get(stream.publish.remote(published), timeout=DEADLINE_S)
     begun = ray.get([host.begun.remote() for host in hosts], timeout=DEADLINE_S)
     ray.get(stream.stop.remote(), timeout=DEADLINE_S)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from deepgen.config import Settings, load_settings
 from deepgen.config.recipes import find_recipe
 from deepgen.data.parquet import read_records
+from soak.defects import DEFECT_HEADER, defect_rows, run_defects
 from soak.schedules import Outcome, Schedule, draw_schedules, run_schedule, start_actors
 
 ACTORS = 4
@@ -42,13 +43,25 @@ def schedule_settings(folder: str, max_staleness: int, schedule: Schedule) -> Se
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m soak", description=__doc__)
+    parser.add_argument("--only", choices=("schedules", "defects"), help="one trial instead of all")
     parser.add_argument("--schedules", type=int, default=50, help="schedules for each max_staleness (default 50)")
+    parser.add_argument("--defects", type=int, default=500, help="damaged weights (default 500)")
     arguments = parser.parse_args()
 
     import ray
 
     ray.init(address="local", num_cpus=ACTORS, include_dashboard=False, log_to_driver=False)
-    schedules = draw_schedules(arguments.schedules, ACTORS, LONGEST_S)
+    failed = 0
+    if arguments.only != "defects":
+        failed += try_schedules(arguments.schedules)
+    if arguments.only != "schedules":
+        failed += try_defects(arguments.defects)
+    return 1 if failed else 0
+
+
+def try_schedules(count: int) -> int:
+    """Print the table of schedules. Returns how many ended differently."""
+    schedules = draw_schedules(count, ACTORS, LONGEST_S)
     different = 0
     print(HEADER, flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +74,14 @@ def main() -> int:
             ]
             print(row(max_staleness, schedules, outcomes), flush=True)
             different += odd_ones(outcomes)
-    return 1 if different else 0
+    return different
+
+
+def try_defects(count: int) -> int:
+    """Print the table of damaged weights. Returns how many were used."""
+    outcomes = run_defects(load_settings(find_recipe("tiny-rl"), []), count)
+    print(DEFECT_HEADER, *defect_rows(outcomes), sep="\n", flush=True)
+    return sum(counts["missed"] for counts in outcomes.values())
 
 
 def odd_ones(outcomes: Sequence[Outcome]) -> int:

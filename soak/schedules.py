@@ -19,6 +19,7 @@ import ray
 import torch
 from torch import Tensor
 
+from actors.experience.canary import take_canary
 from actors.experience.rollout_actor import Pictures, RolloutActor
 from actors.experience.rollout_fleet import WEIGHTS_GROUP
 from actors.experience.stream import ExperienceStream
@@ -115,13 +116,17 @@ def run_schedule(settings: Settings, prompts: Sequence[Record], actors: dict[str
 async def _run(settings: Settings, prompts: Sequence[Record], actors: dict[str, Any], schedule: Schedule) -> Outcome:
     pause, begin = random.Random(f"{schedule.seed}/learner"), time.monotonic()
     model = UnifiedModel.from_folder(settings.model.weights)
-    weights = {name: parameter.detach().clone() for name, parameter in model.trainable_parameters("rl")}
+    weights = {name: parameter.detach() for name, parameter in model.trainable_parameters("rl")}
+
+    def published(version: int) -> PolicyWeights:
+        return publish_weights(version, weights, take_canary(model, settings.rollout))
+
     stream = ExperienceStream(settings, prompts, actors, resume=False)
     versions = []
     await stream.start()
     try:
         await stream.begin()
-        await stream.publish(publish_weights(0, weights))
+        await stream.publish(published(0))
         for step in range(settings.train.steps):
             await asyncio.sleep(pause.uniform(0, schedule.longest_s))
             batch = await stream.next_batch(step, 0, 1)
@@ -130,7 +135,7 @@ async def _run(settings: Settings, prompts: Sequence[Record], actors: dict[str, 
             versions.append(version)
             learn(weights, batch, ray.get([group.trajectory for group in batch.groups], timeout=DEADLINE_S))
             await asyncio.sleep(pause.uniform(0, schedule.longest_s))
-            await stream.publish(publish_weights(step + 1, weights))
+            await stream.publish(published(step + 1))
     finally:
         await stream.stop()
     return Outcome(weights_checksum(weights.items()), tuple(versions), time.monotonic() - begin)

@@ -49,7 +49,13 @@ class PolicySampler:
     def load(self, folder: Path) -> None:
         """Read the model from a component folder."""
         model = UnifiedModel.from_folder(folder, padding=self._settings.model.padding)
+        self._trained = [name for name, _ in model.trainable_parameters("rl")]
         self.model = model.to(self._device).eval().requires_grad_(False)
+
+    def trained_parameters(self) -> dict[str, Tensor]:
+        """The parameters that rl trains, by name, as far as the model has them now."""
+        found = dict(self.model.named_parameters())
+        return {name: found[name] for name in self._trained if name in found}
 
     # -- sampling ---------------------------------------------------------------------------------------------------
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
+from actors.experience.canary import check_canary, take_canary
 from actors.experience.policy_sampler import PolicySampler
 from actors.experience.weight_sync import fetch_weights, load_weights, verify_weights
 from actors.messages import Arrays, PolicyWeights
 from deepgen.config import Settings
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """Weights of a component folder, checked against a published version if there was one."""
+
+    path: Path
+    published: PolicyWeights | None = None
 
 
 class LoadedPolicy:
@@ -16,70 +26,79 @@ class LoadedPolicy:
 
     `prefetch` may run in a different thread from the other methods. It only fetches weights into this process; `use`
     copies them into the model before the next group. A group is therefore never sampled with a mixture of two versions.
+
+    Weights count as held when all of them are in the model and its checksum and canary are the learner's. Until then
+    the model holds nothing: a load that stopped in the middle is made again from the beginning.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.sampler = PolicySampler(settings)
-        self.version = 0  # 0 is the weights folder
-        self._start_folder, self._deadline_s = settings.model.weights, settings.experience.deadline_s
-        self._published: PolicyWeights | None = None  # the version loaded into the model or verified in it
-        self._evaluated: Path | None = None  # folder whose weights the last evaluation left behind
+        self._rollout, self._deadline_s = settings.rollout, settings.experience.deadline_s
+        self._start = _Folder(settings.model.weights)
+        self._holds: PolicyWeights | _Folder | None = self._start
+        self._changing = threading.Lock()  # held while the model is replaced or checked
         self._lock = threading.Lock()  # guards _arrived
         self._arrived: tuple[PolicyWeights, Arrays] | None = None  # fetched but not loaded yet
 
     def prefetch(self, published: PolicyWeights) -> None:
         """Fetch a version into this process.
 
-        If the actor already holds that version from its weights folder, the weights are only verified: the learner read
+        If the actor already holds that version from its weights folder, the weights are only checked: the learner read
         the same folder, so there is nothing to fetch.
         """
-        if self._holds_start_weights() and published.version == self.version:
-            verify_weights(self.sampler.model, published)
-            self._published = published
-            return
+        with self._changing:
+            if self._holds == self._start and published.version == 0:
+                self._check(published)
+                return
         arrays = fetch_weights(published, self._deadline_s)
         with self._lock:
             self._arrived = (published, arrays)
 
-    def use(self, wanted: PolicyWeights | None) -> None:
-        """Make the model hold version `wanted`; None means the weights folder that the run started from.
+    def use(self, wanted: PolicyWeights | None) -> int:
+        """Make the model hold version `wanted`, and return its number; None means the weights folder, version 0.
 
-        Raises WeightsMismatchError if the model's weights afterwards differ from the published ones.
+        Raises WeightsMismatchError if the model afterwards is not the published one.
         """
-        # Ask first: the next statement clears `_evaluated`, which the answer depends on.
-        unchecked_start = self._holds_start_weights()
-        # `read` replaces the weights but not `version`. After an evaluation, `version` says nothing about the model and
-        # the weights have to be loaded again.
-        intact, self._evaluated = self._evaluated is None, None
-        # Nothing to do if the model already holds the wanted version, or if the start folder is wanted and still
-        # loaded.
-        if intact and (wanted == self._published or (wanted is None and self.version == 0)):
-            return
-        if wanted is None:
-            self.sampler.load(self._start_folder)
-            self.version, self._published = 0, None
-            return
-        if unchecked_start and wanted.version == self.version:
-            verify_weights(self.sampler.model, wanted)  # same folder as the learner's: no copy
-        else:
-            load_weights(self.sampler.model, self._take(wanted), wanted)
-        self.version, self._published = wanted.version, wanted
+        with self._changing:
+            if wanted is None:
+                if not self._holds_version_0():
+                    self._holds = None
+                    self.sampler.load(self._start.path)
+                    self._holds = self._start
+                return 0
+            if self._holds == self._start and wanted.version == 0:
+                self._check(wanted)  # same folder as the learner's: no copy
+            elif self._holds != wanted:
+                arrays = self._take(wanted)
+                self._holds = None
+                load_weights(self.sampler.trained_parameters(), arrays, wanted)
+                self._check(wanted)
+            return wanted.version
 
     def read(self, folder: Path, published: PolicyWeights | None) -> None:
         """Load the model from a component folder, for an evaluation.
 
-        With `published`, verify that the folder holds that version.
+        With `published`, check that the folder holds that version.
         """
-        if folder == self._evaluated:
-            return
-        self.sampler.load(folder)
-        self._evaluated = folder
-        if published is not None:
-            verify_weights(self.sampler.model, published)
+        wanted = _Folder(folder, published)
+        with self._changing:
+            if self._holds == wanted:
+                return
+            self._holds = None
+            self.sampler.load(folder)
+            if published is not None:
+                self._check(published)
+            self._holds = wanted
 
-    def _holds_start_weights(self) -> bool:
-        """Whether the model still holds the weights this actor started with, not yet verified against the learner's."""
-        return self._evaluated is None and self._published is None
+    def _check(self, published: PolicyWeights) -> None:
+        """Compare the model with the published version, which it holds from then on."""
+        self._holds = None
+        verify_weights(self.sampler.trained_parameters(), published)
+        check_canary(take_canary(self.sampler.model, self._rollout), published.canary, published.version)
+        self._holds = published
+
+    def _holds_version_0(self) -> bool:
+        return self._holds == self._start or (isinstance(self._holds, PolicyWeights) and self._holds.version == 0)
 
     def _take(self, wanted: PolicyWeights) -> Arrays:
         """Arrays of a version: prefetched if they match, otherwise fetched now (a restarted actor has none)."""

@@ -59,13 +59,13 @@ class RolloutActor:
         Only the first one, which is small, goes to the stream. `policy` is the version to sample with; None means the
         weights folder that the run started from. `references`: the source pictures of the group's record.
         """
-        self._policy.use(policy)
+        version = self._policy.use(policy)
         record = replace(group.record, references=references)
         images, arrays = self._policy.sampler.sample_group(replace(group, record=record))
         requests = make_requests(record, images)
         drawn = replace(
             group,
-            version=self._policy.version,
+            version=version,
             reward_weights=reward_weights(self._settings.rewards, requests[0]),
             keys=tuple(map(request_key, requests)),
         )

@@ -69,7 +69,7 @@ def train(
         engine = TrainingEngine(settings, context.model, trainable, context.device)
         ema = Ema(engine.parameters, settings.train.ema_decay) if settings.train.ema_decay else None
         start = _restore(engine, ema, source, checkpoints, resume, context)
-        source.publish(engine.weights, start)
+        source.publish(engine, start)
         loop = TrainingLoop(context, parts, engine, ema, checkpoints, start)
         if start == 0:
             loop.begin()
@@ -124,7 +124,7 @@ class TrainingLoop:
             if self.ema:
                 self.ema.update(self.engine.parameters, step)
         with self.phases("publish"):
-            self.source.publish(self.engine.weights, step + 1)
+            self.source.publish(self.engine, step + 1)
         stop, last = self._stop_requested(), step + 1 == context.settings.train.steps
         if stop or last or (step + 1) % context.settings.train.checkpoint_every == 0:
             with self.phases("checkpoint"):

@@ -87,11 +87,24 @@ class HeldLoss(NamedTuple):
     held: Held
 
 
+class TrainedModel(Protocol):
+    """The part of the engine that a source may use to publish. Both methods are collective: on all ranks or on none."""
+
+    def weights(self) -> Weights:
+        """On rank 0 the trainable parameters by name (full fp32 tensors, not copies: read them before returning).
+
+        Elsewhere an empty dict.
+        """
+
+    def run(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        """``compute(model, *arguments)`` inside the engine's forward, see `TrainingEngine.run`."""
+
+
 class BatchSource(Protocol):
     """Gives every rank its batch of a step, and receives new weights.
 
-    Order of calls in a run: ``load_state_dict`` and ``load`` (only on resume), ``publish(weights, start)``; then for
-    each step ``next(step, rank, world)``, the update, ``publish(weights, step + 1)``, and ``state_dict(step + 1)`` and
+    Order of calls in a run: ``load_state_dict`` and ``load`` (only on resume), ``publish(policy, start)``; then for
+    each step ``next(step, rank, world)``, the update, ``publish(policy, step + 1)``, and ``state_dict(step + 1)`` and
     ``save`` when a checkpoint is due; ``close()`` at the end, also after an error. Every rank calls all methods in the
     same order, but only rank 0 calls ``save``.
     """
@@ -99,12 +112,8 @@ class BatchSource(Protocol):
     def next(self, step: int, rank: int, world: int) -> Any:
         """This rank's batch for optimizer step ``step``, whole or ``Arriving``; equally many micro-batches a rank."""
 
-    def publish(self, weights: Callable[[], Weights], version: int) -> None:
-        """Receive the weights after ``version`` batches.
-
-        ``weights()`` is collective: call it on all ranks or on none. On rank 0 it returns the trainable parameters by
-        name (full fp32 tensors, not copies: read them before returning), elsewhere an empty dict.
-        """
+    def publish(self, policy: TrainedModel, version: int) -> None:
+        """Receive the weights after ``version`` batches."""
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the last batch that do not come from the update (rewards, staleness, ...). Rank 0's are logged."""

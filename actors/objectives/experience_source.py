@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +15,14 @@ import ray
 import torch
 from ray.exceptions import ObjectLostError
 
+from actors.experience.canary import canary_log_prob, known_kernels
 from actors.experience.rollout_fleet import ATTEMPTS
 from actors.experience.stream_client import StreamClient, StreamForgotError
 from actors.experience.weight_sync import fetch_weights
 from actors.learner.checkpoints.checkpoint_shards import ShardReader, write_shard
 from actors.learner.collectives import gather
-from actors.learner.protocols import Arriving, Weights, WorkerContext
-from actors.messages import Arrays, Group, RankBatch
+from actors.learner.protocols import Arriving, TrainedModel, WorkerContext
+from actors.messages import Arrays, Canary, Group, RankBatch
 from actors.objectives.publisher import Publisher
 from actors.objectives.record_source import MixtureSource
 from deepgen.data.loading.collate import MicroBatch
@@ -66,6 +67,7 @@ class ExperienceSource:
         self._overlap = context.settings.overlap()
         self._metrics: dict[str, float] = {}
         self._statistics: dict[str, list[float]] = {}  # rank 0: reward -> scores, missing, sum of scores; of the run
+        self._canaries: dict[int, Canary] = {}  # of the versions in the checkpoint that the run resumed from
 
     def next(self, step: int, rank: int, world: int) -> RLBatch | Arriving:
         if self._overlap.pieces:
@@ -120,17 +122,21 @@ class ExperienceSource:
     def _records(self, step: int, rank: int, world: int) -> tuple[MicroBatch, ...]:
         return tuple(self._auxiliary.next(step, rank, world)) if self._auxiliary else ()
 
-    def publish(self, weights: Callable[[], Weights], version: int) -> None:
-        """Copy the weights and go on. A thread of rank 0 puts them into the object store and tells the stream.
+    def publish(self, policy: TrainedModel, version: int) -> None:
+        """Score the canary, copy the weights and go on. A thread of rank 0 puts them into the object store and tells
+        the stream.
 
         Its errors come up in the next call. Versions are published in order; at most one copy waits. The first version
         is waited for, on all ranks: from then on the stream knows this learner.
         """
-        full = weights()
+        with torch.no_grad():
+            log_prob = float(policy.run(canary_log_prob, self._context.settings.rollout))
+        full = policy.weights()
         if self._context.rank == 0:
             # Copies: the next update changes the parameters while the thread still reads.
             copies = {name: tensor.detach().float().to("cpu", copy=True) for name, tensor in full.items()}
-            self._publisher.start(version, copies)
+            canary = Canary(log_prob, known_kernels(self._context.device))
+            self._publisher.start(version, copies, canary)
         if not self._introduced:
             self._publisher.finish()
             self._learner, self._introduced = gather(self._learner, self._context.world)[0], True
@@ -142,6 +148,9 @@ class ExperienceSource:
         state: dict[str, Any] = {}
         if self._context.rank == 0:
             state = self._client.ask("state", step) | {"rewards": self._statistics}
+        state["canaries"] = {
+            v: astuple(p.canary) for v, p in self._publisher.versions().items() if v < step
+        }  # see `save`
         if self._auxiliary:
             state["auxiliary"] = self._auxiliary.state_dict(step)
         return state
@@ -149,6 +158,7 @@ class ExperienceSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         state = dict(state)
         auxiliary = state.pop("auxiliary", None)
+        self._canaries = {int(version): Canary(*saved) for version, saved in state.pop("canaries").items()}
         if self._auxiliary and auxiliary:
             self._auxiliary.load_state_dict(auxiliary)
         self._statistics = state.pop("rewards")
@@ -175,7 +185,7 @@ class ExperienceSource:
             # Under ZeRO-3 a parameter holds only this rank's part, and ds_shape the whole one's shape.
             shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in trained}
             weights = {name: reader.read(name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
-            self._publisher.publish(version, weights, step)
+            self._publisher.publish(version, weights, self._canaries[version], step)
 
     def close(self) -> None:
         self._publisher.close()

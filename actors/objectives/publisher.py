@@ -9,7 +9,7 @@ from actors.experience.stream import version_of
 from actors.experience.stream_client import StreamClient
 from actors.experience.weight_sync import publish_weights
 from actors.learner.protocols import Weights
-from actors.messages import PolicyWeights
+from actors.messages import Canary, PolicyWeights
 
 
 class Publisher:
@@ -23,10 +23,10 @@ class Publisher:
         self._lock = threading.Lock()  # guards _kept
         self._kept: dict[int, PolicyWeights] = {}  # versions that later steps are drawn with, and the last
 
-    def start(self, version: int, weights: Weights) -> None:
+    def start(self, version: int, weights: Weights, canary: Canary) -> None:
         """Publish a version in a thread; the weights are its own from now on. The one before is finished first."""
         self.finish()
-        self._under_way = self._thread.submit(self.publish, version, weights, version)
+        self._under_way = self._thread.submit(self.publish, version, weights, canary, version)
 
     def finish(self) -> None:
         """Wait until the last version is published; raise what went wrong with it."""
@@ -39,9 +39,9 @@ class Publisher:
         if self._under_way is not None and self._under_way.done():
             self.finish()
 
-    def publish(self, version: int, weights: Weights, step: int) -> None:
+    def publish(self, version: int, weights: Weights, canary: Canary, step: int) -> None:
         """Publish a version now. `step`: the learner's next one."""
-        published = publish_weights(version, weights)
+        published = publish_weights(version, weights, canary)
         known = self._client.ask("publish", published, step, self._learner)
         oldest = version_of(step, self._max_staleness)
         with self._lock:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors.learner.protocols import Weights, WorkerContext
+from actors.learner.protocols import TrainedModel, WorkerContext
 from deepgen.data.cache.encoded import EncodingCache
 from deepgen.data.loading.collate import MicroBatch, collate
 from deepgen.data.loading.dataset import TrainingSet
@@ -55,7 +55,7 @@ class MixtureSource:
         assert self._readers is not None
         return [self._readers.submit(read) for read in self._reads(turn)]
 
-    def publish(self, weights: Callable[[], Weights], version: int) -> None:
+    def publish(self, policy: TrainedModel, version: int) -> None:
         """Do nothing: the records do not depend on the weights."""
 
     def metrics(self) -> dict[str, float]:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
+from actors.experience.canary import take_canary
 from actors.experience.prompt_order import PromptOrder
 from actors.experience.reward_requests import request_key
 from actors.experience.rollout_fleet import RolloutError, RolloutFleet
@@ -189,10 +189,11 @@ def test_any_actor_draws_the_same_group(ray_local: ModuleType, world: Path, roll
 # -- versions --------------------------------------------------------------------------------------------------------
 
 
-def policy(world: Path, scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """The trainable weights of the world's model, scaled."""
+def policy(world: Path, version: int, scale: float = 1.0) -> PolicyWeights:
+    """A published version: the world's model with its trainable weights scaled."""
     model = UnifiedModel.from_folder(world / "model")
-    return {name: parameter.detach() * scale for name, parameter in model.trainable_parameters("rl")}
+    weights = {name: parameter.detach().mul_(scale) for name, parameter in model.trainable_parameters("rl")}
+    return publish_weights(version, weights, take_canary(model, make_settings(world).rollout))
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
@@ -201,10 +202,10 @@ def test_a_step_waits_until_the_policy_is_fresh_enough(world: Path, rollouts: di
 
     async def scenario(stream: ExperienceStream) -> tuple[RankBatch, list[int], RankBatch]:
         await stream.begin()
-        await stream.publish(publish_weights(0, policy(world)))
+        await stream.publish(policy(world, 0))
         first = await stream.next_batch(0, 0, 1)
         begun = sorted((await stream.state(1))["in_flight"])
-        await stream.publish(publish_weights(1, policy(world, 1.01)))
+        await stream.publish(policy(world, 1, 1.01))
         return first, begun, await stream.next_batch(1, 0, 1)
 
     first, begun, second = run(settings, rollouts, scenario)
@@ -218,7 +219,7 @@ def test_a_step_waits_until_the_policy_is_fresh_enough(world: Path, rollouts: di
 
 def test_published_weights_must_arrive_as_they_left(world: Path, rollouts: dict[str, Any]) -> None:
     async def scenario(stream: ExperienceStream) -> None:
-        published = publish_weights(7, policy(world, 1.1))
+        published = policy(world, 7, 1.1)
         await stream.publish(replace(published, checksum="0123"))
         await stream.next_batch(7, 0, 1)
 
@@ -231,7 +232,7 @@ def test_published_weights_must_arrive_as_they_left(world: Path, rollouts: dict[
 
 def test_the_group_of_a_dead_actor_is_drawn_again(ray_local: ModuleType, world: Path, rollouts: dict[str, Any]) -> None:
     settings = make_settings(world)
-    weights = publish_weights(0, policy(world))
+    weights = policy(world, 0)
 
     async def undisturbed(stream: ExperienceStream) -> RankBatch:
         await stream.publish(weights)
@@ -324,7 +325,7 @@ def whole_and_resumed(
 ) -> tuple[RankBatch, RankBatch, dict[str, Any]]:
     """Step 2 of a stream, the same step of one restored before it, and the state it was restored from."""
     settings = make_settings(world, *more)
-    weights = [publish_weights(version, policy(world, 1 + version / 100)) for version in range(3)]
+    weights = [policy(world, version, 1 + version / 100) for version in range(3)]
 
     async def whole(stream: ExperienceStream) -> tuple[RankBatch, dict[str, Any]]:
         await stream.begin()
@@ -370,7 +371,7 @@ def test_a_restored_stream_serves_another_number_of_ranks(
     ray_local: ModuleType, world: Path, rollouts: dict[str, Any]
 ) -> None:
     """1 -> 2 -> 1 ranks: the same groups with the same advantages, each to one rank."""
-    weights = [publish_weights(version, policy(world, 1 + version / 100)) for version in range(3)]
+    weights = [policy(world, version, 1 + version / 100) for version in range(3)]
 
     def go_on(ranks: int, state: dict[str, Any] | None, steps: range) -> list[tuple[dict[str, Any], list[RankBatch]]]:
         """The state before each step, and the step's batches."""

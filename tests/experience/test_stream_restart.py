@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from actors.experience.stream_client import Request, StreamClient, VersionGoneError
 from actors.objectives.experience_source import ExperienceSource, RLBatch
@@ -63,6 +64,13 @@ class Killer:
         client.request = killed  # type: ignore[method-assign]
 
 
+def trained(model: UnifiedModel, weights: dict[str, Any]) -> Any:
+    """A learner's engine that holds these weights."""
+    for name, parameter in model.trainable_parameters("rl"):
+        parameter.data.copy_(weights[name])
+    return SimpleNamespace(weights=lambda: weights, run=lambda compute, *arguments: compute(model, *arguments))
+
+
 def lost_object(ray: ModuleType) -> Any:
     """A reference to an object whose owner is dead."""
 
@@ -87,11 +95,11 @@ def train(ray: ModuleType, settings: Settings, rollouts: Rollouts, *, disturbed:
     """The batches of a run whose weights depend on the step alone."""
     stream = start_stream(settings, rollouts, resume=False, gpus=False)
     said: list[str] = []
-    context: Any = SimpleNamespace(settings=settings, rank=0, world=1, say=said.append)
+    context: Any = SimpleNamespace(settings=settings, rank=0, world=1, say=said.append, device=torch.device("cpu"))
     source, kill = ExperienceSource(context, stream, None), Killer(stream)
     model = UnifiedModel.from_folder(settings.model.weights)
     start = {name: parameter.detach().clone() for name, parameter in model.trainable_parameters("rl")}
-    source.publish(lambda: start, 0)
+    source.publish(trained(model, start), 0)
     batches = []
     for step in range(STEPS):
         if disturbed and step == 1:
@@ -108,7 +116,7 @@ def train(ray: ModuleType, settings: Settings, rollouts: Rollouts, *, disturbed:
             assert_same(again.trajectory, batch.groups[0].trajectory)
             assert len(said) == 1 and all("its samples were lost with their node" in line for line in said)
         moved = {name: tensor * (1 + (step + 1) / 100) for name, tensor in start.items()}
-        source.publish(lambda moved=moved: moved, step + 1)  # type: ignore[misc]
+        source.publish(trained(model, moved), step + 1)
     source.close()
     if disturbed:
         with pytest.raises(VersionGoneError):

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from actors.experience.reward_pool import RewardPool
+from actors.experience.reward_requests import request_key
 from actors.experience.rollout_fleet import RolloutFleet
 from actors.experience.watch import Watch
-from actors.messages import Group, PolicyWeights
+from actors.messages import Canary, Group, PolicyWeights
 from deepgen.config import load_settings
 from deepgen.config.schema.pools import make_pool
 from deepgen.data.records import Record
@@ -194,7 +195,7 @@ def test_calls_of_fleet_and_pool_are_spans(ray_local: ModuleType, tmp_path: Path
         actor = ray_local.remote(num_cpus=0.1, concurrency_groups={"weights": 1})(Quick).remote()
         fleet = RolloutFleet({"rollout-0": actor}, call_deadline_s=60, start_deadline_s=200, recorder=recorder)
         await asyncio.gather(fleet.start(), pool.start())
-        weights = PolicyWeights(2, "", (), ())
+        weights = PolicyWeights(2, "", (), (), Canary(0.0, None))
         await fleet.prefetch(weights)
         await fleet.call(
             "sample_group", Group(5, 1, 0, Record("x", "t2i", "a cat", "a cat", None, (), "test")), weights

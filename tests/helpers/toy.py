@@ -73,7 +73,7 @@ class ToySource:
     def next(self, step: int, rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
         return toy_batch(step, rank, world)
 
-    def publish(self, weights: Any, version: int) -> None:
+    def publish(self, policy: Any, version: int) -> None:
         self.published.append(version)
 
     def metrics(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from actors.experience import stream_client
+from actors.experience.canary import known_kernels
 from actors.experience.stream_client import StreamClient
-from actors.messages import PolicyWeights
+from actors.experience.weight_sync import WeightsMismatchError
+from actors.messages import Canary, PolicyWeights, RankBatch
 from actors.objectives import experience_source, publisher
 from actors.objectives.experience_source import ExperienceSource, saved_policies
 from deepgen.config import load_settings
@@ -27,19 +30,19 @@ class Publishing:
     def __init__(self) -> None:
         self.allowed, self.given = threading.Event(), list[tuple[int, float]]()
         self.error: Exception | None = None
+        self.batch = RankBatch((), {}, {})
 
-    def put(self, version: int, weights: dict[str, Tensor]) -> PolicyWeights:
+    def put(self, version: int, weights: dict[str, Tensor], canary: Canary) -> PolicyWeights:
         """In the place of `publish_weights`."""
         assert self.allowed.wait(WAIT_S)
         self.given.append((version, float(weights["w"][0])))
-        return PolicyWeights(version, "", ("w",), ())
+        return PolicyWeights(version, "", ("w",), (), canary)
 
     def ask(self, method: str, *arguments: Any, **_: Any) -> Any:
         """In the place of the stream."""
-        assert method == "publish"
         if self.error:
             raise self.error
-        return [arguments[0].version]
+        return {"publish": [getattr(arguments[0], "version", 0)], "next_batch": self.batch}.get(method, {})
 
 
 @pytest.fixture
@@ -52,19 +55,24 @@ def publishing(monkeypatch: pytest.MonkeyPatch) -> Publishing:
 
 def make_source(staleness: int = 0) -> ExperienceSource:
     settings = load_settings(None, [f"experience.max_staleness={staleness}"])
-    context: Any = SimpleNamespace(settings=settings, rank=0, world=1)
+    context: Any = SimpleNamespace(settings=settings, rank=0, world=1, device=torch.device("cpu"))
     source = ExperienceSource(context, None, None)
     source._introduced = True  # the first version is waited for
     return source
 
 
+def trained(weights: dict[str, Tensor]) -> Any:
+    """A learner's engine whose canary says 0.1."""
+    return SimpleNamespace(weights=lambda: weights, run=lambda compute, *arguments: 0.1)
+
+
 def test_the_learner_goes_on_while_its_weights_travel(publishing: Publishing) -> None:
     source, weights = make_source(), {"w": torch.ones(3)}
-    source.publish(lambda: weights, 1)  # returns, although nobody takes anything yet
+    source.publish(trained(weights), 1)  # returns, although nobody takes anything yet
     weights["w"].fill_(2)  # the next update
     assert publishing.given == []
     publishing.allowed.set()
-    source.publish(lambda: weights, 2)
+    source.publish(trained(weights), 2)
     source.close()
     assert publishing.given == [(1, 1.0), (2, 2.0)]
 
@@ -73,7 +81,7 @@ def test_what_went_wrong_comes_up_in_the_next_call(publishing: Publishing, tmp_p
     source = make_source()
     publishing.error = ZeroDivisionError("an actor refused the weights")
     publishing.allowed.set()
-    source.publish(lambda: {"w": torch.ones(3)}, 1)
+    source.publish(trained({"w": torch.ones(3)}), 1)
     with pytest.raises(ZeroDivisionError, match="refused"):
         source.save(tmp_path, 1)
     source.close()
@@ -89,7 +97,7 @@ def test_an_error_of_the_publisher_ends_the_wait_for_a_batch(
     broken = SimpleNamespace(remote=lambda *_: 1 / 0)
     stream = SimpleNamespace(next_batch=SimpleNamespace(remote=lambda *_: "never"), publish=broken)
     source._client._stream = stream
-    source.publish(lambda: {"w": torch.ones(3)}, 1)
+    source.publish(trained({"w": torch.ones(3)}), 1)
 
     def wait(references: list[str], timeout: float) -> tuple[list[str], list[str]]:
         assert references == ["never"]
@@ -111,7 +119,35 @@ def test_a_checkpoint_holds_the_versions_of_the_next_steps(
         source, folder = make_source(staleness), tmp_path / str(staleness)
         folder.mkdir()
         for version in range(6):
-            source.publish(lambda: {"w": torch.ones(3)}, version)
+            source.publish(trained({"w": torch.ones(3)}), version)
         source.save(folder, 5)
         assert saved_policies(folder) == saved
         source.close()
+
+
+def test_the_start_weights_are_compared_before_the_first_batch(publishing: Publishing) -> None:
+    """Actors may draw before the learner publishes version 0. If theirs are other weights, nothing is learned."""
+    source = make_source()
+    source._introduced = False
+    publishing.allowed.set()
+    publishing.error = WeightsMismatchError("other start weights")
+    with pytest.raises(WeightsMismatchError, match="other start weights"):
+        source.publish(trained({"w": torch.ones(3)}), 0)
+    source.close()
+
+
+def test_a_checkpoint_keeps_canaries_and_statistics(publishing: Publishing) -> None:
+    """Canaries of the versions in it, and of every reward how many scores there were, were missing, and their sum."""
+    publishing.allowed.set()
+    source, resumed = make_source(2), make_source(2)
+    for version in range(5):
+        source.publish(trained({"w": torch.ones(3)}), version)
+        publishing.batch = RankBatch((), {}, {"clip": (3, 1, 0.5)})
+        source._batch(version, 0, 1)
+    state = json.loads(json.dumps(source.state_dict(4)))
+    assert state["rewards"] == {"clip": [15, 5, 2.5]}
+    resumed.load_state_dict(state)
+    assert resumed.state_dict(4)["rewards"] == state["rewards"]
+    assert resumed._canaries == dict.fromkeys((2, 3), Canary(0.1, known_kernels(torch.device("cpu"))))
+    source.close()
+    resumed.close()
