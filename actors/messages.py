@@ -108,7 +108,7 @@ class BatchReply:
 
 @dataclass(frozen=True)
 class Canary:
-    """What a policy says about one fixed transition, see `actors.experience.canary`. Travels in `PolicyWeights`.
+    """What a policy says about one fixed transition, see `actors.experience.policy.canary`. Travels in `PolicyWeights`.
 
     `kernels` names what rounded the sums; two equal names must give equal bits.
     """

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from actors.experience.canary import take_canary
-from actors.experience.weight_sync import fetch_weights, load_weights, publish_weights, verify_weights
+from actors.experience.policy.canary import take_canary
+from actors.experience.policy.weight_sync import fetch_weights, load_weights, publish_weights, verify_weights
 from benchmarks.timing import Result, compare, recipe
 from deepgen.models.unified import UnifiedModel
 

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
+from actors.experience.policy.weight_sync import publish_weights
 from actors.experience.rollout_actor import Pictures
 from actors.experience.rollout_fleet import WEIGHTS_GROUP
-from actors.experience.weight_sync import publish_weights
 from actors.messages import Arrays, Canary, Group, PolicyWeights, RankBatch
 from actors.start import Rollouts, start_stream
 from deepgen.config import PoolSettings, Settings

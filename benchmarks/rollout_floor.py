@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from actors.experience.policy_sampler import PolicySampler
+from actors.experience.policy.policy_sampler import PolicySampler
 from actors.messages import Group
 from benchmarks.timing import Result, Shape, bare_dit, bare_inputs, compare, joined_size, recipe
 from deepgen.data.images import decode_image

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.experience.policy_sampler import PolicySampler
+from actors.experience.policy.policy_sampler import PolicySampler
 from actors.learner.engine import TrainingEngine
 from actors.learner.loop import update
 from actors.learner.protocols import Objective, StepContext, WorkerContext

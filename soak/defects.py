@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actors.experience import policy_version
-from actors.experience.canary import take_canary
-from actors.experience.policy_version import LoadedPolicy
-from actors.experience.weight_sync import WeightsMismatchError, load_weights, publish_weights
+from actors.experience.policy import policy_version
+from actors.experience.policy.canary import take_canary
+from actors.experience.policy.policy_version import LoadedPolicy
+from actors.experience.policy.weight_sync import WeightsMismatchError, load_weights, publish_weights
 from actors.messages import Arrays, PolicyWeights
 from deepgen.config import Settings
 from deepgen.models.unified import UnifiedModel

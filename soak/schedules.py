@@ -19,11 +19,11 @@ import ray
 import torch
 from torch import Tensor
 
-from actors.experience.canary import take_canary
+from actors.experience.policy.canary import take_canary
+from actors.experience.policy.weight_sync import publish_weights
 from actors.experience.rollout_actor import Pictures, RolloutActor
 from actors.experience.rollout_fleet import WEIGHTS_GROUP
 from actors.experience.stream import ExperienceStream
-from actors.experience.weight_sync import publish_weights
 from actors.messages import Arrays, Group, PolicyWeights, RankBatch
 from deepgen.config import Settings
 from deepgen.data.records import Record

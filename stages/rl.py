@@ -11,8 +11,8 @@ One training step, and where each part of it is:
     advantage  platform/deepgen/algorithms/advantages.py: group_advantages
     update     actors/learner/loop.py: update
                actors/objectives/policy_losses.py: ClippedRatio.loss
-    sync       actors/experience/weight_sync.py: publish_weights         (learner)
-               actors/experience/policy_version.py: LoadedPolicy.use     (rollout actors)
+    sync       actors/experience/policy/weight_sync.py: publish_weights  (learner)
+               actors/experience/policy/policy_version.py: LoadedPolicy.use  (rollout actors)
 
     The first three in a row: actors/experience/stream.py: ExperienceStream.make_step
     The last two in a row:    actors/learner/loop.py: TrainingLoop.run_step

@@ -21,7 +21,7 @@ from deepgen.config import Settings
 from rewards import RewardRequest
 
 if TYPE_CHECKING:
-    from actors.experience.policy_version import LoadedPolicy
+    from actors.experience.policy.policy_version import LoadedPolicy
 
 Pictures = tuple[bytes | str, ...]  # as in `Record.references`
 
@@ -43,7 +43,9 @@ class RolloutActor:
 
     @cached_property
     def _policy(self) -> LoadedPolicy:
-        from actors.experience.policy_version import LoadedPolicy  # late: the process that starts actors has no torch
+        from actors.experience.policy.policy_version import (
+            LoadedPolicy,
+        )  # late: the process that starts actors has no torch
 
         return LoadedPolicy(self._settings)
 

@@ -15,10 +15,10 @@ import ray
 import torch
 from ray.exceptions import ObjectLostError
 
-from actors.experience.canary import canary_log_prob, known_kernels
+from actors.experience.policy.canary import canary_log_prob, known_kernels
+from actors.experience.policy.weight_sync import fetch_weights
 from actors.experience.rollout_fleet import ATTEMPTS
 from actors.experience.stream_client import StreamClient, StreamForgotError
-from actors.experience.weight_sync import fetch_weights
 from actors.learner.checkpoints.checkpoint_shards import ShardReader, write_shard
 from actors.learner.collectives import gather
 from actors.learner.protocols import Arriving, TrainedModel, WorkerContext
@@ -146,6 +146,7 @@ class ExperienceSource:
 
     def state_dict(self, step: int) -> dict[str, Any]:
         state: dict[str, Any] = {}
+        self._publisher.finish()  # what is kept must be that of this step
         if self._context.rank == 0:
             state = self._client.ask("state", step) | {"rewards": self._statistics}
         state["canaries"] = {

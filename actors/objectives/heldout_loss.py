@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from actors.experience.policy_sampler import PolicySampler
+from actors.experience.policy.policy_sampler import PolicySampler
 from actors.learner.collectives import gather
 from actors.learner.protocols import Evaluate
 from actors.messages import EvaluationRequest

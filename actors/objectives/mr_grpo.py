@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.experience.policy_sampler import unpack_samples
+from actors.experience.policy.policy_sampler import unpack_samples
 from actors.learner.protocols import Held, HeldLoss, Metrics, StepContext, WorkerContext
 from actors.messages import Group
 from actors.objectives.experience_source import RLBatch

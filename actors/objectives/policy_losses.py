@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from actors.experience.policy_sampler import Samples, trained_steps
+from actors.experience.policy.policy_sampler import Samples, trained_steps
 from actors.learner.protocols import Metrics, StepContext
 from actors.messages import Group
 from deepgen.algorithms.losses import (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from actors.experience.policy.weight_sync import publish_weights
 from actors.experience.stream import version_of
 from actors.experience.stream_client import StreamClient
-from actors.experience.weight_sync import publish_weights
 from actors.learner.protocols import Weights
 from actors.messages import Canary, PolicyWeights
 

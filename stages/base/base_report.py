@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import AutoTokenizer, CLIPModel, Qwen2_5_VLForConditionalGeneration
 
-from actors.experience.policy_sampler import PolicySampler
+from actors.experience.policy.policy_sampler import PolicySampler
 from actors.messages import EvaluationRequest
 from deepgen.config import load_settings
 from deepgen.config.recipes import find_recipe

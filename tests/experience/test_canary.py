@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from actors.experience.canary import TOLERANCE, canary_log_prob, check_canary, take_canary
-from actors.experience.weight_sync import WeightsMismatchError
+from actors.experience.policy.canary import TOLERANCE, canary_log_prob, check_canary, take_canary
+from actors.experience.policy.weight_sync import WeightsMismatchError
 from actors.messages import Canary
 from deepgen.config import load_settings
 from deepgen.models.unified import UnifiedModel

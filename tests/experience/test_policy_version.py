@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.experience import policy_version
-from actors.experience.canary import take_canary
-from actors.experience.policy_version import LoadedPolicy
-from actors.experience.weight_sync import WeightsMismatchError, policy_checksum
+from actors.experience.policy import policy_version
+from actors.experience.policy.canary import take_canary
+from actors.experience.policy.policy_version import LoadedPolicy
+from actors.experience.policy.weight_sync import WeightsMismatchError, policy_checksum
 from actors.messages import Arrays, Canary, PolicyWeights
 from deepgen.models.unified import UnifiedModel
 from tests.helpers.factories import make_tiny_folder, make_tiny_model

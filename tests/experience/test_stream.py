@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.experience.canary import take_canary
+from actors.experience.policy.canary import take_canary
+from actors.experience.policy.weight_sync import WeightsMismatchError, publish_weights
 from actors.experience.prompt_order import PromptOrder
 from actors.experience.reward_requests import request_key
 from actors.experience.rollout_fleet import RolloutError, RolloutFleet
 from actors.experience.stream import BatchLateError, ExperienceStream
-from actors.experience.weight_sync import WeightsMismatchError, publish_weights
 from actors.messages import EvaluationRequest, Group, PolicyWeights, RankBatch
 from actors.start import start_rollouts
 from deepgen.config import Settings, UserError

@@ -36,7 +36,7 @@ def _work(rank: int, world: int, rendezvous: str, runs: list[list[str]], folder:
 
 
 def _publish(settings: Any) -> dict[str, Any]:
-    from actors.experience.canary import canary_log_prob, known_kernels
+    from actors.experience.policy.canary import canary_log_prob, known_kernels
     from actors.learner.engine import TrainingEngine
     from deepgen.models.unified import UnifiedModel
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from actors.experience import stream_client
-from actors.experience.canary import known_kernels
+from actors.experience.policy.canary import known_kernels
+from actors.experience.policy.weight_sync import WeightsMismatchError
 from actors.experience.stream_client import StreamClient
-from actors.experience.weight_sync import WeightsMismatchError
 from actors.messages import Canary, PolicyWeights, RankBatch
 from actors.objectives import experience_source, publisher
 from actors.objectives.experience_source import ExperienceSource, saved_policies

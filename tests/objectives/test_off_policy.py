@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.experience.policy_sampler import pack_samples, trained_steps
+from actors.experience.policy.policy_sampler import pack_samples, trained_steps
 from actors.objectives.experience_source import RLBatch
 from actors.objectives.mr_grpo import MRGRPO, split_batch
 from actors.objectives.policy_losses import ClippedRatio, PolicyInvariantError, TransitionMicro

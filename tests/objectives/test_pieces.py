@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.experience.policy_sampler import pack_samples
+from actors.experience.policy.policy_sampler import pack_samples
 from actors.learner.protocols import HeldLoss
 from actors.messages import Group, RankBatch
 from actors.objectives.experience_source import RLBatch, _corrections

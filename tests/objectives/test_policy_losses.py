@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actors.experience.policy_sampler import Samples, trained_steps
+from actors.experience.policy.policy_sampler import Samples, trained_steps
 from actors.learner.protocols import StepContext
 from actors.messages import Group
 from deepgen.config import Settings, load_settings

@@ -6,9 +6,9 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.experience.canary import check_canary, take_canary
-from actors.experience.policy_sampler import PolicySampler
-from actors.experience.weight_sync import fetch_weights, load_weights, verify_weights
+from actors.experience.policy.canary import check_canary, take_canary
+from actors.experience.policy.policy_sampler import PolicySampler
+from actors.experience.policy.weight_sync import fetch_weights, load_weights, verify_weights
 from actors.messages import Arrays, PolicyWeights
 from deepgen.config import Settings
 

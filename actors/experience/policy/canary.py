@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from actors.experience.weight_sync import WeightsMismatchError
+from actors.experience.policy.weight_sync import WeightsMismatchError
 from actors.messages import Canary
 from deepgen.diffusion.schedule import timesteps
 from deepgen.registry import SAMPLERS
