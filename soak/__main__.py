@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -15,9 +16,11 @@ from deepgen.config import Settings, load_settings
 from deepgen.config.recipes import find_recipe
 from deepgen.data.parquet import read_records
 from soak.defects import DEFECT_HEADER, defect_rows, run_defects
+from soak.kills import KILL_HEADER, kill_rows, run_kills
 from soak.schedules import Outcome, Schedule, draw_schedules, run_schedule, start_actors
 
 ACTORS = 4
+KILLS_A_RUN = 8
 LONGEST_S = 0.3  # of one delay: about what a group takes to be sampled here
 HEADER = (
     "| max_staleness | schedules | actors | steps | different results | versions of the steps |\n" + "|---" * 6 + "|"
@@ -43,24 +46,20 @@ def schedule_settings(folder: str, max_staleness: int, schedule: Schedule) -> Se
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m soak", description=__doc__)
-    parser.add_argument("--only", choices=("schedules", "defects"), help="one trial instead of all")
+    parser.add_argument("--only", choices=tuple(TRIALS), help="one kind of trial instead of all")
     parser.add_argument("--schedules", type=int, default=50, help="schedules for each max_staleness (default 50)")
     parser.add_argument("--defects", type=int, default=500, help="damaged weights (default 500)")
+    parser.add_argument("--kills", type=int, default=200, help="killed processes (default 200)")
     arguments = parser.parse_args()
-
-    import ray
-
-    ray.init(address="local", num_cpus=ACTORS, include_dashboard=False, log_to_driver=False)
-    failed = 0
-    if arguments.only != "defects":
-        failed += try_schedules(arguments.schedules)
-    if arguments.only != "schedules":
-        failed += try_defects(arguments.defects)
-    return 1 if failed else 0
+    failed = [try_it(getattr(arguments, n)) for n, try_it in TRIALS.items() if arguments.only in (None, n)]
+    return 1 if any(failed) else 0
 
 
 def try_schedules(count: int) -> int:
     """Print the table of schedules. Returns how many ended differently."""
+    import ray
+
+    ray.init(address="local", num_cpus=ACTORS, include_dashboard=False, log_to_driver=False)
     schedules = draw_schedules(count, ACTORS, LONGEST_S)
     different = 0
     print(HEADER, flush=True)
@@ -74,6 +73,7 @@ def try_schedules(count: int) -> int:
             ]
             print(row(max_staleness, schedules, outcomes), flush=True)
             different += odd_ones(outcomes)
+    ray.shutdown()
     return different
 
 
@@ -82,6 +82,17 @@ def try_defects(count: int) -> int:
     outcomes = run_defects(load_settings(find_recipe("tiny-rl"), []), count)
     print(DEFECT_HEADER, *defect_rows(outcomes), sep="\n", flush=True)
     return sum(counts["missed"] for counts in outcomes.values())
+
+
+def try_kills(count: int) -> int:
+    """Print the table of kills. Returns how many runs did not end with the bits of the undisturbed one."""
+    with tempfile.TemporaryDirectory() as folder:
+        trials = run_kills(Path(folder), count, KILLS_A_RUN)
+    print(KILL_HEADER, *kill_rows(trials), sep="\n", flush=True)
+    return sum(not trial.same for trial in trials)
+
+
+TRIALS = {"schedules": try_schedules, "defects": try_defects, "kills": try_kills}
 
 
 def odd_ones(outcomes: Sequence[Outcome]) -> int:
