@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,23 @@ class ExperienceSource:
         if self._context.rank == 0:
             self._ask(self._stream.restore.remote(state))
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write the policy versions before `step` that the next steps are drawn with; none when on-policy."""
-        self._finish_publishing()
-        for version, published in self._published.items():
-            if version < step:
-                arrays = fetch_weights(published, self._deadline_s)
-                pieces = ((name, 0, torch.tensor(array).view(-1)) for name, array in arrays.items())
-                write_shard(folder, f"{_POLICY}{version}", 0, pieces)
+    def writer(self, step: int) -> Callable[[Path], None]:
+        """Writes the policy versions before `step` that the next steps are drawn with; none when on-policy.
+
+        It waits for the version under way first, so that an error of the last one comes up with the last checkpoint.
+        """
+        oldest = version_of(step, self._context.settings.experience.max_staleness)
+        published = dict(self._published)  # a copy: the publisher's thread adds to it
+        earlier = {version: weights for version, weights in published.items() if oldest <= version < step}
+        return partial(self._write, earlier, self._publishing)
+
+    def _write(self, earlier: dict[int, PolicyWeights], publishing: Future[None] | None, folder: Path) -> None:
+        if publishing is not None:
+            publishing.result(timeout=self._deadline_s)
+        for version, published in earlier.items():
+            arrays = fetch_weights(published, self._deadline_s)
+            pieces = ((name, 0, torch.tensor(array).view(-1)) for name, array in arrays.items())
+            write_shard(folder, f"{_POLICY}{version}", 0, pieces)
 
     def load(self, folder: Path) -> None:
         """Publish these versions again, oldest first: the learner that published them may be gone."""
