@@ -14,6 +14,7 @@ BENCHMARKS = {
     "loader": "benchmarks.loader_floor",
     "training": "benchmarks.training_floor",
     "judge": "benchmarks.judge_batch",
+    "checkpoint": "benchmarks.checkpoint_cost",
 }
 
 
