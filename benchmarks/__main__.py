@@ -16,6 +16,7 @@ BENCHMARKS = {
     "judge": "benchmarks.judge_batch",
     "control": "benchmarks.control_plane",
     "canary": "benchmarks.canary_share",
+    "checkpoint": "benchmarks.checkpoint_cost",
 }
 
 

@@ -46,7 +46,7 @@ def _measure(stage: str, weights: Path, repeats: int, threads: int) -> Result:
     prepare_process(settings)
     context = WorkerContext(stage, settings, load_model(settings, stage), 0, 1, CPU, None, _say_nothing)
     trainable = context.model.trainable_parameters(stage)
-    objective, batch = _experience(context) if stage == "rl" else _records(context)
+    objective, batch = rl_experience(context) if stage == "rl" else _records(context)
     # Step 1 with samples of version 0: repetitions change the policy, so the check for ratio 1 must not apply.
     step = StepContext(settings.run.seed, 1, 0, 1, CPU)
     with torch.no_grad():  # also fills the latent cache, so that its cost does not count
@@ -65,7 +65,7 @@ def _records(context: WorkerContext) -> tuple[Objective, Any]:
     return objective, source.next(0, 0, 1)
 
 
-def _experience(context: WorkerContext) -> tuple[Objective, RLBatch]:
+def rl_experience(context: WorkerContext) -> tuple[Objective, RLBatch]:
     """The groups of a step, cycling through the tasks, with random advantages; and records for the auxiliary loss."""
     settings = context.settings
     sampler = PolicySampler(settings)

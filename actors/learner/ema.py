@@ -13,10 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from actors.learner.checkpoints.checkpoint_shards import ShardReader, write_shard
+from actors.learner.checkpoints.checkpoint_shards import AVERAGES, ShardReader
 from actors.learner.protocols import NamedParameters, ShardedModel, Weights
-
-_SHARDS = "ema"
 
 
 def local_part(parameter: nn.Parameter) -> Tensor:
@@ -72,14 +70,14 @@ class Ema:
                 whole[name] = torch.cat(shards)[: shape.numel()].view(shape)
         return whole
 
-    def save(self, folder: Path, engine: ShardedModel) -> None:
-        """Write this worker's averages into ``folder``. Below ZeRO-3 all ranks hold the same, so only rank 0 writes."""
+    def pieces(self, engine: ShardedModel) -> Iterator[tuple[str, int, Tensor]]:
+        """Views of the averages that this worker saves. Below ZeRO-3 all ranks hold the same, so only rank 0 does."""
         if engine.zero_stage == 3 or engine.rank == 0:
-            write_shard(folder, _SHARDS, engine.rank, self._stretches(engine))
+            yield from self._stretches(engine)
 
     def load(self, folder: Path, engine: ShardedModel) -> None:
         """Read averages that any number of workers wrote, at any ZeRO stage. Raises UserError if some are missing."""
-        reader = ShardReader(folder, _SHARDS, engine.rank)
+        reader = ShardReader(folder, AVERAGES, engine.rank)
         for name, start, part in self._stretches(engine):
             part.copy_(reader.read(name, start, part.numel()))
 

@@ -1,4 +1,4 @@
-"""DeepSpeed behind five verbs: run, backward, step, save, load; and access to the full weights.
+"""DeepSpeed behind four verbs: run, backward, step, load; and access to the weights, full or in pieces.
 
 DeepSpeed wraps the whole model, so ZeRO-3 shards the frozen parts too. Every computation goes through the engine's
 forward (``run``), because ZeRO gathers parameters there. DeepSpeed's own accumulation counter is off
@@ -23,15 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from actors.learner.checkpoints.checkpoint_shards import ShardReader, write_shard
+from actors.learner.checkpoints.checkpoint_shards import ENGINE, ShardReader
 from actors.learner.checkpoints.zero_layout import Stretch, pieces, restore, stretch_of
 from actors.learner.protocols import NamedParameters, Weights
 
 if TYPE_CHECKING:
     from deepgen.config.settings import Settings
     from deepgen.models.unified import UnifiedModel
-
-_SHARDS = "engine"
 
 
 def parameter_groups(parameters: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
@@ -95,6 +93,10 @@ class TrainingEngine:
     def rank(self) -> int:
         return dist.get_rank()
 
+    @property
+    def world(self) -> int:
+        return dist.get_world_size()
+
     def run(self, compute: Callable[..., Any], *arguments: Any) -> Any:
         """``compute(model, *arguments)`` inside the engine's forward. Outputs must be tensors or plain containers."""
         return self._engine(compute, *arguments)
@@ -145,31 +147,28 @@ class TrainingEngine:
                     weights[name] = parameter.detach().clone() if self.zero_stage == 3 else parameter.detach()
         return weights
 
-    def save(self, folder: Path) -> None:
-        """Write the weights and moments that this worker updates into ``folder``. Frozen weights are not saved."""
-        write_shard(folder, _SHARDS, self.rank, self._pieces())
-
-    def load(self, folder: Path, step: int) -> None:
-        """Restore what ``save`` wrote after ``step`` optimizer steps, with any number of workers and any ZeRO stage.
-
-        A worker reads the elements it updates. If the layout has not changed, its own file has them, bit for bit.
-        Raises UserError if some are missing.
-        """
-        reader, zero = ShardReader(folder, _SHARDS, self.rank), self._engine.optimizer
-        with self.split():
-            for name, parameter in self.parameters:
-                stretch = stretch_of(parameter, zero, self.zero_stage)
-                if stretch:
-                    restore(reader.read, name, stretch, self._adam.state[stretch.owner], step)
-                self._show(parameter, stretch)
-
-    def _pieces(self) -> Iterator[tuple[str, int, Tensor]]:
+    def pieces(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Views of the weights and moments that this worker saves: those it updates. Frozen weights are not saved."""
         if self.zero_stage == 0 and self.rank > 0:
             return  # all ranks hold the same state; rank 0 writes it
         for name, parameter in self.parameters:
             stretch = stretch_of(parameter, self._engine.optimizer, self.zero_stage)
             if stretch:
                 yield from pieces(name, stretch, self._adam.state[stretch.owner])
+
+    def load(self, folder: Path, step: int) -> None:
+        """Restore the ``pieces`` saved after ``step`` optimizer steps, by any number of workers at any ZeRO stage.
+
+        A worker reads the elements it updates. If the layout has not changed, its own file has them, bit for bit.
+        Raises UserError if some are missing.
+        """
+        reader, zero = ShardReader(folder, ENGINE, self.rank), self._engine.optimizer
+        with self.split():
+            for name, parameter in self.parameters:
+                stretch = stretch_of(parameter, zero, self.zero_stage)
+                if stretch:
+                    restore(reader.read, name, stretch, self._adam.state[stretch.owner], step)
+                self._show(parameter, stretch)
 
     def _show(self, parameter: nn.Parameter, stretch: Stretch | None) -> None:
         """Copy the restored fp32 weight to the tensor that forward reads. Collective for stages 1 and 2."""

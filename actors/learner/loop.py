@@ -15,7 +15,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,12 +72,13 @@ def train(
         loop = TrainingLoop(context, parts, engine, ema, checkpoints, start)
         if start == 0:
             loop.begin()
-        for step in range(start, settings.train.steps):
-            if not loop.run_step(step):
-                return False
-        _export(engine, ema, checkpoints.run_folder)
-        return True
+        done = all(loop.run_step(step) for step in range(start, settings.train.steps))
+        checkpoints.finish()
+        if done:
+            _export(engine, ema, checkpoints.run_folder)
+        return done
     finally:
+        checkpoints.close(context.say)
         source.close()
         if parts.evaluator:
             parts.evaluator.close()
@@ -128,7 +128,7 @@ class TrainingLoop:
         stop, last = self._stop_requested(), step + 1 == context.settings.train.steps
         if stop or last or (step + 1) % context.settings.train.checkpoint_every == 0:
             with self.phases("checkpoint"):
-                state, more = self.source.state_dict(step + 1), partial(self.source.save, step=step + 1)
+                state, more = self.source.state_dict(step + 1), self.source.writer(step + 1)
                 self.checkpoints.save(step + 1, self.engine, self.ema, state, more)
         images = metrics.pop("images_sum", 0.0)
         metrics |= {"throughput/images_per_s": images / (time.monotonic() - begin)} if images else {}

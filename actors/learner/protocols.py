@@ -105,8 +105,8 @@ class BatchSource(Protocol):
 
     Order of calls in a run: ``load_state_dict`` and ``load`` (only on resume), ``publish(policy, start)``; then for
     each step ``next(step, rank, world)``, the update, ``publish(policy, step + 1)``, and ``state_dict(step + 1)`` and
-    ``save`` when a checkpoint is due; ``close()`` at the end, also after an error. Every rank calls all methods in the
-    same order, but only rank 0 calls ``save``.
+    ``writer(step + 1)`` when a checkpoint is due; ``close()`` at the end, also after an error. Every rank calls all
+    methods in the same order.
     """
 
     def next(self, step: int, rank: int, world: int) -> Any:
@@ -124,11 +124,14 @@ class BatchSource(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state. Every rank gets the state that rank 0 saved."""
 
-    def save(self, folder: Path, step: int) -> None:
-        """Rank 0 alone: write into a checkpoint's folder what ``state_dict(step)`` cannot hold."""
+    def writer(self, step: int) -> Callable[[Path], None] | None:
+        """A function that writes into a checkpoint's folder what ``state_dict(step)`` cannot hold; None if nothing.
+
+        A thread of rank 0 calls it during the next steps. It must write the state as it is now.
+        """
 
     def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote; called after ``load_state_dict``, on every rank."""
+        """Read what ``writer`` has written; called after ``load_state_dict``, on every rank."""
 
     def close(self) -> None: ...
 
@@ -188,10 +191,14 @@ class ShardedModel(Protocol):
     @property
     def rank(self) -> int: ...
 
+    @property
+    def world(self) -> int: ...
+
     def split(self) -> AbstractContextManager[None]:
         """Allow writes into parameters, see `TrainingEngine.split`."""
 
-    def save(self, folder: Path) -> None: ...
+    def pieces(self) -> Iterator[tuple[str, int, Tensor]]:
+        """What this worker saves, as views: (key, first element, values [n])."""
 
     def load(self, folder: Path, step: int) -> None: ...
 
@@ -199,6 +206,7 @@ class ShardedModel(Protocol):
 class SavedBeside(Protocol):
     """State that is saved next to the engine's own (the averages)."""
 
-    def save(self, folder: Path, engine: ShardedModel) -> None: ...
+    def pieces(self, engine: ShardedModel) -> Iterator[tuple[str, int, Tensor]]:
+        """What this worker saves, like `ShardedModel.pieces`."""
 
     def load(self, folder: Path, engine: ShardedModel) -> None: ...

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from actors.experience.stream_client import StreamClient, StreamForgotError
 from actors.learner.checkpoints.checkpoint_shards import ShardReader, write_shard
 from actors.learner.collectives import gather
 from actors.learner.protocols import Arriving, TrainedModel, WorkerContext
-from actors.messages import Arrays, Canary, Group, RankBatch
+from actors.messages import Arrays, Canary, Group, PolicyWeights, RankBatch
 from actors.objectives.publisher import Publisher
 from actors.objectives.record_source import MixtureSource
 from deepgen.data.loading.collate import MicroBatch
@@ -146,12 +148,9 @@ class ExperienceSource:
 
     def state_dict(self, step: int) -> dict[str, Any]:
         state: dict[str, Any] = {}
-        self._publisher.finish()  # what is kept must be that of this step
         if self._context.rank == 0:
             state = self._client.ask("state", step) | {"rewards": self._statistics}
-        state["canaries"] = {
-            v: astuple(p.canary) for v, p in self._publisher.versions().items() if v < step
-        }  # see `save`
+        state["canaries"] = {v: astuple(p.canary) for v, p in self._publisher.earlier(step).items()}  # see `writer`
         if self._auxiliary:
             state["auxiliary"] = self._auxiliary.state_dict(step)
         return state
@@ -166,14 +165,20 @@ class ExperienceSource:
         if self._context.rank == 0:
             self._client.ask("restore", state)
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write the policy versions before `step` that the next steps are drawn with; none when on-policy."""
-        self._publisher.finish()
-        for version, published in self._publisher.versions().items():
-            if version < step:
-                arrays = fetch_weights(published, self._deadline_s)
-                pieces = ((name, 0, torch.tensor(array).view(-1)) for name, array in arrays.items())
-                write_shard(folder, f"{_POLICY}{version}", 0, pieces)
+    def writer(self, step: int) -> Callable[[Path], None]:
+        """Writes the policy versions before `step` that the next steps are drawn with; none when on-policy.
+
+        It waits for the version under way first, so that an error of the last one comes up with the last checkpoint.
+        """
+        return partial(self._write, self._publisher.earlier(step), self._publisher.under_way)
+
+    def _write(self, earlier: dict[int, PolicyWeights], under_way: Future[None] | None, folder: Path) -> None:
+        if under_way is not None:
+            under_way.result(timeout=self._deadline_s)
+        for version, published in earlier.items():
+            arrays = fetch_weights(published, self._deadline_s)
+            pieces = ((name, 0, torch.tensor(array).view(-1)) for name, array in arrays.items())
+            write_shard(folder, f"{_POLICY}{version}", 0, pieces)
 
     def load(self, folder: Path) -> None:
         """Publish these versions again, oldest first: the learner that published them may be gone."""

@@ -19,24 +19,24 @@ class Publisher:
         self._client, self._learner, self._max_staleness = client, learner, max_staleness
         self._deadline_s = deadline_s
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
-        self._under_way: Future[None] | None = None
+        self.under_way: Future[None] | None = None  # of the last version that `start` was called with
         self._lock = threading.Lock()  # guards _kept
         self._kept: dict[int, PolicyWeights] = {}  # versions that later steps are drawn with, and the last
 
     def start(self, version: int, weights: Weights, canary: Canary) -> None:
         """Publish a version in a thread; the weights are its own from now on. The one before is finished first."""
         self.finish()
-        self._under_way = self._thread.submit(self.publish, version, weights, canary, version)
+        self.under_way = self._thread.submit(self.publish, version, weights, canary, version)
 
     def finish(self) -> None:
         """Wait until the last version is published; raise what went wrong with it."""
-        under_way, self._under_way = self._under_way, None
+        under_way, self.under_way = self.under_way, None
         if under_way is not None:
             under_way.result(timeout=self._deadline_s)
 
     def check(self) -> None:
         """Raise what went wrong with the last version, without waiting for it."""
-        if self._under_way is not None and self._under_way.done():
+        if self.under_way is not None and self.under_way.done():
             self.finish()
 
     def publish(self, version: int, weights: Weights, canary: Canary, step: int) -> None:
@@ -54,6 +54,11 @@ class Publisher:
         kept = self.versions()
         for published in kept.values():
             self._client.ask("publish", published, max(kept), self._learner)
+
+    def earlier(self, step: int) -> dict[int, PolicyWeights]:
+        """The versions before `step` that the steps from there on are drawn with. It may be under way itself."""
+        oldest = version_of(step, self._max_staleness)
+        return {version: published for version, published in self.versions().items() if oldest <= version < step}
 
     def versions(self) -> dict[int, PolicyWeights]:
         """The versions that are kept, oldest first."""

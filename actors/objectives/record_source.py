@@ -72,7 +72,7 @@ class MixtureSource:
         self.mixture.load_state_dict(state)
         self._quarantine.load_state_dict(state["quarantine"])
 
-    def save(self, folder: Path, step: int) -> None:
+    def writer(self, step: int) -> None:
         """``state_dict`` has everything."""
 
     def load(self, folder: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ def run_workers(folder: Path, runs: Sequence[dict[str, Any]], *, world: int = 1,
     A run is {"overrides": [...]} plus optional keys: "recipe", "stage" (default: the toy model), "noise" and "pieces"
     (both toy; pieces: batches arrive in pieces, with losses held back).
     "die_after": n ends the worker abruptly in the step after n steps. "die_writing": n kills it (SIGKILL) when half of
-    the n-th checkpoint shard is on disk. "measure": a file name; instead of the usual training, rank 0 writes its
-    memory use there (``tests.helpers.memory_states``).
+    the n-th checkpoint shard is on disk; "slow_writing": s writes each shard s seconds after the step has ended;
+    "fail_writing": r lets rank r fail to write any. "measure": a file name; instead of the usual training, rank 0
+    writes its memory use there (``tests.helpers.memory_states``).
     """
     folder.mkdir(parents=True, exist_ok=True)
     rendezvous = folder / f"rendezvous-{len(list(folder.glob('rendezvous-*')))}"
@@ -92,8 +94,7 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
     toy = (ToyHeld if pieces else ToyObjective)(run.get("noise", 0.0), settings.algorithm.updates_per_batch)
     parts = Parts(ToyPieces() if pieces else ToySource(), toy, toy)
     build = functools.partial(_build, lambda _: parts, run.get("die_after", 0))
-    if "die_writing" in run:
-        _die_writing(run["die_writing"])
+    _disturb_writing(run, rank)
     train(context, build, CheckpointStore(settings, "rl"), settings.run.resume)
 
 
@@ -102,21 +103,24 @@ def _build(build: Callable[[Any], Any], die_after: int, context: Any) -> Any:
     return parts._replace(source=_Dying(parts.source, die_after)) if die_after else parts
 
 
-def _die_writing(left: int) -> None:
-    """Make this process die in the middle of writing the ``left``-th shard from now."""
+def _disturb_writing(run: dict[str, Any], rank: int) -> None:
+    """Make the shards of this process slow, or impossible, or its death: see ``run_workers``."""
     from actors.learner.checkpoints import checkpoint_shards as shards
 
-    write = shards.save_file
+    write, left = shards.save_file, run.get("die_writing", 0)
 
-    def killed(tensors: dict[str, Any], file: Path) -> None:
+    def disturbed(tensors: dict[str, Any], file: Path) -> None:
         nonlocal left
         left -= 1
+        time.sleep(run.get("slow_writing", 0.0))
+        if run.get("fail_writing") == rank:
+            raise OSError(f"no room for {file.name}")
         write(tensors, file)
         if left == 0:
             os.truncate(file, file.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    shards.save_file = killed
+    shards.save_file = disturbed
 
 
 class _Dying:

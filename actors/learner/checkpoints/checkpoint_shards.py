@@ -10,6 +10,7 @@ care which rank wrote an element, and no process ever holds the whole model to f
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +24,34 @@ from torch import Tensor
 from deepgen.errors import UserError
 
 CHECKSUM = ".blake2b"
+Pieces = Iterable[tuple[str, int, Tensor]]  # (key, first element, values [n])
+ENGINE, AVERAGES = "engine", "ema"  # names of shards: what the engine updates, and averages of the weights
 
 
-def write_shard(folder: Path, name: str, rank: int, pieces: Iterable[tuple[str, int, Tensor]]) -> None:
-    """Write this rank's pieces, each (key, first element, values [n]). Without pieces there is no file.
+def write_shard(folder: Path, name: str, rank: int, pieces: Pieces) -> list[Path]:
+    """Write this rank's pieces. Returns the files, flushed to disk; without pieces there are none.
 
     Raises OSError or SafetensorError if the file cannot be written.
     """
     tensors = {f"{key}@{start}": values.detach() for key, start, values in pieces if values.numel()}
-    if tensors:
-        file = folder / f"{name}-{rank}.safetensors"
-        save_file(tensors, file)
-        file.with_suffix(CHECKSUM).write_text(_checksum(file))
+    if not tensors:
+        return []
+    file = folder / f"{name}-{rank}.safetensors"
+    save_file(tensors, file)
+    checksum = file.with_suffix(CHECKSUM)
+    checksum.write_text(_checksum(file))
+    flush(file)
+    flush(checksum)
+    return [file, checksum]
+
+
+def flush(path: Path) -> None:
+    """Return when a file, or the entries of a folder, are on the disk. Only the host that wrote them can ask for it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)

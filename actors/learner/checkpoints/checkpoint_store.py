@@ -1,4 +1,6 @@
-"""Checkpoints of a run: written aside, flushed to disk, then renamed. A folder with a manifest is complete.
+"""Checkpoints of a run: copied, written aside behind the next steps, flushed to disk, then renamed.
+
+A folder with a manifest is complete.
 
     <run folder>/checkpoints/step-000050/engine-0.safetensors     weights and AdamW's moments that rank 0 updates; ...
                                          ema-0.safetensors        averages that rank 0 holds
@@ -12,13 +14,14 @@ manifest has a fingerprint of the folder they come from, which is checked on res
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from deepgen.errors import UserError
 
 if TYPE_CHECKING:
+    from actors.learner.checkpoints.background import Background
     from actors.learner.protocols import SavedBeside, ShardedModel
     from deepgen.config.settings import Settings
 
@@ -58,13 +62,17 @@ class Manifest:
 
 
 class CheckpointStore:
-    """The checkpoints of a run folder. ``attempt`` identifies this start. ``save`` and ``load`` are collective."""
+    """The checkpoints of a run folder. ``attempt`` identifies this start.
+
+    ``save``, ``finish`` and ``load`` are collective. At most one checkpoint is under way.
+    """
 
     def __init__(self, settings: Settings, stage: str, attempt: str = "") -> None:
         self.run_folder = settings.run.folder
         self.folder = self.run_folder / "checkpoints"
         self._settings, self._stage, self._attempt = settings, stage, attempt
         self._fingerprint = ""
+        self._background: Background | None = None  # from the first `save` on: it needs torch, a driver does not
 
     def newest(self) -> Manifest | None:
         """Manifest of the newest complete checkpoint, or None. Checkpoints with short or missing files are skipped."""
@@ -130,39 +138,42 @@ class CheckpointStore:
         source: dict[str, Any],
         write_more: Callable[[Path], None] | None = None,
     ) -> None:
-        """Write the checkpoint after ``step`` steps and remove the oldest. Raises UserError if it cannot be written.
+        """Copy the state after ``step`` steps; a thread writes the checkpoint and removes the oldest.
 
-        ``source``: state of the batch source, as JSON. ``write_more``: rank 0 writes the rest of that state with it.
+        ``source``: state of the batch source, as JSON. ``write_more``: rank 0's thread writes the rest of it with that.
+        Raises UserError on all ranks if there is no room, or if the checkpoint before could not be written.
         """
-        import torch.distributed as dist
-        from safetensors import SafetensorError
+        from actors.learner.checkpoints.background import Background, Place, fail_together
+        from actors.learner.checkpoints.checkpoint_shards import AVERAGES, ENGINE
 
-        unfinished = self.folder / f".writing-{self.path(step).name}"
+        self._background = self._background or Background()
+        self._background.finish()
+        unfinished, failure = self.folder / f".writing-{self.path(step).name}", None
         try:
             if engine.rank == 0:
                 self._make_room(unfinished, engine, ema)
-            dist.barrier()
-            engine.save(unfinished)
-            if ema:
-                ema.save(unfinished, engine)
-            dist.barrier()
-            if engine.rank == 0:
-                if write_more:
-                    write_more(unfinished)
-                self._finish(unfinished, step, ema is not None, source)
-            dist.barrier()
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"run.dir: cannot write the checkpoint of step {step} to {self.folder}: {_short(error)}; "
-                "make room, then continue with --resume"
-            ) from error
+        except OSError as error:
+            failure = error
+        what = f"the checkpoint of step {step} to {self.folder}"
+        fail_together(failure, engine.world, what)
+        shards = {ENGINE: engine.pieces(), AVERAGES: ema.pieces(engine) if ema else ()}
+        complete = partial(self._complete, unfinished, step, ema is not None, copy.deepcopy(source))
+        self._background.start(what, Place(unfinished, engine.rank, engine.world), shards, write_more, complete)
+
+    def finish(self) -> None:
+        """Wait until the checkpoint under way is complete. Raises UserError on all ranks if it cannot be written."""
+        if self._background:
+            self._background.finish()
+
+    def close(self, say: Callable[[str], None]) -> None:
+        """Wait for the checkpoint under way after another error: nothing is raised or exchanged, see `Background`."""
+        if self._background:
+            self._background.close(say)
 
     def load(self, manifest: Manifest, engine: ShardedModel, ema: SavedBeside | None) -> None:
         """Load the checkpoint into the engine and the averages. Raises UserError if it does not fit."""
-        import torch.distributed as dist
-
         self.check_fits(manifest)
-        check_shards(self.path(manifest.step), engine.rank, dist.get_world_size())
+        check_shards(self.path(manifest.step), engine.rank, engine.world)
         engine.load(self.path(manifest.step), manifest.step * self._updates())
         if ema:
             ema.load(self.path(manifest.step), engine)
@@ -179,8 +190,14 @@ class CheckpointStore:
             raise OSError(f"{megabytes(free)} free, {megabytes(needed + SPARE_BYTES)} needed")
         unfinished.mkdir()
 
-    def _finish(self, unfinished: Path, step: int, has_ema: bool, source: dict[str, Any]) -> None:
-        files = {str(file.relative_to(unfinished)): file for file in sorted(unfinished.rglob("*")) if file.is_file()}
+    def _complete(
+        self, unfinished: Path, step: int, has_ema: bool, source: dict[str, Any], listed: dict[str, int]
+    ) -> None:
+        """Write the manifest and rename the folder. ``listed``: sizes of the ranks' files; rank 0 may have more."""
+        from actors.learner.checkpoints.checkpoint_shards import flush
+
+        here = [file for file in sorted(unfinished.rglob("*")) if file.is_file()]
+        sizes = {str(file.relative_to(unfinished)): file.stat().st_size for file in here} | listed
         settings = self._settings
         manifest = Manifest(
             format=FORMAT,
@@ -195,16 +212,16 @@ class CheckpointStore:
             settings=settings.model_dump(mode="json"),
             versions={package: version(package) for package in _PACKAGES},
             source=source,
-            files={name: file.stat().st_size for name, file in files.items()},
+            files=sizes,
         )
         (unfinished / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
-        for file in [*files.values(), unfinished / MANIFEST, *{file.parent for file in files.values()}, unfinished]:
-            _flush(file)
+        for file in [*here, unfinished / MANIFEST, *{file.parent for file in here}, unfinished]:
+            flush(file)
         final = self.path(step)
         if final.exists():
             shutil.rmtree(final)  # a damaged checkpoint, or the same step written before a restart
         unfinished.rename(final)
-        _flush(self.folder)
+        flush(self.folder)
         self._prune(step)
 
     def _prune(self, newest: int) -> None:
@@ -306,15 +323,3 @@ def _updates(manifest: Manifest) -> Any:
 
 def _size(file: Path) -> int:
     return file.stat().st_size if file.is_file() else -1
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

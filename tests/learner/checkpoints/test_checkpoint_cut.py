@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from actors.learner.checkpoints import checkpoint_store as checkpoints
+from actors.learner.checkpoints import checkpoint_shards
 from actors.learner.checkpoints.checkpoint_store import CheckpointStore
 from deepgen.config import UserError, load_settings
 from tests.helpers.learner_workers import ROOT, run_workers
@@ -19,18 +20,18 @@ from tests.helpers.toy import start, toy_run
 
 
 def test_wherever_a_checkpoint_is_cut_the_one_before_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run ends before each single disk operation. No partial checkpoint is used, and the next one is complete."""
+    """The thread ends before each single disk operation. No partial checkpoint is used, and the next is complete."""
 
     class Killed(BaseException):
         """Not caught by `except Exception`."""
 
-    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
-    engine: Any = SimpleNamespace(rank=0, parameters=[])
-    engine.save = lambda folder: (folder / "engine-0.safetensors").write_bytes(bytes(1000))
+    engine: Any = SimpleNamespace(rank=0, world=1, parameters=[])
+    engine.pieces = lambda: [("weight:w", 0, torch.arange(250.0))]
     newest: list[int] = []
     for operations in range(40):
         store = CheckpointStore(start(tmp_path, f"run.name=cut{operations}", "train.keep_checkpoints=1"), "rl")
         store.save(2, engine, None, {"step": 2})
+        store.finish()
         left = operations
 
         def counted(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,14 +47,16 @@ def test_wherever_a_checkpoint_is_cut_the_one_before_is_used(tmp_path: Path, mon
             return call
 
         with monkeypatch.context() as patch, suppress(Killed):
-            for owner, name in ((Path, "mkdir"), (Path, "write_text"), (Path, "rename"), (shutil, "rmtree")):
+            operations_on_disk = [(Path, name) for name in ("mkdir", "write_text", "rename", "unlink")]
+            for owner, name in (*operations_on_disk, (shutil, "rmtree"), (checkpoint_shards, "flush")):
                 patch.setattr(owner, name, counted(getattr(owner, name)))
-            patch.setattr(checkpoints, "_flush", counted(checkpoints._flush))
             store.save(4, engine, None, {"step": 4})
+            store.finish()
         found = store.newest()
         assert found is not None and found.source == {"step": found.step}
         newest.append(found.step)
         store.save(4, engine, None, {"step": 4})
+        store.finish()
         assert [path.name for path in store.folder.iterdir()] == ["step-000004"]
         if left >= 0:
             break

@@ -11,19 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from actors.learner.checkpoints.checkpoint_shards import write_shard
 from actors.learner.checkpoints.checkpoint_store import MANIFEST, CheckpointStore, check_shards, fingerprint
 from deepgen.config import UserError, load_settings
 
 
 @pytest.fixture
-def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., CheckpointStore]:
+def save(tmp_path: Path) -> Callable[..., CheckpointStore]:
     """A function that writes checkpoints of some steps into one run and returns the store."""
-    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "w").write_bytes(bytes(100))
-    engine: Any = SimpleNamespace(rank=0, parameters=[])
-    engine.save = lambda folder: write_shard(folder, "engine", 0, [("weight:w", 0, torch.arange(1000.0))])
+    engine: Any = SimpleNamespace(rank=0, world=1, parameters=[])
+    engine.pieces = lambda: [("weight:w", 0, torch.arange(1000.0))]
 
     def write(*steps: int, keep: int = 9, stage: str = "sft", more: tuple[str, ...] = ()) -> CheckpointStore:
         own = [f"run.dir={tmp_path}", "run.name=a", f"model.weights={tmp_path / 'weights'}", "train.steps=9"]
@@ -31,6 +29,7 @@ def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Check
         store = CheckpointStore(settings, stage)
         for step in steps:
             store.save(step, engine, None, {})
+        store.finish()
         return store
 
     return write
