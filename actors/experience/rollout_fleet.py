@@ -18,7 +18,7 @@ from actors.messages import Group, PolicyWeights
 from deepgen.tracking.timeline import ROLLOUT, Recorder
 
 ATTEMPTS = 3
-RESTARTS = 8  # per actor and run; more than that is no longer bad luck
+RESTARTS = -1  # of an actor: no limit. What fails again and again ends with ATTEMPTS, or with the start deadline.
 WEIGHTS_GROUP = "weights"  # calls that may overlap sampling
 _PAUSE_S = 0.2  # pause before a restarting actor is asked again
 _NOBODY = ""  # in the queue of idle actors this means that none is left

@@ -15,13 +15,14 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 
-RESTARTS = 8  # of one run's stream; more than that is no longer bad luck
+RESTARTS = -1  # of the stream: no limit, see ATTEMPTS
+ATTEMPTS = 20  # of one call; some of them meet a stream that is still starting
 _LOOK_S = 0.2  # between looks at what else may end a wait
-_PAUSE_S = 0.5  # before a stream that is starting again is asked again
+_PAUSE_S = 1.0  # before a stream that is starting again is asked again
 
 
 class StreamLostError(RuntimeError):
-    """The stream has died more often than it may."""
+    """The stream is gone, or dies whenever it is asked."""
 
 
 class StreamForgotError(RuntimeError):
@@ -63,10 +64,16 @@ class StreamClient:
 
         Raises the stream's own error, StreamLostError, or TimeoutError after the deadline.
         """
+        deaths = 0
         while True:
             try:
                 return self._answer(request, meanwhile)
             except ActorUnavailableError as error:
+                deaths += 1
+                if deaths == ATTEMPTS:
+                    raise StreamLostError(
+                        f"the experience stream has died {deaths} times in {request.method}"
+                    ) from error
                 if time.monotonic() - request.since > self._deadline_s:
                     raise _late(request) from error
                 time.sleep(_PAUSE_S)
@@ -83,9 +90,7 @@ class StreamClient:
         except GetTimeoutError as error:
             raise _late(request) from error
         except ActorDiedError as error:
-            raise StreamLostError(
-                f"the experience stream has died {RESTARTS + 1} times, last in {request.method}"
-            ) from error
+            raise StreamLostError(f"the experience stream is gone, in {request.method}") from error
 
 
 def _late(request: Request) -> TimeoutError:

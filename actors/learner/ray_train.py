@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from actors.learner.checkpoints.checkpoint_store import RESULT
+from actors.learner.checkpoints.checkpoint_store import RESULT, CheckpointStore
 from actors.learner.console import console, shown
 from actors.messages import LearnerJob
 from deepgen.cluster.resources import process_resources
@@ -29,8 +29,8 @@ def run_learner(job: LearnerJob, work: Callable[[dict[str, Any]], None]) -> Path
     """Train under Ray Train until the last step. Returns the component folder with the result. Ray must be connected.
 
     ``work`` (`actors.learner.worker`) runs on every worker. When a worker dies, all of them restart and continue from
-    the newest checkpoint, at most train.max_failures times; likewise when Ray Train's controller dies, which takes its
-    workers with it. Lines of rank 0 appear on this process's stdout. Raises a worker's UserError unchanged, and
+    the newest checkpoint, at most train.max_failures times without a newer one in between; likewise when Ray Train's
+    controller dies, which takes its workers with it. Lines of rank 0 appear on this process's stdout. Raises a worker's UserError unchanged, and
     KeyboardInterrupt on Ctrl-C.
     """
     settings, folder = job.settings, job.settings.run.folder
@@ -41,14 +41,20 @@ def run_learner(job: LearnerJob, work: Callable[[dict[str, Any]], None]) -> Path
     engine = f"Ray Train, DeepSpeed ZeRO-{settings.train.zero_stage}"
     print(f"starting {settings.train.workers} learner worker(s): {engine}", flush=True)
     with shown(folder):
-        controllers_lost = 0
+        lost, newest, limit = 0, newest_step(settings), settings.train.max_failures
         while not _fit(_make_trainer(job, work, attempt)):
-            controllers_lost += 1
-            limit = settings.train.max_failures
-            if 0 <= limit < controllers_lost:
-                raise RuntimeError(f"Ray Train's controller died {controllers_lost} times; train.max_failures {limit}")
-            print(f"starting Ray Train again ({controllers_lost}, train.max_failures {limit}): its controller died")
+            before, newest = newest, newest_step(settings)
+            lost = 1 if newest > before else lost + 1
+            if 0 <= limit < lost:
+                raise RuntimeError(f"Ray Train's controller died {lost} times in a row; train.max_failures {limit}")
+            print(f"starting Ray Train again ({lost}, train.max_failures {limit}): its controller died")
     return folder / RESULT
+
+
+def newest_step(settings: Settings) -> int:
+    """Step of the newest complete checkpoint; -1 if there is none."""
+    newest = CheckpointStore(settings, "").newest()
+    return newest.step if newest else -1
 
 
 def _fit(trainer: Any) -> bool:
@@ -110,7 +116,11 @@ def _make_trainer(job: LearnerJob, work: Callable[[dict[str, Any]], None], attem
 
 
 def _failure_policy(settings: Settings, config: Any) -> Any:
-    """Ray Train's policy, but errors a restart cannot fix end the run at once. Restarts are shown on the console."""
+    """Ray Train's policy, with three differences.
+
+    Errors that a restart cannot fix end the run at once. A newer checkpoint starts the count of failures anew, because
+    a run of weeks may meet many. Restarts are shown on the console.
+    """
     from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
     from actors.experience.reward_pool import RewardPoolError
@@ -121,11 +131,15 @@ def _failure_policy(settings: Settings, config: Any) -> Any:
     say, limit = console(settings.run.folder), settings.train.max_failures
 
     class Policy(DefaultFailurePolicy):
-        restarts = 0
+        restarts, newest = 0, newest_step(settings)
 
         def make_decision(self, training_failed_error: Any) -> FailureDecision:
             if _cause(training_failed_error, final):
                 return FailureDecision.RAISE
+            before, self.newest = self.newest, newest_step(settings)
+            if self.newest > before:
+                super().__init__(config)
+                self.restarts = 0
             decision = super().make_decision(training_failed_error)
             if decision is FailureDecision.RETRY:
                 self.restarts += 1

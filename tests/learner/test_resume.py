@@ -112,7 +112,7 @@ def test_pieces_are_found_wherever_they_are(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.ray
-def test_only_what_may_go_well_is_tried_again(tmp_path: Path) -> None:
+def test_only_what_may_go_well_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray Train restarts after a dead worker, but not after a worker's own error or a loss that is not finite."""
     from ray import cloudpickle
     from ray.train import FailureConfig
@@ -121,6 +121,7 @@ def test_only_what_may_go_well_is_tried_again(tmp_path: Path) -> None:
 
     from actors.experience.reward_pool import RewardPoolError
     from actors.experience.rollout_fleet import NoRolloutLeftError
+    from actors.learner import ray_train
     from actors.learner.console import FILE
     from actors.learner.ray_train import _failure_policy
 
@@ -139,5 +140,12 @@ def test_only_what_may_go_well_is_tried_again(tmp_path: Path) -> None:
     died = WorkerGroupError("", {1: remote})
     policy = cloudpickle.loads(cloudpickle.dumps(policy))  # as Ray Train's controller receives it
     assert [policy.make_decision(died) for _ in range(2)] == [FailureDecision.RETRY, FailureDecision.RAISE]
-    said = (tmp_path / "a" / FILE).read_text()
-    assert said == "starting the workers again (1, train.max_failures 1): worker 1: the actor died\n"
+    line = "starting the workers again (1, train.max_failures 1): worker 1: the actor died\n"
+    assert (tmp_path / "a" / FILE).read_text() == line
+    newest = iter((4, 8, 8, 4, 5, 6))
+    monkeypatch.setattr(ray_train, "newest_step", lambda settings: next(newest))
+    policy = _failure_policy(settings, FailureConfig(max_failures=1))
+    assert [policy.make_decision(died) for _ in range(2)] == [FailureDecision.RETRY, FailureDecision.RAISE]
+    policy = _failure_policy(settings, FailureConfig(max_failures=1))
+    assert [policy.make_decision(died) for _ in range(2)] == [FailureDecision.RETRY] * 2
+    assert (tmp_path / "a" / FILE).read_text() == 4 * line

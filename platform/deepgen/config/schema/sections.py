@@ -148,7 +148,10 @@ class TrainSettings(Section):
     checkpoint_every: int = setting(50, "Steps between checkpoints; the last step always writes one.", ge=1)
     keep_checkpoints: int = setting(5, "Newest checkpoints kept.", ge=1)
     max_failures: int = setting(
-        3, "How often workers start again from the last checkpoint after one failed; -1 is no limit, 0 never.", ge=-1
+        3,
+        "How often in a row, without a newer checkpoint in between, workers start again from the last one after one "
+        "failed; -1 is no limit, 0 never.",
+        ge=-1,
     )
 
     @model_validator(mode="after")
