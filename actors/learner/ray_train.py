@@ -30,8 +30,8 @@ def run_learner(job: LearnerJob, work: Callable[[dict[str, Any]], None]) -> Path
 
     ``work`` (`actors.learner.worker`) runs on every worker. When a worker dies, all of them restart and continue from
     the newest checkpoint, at most train.max_failures times without a newer one in between; likewise when Ray Train's
-    controller dies, which takes its workers with it. Lines of rank 0 appear on this process's stdout. Raises a worker's UserError unchanged, and
-    KeyboardInterrupt on Ctrl-C.
+    controller dies, which takes its workers with it. Lines of rank 0 appear on this process's stdout. Raises a worker's
+    UserError unchanged, and KeyboardInterrupt on Ctrl-C.
     """
     settings, folder = job.settings, job.settings.run.folder
     start_deadline = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(settings.cluster.start_deadline_s)}
