@@ -14,6 +14,7 @@ BENCHMARKS = {
     "loader": "benchmarks.loader_floor",
     "training": "benchmarks.training_floor",
     "judge": "benchmarks.judge_batch",
+    "overlap": "benchmarks.overlap",
     "control": "benchmarks.control_plane",
     "canary": "benchmarks.canary_share",
     "checkpoint": "benchmarks.checkpoint_cost",

@@ -128,7 +128,6 @@ class Observed:
 def run(weights: Path, repeats: int, threads: int) -> list[Result]:
     """One result for each number of actors, with a window of `repeats` steps. Starts a local Ray for each."""
     os.environ |= {
-        "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),  # of these clusters only
         "RAY_worker_niceness": "0",  # not 15: anything else on this machine would starve them
     }

@@ -36,6 +36,7 @@ def schedule_settings(folder: str, max_staleness: int, schedule: Schedule) -> Se
         "train.steps=5",
         "rollout.group_size=4",
         "rollout.prompts_per_step=2",
+        "algorithm.kl=none",  # on-policy, the learner then takes the groups one by one
         "rewards.delayed.class=soak.schedules:DelayedBrightness",
         f"rewards.delayed.delay_s={schedule.longest_s}",
         f"rewards.delayed.delay_seed={schedule.seed}",

@@ -93,8 +93,6 @@ class TwoNodes:
         from ray.cluster_utils import Cluster
 
         os.environ |= {
-            # Ray has read the mode when it was imported: the run has to have the same.
-            "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
             "RAY_AUTH_TOKEN": secrets.token_hex(32),  # of this cluster only
             "RAY_worker_niceness": "0",
             "RAY_health_check_period_ms": "1000",

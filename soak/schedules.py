@@ -129,6 +129,10 @@ async def _run(settings: Settings, prompts: Sequence[Record], actors: dict[str, 
         await stream.publish(published(0))
         for step in range(settings.train.steps):
             await asyncio.sleep(pause.uniform(0, schedule.longest_s))
+            if settings.overlap().pieces:
+                for position in range(settings.rollout.prompts_per_step):
+                    await stream.next_group(step, position)
+                    await asyncio.sleep(pause.uniform(0, schedule.longest_s))
             batch = await stream.next_batch(step, 0, 1)
             (version,) = {group.version for group in batch.groups}
             assert version is not None
