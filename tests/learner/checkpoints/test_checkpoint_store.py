@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from actors.learner.checkpoints.checkpoint_shards import write_shard
-from actors.learner.checkpoints.checkpoint_store import MANIFEST, CheckpointStore, check_shards, fingerprint
+from actors.learner.checkpoints.checkpoint_store import MANIFEST, CheckpointStore, check_shards
 from deepgen.config import UserError, load_settings
+from deepgen.fingerprint import fingerprint
 
 
 @pytest.fixture
