@@ -37,6 +37,7 @@ class Group:
     version: int | None = None  # policy version that drew the samples
     reward_weights: Filled = None  # float32 [K], 0 where a reward has no weight or does not apply to the prompt
     keys: Filled = None  # G bytes that tell images with their prompts apart (`request_key`); dropped after scoring
+    journal: Filled = None  # `JournalNews` of the actor; dropped by the stream
     requests: Filled = None  # Ray reference to the list of G `RewardRequest`s, with the images; dropped after scoring
     trajectory: Filled = None  # Ray reference to the arrays of `pack_samples`; the learner puts the arrays here
     # set after scoring
@@ -46,6 +47,14 @@ class Group:
 
     def __str__(self) -> str:
         return f"group {self.number} of step {self.step} (prompt {self.record.id!r})"
+
+
+@dataclass(frozen=True)
+class JournalNews:
+    """What a rollout actor's journal has done since its last group: counts by name, and warnings for the console."""
+
+    counts: dict[str, int]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)

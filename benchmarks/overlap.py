@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from benchmarks.timing import Result
 
 PHASE_S = 0.1
-GROUPS, IMAGES, SIDE = 16, 4, 32
+GROUPS, IMAGES, SIDE = 32, 4, 32
 WARM_UP = 2
 DEADLINE_S = 120.0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +82,14 @@ def _progress(status: Status, entries: Sequence[Entry], checkpoint: int | None) 
     yield f"checkpoint   {'none yet' if checkpoint is None else f'after step {checkpoint}'}"
     yield f"missing      {counts_text(status.missing)} scores since the start"
     yield f"restarts     {counts_text(status.restarts)}"
+    if steps and "journal/groups_written" in steps[-1].metrics:
+        yield f"journal      {_journal(steps[-1].metrics)}"
+
+
+def _journal(metrics: Mapping[str, float]) -> str:
+    written, read, skipped = (int(metrics[f"journal/{name}"]) for name in ("groups_written", "groups_read", "skipped"))
+    size = f"{metrics['journal/bytes_written'] / 1e6:,.1f} MB"
+    return f"{written} groups written ({size}), {read} read, {skipped} skipped"
 
 
 def _shown(steps: Sequence[Entry]) -> str:

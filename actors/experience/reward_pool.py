@@ -20,14 +20,16 @@ import logging
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
+from actors.experience.journal.score_journal import ScoreJournal
 from actors.messages import BatchReply
 from deepgen.cluster.resources import pool_resources
 from deepgen.config import PoolSettings
@@ -37,7 +39,7 @@ from rewards import RewardRequest, RewardUnavailable, build_reward
 
 log = logging.getLogger(__name__)
 
-COUNTERS = ("calls", "retries", "timeouts", "missing", "cache_hits", "restarts", "seconds")
+COUNTERS = ("calls", "retries", "timeouts", "missing", "cache_hits", "restarts", "unwritten", "seconds")
 NOT_APPLICABLE = "the reward does not apply to this prompt"
 MAX_BACKOFF_S = 10.0
 
@@ -62,7 +64,8 @@ class RewardScores:
         values: the scores; None if a score is missing.
         reasons: why a score is missing; None if it is not.
         counters: counts for this call, keys as in COUNTERS. `calls` counts replica calls with at least one of its
-            requests; `missing` excludes requests without a key; `seconds` is wall time.
+            requests; `missing` excludes requests without a key; `unwritten` scores are not in the journal, though it
+            is on; `seconds` is wall time.
     """
 
     values: list[float | None]
@@ -152,6 +155,7 @@ class RewardPool:
         backoff_s: pause before the first retry; doubles with each retry, up to 10 s.
         cache_size: number of cached scores; the least recently used are dropped first; 0 = no cache.
         recorder: gets a span for every call of a replica.
+        journal: folder in which the cache outlives this process (`ScoreJournal`); None for none.
     """
 
     def __init__(
@@ -164,6 +168,7 @@ class RewardPool:
         backoff_s: float = 0.5,
         cache_size: int = 1 << 16,
         recorder: Recorder | None = None,
+        journal: Path | None = None,
     ) -> None:
         self.name, self._settings = settings.pool_name, settings
         resources = pool_resources(settings, gpus=gpus)
@@ -171,6 +176,8 @@ class RewardPool:
         self._start_deadline_s, self._max_restarts, self._backoff_s = start_deadline_s, max_restarts, backoff_s
         self._cache_size, self._recorder = cache_size, recorder or Recorder()
         self._cache: OrderedDict[bytes, float] = OrderedDict()
+        self._journal_folder, self._warned = journal, False
+        self._journal: ScoreJournal | None = None
         self._replicas: list[_Replica] = []
         self._workers: list[asyncio.Task[None]] = []
         self._queue: deque[_Part] = deque()
@@ -191,7 +198,7 @@ class RewardPool:
         labels = [f"{self.name} reward #{index}" for index in range(self._settings.replicas)]
         self._replicas = [_Replica(label, self._create()) for label in labels]
         try:
-            await asyncio.gather(*(self._warm_up(replica) for replica in self._replicas))
+            await asyncio.gather(self._open_journal(), *(self._warm_up(replica) for replica in self._replicas))
         except BaseException:
             self.stop()
             raise
@@ -207,7 +214,9 @@ class RewardPool:
         self._break(RewardPoolError(f"reward pool {self.name} was stopped"))
         for replica in self._replicas:
             ray.kill(replica.actor)
-        self._workers, self._replicas = [], []
+        if self._journal:
+            self._journal.close()
+        self._workers, self._replicas, self._journal = [], [], None
 
     def counters(self) -> dict[str, float]:
         """Totals since the start, keys as in COUNTERS. `seconds` is the time that replicas spent in calls."""
@@ -242,11 +251,9 @@ class RewardPool:
         if new:
             call = _Call(requests, values, reasons, counters, len(new), asyncio.get_running_loop().create_future())
             await self._outcome(call, list(new))
-            for index, key in new.items():
-                if (value := values[index]) is None:
-                    self._count("missing", counters)
-                else:
-                    self._remember(key, value)
+            found = {key: value for index, key in new.items() if (value := values[index]) is not None}
+            self._count("missing", counters, by=sum(values[index] is None for index in new))
+            self._remember(found)
         counters["seconds"] = time.monotonic() - began
         return RewardScores(values, reasons, counters)
 
@@ -271,10 +278,34 @@ class RewardPool:
         self._cache.move_to_end(key)
         return self._cache[key]
 
-    def _remember(self, key: bytes, value: float) -> None:
-        self._cache[key] = value
-        if len(self._cache) > self._cache_size:
+    def _remember(self, scores: Mapping[bytes, float]) -> None:
+        self._cache.update(scores)
+        while len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
+        if self._journal:
+            try:
+                self._journal.add(scores, self._cache)
+            except OSError as error:
+                self._count("unwritten", by=len(scores))
+                self._warn(error)
+
+    async def _open_journal(self) -> None:
+        """Fill the cache with what was scored before this process. In a thread: it looks at the reward's weights."""
+        if self._journal_folder is None or not self._cache_size:
+            return
+        arguments = self._journal_folder, self._settings, self._cache_size
+        try:
+            self._journal = await asyncio.to_thread(ScoreJournal, *arguments)
+        except OSError as error:
+            self._warn(error)
+        else:
+            self._cache.update(self._journal.read)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            what = f"{self.name}: cannot keep scores in {self._journal_folder}: {error.strerror or error}"
+            log.warning("reward pool %s; after a death of the run they would be asked for again", what)
+        self._warned = True
 
     def _count(self, key: str, *calls: dict[str, float], by: int = 1) -> None:
         """Count events in the totals and in the counters of their `score` calls."""

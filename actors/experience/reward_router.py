@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import ray
 
+from actors.experience.journal.origin import JOURNAL
 from actors.experience.reward_pool import RewardPool
 from deepgen.config import Settings
 from deepgen.tracking.timeline import Recorder
@@ -26,8 +27,9 @@ class RewardRouter:
     def __init__(self, settings: Settings, *, gpus: bool, recorder: Recorder | None = None) -> None:
         self.names = settings.rewards.used()
         pools, deadline = settings.rewards.pools, settings.cluster.start_deadline_s
+        journal = settings.run.folder / JOURNAL if settings.experience.journal else None
         self._pools = {
-            name: RewardPool(pools[name], gpus=gpus, start_deadline_s=deadline, recorder=recorder)
+            name: RewardPool(pools[name], gpus=gpus, start_deadline_s=deadline, recorder=recorder, journal=journal)
             for name in self.names
         }
 

@@ -2,8 +2,8 @@
 
 The images of a group stay in the object store until the rewards read them, its trajectory until a learner rank does. A
 group depends only on the policy version, the run's seed, and its own prompt, epoch and step. Any actor can sample it
-again and gets the same bits. Left out: several groups in one forward, which would make a group depend on its
-neighbours.
+again and gets the same bits, or finds them in the journal (`experience.journal`). Left out: several groups in one
+forward, which would make a group depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from actors.experience.journal.group_journal import GroupJournal
 from actors.experience.reward_requests import make_requests, request_key, reward_weights
 from actors.messages import Arrays, EvaluationReply, EvaluationRequest, Group, PolicyWeights
 from deepgen.config import Settings
@@ -49,6 +50,12 @@ class RolloutActor:
 
         return LoadedPolicy(self._settings)
 
+    @cached_property
+    def _journal(self) -> GroupJournal | None:
+        if not self._settings.experience.journal:
+            return None
+        return GroupJournal(self._settings, self.name, self._policy.kernels())
+
     def prefetch(self, published: PolicyWeights) -> None:
         """Fetch a policy version into this process; the next call that needs it loads it into the model."""
         self._policy.prefetch(published)
@@ -62,14 +69,16 @@ class RolloutActor:
         weights folder that the run started from. `references`: the source pictures of the group's record.
         """
         version = self._policy.use(policy)
-        record = replace(group.record, references=references)
-        images, arrays = self._policy.sampler.sample_group(replace(group, record=record))
-        requests = make_requests(record, images)
+        whole = replace(group, record=replace(group.record, references=references))
+        draw, journal = self._policy.sampler.sample_group, self._journal
+        images, arrays = journal.drawn(whole, self._policy.checksum(), draw) if journal else draw(whole)
+        requests = make_requests(whole.record, images)
         drawn = replace(
             group,
             version=version,
             reward_weights=reward_weights(self._settings.rewards, requests[0]),
             keys=tuple(map(request_key, requests)),
+            journal=journal.news() if journal else None,
         )
         return drawn, requests, arrays
 

@@ -25,6 +25,7 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectLostError
 
+from actors.experience.journal.journal_counts import JournalCounts
 from actors.experience.prompt_order import PromptOrder, check_state
 from actors.experience.reward_pool import RequestsLostError
 from actors.experience.reward_router import RewardRouter
@@ -93,6 +94,7 @@ class ExperienceStream:
         self._steps: dict[int, _Step] = {}
         self._overlap = settings.overlap()
         self._sync_seconds = 0.0
+        self._journal = JournalCounts()
         self._learner = ""  # the start of the learner that has published last
         self._starting: asyncio.Task[None] | None = None
 
@@ -190,7 +192,8 @@ class ExperienceStream:
         light = replace(asked, record=replace(asked.record, image=None, references=()))
         sources = self._sources(asked.record)
         drawn, requests, trajectory = await self._fleet.call("sample_group", light, policy, *sources, outputs=3)
-        return replace(drawn, requests=requests, trajectory=trajectory)
+        self._journal.add(drawn.journal)
+        return replace(drawn, journal=None, requests=requests, trajectory=trajectory)
 
     def _sources(self, record: Record) -> list[ray.ObjectRef]:
         """The source pictures of an edit, as the last argument of `sample_group`. They enter the object store once."""
@@ -235,6 +238,7 @@ class ExperienceStream:
         metrics, tally = step_metrics(groups, reward_weights, self._rewards.names, result)
         metrics |= clock.metrics(stacked_scores(groups)[..., 0].size) | self._rewards.counters()
         metrics |= {"time/sync_s": self._sync_seconds, "rollout/restarts": float(self._fleet.restarts)}
+        metrics |= self._journal.metrics()
         world, factor, clamped = self._settings.train.workers, 1.0, 0
         if self._overlap.held:
             factor = result.factor

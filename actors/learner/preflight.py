@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from actors.experience.journal.group_journal import GIB
+from actors.experience.journal.origin import JOURNAL
 from actors.learner.checkpoints.checkpoint_store import RESULT, SPARE_BYTES, CheckpointStore, megabytes
 from deepgen.config import Settings, UserError
 from deepgen.data.usable import JUDGED
@@ -53,6 +55,7 @@ def own_folder(settings: Settings) -> Iterator[None]:
         yield
         return
     if not (folder / "checkpoints").exists():
+        shutil.rmtree(folder / JOURNAL, ignore_errors=True)
         for judged in folder.glob(f"*{JUDGED}"):  # left by a failed start; bad records may be repaired by now
             judged.unlink()
         yield
@@ -138,12 +141,14 @@ def _check_space(folder: Path, settings: Settings, stage: str) -> None:
     trained = sum(_folder_bytes(weights / part) for part in TRAINED_PARTS[stage])
     count = min(settings.train.keep_checkpoints, settings.train.steps // settings.train.checkpoint_every + 1) + 1
     copies = 3 + (settings.experience.max_staleness if stage == "rl" else 0)
-    needed = copies * trained * count + _folder_bytes(weights) + SPARE_BYTES
+    journal = settings.experience.journal * GIB if stage == "rl" else 0
+    needed = copies * trained * count + _folder_bytes(weights) + journal + SPARE_BYTES
     free = shutil.disk_usage(folder).free
+    parts = f"{count} checkpoints and the result{', experience.journal' if journal else ''}"
     if free < needed:
         raise UserError(
-            f"run.dir: {folder} has {megabytes(free)} free, this run needs about {megabytes(needed)} ({count} "
-            "checkpoints and the result); make room, lower train.keep_checkpoints or choose another run.dir"
+            f"run.dir: {folder} has {megabytes(free)} free, this run needs about {megabytes(needed)} ({parts}); "
+            "make room, lower train.keep_checkpoints or choose another run.dir"
         )
 
 

@@ -17,11 +17,13 @@ import ray
 import torch
 from ray.exceptions import ObjectLostError
 
+from actors.experience.journal.group_journal import forget_groups
 from actors.experience.policy.canary import canary_log_prob, known_kernels
 from actors.experience.policy.weight_sync import fetch_weights
 from actors.experience.rollout_fleet import ATTEMPTS
 from actors.experience.stream_client import StreamClient, StreamForgotError
 from actors.learner.checkpoints.checkpoint_shards import ShardReader, write_shard
+from actors.learner.checkpoints.checkpoint_store import CheckpointStore
 from actors.learner.collectives import gather
 from actors.learner.protocols import Arriving, TrainedModel, WorkerContext
 from actors.messages import Arrays, Canary, Group, PolicyWeights, RankBatch
@@ -72,6 +74,7 @@ class ExperienceSource:
         self._canaries: dict[int, Canary] = {}  # of the versions in the checkpoint that the run resumed from
 
     def next(self, step: int, rank: int, world: int) -> RLBatch | Arriving:
+        self._forget_groups()
         if self._overlap.pieces:
             arriving = Arriving(iter(()))
             arriving.pieces = self._pieces(arriving, step, rank, world)
@@ -194,9 +197,24 @@ class ExperienceSource:
             self._publisher.publish(version, weights, self._canaries[version], step)
 
     def close(self) -> None:
+        self._forget_groups()
         self._publisher.close()
         if self._auxiliary:
             self._auxiliary.close()
+
+    def _forget_groups(self) -> None:
+        """Remove the groups that no resume draws any more from the journal: those before the newest checkpoint's step.
+
+        Not when it is written: a death before it is complete goes on from the one before.
+        """
+        settings = self._context.settings
+        if self._context.rank > 0 or not settings.experience.journal:
+            return
+        newest = CheckpointStore(settings, self._context.stage).newest()
+        try:
+            forget_groups(settings.run.folder, newest.step if newest else 0)
+        except OSError as error:
+            self._context.say(f"cannot make room in the journal of {settings.run.folder}: {error}")
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         """The stream's answer. It may wait for the version under way, so an error of the publisher ends the wait.

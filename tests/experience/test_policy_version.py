@@ -54,6 +54,16 @@ def test_versions_come_and_go(world: World) -> None:
     assert world.policy.use(None) == 0 and world.holds(0)
 
 
+def test_the_checksum_is_that_of_what_is_held(world: World) -> None:
+    """Groups drawn with the weights folder have the checksum of version 0: the journal takes them for the same."""
+    world.policy.use(None)
+    assert world.policy.checksum() == world.versions[0].checksum
+    world.policy.use(world.versions[2])
+    assert world.policy.checksum() == world.versions[2].checksum
+    world.policy.use(None)
+    assert world.policy.checksum() == world.versions[0].checksum
+
+
 def test_after_a_mismatch_the_former_version_is_loaded_again(world: World) -> None:
     """It was overwritten before the mismatch was seen."""
     _, one, two = world.versions

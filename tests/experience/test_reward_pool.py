@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.experience.journal import score_journal
+from actors.experience.journal.score_journal import ScoreJournal
 from actors.experience.reward_pool import (
     NOT_APPLICABLE,
     CallTimeout,
@@ -239,6 +242,31 @@ def test_pool_without_replicas_fails_loud(ray_local: ModuleType, tmp_path: Path)
             await score(pool, [request(3)])
 
     run(tmp_path, scenario, max_restarts=1, retries=5)
+
+
+def test_scores_outlive_the_pool_but_a_full_disk_ends_nothing(
+    ray_local: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def one(pool: RewardPool) -> RewardScores:
+        return await score(pool, [request(1), request(2, "none")])
+
+    async def two(pool: RewardPool) -> list[RewardScores]:
+        before = await one(pool)
+        monkeypatch.setattr(ScoreJournal, "add", full)
+        return [before, await score(pool, [request(3), request(4)]), await score(pool, [request(5)])]
+
+    # The fake reward writes into the folder of its "weights", which would make another reward of it.
+    monkeypatch.setattr(score_journal, "scorer_hash", lambda _: "0" * 32)
+    journal = tmp_path / "journal"
+    assert levels(run(tmp_path, one, journal=journal)) == [1, None]
+    before, *after = run(tmp_path, two, journal=journal)
+    assert levels(before) == [1, None] and before.counters["cache_hits"] == 1  # a missing score is asked for again
+    assert [levels(scores) for scores in after] == [[3, 4], [5]]
+    (warning,) = [line.getMessage() for line in caplog.records if "cannot keep scores" in line.getMessage()]
+    assert warning.startswith("reward pool FakeReward: cannot keep scores in ") and "No space left" in warning
 
 
 def test_bugs_of_a_reward_are_raised_and_leave_the_pool_working(shared: Shared) -> None:

@@ -33,6 +33,16 @@ def test_a_new_run_keeps_the_old_one(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "kept as" in capsys.readouterr().out
 
 
+def test_a_new_run_starts_with_an_empty_journal(tmp_path: Path) -> None:
+    """Also where the run before ended without a checkpoint, whose folder it takes over."""
+    group = tmp_path / "runs" / "a" / "journal" / "groups" / "step-000000-key.group"
+    for resume, kept in (("true", True), ("false", False)):
+        group.parent.mkdir(parents=True, exist_ok=True)
+        group.touch()
+        with own_folder(prepare_run(start(tmp_path, f"run.resume={resume}"), "rl")):
+            assert group.exists() == kept
+
+
 @pytest.mark.parametrize("key", ["model.weights", "data.train", "data.cache_dir"])
 def test_a_new_run_does_not_put_its_own_input_aside(tmp_path: Path, key: str) -> None:
     settings = start(tmp_path)
@@ -63,6 +73,10 @@ def test_what_cannot_start_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2000))
     with pytest.raises(UserError, match=r"run\.dir: .* MB free, this run needs about"):
         prepare_run(start(tmp_path), "sft")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 << 30))
+    prepare_run(start(tmp_path), "rl")
+    with pytest.raises(UserError, match=r"checkpoints and the result, experience\.journal\)"):
+        prepare_run(start(tmp_path, "experience.journal=2"), "rl")
 
 
 def test_weights_of_an_earlier_run(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from actors.experience import stream_client
+from actors.experience.journal.group_journal import groups_folder
 from actors.experience.policy.canary import known_kernels
 from actors.experience.policy.weight_sync import WeightsMismatchError
 from actors.experience.stream_client import StreamClient
+from actors.learner.checkpoints.checkpoint_store import CheckpointStore
 from actors.messages import Canary, PolicyWeights, RankBatch
 from actors.objectives import experience_source, publisher
 from actors.objectives.experience_source import ExperienceSource, saved_policies
@@ -126,6 +128,30 @@ def test_a_checkpoint_holds_the_versions_of_the_next_steps(
         save(folder)
         assert saved_policies(folder) == saved
         source.close()
+
+
+def test_the_journal_keeps_what_a_resume_draws(
+    publishing: Publishing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings(None, ["experience.journal=1", f"run.dir={tmp_path}", "run.name=a"])
+    newest: list[Any] = [None]
+    monkeypatch.setattr(CheckpointStore, "newest", lambda _: newest[-1])
+    folder = groups_folder(settings.run.folder)
+    folder.mkdir(parents=True)
+    for step in range(5):
+        (folder / f"step-{step:06d}-key.group").touch()
+
+    def kept(rank: int) -> list[str]:
+        context: Any = SimpleNamespace(settings=settings, rank=rank, world=2, stage="rl", device=torch.device("cpu"))
+        source = ExperienceSource(context, None, None)
+        source.next(4, rank, 2)
+        source.close()
+        return sorted(file.name[:11] for file in folder.iterdir())
+
+    assert len(kept(0)) == 5  # there is no checkpoint: a resume begins with step 0
+    newest.append(SimpleNamespace(step=3))
+    assert len(kept(1)) == 5
+    assert kept(0) == ["step-000003", "step-000004"]
 
 
 def test_the_start_weights_are_compared_before_the_first_batch(publishing: Publishing) -> None:

@@ -50,6 +50,13 @@ def test_a_live_run() -> None:
     ]
 
 
+def test_a_run_with_a_journal() -> None:
+    journal = {"groups_written": 12.0, "groups_read": 3.0, "bytes_written": 4.5e6, "skipped": 0.0}
+    numbers = {"train/grad_norm": 1.0, **{f"journal/{name}": count for name, count in journal.items()}}
+    text = describe("tiny-rl", STATUS, HERE, [make_entry(2, 900.0, numbers)], 2, now=1002.0)
+    assert "journal      12 groups written (4.5 MB), 3 read, 0 skipped" in text.splitlines()
+
+
 @pytest.mark.parametrize(
     ("status", "holder", "now", "first"),
     [

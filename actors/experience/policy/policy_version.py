@@ -6,9 +6,11 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.experience.policy.canary import check_canary, take_canary
+import torch
+
+from actors.experience.policy.canary import check_canary, known_kernels, take_canary
 from actors.experience.policy.policy_sampler import PolicySampler
-from actors.experience.policy.weight_sync import fetch_weights, load_weights, verify_weights
+from actors.experience.policy.weight_sync import fetch_weights, load_weights, policy_checksum, verify_weights
 from actors.messages import Arrays, PolicyWeights
 from deepgen.config import Settings
 
@@ -39,6 +41,7 @@ class LoadedPolicy:
         self._changing = threading.Lock()  # held while the model is replaced or checked
         self._lock = threading.Lock()  # guards _arrived
         self._arrived: tuple[PolicyWeights, Arrays] | None = None  # fetched but not loaded yet
+        self._start_checksum = ""  # of the weights folder's, once somebody has asked
 
     def prefetch(self, published: PolicyWeights) -> None:
         """Fetch a version into this process.
@@ -74,6 +77,20 @@ class LoadedPolicy:
                 load_weights(self.sampler.trained_parameters(), arrays, wanted)
                 self._check(wanted)
             return wanted.version
+
+    def checksum(self) -> str:
+        """Of the weights that `use` has loaded. The weights folder has that of version 0, which it is."""
+        with self._changing:
+            if isinstance(self._holds, PolicyWeights):
+                return self._holds.checksum
+            if not self._start_checksum:
+                self._start_checksum = policy_checksum(0, self.sampler.trained_parameters().items())
+            return self._start_checksum
+
+    def kernels(self) -> str:
+        """Name of what rounds this process's sums, or at least of the accelerator."""
+        device = self.sampler.model.transformer.device
+        return known_kernels(device) or torch.cuda.get_device_name(device)
 
     def read(self, folder: Path, published: PolicyWeights | None) -> None:
         """Load the model from a component folder, for an evaluation.

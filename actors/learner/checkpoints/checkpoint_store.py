@@ -15,7 +15,6 @@ manifest has a fingerprint of the folder they come from, which is checked on res
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import re
 import shutil
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepgen.errors import UserError
+from deepgen.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from actors.learner.checkpoints.background import Background
@@ -37,7 +37,6 @@ MANIFEST = "manifest.json"
 RESULT, AVERAGED = "model", "model-ema"  # folders of a finished run: the weights, and their averages if it keeps any
 FORMAT = 3
 _PACKAGES = ("torch", "deepspeed", "ray", "transformers", "diffusers", "peft")
-_SAMPLE, _STRIDE = 1 << 16, 1 << 22  # `fingerprint` reads _SAMPLE bytes of every _STRIDE
 _NAME = re.compile(r"step-(\d{6,})")
 SPARE_BYTES = 16 << 20  # bytes kept free beside a checkpoint, for journal and images
 
@@ -265,22 +264,6 @@ def check_shards(folder: Path, rank: int, world: int) -> None:
             f"{folder / changed[0]}: has changed since it was written; remove its folder to go on from the checkpoint "
             "before, then continue with --resume"
         )
-
-
-def fingerprint(folder: Path) -> str:
-    """Fingerprint of a weights folder, 12 hex digits: names, sizes and samples from all over every file.
-
-    File times do not count, so a copy of the folder has the same fingerprint.
-    """
-    digest = hashlib.blake2b(digest_size=6)
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder)}:{size}".encode())
-        with file.open("rb") as stream:
-            for start in (*range(0, size, _STRIDE), max(0, size - _SAMPLE)):
-                stream.seek(start)
-                digest.update(stream.read(_SAMPLE))
-    return digest.hexdigest()
 
 
 def megabytes(size: float) -> str:

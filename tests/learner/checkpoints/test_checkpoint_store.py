@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from actors.learner.checkpoints.checkpoint_store import MANIFEST, CheckpointStore, check_shards, fingerprint
+from actors.learner.checkpoints.checkpoint_store import MANIFEST, CheckpointStore, check_shards
 from deepgen.config import UserError, load_settings
+from deepgen.fingerprint import fingerprint
 
 
 @pytest.fixture

@@ -319,6 +319,13 @@ class ExperienceSettings(Section):
     silence_s: float = setting(
         300.0, "When nothing has moved for so long, a console line says who waits for whom.", unit="s", gt=0
     )
+    journal: float = setting(
+        0.0,
+        "Most finished groups kept beside the run since its last checkpoint, with their scores, so that a resume draws "
+        "them no second time; 0 keeps none.",
+        unit="GiB",
+        ge=0,
+    )
 
 
 class ClusterSettings(Section):

@@ -1,0 +1,106 @@
+"""A run ends in the middle of a step; the next one reads what is finished, on a real local Ray with a narrow model."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.experience.journal.group_journal import groups_folder
+from actors.experience.journal.origin import JOURNAL
+from actors.experience.policy.canary import take_canary
+from actors.experience.policy.weight_sync import publish_weights
+from actors.experience.stream import ExperienceStream
+from actors.messages import PolicyWeights, RankBatch
+from actors.start import start_rollouts
+from deepgen.config import Settings
+from deepgen.data.parquet import read_records
+from deepgen.models.unified import UnifiedModel
+from tests.helpers.rl_world import make_settings, make_world
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+GROUPS, IMAGES = 4, 4  # of a step, of a group
+RECORD = 32  # bytes of a score
+WAIT_S = 200.0
+
+
+def run(
+    settings: Settings, actors: dict[str, Any], scenario: Callable[[ExperienceStream], Coroutine[Any, Any, Any]]
+) -> Any:
+    """Run a scenario in this process with a new stream."""
+
+    async def body() -> Any:
+        stream = ExperienceStream(settings, read_records(settings.data.prompts), actors, resume=False)
+        await stream.start()
+        try:
+            return await scenario(stream)
+        finally:
+            await stream.stop()
+
+    return asyncio.run(body())
+
+
+async def half_a_step(stream: ExperienceStream) -> None:
+    """Wait until half of the groups are scored."""
+    await stream.begin()
+    async with asyncio.timeout(WAIT_S):
+        while sum(group.done() for group in stream._steps[0].groups) < GROUPS // 2:
+            await asyncio.sleep(0.01)
+
+
+def end(ray: ModuleType, actors: dict[str, Any]) -> None:
+    """Kill the actors, and wait until they are dead."""
+    for actor in actors.values():
+        ray.kill(actor)
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(actor.ready.remote(), timeout=WAIT_S)
+
+
+def start_weights(settings: Settings) -> PolicyWeights:
+    """What the learner publishes first: the weights folder's."""
+    model = UnifiedModel.from_folder(settings.model.weights)
+    return publish_weights(0, dict(model.trainable_parameters("rl")), take_canary(model, settings.rollout))
+
+
+def finished(ray: ModuleType, batch: RankBatch) -> list[Any]:
+    """Every number of a step: trajectories, scores and advantages of its groups."""
+    arrays = ray.get([group.trajectory for group in batch.groups])
+    scored = [{"scores": group.scores, "advantages": group.advantages} for group in batch.groups]
+    return [one | more for one, more in zip(arrays, scored, strict=True)]
+
+
+def test_what_was_finished_is_read(ray_local: ModuleType, tmp_path: Path) -> None:
+    settings = make_settings(make_world(tmp_path), "experience.journal=1", f"rollout.prompts_per_step={GROUPS}")
+    actors = start_rollouts(settings, gpus=False)
+    run(settings, actors, half_a_step)
+    end(ray_local, actors)
+    kept = len(list(groups_folder(settings.run.folder).glob("*.group")))
+    (scores,) = (settings.run.folder / JOURNAL).glob("scores-aesthetic-*")
+    scored = scores.stat().st_size // RECORD
+    assert kept >= GROUPS // 2 and scored >= IMAGES * GROUPS // 2
+
+    actors = start_rollouts(settings, gpus=False)
+    weights = start_weights(settings)
+
+    async def step(stream: ExperienceStream) -> tuple[RankBatch, dict[str, float]]:
+        await stream.publish(weights)
+        batch = await stream.next_batch(0, 0, 1)
+        return batch, stream._rewards.counters()
+
+    rest, counters = run(settings, actors, step)
+    assert (rest.metrics["journal/groups_read"], rest.metrics["journal/skipped"]) == (kept, 0)
+    assert counters["pool/aesthetic/cache_hits"] == scored
+    assert counters["pool/aesthetic/unwritten"] == 0
+    shutil.rmtree(settings.run.folder / JOURNAL)
+    whole, counters = run(settings, actors, step)
+    assert whole.metrics["journal/groups_read"] == counters["pool/aesthetic/cache_hits"] == 0
+    for one, other in zip(finished(ray_local, rest), finished(ray_local, whole), strict=True):
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[name], other[name], equal_nan=name == "scores") for name in one)
+    end(ray_local, actors)
