@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actors.experience.reward_requests import make_requests, request_key, reward_weights
+from actors.experience.step_metrics import group_diversity
 from actors.messages import Arrays, EvaluationReply, EvaluationRequest, Group, PolicyWeights
 from deepgen.config import Settings
 from rewards import RewardRequest
@@ -70,6 +71,7 @@ class RolloutActor:
             version=version,
             reward_weights=reward_weights(self._settings.rewards, requests[0]),
             keys=tuple(map(request_key, requests)),
+            diversity=group_diversity(arrays["trajectory/final"]),
         )
         return drawn, requests, arrays
 
