@@ -115,7 +115,7 @@ def not_finite(groups: Sequence[Group], rewards: Sequence[str]) -> str:
         arrays = {"advantages": group.advantages} | group.trajectory
         for name, array in arrays.items():
             if not np.isfinite(array).all():
-                return f"the {name.removeprefix('trajectory/')} of {group}"
+                return f"the {name} of {group}"
     return ""
 
 

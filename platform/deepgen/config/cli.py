@@ -81,8 +81,8 @@ def parse_command_line(
     """Settings of one stage program, from its arguments without the program's name.
 
     `plan` makes the text of --plan, `status` that of --status RUN. --help, --plan, --print-config and --status print
-    their text and exit with SystemExit(0). `halves` (`stages.rl_replay`): by option, programs that are run in the place of
-    the stage, with the option's value; they check their inputs themselves, and end with SystemExit(0), too.
+    their text and exit with SystemExit(0). `halves` (`stages.rl_replay`): programs by option, which are run in the
+    place of the stage with the option's value; they check their inputs themselves, and then the program exits, too.
 
     Raises UserError, before anything starts, for an unknown key, a bad value, a missing or broken recipe, two settings
     that do not work together, or a missing input file.
