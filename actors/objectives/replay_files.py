@@ -87,7 +87,7 @@ def write_step(
         "settings": _that_matter(settings),
         "groups": [_describe(stored) for stored in groups],
         "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
-        "arrays": _checksum(unfinished.read_bytes()),
+        "arrays": _checksum(unfinished),
     }
     unfinished.rename(file)
     unfinished.write_text(json.dumps(content | {"checksum": _checksum_of(content)}, indent=1), encoding="utf-8")
@@ -160,7 +160,7 @@ def check_steps(folder: Path, settings: Settings) -> Replayed:
                 then = "the weights folder" if key == "model.weights" else then
                 raise UserError(f"{key}: got {given}; allowed: {then}, with which {file} was written")
         arrays = file.with_suffix(".safetensors")
-        if not arrays.is_file() or _checksum(arrays.read_bytes()) != content["arrays"]:
+        if not arrays.is_file() or _checksum(arrays) != content["arrays"]:
             raise UserError(f"{arrays}: is missing or has changed since it was written; allowed: the files as written")
     for step in recorded.steps:
         positions = sorted(group["position"] for _, content in _contents(folder, step) for group in content["groups"])
@@ -236,8 +236,9 @@ def _content(file: Path) -> dict[str, Any]:
 
 
 def _checksum_of(content: Mapping[str, Any]) -> str:
-    return _checksum(json.dumps(content, sort_keys=True).encode())
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _checksum(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, hashlib.blake2b).hexdigest()

@@ -40,6 +40,11 @@ def test_diversity_is_the_mean_distance_of_pairs() -> None:
     assert group_diversity(images) == pytest.approx(2)  # pairs are 0, 3 and 3 apart
     assert group_diversity(images[:1]) is None
     groups = [replace(scored(n, np.ones((3, 1))), diversity=value) for n, value in enumerate((0.5, 1.5, None))]
+    assert diversity_of(groups) == 1
+    assert diversity_of(groups[2:]) is None
+
+
+def diversity_of(groups: list[Group]) -> float | None:
+    """What a step of these groups logs."""
     result = step_advantages(load_settings(None, ["train.workers=1"]), groups)
-    assert step_metrics(groups, np.ones((3, 1)), ["a"], result)[0]["rollout/diversity"] == 1
-    assert "rollout/diversity" not in step_metrics(groups[2:], np.ones((1, 1)), ["a"], result)[0]
+    return step_metrics(groups, np.ones((len(groups), 1)), ["a"], result)[0].get("rollout/diversity")

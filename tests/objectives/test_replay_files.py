@@ -40,7 +40,7 @@ def group(number: int, step: int) -> Group:
     record = Record(f"p-{number}", "t2i", "a “red” thing", "red", b"an image", (b"another",), "test")
     arrays: Arrays = {
         "trajectory/log_probs": random.standard_normal((2, SIZE)).astype(np.float32),
-        "trajectory/scale": np.float32(2).reshape(()),
+        "trajectory/scale": np.array(2, np.float32),
         "conditioning/mask": np.array([[True, False]]),
     }
     scores = np.array([[1, np.nan], [2, 3], [4, 5]], np.float32)
@@ -93,16 +93,21 @@ def flip(file: Path) -> None:
     file.write_bytes(bytes(data))
 
 
+def gone(folder: Path, pattern: str) -> None:
+    for file in folder.glob(pattern):
+        file.unlink()
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a bit": (lambda f: flip(f / "step-000003-part-0-of-2.safetensors"), r"part-0-of-2.*has changed"),
-    "no arrays": (lambda f: (f / "step-000003-part-0-of-2.safetensors").unlink(), "is missing or has changed"),
+    "no arrays": (lambda f: gone(f, "*0-of-2.safetensors"), "is missing or has changed"),
     "a number": (lambda f: edit(f, lambda c: c["metrics"].update({"reward/total": 0.6})), r"1-of-2\.json: has changed"),
     "a key": (lambda f: edit(f, lambda c: c.pop("groups")), "has changed"),
     "format": (lambda f: edit(f, lambda c: c.update(format=2)), "format 2; allowed: 1"),
     "half a file": (lambda f: (f / "step-000003-part-0-of-2.json").write_text('{"format": 1,'), "cannot be read"),
     "a list": (lambda f: (f / "step-000003-part-0-of-2.json").write_text("[]"), "cannot be read"),
-    "a part": (lambda f: (f / "step-000003-part-0-of-2.json").unlink(), r"groups \[1, 3\]; allowed: all 4"),
-    "all": (lambda f: [file.unlink() for file in f.glob("*.json")], r"there is no step-\*\.json; allowed: a folder of"),
+    "a part": (lambda f: gone(f, "*0-of-2.json"), r"groups \[1, 3\]; allowed: all 4"),
+    "all": (lambda f: gone(f, "*.json"), r"there is no step-\*\.json; allowed: a folder of"),
 }  # fmt: skip
 
 

@@ -224,6 +224,7 @@ def test_a_tag_is_set_and_replaced(runs: Path) -> None:
     assert mlflow_client(tracker).get_run(tracker.run_id).data.tags["alarm.kl"] == "from step 3 to 7"
 
 
+@pytest.mark.processes
 def test_status_tells_how_a_run_ended(runs: Path) -> None:
     statuses = []
     for error in (RuntimeError("broken"), KeyboardInterrupt()):
