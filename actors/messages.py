@@ -40,6 +40,7 @@ class Group:
     journal: Filled = None  # `JournalNews` of the actor; dropped by the stream
     requests: Filled = None  # Ray reference to the list of G `RewardRequest`s, with the images; dropped after scoring
     trajectory: Filled = None  # Ray reference to the arrays of `pack_samples`; the learner puts the arrays here
+    diversity: float | None = None  # how far apart its images are (`group_diversity`); None for a single one
     # set after scoring
     scores: Filled = None  # float32 [G, K], NaN where missing or not asked for
     # computed over all groups of the step; in a group that arrives alone, its own part of them

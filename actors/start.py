@@ -66,6 +66,17 @@ def _learner_parts(stream: Any, context: WorkerContext) -> Parts:
     return build_rl(context, stream)
 
 
+def recorded_parts(folder: Path) -> Callable[[WorkerContext], Parts]:
+    """As `learner_parts`, for a run on the recorded steps in a folder."""
+    return functools.partial(_recorded_parts, folder)
+
+
+def _recorded_parts(folder: Path, context: WorkerContext) -> Parts:
+    from actors.objectives.build import build_replay
+
+    return build_replay(context, folder)
+
+
 def start_learner(job: LearnerJob) -> Path:
     """Run the learner under Ray Train to the end. Returns the component folder with the result (see `run_learner`)."""
     from actors.learner.ray_train import run_learner

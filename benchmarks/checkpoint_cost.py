@@ -130,6 +130,9 @@ class _Same:
 
     def publish(self, policy: TrainedModel, version: int) -> None: ...
 
+    def keep(self, folder: Path, step: int) -> str:
+        return ""
+
     def metrics(self) -> dict[str, float]:
         return {}
 

@@ -133,7 +133,7 @@ class OurTraining:
         settings = self.context.settings
         data = settings.data.model_copy(update={"train": records or settings.data.train})
         context = replace(self.context, settings=settings.model_copy(update={"data": data}))
-        source, objective, _ = build_flow_matching(context)
+        source, objective, *_ = build_flow_matching(context)
         assert isinstance(objective, FlowMatching)
         objective.cache = EncodingCache(objective.cache.parts, store)
         return source, objective

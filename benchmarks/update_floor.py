@@ -61,7 +61,7 @@ def _measure(stage: str, weights: Path, repeats: int, threads: int) -> Result:
 
 
 def _records(context: WorkerContext) -> tuple[Objective, Any]:
-    source, objective, _ = build_flow_matching(context)
+    source, objective, *_ = build_flow_matching(context)
     return objective, source.next(0, 0, 1)
 
 

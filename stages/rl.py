@@ -1,6 +1,7 @@
 """Stage 3, reinforcement learning: MR-GRPO on the DiT (method 3).
 
     python stages/rl.py [--recipe NAME_OR_PATH] [KEY=VALUE ...] [--resume] [--plan] [--status RUN]
+    python stages/rl.py ... [--rollout-only STEPS] [--train-only FOLDER]       (`stages/rl_replay.py`)
 
 One training step, and where each part of it is:
 
@@ -26,7 +27,9 @@ the end compares the two (`stages/rl_report.py`).
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,7 @@ from deepgen.data.records import Record  # noqa: E402
 from deepgen.data.usable import usable_records  # noqa: E402
 from deepgen.evaluation.choose import heldout_records  # noqa: E402
 from deepgen.planning.plan import plan_text  # noqa: E402
+from stages.rl_replay import rollout_only, train_only  # noqa: E402
 from stages.rl_report import BeforeAfter, record_timeline, say  # noqa: E402
 from stages.rl_status import status_text  # noqa: E402
 
@@ -54,14 +58,17 @@ END_S = 3.0
 
 
 def main() -> int:
-    settings = parse_command_line("rl", sys.argv[1:], plan_text, status_text)
+    halves = {"rollout-only": partial(rollout_only, wire), "train-only": partial(train_only, ROOT)}
+    settings = parse_command_line("rl", sys.argv[1:], plan_text, status_text, halves)
     with run_lock(settings):
-        wire(prepare_run(settings, "rl"))
+        settings = prepare_run(settings, "rl")
+        wire(settings, run)
+        record_timeline(settings)
     return 0
 
 
-def wire(settings: Settings) -> None:
-    """Read the prompts, connect, start the actors, run, end them."""
+def wire(settings: Settings, body: Callable[[Settings, Any, list[Record], bool], None]) -> None:
+    """Read the prompts, connect, start the actors, run the body, end them."""
     checkpoint = CheckpointStore(settings, "rl").newest() if settings.run.resume else None
     with own_folder(settings):
         prompts, heldout = read_prompts(settings), heldout_records(settings)
@@ -76,10 +83,9 @@ def wire(settings: Settings) -> None:
     rollouts = start_rollouts(settings, gpus=gpus)
     stream = start_stream(settings, rollouts, resume=checkpoint is not None, gpus=gpus)
     try:
-        run(settings, stream, heldout, gpus)
+        body(settings, stream, heldout, gpus)
     finally:
         end(stream)
-    record_timeline(settings)
 
 
 def run(settings: Settings, stream: Any, heldout: list[Record], gpus: bool) -> None:

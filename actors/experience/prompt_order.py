@@ -39,6 +39,11 @@ class PromptOrder:
 
 def check_state(settings: Settings, prompts: Sequence[Record], state: Mapping[str, Any]) -> None:
     """Raise UserError if a stream with these prompts cannot continue from a saved state."""
+    if "cursor" not in state:
+        raise UserError(
+            f"--resume: the newest checkpoint of {settings.run.name!r} is of a run with --train-only; allowed: another "
+            "run.name"
+        )
     per_step = settings.rollout.prompts_per_step
     if state["cursor"]["group"] != state["step"] * per_step:
         raise UserError(

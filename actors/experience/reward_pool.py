@@ -94,8 +94,9 @@ class RewardActor:
             return BatchReply([], str(error) or "unavailable")
         if len(values) != len(requests):
             raise ValueError(f"{self._settings.class_} returned {len(values)} scores for {len(requests)} requests")
-        # A score that is not finite counts as missing: it must not reach the cache or the mean of a group.
-        return BatchReply([None if value is None or not math.isfinite(value) else float(value) for value in values])
+        # NaN counts as missing: it must not reach the cache or the mean of a group. An infinite score goes on to the
+        # learner, which stops the run.
+        return BatchReply([None if value is None or math.isnan(value) else float(value) for value in values])
 
 
 @dataclass(eq=False)

@@ -17,6 +17,7 @@ import numpy as np
 
 from actors.experience.journal.group_journal import GroupJournal
 from actors.experience.reward_requests import make_requests, request_key, reward_weights
+from actors.experience.step_metrics import group_diversity
 from actors.messages import Arrays, EvaluationReply, EvaluationRequest, Group, PolicyWeights
 from deepgen.config import Settings
 from rewards import RewardRequest
@@ -79,6 +80,7 @@ class RolloutActor:
             reward_weights=reward_weights(self._settings.rewards, requests[0]),
             keys=tuple(map(request_key, requests)),
             journal=journal.news() if journal else None,
+            diversity=group_diversity(arrays["trajectory/final"]),
         )
         return drawn, requests, arrays
 

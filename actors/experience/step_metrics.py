@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,6 +52,16 @@ def stacked_scores(groups: Sequence[Group]) -> np.ndarray:
     return np.stack([group.scores for group in groups])
 
 
+def group_diversity(final: np.ndarray) -> float | None:
+    """Mean over all pairs of a group's images of the root mean square difference of their latents `final` [G, ...].
+
+    None for a group of one.
+    """
+    flat = final.reshape(len(final), -1).astype(np.float64)
+    apart = [float(np.sqrt(np.mean((a - b) ** 2))) for a, b in combinations(flat, 2)]
+    return sum(apart) / len(apart) if apart else None
+
+
 def step_metrics(
     groups: Sequence[Group], reward_weights: np.ndarray, names: Sequence[str], result: AdvantageResult
 ) -> tuple[dict[str, float], Tally]:
@@ -66,6 +77,9 @@ def step_metrics(
         "advantage/std": result.spread_after,
         "policy/staleness_max": float(max(group.step - (group.version or 0) for group in groups)),
     }
+    apart = [group.diversity for group in groups if group.diversity is not None]
+    if apart:
+        metrics["rollout/diversity"] = sum(apart) / len(apart)
     total = weighted_total(scores, weights)
     if np.isfinite(total).any():
         metrics["reward/total"] = float(np.nanmean(total))
@@ -77,6 +91,7 @@ def step_metrics(
             continue  # no prompt of this step uses this reward
         tally[name] = int(had.sum()), int(asked.sum() - had.sum()), float(scores[had, k].sum())
         metrics[f"reward_missing/{name}"] = float(tally[name][1])
+        metrics[f"reward_missing_share/{name}"] = float(tally[name][1] / asked.sum())
         metrics[f"advantage/zero_spread/{name}"] = float(result.zero_spread[k])
         if had.any():
             metrics[f"reward/{name}"] = float(scores[had, k].mean())

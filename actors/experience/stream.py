@@ -31,6 +31,7 @@ from actors.experience.reward_pool import RequestsLostError
 from actors.experience.reward_router import RewardRouter
 from actors.experience.rollout_actor import Pictures
 from actors.experience.rollout_fleet import ATTEMPTS, RolloutError, RolloutFleet
+from actors.experience.step_advantages import factor_and_clamped, own_advantages, step_advantages
 from actors.experience.step_metrics import StepClock, stacked_scores, step_metrics
 from actors.experience.stream_client import StreamForgotError, VersionGoneError
 from actors.experience.watch import Watch
@@ -92,7 +93,6 @@ class ExperienceStream:
         self._published = asyncio.Condition()
         self._next_step = 0  # first step that no rank has fetched yet
         self._steps: dict[int, _Step] = {}
-        self._overlap = settings.overlap()
         self._sync_seconds = 0.0
         self._journal = JournalCounts()
         self._learner = ""  # the start of the learner that has published last
@@ -151,9 +151,7 @@ class ExperienceStream:
         self._consume(step)
         group: Group = await self._in_time(self._steps[step].groups[position], f"group {position} of step {step}")
         self._watch.got(step, rank)
-        clip = None if self._overlap.held else self._settings.algorithm.advantage_clip
-        alone = self._advantages([group], group.reward_weights[None], whiten="none", clip=clip)
-        return replace(group, advantages=alone.advantages.numpy())
+        return replace(group, advantages=own_advantages(self._settings, group))
 
     async def draw_again(self, step: int, number: int, learner: str = "") -> list[Any]:
         """A reference to the trajectory of a group whose first one is lost, in a list. It has the same bits."""
@@ -170,9 +168,7 @@ class ExperienceStream:
     async def make_step(self, groups: Sequence[asyncio.Task[Group]], clock: StepClock) -> list[RankBatch]:
         scored = await asyncio.gather(*groups)
         reward_weights = np.stack([group.reward_weights for group in scored])  # [groups, K]
-        algorithm = self._settings.algorithm
-        advantages = self._advantages(scored, reward_weights, whiten=algorithm.whiten, clip=algorithm.advantage_clip)
-        return self._split(scored, reward_weights, advantages, clock)
+        return self._split(scored, reward_weights, step_advantages(self._settings, scored), clock)
 
     async def _make_group(self, asked: Group, clock: StepClock) -> Group:
         policy = await self._policy(self._version_of(asked.step))
@@ -208,27 +204,6 @@ class ExperienceStream:
         scores = await self._rewards.score(drawn.requests, drawn.keys, weights)
         return replace(drawn, requests=None, keys=None, scores=scores)
 
-    def _advantages(
-        self, groups: Sequence[Group], reward_weights: np.ndarray, *, whiten: str, clip: float | None
-    ) -> AdvantageResult:
-        """Advantages over all of these groups together: for a step, they do not depend on the number of ranks."""
-        import torch
-
-        from deepgen.algorithms.advantages import group_advantages
-
-        algorithm, world = self._settings.algorithm, self._settings.train.workers
-        scores = stacked_scores(groups)  # [groups, G, K]
-        size, rewards = scores.shape[1:]
-        return group_advantages(
-            algorithm.advantage,
-            torch.from_numpy(scores.reshape(-1, rewards)),
-            torch.from_numpy(np.repeat(reward_weights, size, axis=0)),
-            torch.arange(len(groups)).repeat_interleave(size),
-            whiten=whiten,
-            rank_ids=(torch.arange(len(groups)) % world).repeat_interleave(size),
-            clip=clip,
-        )
-
     def _split(
         self, groups: Sequence[Group], reward_weights: np.ndarray, result: AdvantageResult, clock: StepClock
     ) -> list[RankBatch]:
@@ -239,12 +214,8 @@ class ExperienceStream:
         metrics |= clock.metrics(stacked_scores(groups)[..., 0].size) | self._rewards.counters()
         metrics |= {"time/sync_s": self._sync_seconds, "rollout/restarts": float(self._fleet.restarts)}
         metrics |= self._journal.metrics()
-        world, factor, clamped = self._settings.train.workers, 1.0, 0
-        if self._overlap.held:
-            factor = result.factor
-            limit = self._settings.algorithm.advantage_clip
-            over = [bool((np.abs(row) >= limit).any()) for row in advantages]
-            clamped = max(sum(over[rank::world]) for rank in range(world))
+        world = self._settings.train.workers
+        factor, clamped = factor_and_clamped(self._settings, advantages, result.factor)
         return [RankBatch(tuple(ready[rank::world]), metrics, tally, factor, clamped) for rank in range(world)]
 
     # -- admission ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ Left out on purpose: fp16, parameter offload, pipeline and tensor parallelism.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from actors.learner.checkpoints.checkpoint_shards import ENGINE, ShardReader
 from actors.learner.checkpoints.zero_layout import Stretch, pieces, restore, stretch_of
-from actors.learner.protocols import NamedParameters, Weights
+from actors.learner.protocols import NamedParameters, NonFiniteError, Weights
 
 if TYPE_CHECKING:
     from deepgen.config.settings import Settings
@@ -131,12 +132,17 @@ class TrainingEngine:
             self.backward(self.run(_inner_product, pairs))
 
     def step(self, rate: float) -> float:
-        """Average gradients over workers, clip, take one optimizer step, clear. Returns the norm before clipping."""
+        """Average gradients over workers, clip, take one optimizer step, clear. Returns the norm before clipping.
+
+        Raises NonFiniteError on all ranks if that norm is not finite; nothing has changed then. Stages 1 to 3 see it
+        themselves: they leave out the step and report infinity.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         self._engine.step()
-        norm = self._plain_norm if self.zero_stage == 0 else self._engine.get_global_grad_norm()
-        return float(norm)
+        norm = self._plain_norm if self.zero_stage == 0 else float(self._engine.get_global_grad_norm())
+        _check_norm(norm)
+        return norm
 
     def weights(self) -> Weights:
         """Full trainable parameters by name on rank 0, {} elsewhere. They are copies only under ZeRO-3."""
@@ -216,6 +222,12 @@ class TrainingEngine:
     def _clip(self, limit: float) -> None:
         norm = nn.utils.clip_grad_norm_([parameter for _, parameter in self.parameters], limit)
         self._plain_norm = float(norm)
+        _check_norm(self._plain_norm)  # the optimizer's step comes next
+
+
+def _check_norm(norm: float) -> None:
+    if not math.isfinite(norm):
+        raise NonFiniteError(f"the norm of the gradient is {norm}")
 
 
 def _inner_product(model: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -20,16 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from actors.learner.checkpoints.checkpoint_store import AVERAGED, RESULT, CheckpointStore, Manifest
+from actors.learner.checkpoints.checkpoint_store import AVERAGED, RESULT, CheckpointStore, Manifest, check_shards
 from actors.learner.collectives import gather
 from actors.learner.ema import Ema
 from actors.learner.engine import TrainingEngine
+from actors.learner.failed_step import keep_failed
 from actors.learner.lr_schedule import learning_rate
 from actors.learner.protocols import (
     Arriving,
-    BatchSource,
     HeldLoss,
     Metrics,
+    NonFiniteError,
     Objective,
     Parts,
     StepContext,
@@ -38,6 +39,8 @@ from actors.learner.protocols import (
 from actors.learner.run_control import stop_requested
 from deepgen.errors import UserError
 from deepgen.seeds import stable_seed
+from deepgen.tracking.alarms import Alarms
+from deepgen.tracking.journal import FILE_NAME, read_steps
 from deepgen.tracking.progress import Phases, Progress
 from deepgen.tracking.timeline import LEARNER, Recorder, Span
 
@@ -67,12 +70,12 @@ def train(
     try:
         engine = TrainingEngine(settings, context.model, trainable, context.device)
         ema = Ema(engine.parameters, settings.train.ema_decay) if settings.train.ema_decay else None
-        start = _restore(engine, ema, source, checkpoints, resume, context)
+        start = _restore(engine, ema, parts, checkpoints, resume, context)
         source.publish(engine, start)
         loop = TrainingLoop(context, parts, engine, ema, checkpoints, start)
         if start == 0:
             loop.begin()
-        done = all(loop.run_step(step) for step in range(start, settings.train.steps))
+        done = all(loop.run_step(step) for step in range(start, loop.end))
         checkpoints.finish()
         if done:
             _export(engine, ema, checkpoints.run_folder)
@@ -96,15 +99,19 @@ class TrainingLoop:
         checkpoints: CheckpointStore,
         start: int,
     ) -> None:
-        self.context, (self.source, self.objective, self.evaluator) = context, parts
+        self.context, (self.source, self.objective, self.evaluator, replayed) = context, parts
         self.engine, self.ema, self.checkpoints = engine, ema, checkpoints
         # The timeline is of runs with several actors; here are the phases of this rank.
         folder = checkpoints.run_folder if context.stage == "rl" else None
         self.recorder = Recorder(folder, f"{LEARNER}-{context.rank}")
         self.phases = Phases(clock=self.recorder.clock, ended=self._record)
         self.step = start
-        self.progress = Progress(context.settings.train.steps, start)
+        self.end = replayed.steps.stop if replayed else context.settings.train.steps
+        self.progress = Progress(self.end, start)
         self.last_said = -math.inf
+        self.alarms = Alarms(context.settings.tracking.alarms) if context.stage == "rl" and context.tracker else None
+        if self.alarms and start:
+            self.alarms.resume(read_steps(checkpoints.run_folder / FILE_NAME, start))
 
     def begin(self) -> None:
         """Evaluate the weights that the run starts from."""
@@ -120,12 +127,15 @@ class TrainingLoop:
         if isinstance(batch, Arriving):
             batch.pieces = self._waited_for(batch.pieces)
         with self.phases("update"):
-            metrics = update(self.engine, self.objective, batch, self._step_context(step), context.settings)
+            try:
+                metrics = update(self.engine, self.objective, batch, self._step_context(step), context.settings)
+            except NonFiniteError as error:
+                raise self._kept(error) from None
             if self.ema:
                 self.ema.update(self.engine.parameters, step)
         with self.phases("publish"):
             self.source.publish(self.engine, step + 1)
-        stop, last = self._stop_requested(), step + 1 == context.settings.train.steps
+        stop, last = self._stop_requested(), step + 1 == self.end
         if stop or last or (step + 1) % context.settings.train.checkpoint_every == 0:
             with self.phases("checkpoint"):
                 state, more = self.source.state_dict(step + 1), self.source.writer(step + 1)
@@ -137,6 +147,17 @@ class TrainingLoop:
         self._log(step + 1, metrics | self.source.metrics() | self.phases.take())
         self.recorder.flush()
         return last or not stop
+
+    def _kept(self, error: NonFiniteError) -> NonFiniteError:
+        """What to raise in the place of the error: it says where the batch has been saved, and how to replay it."""
+        # Before the first update ever, the state is that of model.weights. After one on this batch, its start is lost.
+        state = self.engine if self.step and not error.update else None
+        note = keep_failed(self.source, state, self.checkpoints.run_folder, self._step_context(self.step))
+        said = f"step {self.step}: {error}{note}"
+        if self.step and error.update:
+            said += f"; it came after {error.update} updates on the batch: only --resume gets to the same weights again"
+        self.context.say(said)
+        return NonFiniteError(said)
 
     def _waited_for(self, pieces: Iterator[Any]) -> Iterator[Any]:
         """The pieces of a batch; the time until each comes counts as waiting."""
@@ -176,12 +197,22 @@ class TrainingLoop:
 
     def _log(self, done: int, metrics: dict[str, float]) -> None:
         if self.context.tracker:
-            self.context.tracker.log(done, metrics)
+            self.context.tracker.log(done, metrics | self._alarms(done, metrics))
         line = self.progress.line(done, _shown(metrics))
         now = time.monotonic()
         if now - self.last_said >= _SAY_EVERY_S or done == self.progress.total:
             self.context.say(line)
             self.last_said = now
+
+    def _alarms(self, done: int, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics of the alarms; one that begins or ends becomes a console line and a tag."""
+        if self.alarms is None or self.context.tracker is None:
+            return {}
+        shown, news = self.alarms.step(done, metrics)
+        for alarm in news:
+            self.context.say(alarm.line)
+            self.context.tracker.tag(f"alarm.{alarm.name}", alarm.tag)
+        return shown
 
 
 def update(
@@ -195,8 +226,12 @@ def update(
     rate, numbers = learning_rate(settings, context.step), itertools.count()
     reported, norms = list[Metrics](), list[float]()
     for micros in _mini_batches(engine, objective, batch, context):
-        reported += _accumulate(engine, objective, micros, numbers, batch, context)
-        norms.append(engine.step(rate))
+        try:
+            reported += _accumulate(engine, objective, micros, numbers, batch, context)
+            norms.append(engine.step(rate))
+        except NonFiniteError as error:
+            error.update = len(norms)
+            raise
     reduced = reduce_metrics(reported, context.world)
     return reduced | {"train/grad_norm": sum(norms) / len(norms), "train/learning_rate": rate}
 
@@ -229,8 +264,9 @@ def _accumulate(
         engine.release(batch.factor)
         total += held_total * batch.factor
         reported += [{name: value * batch.factor for name, value in metrics.items()} for metrics in held]
-    if not math.isfinite(total):
-        raise FloatingPointError(f"loss of step {context.step} on rank {context.rank} is {total}")
+    losses = gather(total, context.world)  # every rank says the same, and none waits for one that is gone
+    if bad := [f"{loss} on rank {rank}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]:
+        raise NonFiniteError(f"the loss is {', '.join(bad)}")
     return [*reported, {"loss/total": total}]
 
 
@@ -309,15 +345,19 @@ def _check_same_count(mine: list[int], context: StepContext) -> None:
 def _restore(
     engine: TrainingEngine,
     ema: Ema | None,
-    source: BatchSource,
+    parts: Parts,
     checkpoints: CheckpointStore,
     resume: bool,
     context: WorkerContext,
 ) -> int:
     """Load the newest complete checkpoint if the run resumes. Returns the step to start with."""
+    source, replayed = parts.source, parts.replayed
     manifest: Manifest | None = checkpoints.newest() if resume else None
     if manifest is None:
-        return 0
+        if replayed and replayed.state:
+            check_shards(replayed.state, context.rank, context.world)
+            engine.load(replayed.state, replayed.steps.start * context.settings.algorithm.updates_per_batch)
+        return replayed.steps.start if replayed else 0
     checkpoints.load(manifest, engine, ema)
     source.load_state_dict(manifest.source)
     source.load(checkpoints.path(manifest.step))

@@ -87,6 +87,15 @@ class HeldLoss(NamedTuple):
     held: Held
 
 
+class NonFiniteError(ArithmeticError):
+    """A loss or a gradient that is not finite. Raised on all ranks, before the optimizer applies it.
+
+    ``update``: optimizer steps on the same batch before it.
+    """
+
+    update = 0
+
+
 class TrainedModel(Protocol):
     """The part of the engine that a source may use to publish. Both methods are collective: on all ranks or on none."""
 
@@ -133,6 +142,13 @@ class BatchSource(Protocol):
     def load(self, folder: Path) -> None:
         """Read what ``writer`` has written; called after ``load_state_dict``, on every rank."""
 
+    def keep(self, folder: Path, step: int) -> str:
+        """Write this rank's batch of ``step``, which has failed, into ``folder``, from where it can be replayed.
+
+        Returns what a person should know about it, on rank 0 with the command that replays it; "" if there is nothing
+        to write. Raises OSError or SafetensorError.
+        """
+
     def close(self) -> None: ...
 
 
@@ -174,12 +190,20 @@ class Evaluator(Protocol):
         """Called at the end, also after an error."""
 
 
+class Replayed(NamedTuple):
+    """Recorded steps that a run trains on in the place of its own."""
+
+    steps: range
+    state: Path | None  # folder with the engine's state before the first of them; None: it is model.weights
+
+
 class Parts(NamedTuple):
     """The parts that a stage gives to the loop."""
 
     source: BatchSource
     objective: Objective
     evaluator: Evaluator | None
+    replayed: Replayed | None = None
 
 
 class ShardedModel(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from actors.learner.protocols import Parts, WorkerContext
@@ -11,6 +12,8 @@ from actors.objectives.heldout_loss import Heldout
 from actors.objectives.mr_grpo import MRGRPO
 from actors.objectives.observer import Observer
 from actors.objectives.record_source import MixtureSource, open_training_set, size_note
+from actors.objectives.replay_files import find_steps
+from actors.objectives.replay_source import ReplaySource
 from deepgen.config.settings import TASKS
 from deepgen.data.loading.mixture import Mixture
 
@@ -33,6 +36,16 @@ def build_rl(context: WorkerContext, stream: Any) -> Parts:
     observer = Observer(context, stream, context.tracker) if context.tracker else None
     context.say(context.settings.overlap().why)
     return Parts(ExperienceSource(context, stream, records), MRGRPO.for_worker(context, auxiliary), observer)
+
+
+def build_replay(context: WorkerContext, folder: Path) -> Parts:
+    """The parts of rl on the recorded steps in a folder, without rollout actors and rewards."""
+    auxiliary = FlowMatching.for_worker(context) if context.settings.algorithm.sft_coef else None
+    records = auxiliary_records(context, auxiliary) if auxiliary else None
+    found = find_steps(folder)
+    context.say(f"training on the steps {found.steps.start} to {found.steps.stop - 1} of {folder}")
+    source, objective = ReplaySource(context, folder, records), MRGRPO.for_worker(context, auxiliary)
+    return Parts(source, objective, None, found)
 
 
 def auxiliary_records(context: WorkerContext, objective: FlowMatching) -> MixtureSource:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from actors.learner.protocols import Arriving, TrainedModel, WorkerContext
 from actors.messages import Arrays, Canary, Group, PolicyWeights, RankBatch
 from actors.objectives.publisher import Publisher
 from actors.objectives.record_source import MixtureSource
+from actors.objectives.replay_files import StoredGroup, not_finite, write_recipe, write_step
 from deepgen.data.loading.collate import MicroBatch
 
 _ANSWER_MARGIN_S = 60.0  # lets the stream's own error, which says more, arrive first
@@ -69,6 +71,7 @@ class ExperienceSource:
         self._learner, self._introduced = uuid.uuid4().hex, False  # this start of the learner, named by rank 0
         self._publisher = Publisher(self._client, self._learner, experience.max_staleness, self._deadline_s)
         self._overlap = context.settings.overlap()
+        self._taken: list[StoredGroup] = []  # the last whole batch of this rank
         self._metrics: dict[str, float] = {}
         self._statistics: dict[str, list[float]] = {}  # rank 0: reward -> scores, missing, sum of scores; of the run
         self._canaries: dict[int, Canary] = {}  # of the versions in the checkpoint that the run resumed from
@@ -80,7 +83,9 @@ class ExperienceSource:
             arriving.pieces = self._pieces(arriving, step, rank, world)
             return arriving
         batch = self._batch(step, rank, world)
-        return RLBatch(self._fetched(batch.groups), self._records(step, rank, world))
+        groups = self._fetched(batch.groups)
+        self._taken = [StoredGroup(rank + i * world, group) for i, group in enumerate(groups)]
+        return RLBatch(groups, self._records(step, rank, world))
 
     def _pieces(self, arriving: Arriving, step: int, rank: int, world: int) -> Iterator[RLBatch]:
         """This rank's groups, each when it is scored; then the records, and the factor for what was held back."""
@@ -92,6 +97,10 @@ class ExperienceSource:
             yield RLBatch((groups[-1],), (), share=1 / len(positions), held=self._overlap.held)
         batch = self._batch(step, rank, world)
         arriving.factor = batch.factor
+        self._taken = [
+            StoredGroup(position, replace(group, advantages=final.advantages), group.advantages)
+            for position, group, final in zip(positions, groups, batch.groups, strict=True)
+        ]
         records = self._records(step, rank, world)
         if records or batch.clamped:
             yield RLBatch((), records, 1 / len(positions), corrections=_corrections(groups, batch))
@@ -147,7 +156,7 @@ class ExperienceSource:
             self._learner, self._introduced = gather(self._learner, self._context.world)[0], True
 
     def metrics(self) -> dict[str, float]:
-        return self._metrics
+        return self._metrics | ({"object_store/used_share": object_store_share()} if self._context.rank == 0 else {})
 
     def state_dict(self, step: int) -> dict[str, Any]:
         state: dict[str, Any] = {}
@@ -195,6 +204,15 @@ class ExperienceSource:
             shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in trained}
             weights = {name: reader.read(name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
             self._publisher.publish(version, weights, self._canaries[version], step)
+
+    def keep(self, folder: Path, step: int) -> str:
+        settings, rank = self._context.settings, self._context.rank
+        write_step(folder, settings, step, self._taken, self._metrics, (rank, self._context.world))
+        found = not_finite([stored.group for stored in self._taken], settings.rewards.used())
+        said = [f"not finite: {found}"] if found else []
+        if rank == 0:
+            said.append(f"to train on its batch alone: {write_recipe(folder, settings)}")
+        return "; ".join(said)
 
     def close(self) -> None:
         self._forget_groups()
@@ -249,6 +267,16 @@ def _corrections(held: Sequence[Group], batch: RankBatch) -> tuple[Correction, .
         found.append(Correction(replace(group, advantages=whitened), ratio - 1))
     found.sort(key=lambda correction: float(correction.weights.min()))  # stable; the strongest first
     return tuple(found[: batch.clamped])
+
+
+def object_store_share() -> float:
+    """Share of the cluster's object store that is in use: objects that somebody still refers to, on all nodes.
+
+    Ray's nodes report it every second or so; one call of a few milliseconds. It sees the objects of other programs on
+    the cluster, and not what has been spilled to disk.
+    """
+    total = ray.cluster_resources().get("object_store_memory", 0.0)
+    return 1 - ray.available_resources().get("object_store_memory", 0.0) / total if total else math.nan
 
 
 def saved_policies(folder: Path) -> list[int]:

@@ -264,7 +264,7 @@ class ClippedRatio:
             return
         self._checked_step = context.step
         deviation, allowed = float(metrics["policy/ratio_deviation_max"]), RATIO_TOLERANCE[self._precision]
-        if not deviation <= allowed:
+        if deviation > allowed:  # not if it is NaN: the loss is NaN then, too, and the loop saves its batch
             raise PolicyInvariantError(
                 f"step {context.step}, on-policy: the probability ratio is off 1 by {deviation:.2e}, "
                 f"more than {allowed:.0e}; rollout and learner do not run the same policy"
@@ -359,7 +359,7 @@ def _check_kl(metrics: Metrics, micro: PolicyMicro, context: StepContext, precis
     """Raise PolicyInvariantError unless the KL is 0 before the first update, where the policy is the initial one."""
     if context.step == 0 and micro.update == 0 and "policy/kl" in metrics:
         kl, allowed = float(metrics["policy/kl"]), KL_TOLERANCE[precision]
-        if not kl <= allowed:
+        if kl > allowed:  # NaN: as in `ClippedRatio._check`
             raise PolicyInvariantError(
                 f"step 0: the KL of the initial policy to itself is {kl:.2e}, more than {allowed:.0e}"
             )

@@ -78,6 +78,10 @@ class MixtureSource:
     def load(self, folder: Path) -> None:
         """``load_state_dict`` has read everything."""
 
+    def keep(self, folder: Path, step: int) -> str:
+        """Write nothing: the records of a step follow from its number, so going on with --resume gets there again."""
+        return ""
+
     def close(self) -> None:
         if self._readers:
             self._readers.shutdown(wait=False, cancel_futures=True)

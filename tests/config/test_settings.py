@@ -43,7 +43,7 @@ KEYS = {
     "rewards.aesthetic": "path",
     "experience": "max_staleness overlap deadline_s silence_s journal",
     "cluster": "address num_cpus start_deadline_s",
-    "tracking": "uri experiment grid_every",
+    "tracking": "uri experiment grid_every alarms",
     "evaluation": "prompts samples_per_prompt num_steps seed every",
 }
 
@@ -225,6 +225,11 @@ def test_recipe_that_is_no_text_or_missing(tmp_path: Path) -> None:
         (["train.steps=5"], ["train.warmup_steps: got 20 with train.steps 5", "0 to 5"]),
         (["train.min_learning_rate=1"], ["train.min_learning_rate", "at most"]),
         (["data.edit_per_cycle=0", "data.t2i_per_cycle=0"], ["data.t2i_per_cycle", "at least one"]),
+        (
+            ["tracking.alarms={clip_shar: 1}"],
+            ["tracking.alarms: unknown alarm 'clip_shar'", "zero_spread", "'clip_share'"],
+        ),
+        (["tracking.alarms={kl: -1}"], ["tracking.alarms: got -1", "a number >= 0 or null"]),
         (["algorithm.updates_per_batch=0"], ["algorithm.updates_per_batch: got 0", ">= 1"]),
         (["algorithm.importance_cap=0.5"], ["algorithm.importance_cap: got 0.5", ">= 1"]),
         (["algorithm.off_policy_min_sigma=1"], ["algorithm.off_policy_min_sigma: got 1", ">= 0 and < 1"]),

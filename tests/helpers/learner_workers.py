@@ -22,6 +22,8 @@ def run_workers(folder: Path, runs: Sequence[dict[str, Any]], *, world: int = 1,
 
     A run is {"overrides": [...]} plus optional keys: "recipe", "stage" (default: the toy model), "noise" and "pieces"
     (both toy; pieces: batches arrive in pieces, with losses held back).
+    "fails": (step, "loss" or "gradient") lets it end there with NonFiniteError (toy), whose text goes to NAME.error.
+    "replays": (step, folder) trains on that step alone (toy), from the state in the folder.
     "die_after": n ends the worker abruptly in the step after n steps. "die_writing": n kills it (SIGKILL) when half of
     the n-th checkpoint shard is on disk; "slow_writing": s writes each shard s seconds after the step has ended;
     "fail_writing": r lets rank r fail to write any. "measure": a file name; instead of the usual training, rank 0
@@ -79,8 +81,8 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
 
     from actors.learner.checkpoints.checkpoint_store import CheckpointStore
     from actors.learner.loop import train
-    from actors.learner.protocols import Parts, WorkerContext
-    from tests.helpers.toy import ToyHeld, ToyModel, ToyObjective, ToyPieces, ToySource
+    from actors.learner.protocols import NonFiniteError, Parts, Replayed, WorkerContext
+    from tests.helpers.toy import ToyFailing, ToyHeld, ToyModel, ToyObjective, ToyPieces, ToySource
 
     class Log:
         def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -92,10 +94,20 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
     context = WorkerContext("rl", settings, model, rank, world, torch.device("cpu"), tracker, print)
     pieces = run.get("pieces", False)
     toy = (ToyHeld if pieces else ToyObjective)(run.get("noise", 0.0), settings.algorithm.updates_per_batch)
-    parts = Parts(ToyPieces() if pieces else ToySource(), toy, toy)
+    toy = ToyFailing(*run["fails"]) if "fails" in run else toy
+    step, state = run.get("replays", (0, None))
+    replayed = Replayed(range(step, step + 1), Path(state)) if state else None
+    parts = Parts(ToyPieces() if pieces else ToySource(), toy, toy, replayed)
     build = functools.partial(_build, lambda _: parts, run.get("die_after", 0))
     _disturb_writing(run, rank)
-    train(context, build, CheckpointStore(settings, "rl"), settings.run.resume)
+    try:
+        train(context, build, CheckpointStore(settings, "rl"), settings.run.resume)
+    except NonFiniteError as error:
+        if "fails" not in run:
+            raise
+        (settings.run.dir / f"{settings.run.name}.error").write_text(str(error))
+    else:
+        assert "fails" not in run
 
 
 def _build(build: Callable[[Any], Any], die_after: int, context: Any) -> Any:

@@ -89,6 +89,10 @@ class ToySource:
 
     def load(self, folder: Path) -> None: ...
 
+    def keep(self, folder: Path, step: int) -> str:
+        (folder / "batch").write_text(str(step))
+        return "kept"
+
     def close(self) -> None: ...
 
 
@@ -139,6 +143,20 @@ class ToyObjective:
         x, y = micro
         error = ((model(x + self.noise * torch.randn_like(x)) - y) ** 2).mean()
         return error / self.size, {"loss/toy": error.detach(), "images_sum": len(x), "row_max": x.max()}
+
+
+class ToyFailing(ToyObjective):
+    """In step `at`, rank 1 (or the only one) has a loss that is not finite, or one whose gradient alone is not."""
+
+    def __init__(self, at: int, what: str) -> None:
+        super().__init__()
+        self.at, self.what = at, what
+
+    def loss(self, model: Any, micro: tuple[Tensor, Tensor], context: Any) -> tuple[Tensor, dict[str, Any]]:
+        loss, metrics = super().loss(model, micro, context)
+        if context.step == self.at and context.rank == context.world - 1:
+            loss = loss * torch.nan if self.what == "loss" else loss + (0 * loss).sqrt()  # 0, with slope 0 / 0
+        return loss, metrics
 
 
 class ToyHeld(ToyObjective):

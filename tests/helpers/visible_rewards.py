@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rewards import RewardRequest
@@ -12,6 +13,14 @@ class Brightness:
 
     def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
         return [float(request.image.mean()) / 255 for request in requests]
+
+
+class Exploding(Brightness):
+    """Brightness, but infinite for prompts that ask for it."""
+
+    def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
+        pairs = zip(requests, super().score(requests), strict=True)
+        return [math.inf if "exploding" in request.prompt else value for request, value in pairs]
 
 
 class Redness:

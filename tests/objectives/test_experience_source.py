@@ -136,6 +136,7 @@ def test_the_journal_keeps_what_a_resume_draws(
     settings = load_settings(None, ["experience.journal=1", f"run.dir={tmp_path}", "run.name=a"])
     newest: list[Any] = [None]
     monkeypatch.setattr(CheckpointStore, "newest", lambda _: newest[-1])
+    monkeypatch.setattr(ExperienceSource, "_fetched", lambda _, groups: tuple(groups))
     folder = groups_folder(settings.run.folder)
     folder.mkdir(parents=True)
     for step in range(5):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,25 @@ def total(name: str, *more: str) -> Tensor:
         (micro.share * term.loss(dit, reference, micro, CONTEXT).total).backward()
     assert dit.weight.grad is not None and reference.weight.grad is None
     return dit.weight.grad
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+@pytest.mark.parametrize("spoilt", ["advantages", "latents"])
+def test_what_is_nan_in_a_batch_reaches_the_loss(name: str, spoilt: str) -> None:
+    """The loop then names it and saves the batch; the checks of the first update do not come before that."""
+    settings, group, samples = make(name)
+    if spoilt == "advantages":
+        group = replace(group, advantages=np.array([1.0, np.nan, 0.5, -0.5], dtype=np.float32))
+    elif name == "clipped_ratio":
+        samples.trajectory.log_probs[:, 1] = torch.nan
+    else:
+        samples.trajectory.final[1] = torch.nan
+    term, losses = POLICY_LOSSES[name](settings), list[float]()
+    for step in (0, 3):
+        for micro in term.micros(replace(group, version=step), samples, step, 1.0, 0):
+            context = replace(CONTEXT, step=step)
+            losses.append(float(term.loss(Dit(0.5), Dit(0.5), micro, context).total.detach()))
+    assert np.isnan(losses).any()
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)

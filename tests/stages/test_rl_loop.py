@@ -24,8 +24,8 @@ from tests.helpers.rl_world import PROMPTS, make_records, make_settings, make_wo
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
-# Metrics that differ between equal runs: times, and how busy the actors were.
-TIMES = ("time/", "throughput/", "idle/", "pool/", "rollout/restarts")
+# Metrics that differ between equal runs: times, and how busy actors and object store were.
+TIMES = ("time/", "throughput/", "idle/", "pool/", "rollout/restarts", "object_store/", "alarm/object_store")
 
 
 def start(world: Path, *more: str) -> subprocess.Popen[str]:

@@ -217,6 +217,14 @@ def test_a_second_process_attaches_to_the_run_of_the_first(runs: Path) -> None:
 
 
 @pytest.mark.processes
+def test_a_tag_is_set_and_replaced(runs: Path) -> None:
+    with Tracker(settings_in(runs), "rl") as tracker:
+        tracker.tag("alarm.kl", "since step 3")
+        tracker.tag("alarm.kl", "from step 3 to 7")
+    assert mlflow_client(tracker).get_run(tracker.run_id).data.tags["alarm.kl"] == "from step 3 to 7"
+
+
+@pytest.mark.processes
 def test_status_tells_how_a_run_ended(runs: Path) -> None:
     statuses = []
     for error in (RuntimeError("broken"), KeyboardInterrupt()):

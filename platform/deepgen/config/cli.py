@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from deepgen.registry import REWARDS
 
 WIDTH = 100
 _FLAGS = ("help", "plan", "print-config", "resume")
-_WORDS = ("recipe", "status")  # options with a value
+_HALVES = ("rollout-only", "train-only")
+_WORDS = ("recipe", "status", *_HALVES)  # options with a value
 
 _PURPOSE = {
     "pretrain": "Alignment: trains think tokens and bridge by flow matching; VLM and DiT stay as they are.",
@@ -50,9 +51,12 @@ options:
                           have it, and start nothing; weights and data need not be there
 {more}  --help                  this text
 """
-_STATUS_OPTION = """\
+_RL_OPTIONS = """\
   --status RUN            print what the rl run RUN does, a run.name in run.dir or a run folder, and
                           start nothing; exit code 2 if there is no such run
+  --rollout-only STEPS    only draw and score so many steps with model.weights, and write them to
+                          RUN/replay
+  --train-only FOLDER     only train, on the steps in a folder: RUN/replay, or that of a failed step
 """
 
 
@@ -60,6 +64,7 @@ _STATUS_OPTION = """\
 class _Arguments:
     recipe: str
     status: str = ""
+    half: tuple[str, str] = ("", "")  # one of _HALVES, and its value
     overrides: list[str] = field(default_factory=list)
     print_config: bool = False
     plan: bool = False
@@ -71,11 +76,13 @@ def parse_command_line(
     argv: Sequence[str],
     plan: Callable[[Settings, Stage], str] | None = None,
     status: Callable[[Settings, str], str] | None = None,
+    halves: Mapping[str, Callable[[Settings, str], None]] | None = None,
 ) -> Settings:
     """Settings of one stage program, from its arguments without the program's name.
 
     `plan` makes the text of --plan, `status` that of --status RUN. --help, --plan, --print-config and --status print
-    their text and exit with SystemExit(0).
+    their text and exit with SystemExit(0). `halves` (`stages.rl_replay`): programs by option, which are run in the
+    place of the stage with the option's value; they check their inputs themselves, and then the program exits, too.
 
     Raises UserError, before anything starts, for an unknown key, a bad value, a missing or broken recipe, two settings
     that do not work together, or a missing input file.
@@ -99,6 +106,12 @@ def parse_command_line(
             raise UserError(f"--status: {stage} has none; allowed: rl.py in stages/")
         print(status(settings, arguments.status))
         sys.exit(0)
+    option, value = arguments.half
+    if option:
+        if halves is None:
+            raise UserError(f"--{option}: {stage} has none; allowed: rl.py in stages/")
+        halves[option](settings, value)
+        sys.exit(0)
     check_inputs(settings, stage)
     return settings
 
@@ -121,7 +134,11 @@ def _read_arguments(stage: Stage, argv: Sequence[str]) -> _Arguments:
             value = text if equals else next(rest, None)
             if value is None or (not equals and value.startswith("--")):
                 raise UserError(f"--{name}: got no value; allowed: --{name} VALUE")
-            if name in _WORDS:
+            if name in _HALVES:
+                if arguments.half[0] not in ("", name):
+                    raise UserError(f"--{name}: got --{arguments.half[0]} beside it; allowed: one of the two")
+                arguments.half = (name, value)
+            elif name in _WORDS:
                 setattr(arguments, name, value)
             else:
                 arguments.overrides.append(f"{name}={value}")
@@ -167,7 +184,7 @@ def help_text(stage: Stage, recipe: str, overrides: Sequence[str] = ()) -> str:
         "",
     ]
     lines += ["examples:", *(f"  {command:<{width}}  {what}" for command, what in examples), ""]
-    lines += [_OPTIONS.format(recipe=f"tiny-{stage}", more=_STATUS_OPTION if stage == "rl" else "")]
+    lines += [_OPTIONS.format(recipe=f"tiny-{stage}", more=_RL_OPTIONS if stage == "rl" else "")]
     lines += [f"settings (default; in brackets what {recipe} sets):"]
     return "\n".join([*lines, *_help_of_keys(recipe, overrides)])
 

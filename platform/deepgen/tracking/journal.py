@@ -74,6 +74,15 @@ def read_entries(path: Path) -> Iterator[Entry]:
             yield Entry(record["step"], record["time"], record["metrics"], record.get("skipped", []))
 
 
+def read_steps(path: Path, last: int) -> list[tuple[int, dict[str, float]]]:
+    """(step, all its metrics) up to step `last`, in order; [] without a file. The later of two values counts."""
+    steps: dict[int, dict[str, float]] = {}
+    for entry in read_entries(path) if path.exists() else ():
+        if entry.step <= last:
+            steps.setdefault(entry.step, {}).update(entry.metrics)
+    return sorted(steps.items())
+
+
 def read_series(path: Path) -> dict[str, tuple[list[int], list[float]]]:
     """For each metric, its steps in ascending order and the values.
 

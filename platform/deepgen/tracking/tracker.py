@@ -114,6 +114,10 @@ class Tracker:
         path = self.folder / "images" / f"{name.replace('/', '_')}-{step:06d}.png"
         self._put(_ImageItem(self._mlflow, self.run_id, name, int(step), _milliseconds(time.time()), path, picture))
 
+    def tag(self, key: str, value: str) -> None:
+        """Set a tag of the MLflow run, or replace it."""
+        self._put(_TagItem(self._mlflow, self.run_id, _clean(key), value))
+
     def log_file(self, path: Path) -> None:
         """Attach a finished file (table, picture, plot) to the MLflow run."""
         self._put(_FileItem(self._mlflow, self.run_id, Path(path)))
@@ -252,7 +256,7 @@ class Tracker:
         for start in range(0, len(metrics), MAX_BATCH):
             self._put(_MetricsItem(self._mlflow, self.run_id, metrics[start : start + MAX_BATCH]))
 
-    def _put(self, item: _MetricsItem | _ImageItem | _FileItem) -> None:
+    def _put(self, item: _MetricsItem | _ImageItem | _FileItem | _TagItem) -> None:
         if self._sender is None:
             raise RuntimeError("Tracker is not open: call start() before logging, and nothing after close()")
         self._sender.put(item)
@@ -353,6 +357,20 @@ class _FileItem:
 
     def send(self) -> None:
         self.client().log_artifact(self.run_id, str(self.path))
+
+    def merge(self, other: Any) -> bool:
+        return False
+
+
+@dataclass
+class _TagItem:
+    client: _Client
+    run_id: str
+    key: str
+    value: str
+
+    def send(self) -> None:
+        self.client().set_tag(self.run_id, self.key, self.value)
 
     def merge(self, other: Any) -> bool:
         return False

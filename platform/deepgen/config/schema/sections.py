@@ -339,13 +339,38 @@ class ClusterSettings(Section):
     start_deadline_s: float = setting(300.0, "Longest wait until every actor of the run is ready.", unit="s", gt=0)
 
 
+# Limits of the alarms (`deepgen.tracking.alarms`). In 26 steps of tiny-rl the highest values are: 0.55 of the groups
+# without spread (ocr), KL 0.03, nothing missing or clipped.
+ALARMS = {
+    "zero_spread": 0.8,
+    "missing": 0.2,
+    "clip_share": 0.5,
+    "ratio": 0.2,
+    "kl": 1.0,
+    "diversity": 0.3,
+    "object_store": 0.7,
+}
+
+
 class TrackingSettings(Section):
-    about: ClassVar[str] = "MLflow"
+    about: ClassVar[str] = "MLflow, and alarms"
     uri: str = setting(
         "", "Tracking server or sqlite address; empty is MLFLOW_TRACKING_URI, else a sqlite file beside the runs."
     )
     experiment: str = setting("deepgen", "Name of the MLflow experiment.", min_length=1)
     grid_every: int = setting(10, "Steps between image grids of fixed prompts; 0 draws none.", unit="steps", ge=0)
+    alarms: dict[str, Weight | None] = setting(
+        {},
+        "Limits of alarms in rl that replace the defaults "
+        f"{{{', '.join(f'{name}: {limit:g}' for name, limit in ALARMS.items())}}}; null turns one off.",
+        allowed=f"a number >= 0 or null for {', '.join(ALARMS)}, as in {{clip_share: 0.9, kl: null}}",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in self.alarms:
+            _require_known("tracking.alarms", "alarm", name, tuple(ALARMS))
+        return self
 
 
 class EvaluationSettings(Section):

@@ -1,0 +1,41 @@
+"""Saves the batch of a step that failed, so that it can be looked at alone (``--train-only``)."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from actors.learner.collectives import gather
+from actors.learner.protocols import BatchSource, ShardedModel, StepContext
+
+REPLAY, STATE = "replay", "state"  # folder of a run for steps to replay; the engine's state in the folder of a step
+
+
+def keep_failed(source: BatchSource, engine: ShardedModel | None, run_folder: Path, context: StepContext) -> str:
+    """Write batch and state of a step into ``<run_folder>/replay/failed-step-000007``. Collective.
+
+    ``engine``: holds the state that the step began with; None if that is lost, or not needed. Returns the rest of a
+    sentence for the error, the same on all ranks. What cannot be written is part of it: the error matters more.
+    """
+    from safetensors import SafetensorError
+
+    from actors.learner.checkpoints.checkpoint_shards import ENGINE, write_shard  # late: no torch in the driver
+
+    folder = run_folder / REPLAY / f"failed-step-{context.step:06d}"
+    try:
+        if context.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # the same step, before a restart
+        gather(None, context.world)
+        (folder / STATE if engine else folder).mkdir(parents=True, exist_ok=True)
+        note = source.keep(folder, context.step)
+        if note and engine:
+            write_shard(folder / STATE, ENGINE, engine.rank, engine.pieces())
+    except (OSError, SafetensorError) as error:
+        note = f"its batch cannot be saved: {' '.join(str(error).split())[:200]}"
+    notes = dict.fromkeys(said for said in gather(note, context.world) if said)
+    if not notes and context.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # other steps are in it
+            folder.parent.rmdir()
+    return "".join(f"; {said}" for said in notes)

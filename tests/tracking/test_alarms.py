@@ -1,0 +1,110 @@
+"""Alarms: when they begin and end, and that healthy runs raise none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pytest
+
+from deepgen.config.schema.sections import ALARMS
+from deepgen.tracking.alarms import BASE_STEPS, PATIENCE, RULES, Alarms
+from deepgen.tracking.journal import read_steps
+
+HEALTHY = {
+    "advantage/zero_spread/ocr": 0.55,
+    "advantage/zero_spread/clip": 0.0,
+    "reward_missing_share/judge": 0.01,
+    "policy/clip_share": 0.2,
+    "policy/ratio_deviation_max": 5e-4,
+    "policy/kl": 0.03,
+    "rollout/diversity": 0.4,
+    "object_store/used_share": 0.3,
+}
+SICK = {
+    "zero_spread": {"advantage/zero_spread/ocr": 0.9},
+    "missing": {"reward_missing_share/judge": 0.5},
+    "clip_share": {"policy/clip_share": 0.8},
+    "ratio": {"policy/ratio_deviation_max": 0.5},
+    "kl": {"policy/kl": 3.0},
+    "diversity": {"rollout/diversity": 0.1},
+    "object_store": {"object_store/used_share": 0.9},
+}
+
+
+def feed(alarms: Alarms, steps: Iterable[Mapping[str, float]], first: int = 1) -> list[str]:
+    """The console lines of some steps."""
+    return [news.line for step, metrics in enumerate(steps, first) for news in alarms.step(step, metrics)[1]]
+
+
+def test_every_rule_has_a_limit() -> None:
+    assert RULES.keys() == ALARMS.keys() == SICK.keys()
+
+
+def test_a_healthy_run_has_none() -> None:
+    alarms = Alarms({})
+    assert feed(alarms, [HEALTHY] * 30) == []
+    assert alarms.step(31, HEALTHY)[0] == dict.fromkeys((f"alarm/{name}" for name in RULES), 0.0)
+
+
+@pytest.mark.parametrize("name", SICK)
+def test_an_alarm_is_said_once_when_it_begins_and_once_when_it_ends(name: str) -> None:
+    alarms, sick = Alarms({}), HEALTHY | SICK[name]
+    assert feed(alarms, [HEALTHY] * 10) == []
+    assert feed(alarms, [sick] * (PATIENCE - 1), 11) == []
+    shown, (begun,) = alarms.step(13, sick)
+    assert (shown[f"alarm/{name}"], sum(shown.values())) == (1, 1)
+    assert begun.name == name and begun.line.startswith(f"ALARM {name} since step 11: ")
+    assert begun.line.endswith(f"{ALARMS[name]:g} is expected") and begun.tag == "since step 11"
+    assert feed(alarms, [sick] * 5, 14) == []
+    assert feed(alarms, [HEALTHY] * (PATIENCE - 1), 19) == []
+    shown, (ended,) = alarms.step(21, HEALTHY)
+    assert sum(shown.values()) == 0
+    assert ended.line.startswith(f"alarm {name} is over, it lasted from step 11 to 18: ")
+    assert ended.tag == "from step 11 to 18"
+
+
+def test_single_odd_steps_are_none() -> None:
+    odd = HEALTHY | SICK["kl"]
+    assert feed(Alarms({}), [HEALTHY, odd, odd, HEALTHY] * 5) == []
+
+
+def test_the_worst_reward_counts() -> None:
+    steps = [{"advantage/zero_spread/ocr": 0.1, "advantage/zero_spread/judge": 0.9}] * PATIENCE
+    assert len(feed(Alarms({}), steps)) == 1
+
+
+def test_what_a_step_does_not_have_changes_nothing() -> None:
+    alarms, sick = Alarms({}), SICK["kl"]
+    assert alarms.step(1, {"policy/kl": math.nan}) == ({}, [])
+    assert feed(alarms, [sick, {}, sick, {}], 2) == []
+    assert [news.tag for news in alarms.step(6, sick)[1]] == ["since step 2"]
+    assert alarms.step(7, {})[0] == {}
+
+
+def test_diversity_is_compared_with_the_first_steps() -> None:
+    for start in (0.01, 10.0):
+        steps = [{"rollout/diversity": start}] * BASE_STEPS
+        assert feed(Alarms({}), [*steps, *[{"rollout/diversity": start * 0.4}] * 9]) == []
+        assert len(feed(Alarms({}), [*steps, *[{"rollout/diversity": start * 0.2}] * 9])) == 1
+    assert feed(Alarms({}), [{"rollout/diversity": 0.0}] * 9) == []  # nothing to compare with
+
+
+def test_limits_can_be_replaced_and_turned_off() -> None:
+    steps = [HEALTHY | SICK["kl"] | SICK["missing"]] * PATIENCE
+    assert len(feed(Alarms({}), steps)) == 2
+    assert [line.split()[1] for line in feed(Alarms({"kl": 5.0}), steps)] == ["missing"]
+    off = Alarms({"kl": None, "missing": None})
+    assert feed(off, steps) == [] and "alarm/kl" not in off.step(9, steps[0])[0]
+
+
+def test_a_resumed_run_knows_its_first_steps_and_what_is_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_steps(path, 9) == []
+    values = [0.4, 0.4, 0.4, 0.1, 0.1, 0.1, 0.1, 0.4]
+    lines = [f'{{"step": {n}, "time": 0, "metrics": {{"rollout/diversity": {v}}}}}' for n, v in enumerate(values, 1)]
+    path.write_text("\n".join(lines))
+    alarms = Alarms({})
+    alarms.resume(read_steps(path, 7))  # the eighth step is done again
+    assert feed(alarms, [{"rollout/diversity": 0.4}] * PATIENCE, 8)[0].startswith("alarm diversity is over")
