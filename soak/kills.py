@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,20 +181,21 @@ class Runner:
                 raise TimeoutError(f"nothing has moved for {MOVE_DEADLINE_S:.0f} s after step {steps}")
 
 
-def run_trial(cluster: TwoNodes, runner: Runner, number: int, kills: int, roles: Sequence[str]) -> Trial:
-    """Let a run go to its end and disturb it up to `kills` times. The number is the seed."""
+def run_trial(cluster: TwoNodes, runner: Runner, number: int, roles: Iterable[str]) -> Trial:
+    """Let a run go to its end and kill these roles in turn, as long as it goes on. The number is the moments' seed."""
     trial, chance = Trial(number), random.Random(number)
     try:
         runner.wait(lambda: runner.steps() > 0)
-        while not runner.ended() and len(trial.kills) < kills:
+        for role in roles:
             if chance.random() < 0.25 and trial.kills:  # while it recovers from the one before
                 time.sleep(chance.uniform(0.0, 4.0))
             else:
                 done = runner.steps()
                 runner.wait(lambda done=done: runner.steps() > done)  # type: ignore[misc]
                 time.sleep(chance.uniform(0.0, 2.5))
-            if not runner.ended():
-                _kill(cluster, runner, chance, roles, trial)
+            if runner.ended():
+                break
+            _kill(cluster, runner, chance, role, trial)
         runner.wait(runner.ended)
     except TimeoutError as error:
         trial.problem = str(error)
@@ -209,17 +210,15 @@ def run_trial(cluster: TwoNodes, runner: Runner, number: int, kills: int, roles:
     return trial
 
 
-def _kill(cluster: TwoNodes, runner: Runner, chance: random.Random, roles: Sequence[str], trial: Trial) -> None:
-    role = chance.choice(roles)
+def _kill(cluster: TwoNodes, runner: Runner, chance: random.Random, role: str, trial: Trial) -> None:
+    if role not in (NODE, DRIVER):
+        runner.wait(lambda: bool(cluster.processes(role)))  # it may be starting again
     kill = Kill(role, unix_now())
     if role == NODE:
         cluster.kill_second()
     elif role == DRIVER:
         runner.restart()
-    else:
-        running = cluster.processes(role)
-        if not running:
-            return
+    elif running := cluster.processes(role):
         with suppress(psutil.NoSuchProcess):
             chance.choice(running).kill()
     trial.kills.append(kill)
@@ -252,6 +251,15 @@ def two_nodes() -> Iterator[TwoNodes]:
         cluster.close()
 
 
+def undisturbed(cluster: TwoNodes, settings: Sequence[str], folder: Path) -> Any:
+    """The `result` of a run that nobody disturbs."""
+    runner = Runner(cluster, settings, folder)
+    runner.wait(runner.ended)
+    if runner.process.returncode:
+        raise RuntimeError(f"the undisturbed run failed:\n{runner.tail()}")
+    return result(folder)
+
+
 def run_kills(folder: Path, count: int, per_run: int, *, roles: Sequence[str] = ROLES) -> list[Trial]:
     """Trials until `count` processes have been killed: on-policy and one version behind, with and without the judge."""
     trials: list[Trial] = []
@@ -263,14 +271,12 @@ def run_kills(folder: Path, count: int, per_run: int, *, roles: Sequence[str] = 
             possible = [role for role in roles if judge or role != JUDGE]
             if (staleness, judge) not in expected:
                 calm = folder / f"calm-{staleness}-{judge}"
-                runner = Runner(cluster, overrides(folder, calm.name, staleness, judge=judge), calm)
-                runner.wait(runner.ended)
-                if runner.process.returncode:
-                    raise RuntimeError(f"the undisturbed run failed:\n{runner.tail()}")
-                expected[staleness, judge] = result(calm)
+                expected[staleness, judge] = undisturbed(
+                    cluster, overrides(folder, calm.name, staleness, judge=judge), calm
+                )
             run = folder / f"trial-{number}"
             runner = Runner(cluster, overrides(folder, run.name, staleness, judge=judge), run)
-            trial = run_trial(cluster, runner, number, per_run, possible)
+            trial = run_trial(cluster, runner, number, random.Random(f"roles {number}").choices(possible, k=per_run))
             trial.same = not trial.problem and result(run) == expected[staleness, judge]
             trials.append(trial)
             outcome = trial.problem or ("same bits" if trial.same else "OTHER BITS")
