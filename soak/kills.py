@@ -66,6 +66,7 @@ def overrides(folder: Path, name: str, max_staleness: int, *, judge: bool) -> li
     """Ten short steps on the tiny world. One reward is cheap; with `judge`, vLLM scores too, one image at a time."""
     weights = "{brightness: 0.5, judge: 0.5}" if judge else "{brightness: 1.0}"
     return [
+        "--recipe=tiny-rl",
         f"run.dir={folder}",
         f"run.name={name}",
         f"train.steps={STEPS}",
@@ -141,7 +142,7 @@ class Runner:
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, str(PROGRAM), "--recipe", "tiny-rl", *self._settings, "--resume"]
+        command = [sys.executable, str(PROGRAM), *self._settings, "--resume"]
         with self._log.open("ab") as log:
             return subprocess.Popen(
                 [*command, f"cluster.address={self._cluster.address}"],
@@ -181,8 +182,11 @@ class Runner:
                 raise TimeoutError(f"nothing has moved for {MOVE_DEADLINE_S:.0f} s after step {steps}")
 
 
-def run_trial(cluster: TwoNodes, runner: Runner, number: int, roles: Iterable[str]) -> Trial:
-    """Let a run go to its end and kill these roles in turn, as long as it goes on. The number is the moments' seed."""
+def run_trial(cluster: TwoNodes, runner: Runner, number: int, roles: Iterable[str], within_s: float = 2.5) -> Trial:
+    """Let a run go to its end and kill these roles in turn, as long as it goes on.
+
+    number: seed of the moments. within_s: a kill comes at most so long after a step has ended.
+    """
     trial, chance = Trial(number), random.Random(number)
     try:
         runner.wait(lambda: runner.steps() > 0)
@@ -192,7 +196,7 @@ def run_trial(cluster: TwoNodes, runner: Runner, number: int, roles: Iterable[st
             else:
                 done = runner.steps()
                 runner.wait(lambda done=done: runner.steps() > done)  # type: ignore[misc]
-                time.sleep(chance.uniform(0.0, 2.5))
+                time.sleep(chance.uniform(0.0, within_s))
             if runner.ended():
                 break
             _kill(cluster, runner, chance, role, trial)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from soak.kills import DRIVER, NODE, Runner, overrides, result, run_trial, two_nodes, undisturbed
+from soak.kills import DRIVER, NODE, Runner, result, run_trial, two_nodes, undisturbed
+from tests.helpers.rl_world import make_world, overrides
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 PLANS = {
@@ -17,14 +18,32 @@ PLANS = {
 
 def test_runs_outlive_every_process(tmp_path: Path) -> None:
     """On-policy, group by group, and one version behind."""
+    world = make_world(tmp_path)
+    (world / "runs").mkdir()
     with two_nodes() as cluster:
         for staleness, roles in PLANS.items():
-            calm, killed = tmp_path / f"calm-{staleness}", tmp_path / f"killed-{staleness}"
-            expected = undisturbed(cluster, overrides(tmp_path, calm.name, staleness, judge=False), calm)
-            runner = Runner(cluster, overrides(tmp_path, killed.name, staleness, judge=False), killed)
-            trial = run_trial(cluster, runner, staleness, roles)
+            calm, killed = (world / "runs" / f"{name}-{staleness}" for name in ("calm", "killed"))
+            expected = undisturbed(cluster, settings(world, calm.name, staleness), calm)
+            runner = Runner(cluster, settings(world, killed.name, staleness), killed)
+            trial = run_trial(cluster, runner, staleness, roles, within_s=0.4)
             assert not trial.problem, f"{trial.problem}\n{runner.tail()}"
             assert [kill.role for kill in trial.kills] == roles
             weights, steps = result(killed)
             assert steps == expected[1]
             assert weights == expected[0]
+
+
+def settings(world: Path, name: str, staleness: int) -> list[str]:
+    """A run in the narrow world."""
+    return overrides(
+        world,
+        f"run.name={name}",
+        "train.steps=24",
+        "train.checkpoint_every=1",
+        "train.max_failures=-1",
+        "train.learning_rate=1e-3",
+        f"experience.max_staleness={staleness}",
+        "experience.overlap=on",
+        "evaluation.prompts=0",
+        "tracking.grid_every=0",
+    )

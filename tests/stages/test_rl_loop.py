@@ -123,6 +123,7 @@ def test_it_learns_what_is_rewarded(world: Path) -> None:
         assert name in steps[4]
 
 
+@pytest.mark.soak  # `tests/soak/test_kills.py` kills the driver of a run with the default loss
 def test_a_killed_run_goes_on_as_if_it_had_not_been(world: Path) -> None:
     """This run uses the other policy loss, and rollouts that add no noise between steps."""
     settings = (
