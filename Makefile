@@ -55,7 +55,7 @@ test: setup  ## all tests; one of them: make test ARGS="-n 0 tests/test_setup.py
 test-fast: setup  ## nine in ten of the tests, in less than a minute: those without Ray, vLLM and other processes
 	$(RUN) -m pytest $(PYTEST) -m "not (ray or vllm or processes or slow or gpu)" $(ARGS)
 
-soak: setup  ## long trials with tables (docs/soak.md): half an hour
+soak: setup  ## long trials with tables (docs/soak.md): about three hours
 	$(RUN) -m soak $(ARGS)
 	$(RUN) -m pytest -n 0 -m soak
 
