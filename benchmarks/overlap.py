@@ -37,7 +37,7 @@ from rewards import RewardRequest, setting
 if TYPE_CHECKING:
     from benchmarks.timing import Result
 
-PHASE_S = 0.1
+PHASE_S = 0.2
 GROUPS, IMAGES, SIDE = 32, 4, 32
 WARM_UP = 2
 DEADLINE_S = 120.0
