@@ -91,6 +91,7 @@ def test_sft_under_ray_train_interrupted_and_resumed(world: Path, tmp_path: Path
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.soak  # `tests/soak/test_kills.py` kills both in rl
 def test_a_killed_worker_and_a_killed_controller_are_started_again(world: Path, tmp_path: Path) -> None:
     """After SIGKILL of Ray Train's controller, then of one of two workers: both times all workers restart from the last
     checkpoint, and the result is the same.
