@@ -76,10 +76,17 @@ def _marks(item: pytest.Item) -> set[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run files with slow tests first, then those that share a cluster. A worker that ends early takes a quick file."""
+    """Run files with slow tests first, then those that share a cluster. A worker that ends early takes a quick file.
+
+    The slowest are those that may take longest.
+    """
     slow = Counter(item.path for item in items if "slow" in _marks(item))
+    longest = Counter[Path]()
+    for item in items:
+        if mark := item.get_closest_marker("timeout"):
+            longest[item.path] = max(longest[item.path], mark.args[0])
     clusters = {item.path for item in items if "ray" in _marks(item)}
-    items.sort(key=lambda item: (-slow[item.path], item.path not in clusters))
+    items.sort(key=lambda item: (-longest[item.path], -slow[item.path], item.path not in clusters))
 
 
 def pytest_sessionfinish() -> None:
