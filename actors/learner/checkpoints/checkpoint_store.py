@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 RESULT, AVERAGED = "model", "model-ema"  # folders of a finished run: the weights, and their averages if it keeps any
-FORMAT = 3
+FORMAT = 4
 _PACKAGES = ("torch", "deepspeed", "ray", "transformers", "diffusers", "peft")
 _NAME = re.compile(r"step-(\d{6,})")
 SPARE_BYTES = 16 << 20  # bytes kept free beside a checkpoint, for journal and images

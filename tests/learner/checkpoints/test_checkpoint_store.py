@@ -74,7 +74,7 @@ def test_what_is_called_otherwise_is_left_alone(save: Callable[..., CheckpointSt
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", b"\xff\xfe\x00", "null", '{"format": 3}', "UNKNOWN", "FILES", "STEP", "SETTINGS"],
+    ["", "{", "[]", b"\xff\xfe\x00", "null", '{"format": 4}', "UNKNOWN", "FILES", "STEP", "SETTINGS"],
 )
 def test_a_damaged_manifest_is_passed_over(save: Callable[..., CheckpointStore], content: str | bytes) -> None:
     store = save(1, 2)
@@ -89,8 +89,8 @@ def test_a_damaged_manifest_is_passed_over(save: Callable[..., CheckpointStore],
 
 def test_another_format_is_named(save: Callable[..., CheckpointStore]) -> None:
     store = save(1)
-    (store.folder / "step-000001" / MANIFEST).write_text('{"format": 2}')
-    with pytest.raises(UserError, match=r"manifest\.json: checkpoint format 2; allowed: 3"):
+    (store.folder / "step-000001" / MANIFEST).write_text('{"format": 3}')
+    with pytest.raises(UserError, match=r"manifest\.json: checkpoint format 3; allowed: 4"):
         store.newest()
 
 
