@@ -111,8 +111,10 @@ def _local_options(settings: Settings, code_root: Path | None) -> dict[str, Any]
         # Ray's processes inherit the environment, so workers find the checkout whatever the working folder is.
         paths = [str(code_root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    # Here the actors share cores. A thread that spins while it waits for its siblings takes the core that they need.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if settings.experience.max_staleness or settings.overlap().pieces:
+        # The learner shares cores with actors that work at the same time. A thread that spins while it waits for its
+        # siblings takes the core that they need. (Where it has the cores for itself, spinning is faster.)
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options: dict[str, Any] = {"include_dashboard": False, "_temp_dir": _temp_dir()}
     if settings.cluster.num_cpus:
         options["num_cpus"] = settings.cluster.num_cpus
