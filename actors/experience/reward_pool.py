@@ -225,7 +225,7 @@ class RewardPool:
 
     def open_requests(self) -> int:
         """Requests without an answer, queued or being scored."""
-        return len(self._open)
+        return sum(call.waiting for call in self._open)
 
     def replica_actors(self) -> list[Any]:
         """Ray handles of the current replicas, for operations and tests."""

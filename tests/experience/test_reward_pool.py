@@ -105,6 +105,19 @@ def levels(scores: RewardScores) -> list[int | None]:
     return [None if value is None else round(value * 255) for value in scores.values]
 
 
+def test_open_requests_are_images(ray_local: ModuleType, tmp_path: Path) -> None:
+    """Of all calls together, until they have a score."""
+
+    async def scenario(pool: RewardPool) -> list[int]:
+        calls = [asyncio.create_task(score(pool, [request(level) for level in levels])) for levels in ((1, 2, 3), (4,))]
+        await asyncio.sleep(0)
+        begun = pool.open_requests()
+        await asyncio.gather(*calls)
+        return [begun, pool.open_requests()]
+
+    assert run(tmp_path, scenario) == [4, 0]
+
+
 def test_scores_in_order_in_batches_and_from_two_replicas(ray_local: ModuleType, tmp_path: Path) -> None:
     async def scenario(pool: RewardPool) -> list[RewardScores]:
         groups = [[request(10 * group + index) for index in range(5)] for group in range(5)]
