@@ -100,7 +100,6 @@ class EvaluationReply:
     reward_weights: as in `Group`, float32 [prompts, K].
     """
 
-    version: int  # policy version that drew the images
     keys: tuple[bytes, ...]
     reward_weights: np.ndarray
 

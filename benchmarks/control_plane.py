@@ -20,7 +20,8 @@ import itertools
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,12 +126,28 @@ class Observed:
         return Result(f"control, {self.actors} actors", text, 1, ours, tuple(GROUP_S for _ in steps))
 
 
-def run(weights: Path, repeats: int, threads: int) -> list[Result]:
-    """One result for each number of actors, with a window of `repeats` steps. Starts a local Ray for each."""
+@contextmanager
+def own_ray(num_cpus: int, object_store_bytes: int = 1 << 30) -> Iterator[None]:
+    """A local Ray for as long as the context lasts."""
     os.environ |= {
         "RAY_AUTH_TOKEN": secrets.token_hex(32),  # of these clusters only
         "RAY_worker_niceness": "0",  # not 15: anything else on this machine would starve them
     }
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=object_store_bytes,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run(weights: Path, repeats: int, threads: int) -> list[Result]:
+    """One result for each number of actors, with a window of `repeats` steps. Starts a local Ray for each."""
     return [measure(weights, actors, repeats) for actors in ACTORS]
 
 
@@ -151,11 +168,8 @@ def measure(weights: Path, actors: int, repeats: int) -> Result:
         *both,
         *sleeping,
     )
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=3 << 30)
-    try:
+    with own_ray(num_cpus=2, object_store_bytes=3 << 30):
         return _observe(settings, actors).result()
-    finally:
-        ray.shutdown()
 
 
 def _observe(settings: Settings, actors: int) -> Observed:

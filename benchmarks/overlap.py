@@ -10,11 +10,8 @@ The window leaves out the first two steps, which fill the pipeline.
 
 from __future__ import annotations
 
-import os
-import secrets
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +27,10 @@ from actors.learner.protocols import Arriving
 from actors.messages import Arrays, Group, PolicyWeights
 from actors.objectives.experience_source import ExperienceSource
 from actors.start import Rollouts, start_stream
-from deepgen.config import PoolSettings, Settings
+from benchmarks.control_plane import own_ray
+from deepgen.config import Settings
 from deepgen.config.settings import TASKS
-from rewards import RewardRequest, setting
+from rewards import RewardRequest
 
 if TYPE_CHECKING:
     from benchmarks.timing import Result
@@ -41,21 +39,6 @@ PHASE_S = 0.2
 GROUPS, IMAGES, SIDE = 32, 4, 32
 WARM_UP = 2
 DEADLINE_S = 120.0
-
-
-class SleepingReward:
-    """Scores by the first pixel, after the time of one group."""
-
-    class Options(PoolSettings):
-        group_s: float = setting(PHASE_S, "Seconds of a group.", unit="s", ge=0)
-
-    def __init__(self, options: Options) -> None:
-        self._group_s = options.group_s
-
-    def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
-        """One score a request."""
-        time.sleep(self._group_s * len(requests) / IMAGES)
-        return [float(request.image[0, 0, 0]) / 255 for request in requests]
 
 
 class SleepingActor:
@@ -81,15 +64,8 @@ class SleepingActor:
 
 def run(weights: Path, repeats: int, threads: int) -> list[Result]:
     """One result for `max_staleness` 0 and one for 1, with `repeats` steps each. Starts a local Ray."""
-    os.environ |= {
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # of this cluster only
-        "RAY_worker_niceness": "0",
-    }
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    try:
+    with own_ray(num_cpus=4):
         return [measure(weights, staleness, repeats) for staleness in (0, 1)]
-    finally:
-        ray.shutdown()
 
 
 def measure(weights: Path, max_staleness: int, repeats: int) -> Result:
@@ -105,7 +81,8 @@ def measure(weights: Path, max_staleness: int, repeats: int) -> Result:
         "algorithm.kl=none",
         f"experience.max_staleness={max_staleness}",
         f"experience.deadline_s={DEADLINE_S}",
-        "rewards.sleeping.class=benchmarks.overlap:SleepingReward",
+        "rewards.sleeping.class=benchmarks.control_plane:SleepingReward",
+        f"rewards.sleeping.batch_s={PHASE_S}",
         f"rewards.sleeping.batch_size={IMAGES}",
         *(f"rewards.weights.{task}={{sleeping: 1.0}}" for task in TASKS),
     )

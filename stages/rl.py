@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
 from actors.experience.prompt_order import check_state  # noqa: E402
-from actors.learner.checkpoints.checkpoint_store import CheckpointStore  # noqa: E402
+from actors.learner.checkpoints.checkpoint_store import CheckpointStore, Manifest  # noqa: E402
 from actors.learner.preflight import own_folder, prepare_run  # noqa: E402
 from actors.learner.run_control import run_lock  # noqa: E402
 from actors.messages import LearnerJob  # noqa: E402
@@ -51,15 +51,19 @@ from deepgen.evaluation.choose import heldout_records  # noqa: E402
 from deepgen.planning.plan import plan_text  # noqa: E402
 from stages.rl_replay import rollout_only, train_only  # noqa: E402
 from stages.rl_report import BeforeAfter, record_timeline, say  # noqa: E402
-from stages.rl_status import status_text  # noqa: E402
+from stages.rl_status import show_status  # noqa: E402
 
 MARGIN_S = 30.0  # lets an actor's own error, which says more, arrive first
 END_S = 3.0
 
 
 def main() -> int:
-    halves = {"rollout-only": partial(rollout_only, wire), "train-only": partial(train_only, ROOT)}
-    settings = parse_command_line("rl", sys.argv[1:], plan_text, status_text, halves)
+    instead: dict[str, Callable[[Settings, str], None]] = {
+        "status": show_status,
+        "rollout-only": partial(rollout_only, wire),
+        "train-only": partial(train_only, ROOT),
+    }
+    settings = parse_command_line("rl", sys.argv[1:], plan_text, instead)
     with run_lock(settings):
         settings = prepare_run(settings, "rl")
         wire(settings, run)
@@ -68,21 +72,22 @@ def main() -> int:
 
 
 def wire(settings: Settings, body: Callable[[Settings, Any, list[Record], bool], None]) -> None:
-    """Read the prompts, connect, start the actors, run the body, end them."""
+    """Check the prompts, connect, start the actors, run the body, end them."""
     checkpoint = CheckpointStore(settings, "rl").newest() if settings.run.resume else None
     with own_folder(settings):
-        prompts, heldout = read_prompts(settings), heldout_records(settings)
+        check_prompts(settings, checkpoint)
+        heldout = heldout_records(settings)
         if settings.algorithm.sft_coef:
             check_training_data(settings)
         gpus = connect(settings, rl_needs, code_root=ROOT)
-        if checkpoint:
-            check_state(settings, prompts, checkpoint.source)
-    from actors.start import start_rollouts, start_stream  # late: --help needs no Ray
+    from actors.experience.stream_client import StreamClient  # late: --help needs no Ray
+    from actors.start import start_rollouts, start_stream
 
     say(f"starting {settings.rollout.actors} rollout actors and the rewards {', '.join(settings.rewards.used())}")
     rollouts = start_rollouts(settings, gpus=gpus)
     stream = start_stream(settings, rollouts, resume=checkpoint is not None, gpus=gpus)
     try:
+        StreamClient(stream, settings.cluster.start_deadline_s + MARGIN_S).ask("start")
         body(settings, stream, heldout, gpus)
     finally:
         end(stream)
@@ -93,7 +98,6 @@ def run(settings: Settings, stream: Any, heldout: list[Record], gpus: bool) -> N
     from actors.experience.stream_client import StreamClient  # late: --help needs no Ray
     from actors.start import learner_parts, start_learner
 
-    StreamClient(stream, settings.cluster.start_deadline_s + MARGIN_S).ask("start")
     comparison = BeforeAfter(settings, stream, heldout)
     comparison.begin()  # continues while the learner starts
     StreamClient(stream, MARGIN_S).ask("begin")
@@ -108,6 +112,13 @@ def end(stream: Any) -> None:
 
     with suppress(ray.exceptions.RayError):
         ray.get(stream.stop.remote(), timeout=END_S)
+
+
+def check_prompts(settings: Settings, checkpoint: Manifest | None) -> None:
+    """Raise UserError for prompts that cannot be used, or that are not the checkpoint's. The stream reads its own."""
+    prompts = read_prompts(settings)
+    if checkpoint:
+        check_state(settings, prompts, checkpoint.source)
 
 
 def read_prompts(settings: Settings) -> list[Record]:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from actors.learner.checkpoints.checkpoint_store import REPLAY
 from actors.learner.preflight import own_folder, prepare_run
 from actors.learner.run_control import run_lock
 from actors.messages import LearnerJob
@@ -22,7 +23,6 @@ from deepgen.config.stage_rules import check_inputs
 from deepgen.data.loading.mixture import check_training_data
 from stages.rl_report import say
 
-REPLAY = "replay"  # as in `actors.learner.failed_step`, which needs torch
 MARGIN_S = 60.0  # lets an actor's own error, which says more, arrive first
 # (settings, body): start rollout actors, rewards and stream, and call body(settings, stream, ...); `stages.rl.wire`
 Wire = Callable[[Settings, Callable[..., None]], None]
@@ -109,7 +109,6 @@ def _write_steps(settings: Settings, quiet: Settings, stream: Any, *_: Any) -> N
 
     folder, world = settings.run.folder / REPLAY, settings.train.workers
     folder.mkdir(parents=True, exist_ok=True)
-    StreamClient(stream, settings.cluster.start_deadline_s + MARGIN_S).ask("start")
     client = StreamClient(stream, settings.experience.deadline_s + MARGIN_S)
     client.ask("begin")
     for step in range(quiet.train.steps):

@@ -19,6 +19,11 @@ _SHOWN = 16  # busy actors
 _OLD_S = 10.0  # a live run writes its status every two seconds
 
 
+def show_status(settings: Settings, run: str) -> None:
+    """Print the status of a run."""
+    print(status_text(settings, run))
+
+
 def status_text(settings: Settings, run: str) -> str:
     """The status of a run: a run.name in run.dir, or a run folder. Raises UserError if there is no such rl run."""
     folder = _folder(settings, run)

@@ -96,5 +96,4 @@ class RolloutActor:
         by_prompt = [make_requests(record, images) for record, images in drawn]
         requests = list(chain(*by_prompt))
         weights = np.stack([reward_weights(self._settings.rewards, first) for first, *_ in by_prompt])
-        version = policy.version if policy else 0
-        return EvaluationReply(version, tuple(map(request_key, requests)), weights), requests
+        return EvaluationReply(tuple(map(request_key, requests)), weights), requests

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -352,10 +351,6 @@ class ExperienceStream:
         )
 
     # -- state -------------------------------------------------------------------------------------------------------
-
-    async def pid(self) -> int:
-        """The number of this process, for operations and tests."""
-        return os.getpid()
 
     async def state(self, step: int) -> dict[str, Any]:
         """JSON-able state before `step`. A resumed stream samples everything else again."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -78,7 +78,7 @@ class StreamClient:
                     raise _late(request) from error
                 time.sleep(_PAUSE_S)
             again = self.request(request.method, *request.arguments, **request.named)
-            request = Request(again.method, again.arguments, again.named, again.reference, request.since)
+            request = replace(again, since=request.since)
 
     def _answer(self, request: Request, meanwhile: Callable[[], None] | None) -> Any:
         try:

@@ -6,10 +6,13 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from actors.learner.checkpoints.background import in_one_line
+from actors.learner.checkpoints.checkpoint_shards import ENGINE, write_shard
+from actors.learner.checkpoints.checkpoint_store import REPLAY, STATE
 from actors.learner.collectives import gather
 from actors.learner.protocols import BatchSource, ShardedModel, StepContext
-
-REPLAY, STATE = "replay", "state"  # folder of a run for steps to replay; the engine's state in the folder of a step
 
 
 def keep_failed(source: BatchSource, engine: ShardedModel | None, run_folder: Path, context: StepContext) -> str:
@@ -18,10 +21,6 @@ def keep_failed(source: BatchSource, engine: ShardedModel | None, run_folder: Pa
     ``engine``: holds the state that the step began with; None if that is lost, or not needed. Returns the rest of a
     sentence for the error, the same on all ranks. What cannot be written is part of it: the error matters more.
     """
-    from safetensors import SafetensorError
-
-    from actors.learner.checkpoints.checkpoint_shards import ENGINE, write_shard  # late: no torch in the driver
-
     folder = run_folder / REPLAY / f"failed-step-{context.step:06d}"
     try:
         if context.rank == 0:
@@ -32,7 +31,7 @@ def keep_failed(source: BatchSource, engine: ShardedModel | None, run_folder: Pa
         if note and engine:
             write_shard(folder / STATE, ENGINE, engine.rank, engine.pieces())
     except (OSError, SafetensorError) as error:
-        note = f"its batch cannot be saved: {' '.join(str(error).split())[:200]}"
+        note = f"its batch cannot be saved: {in_one_line(error)}"
     notes = dict.fromkeys(said for said in gather(note, context.world) if said)
     if not notes and context.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)

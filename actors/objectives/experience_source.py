@@ -75,6 +75,10 @@ class ExperienceSource:
         self._metrics: dict[str, float] = {}
         self._statistics: dict[str, list[float]] = {}  # rank 0: reward -> scores, missing, sum of scores; of the run
         self._canaries: dict[int, Canary] = {}  # of the versions in the checkpoint that the run resumed from
+        self._resumed = 0  # the step that the run goes on with
+        self._journals = context.rank == 0 and experience.journal > 0
+        # Step of the checkpoint that, once complete, makes groups in the journal useless; None: nothing to wait for.
+        self._journal_waits: int | None = 0 if self._journals else None
 
     def next(self, step: int, rank: int, world: int) -> RLBatch | Arriving:
         self._forget_groups()
@@ -173,7 +177,7 @@ class ExperienceSource:
         self._canaries = {int(version): Canary(*saved) for version, saved in state.pop("canaries").items()}
         if self._auxiliary and auxiliary:
             self._auxiliary.load_state_dict(auxiliary)
-        self._statistics = state.pop("rewards")
+        self._statistics, self._resumed = state.pop("rewards"), state["step"]
         if self._context.rank == 0:
             self._client.ask("restore", state)
 
@@ -182,6 +186,7 @@ class ExperienceSource:
 
         It waits for the version under way first, so that an error of the last one comes up with the last checkpoint.
         """
+        self._journal_waits = step if self._journals else None
         return partial(self._write, self._publisher.earlier(step), self._publisher.under_way)
 
     def _write(self, earlier: dict[int, PolicyWeights], under_way: Future[None] | None, folder: Path) -> None:
@@ -196,14 +201,13 @@ class ExperienceSource:
         """Publish these versions again, oldest first: the learner that published them may be gone."""
         if self._context.rank > 0:
             return
-        step = int(folder.name.rpartition("-")[2])
         trained = self._context.model.trainable_parameters(self._context.stage)
         for version in saved_policies(folder):
             reader = ShardReader(folder, f"{_POLICY}{version}", 0)
             # Under ZeRO-3 a parameter holds only this rank's part, and ds_shape the whole one's shape.
             shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in trained}
             weights = {name: reader.read(name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
-            self._publisher.publish(version, weights, self._canaries[version], step)
+            self._publisher.publish(version, weights, self._canaries[version], self._resumed)
 
     def keep(self, folder: Path, step: int) -> str:
         settings, rank = self._context.settings, self._context.rank
@@ -225,12 +229,15 @@ class ExperienceSource:
 
         Not when it is written: a death before it is complete goes on from the one before.
         """
-        settings = self._context.settings
-        if self._context.rank > 0 or not settings.experience.journal:
+        if self._journal_waits is None:
             return
+        settings = self._context.settings
         newest = CheckpointStore(settings, self._context.stage).newest()
+        if newest is None or newest.step < self._journal_waits:
+            return
+        self._journal_waits = None
         try:
-            forget_groups(settings.run.folder, newest.step if newest else 0)
+            forget_groups(settings.run.folder, newest.step)
         except OSError as error:
             self._context.say(f"cannot make room in the journal of {settings.run.folder}: {error}")
 

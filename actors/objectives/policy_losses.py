@@ -235,13 +235,13 @@ class ClippedRatio:
     ) -> tuple[PolicyLoss, dict[str, Tensor | float]]:
         """The policy loss, and metrics of what is done about off-policy samples. log_prob [B]."""
         truncated = {} if micro.truncated is None else {"policy/truncated_share": micro.truncated}
+        clip_range = self._algorithm.clip_range
         if not self._decoupled(micro, context):
-            clip_range = self._algorithm.clip_range
             loss = clipped_policy_loss(log_prob, micro.old_log_prob, micro.advantage, clip_range, micro.weight)
             return loss, {**truncated}
         proximal = log_prob.detach() if micro.proximal_log_prob is None else micro.proximal_log_prob
         weights, stats = truncated_importance(proximal, micro.old_log_prob, self._algorithm.importance_cap)
-        loss = clipped_policy_loss(log_prob, proximal, micro.advantage, self._algorithm.clip_range, weights)
+        loss = clipped_policy_loss(log_prob, proximal, micro.advantage, clip_range, weights)
         return loss, {f"policy/{name}": value for name, value in stats.items()} | truncated
 
     def _score(self, transformer: Any, micro: TransitionMicro) -> tuple[PolicyStep, Tensor]:

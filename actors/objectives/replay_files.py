@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from actors.learner.checkpoints.checkpoint_store import fingerprint
-from actors.learner.failed_step import STATE
+from actors.learner.checkpoints.checkpoint_store import STATE
 from actors.learner.protocols import Replayed
 from actors.messages import Arrays, Group
 from deepgen.config import Settings, UserError
 from deepgen.data.records import Record
+from deepgen.fingerprint import file_checksum, fingerprint
 
 FORMAT = 1
 RECIPE = "recipe.yaml"
@@ -87,7 +87,7 @@ def write_step(
         "settings": _that_matter(settings),
         "groups": [_describe(stored) for stored in groups],
         "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
-        "arrays": _checksum(unfinished),
+        "arrays": file_checksum(unfinished),
     }
     unfinished.rename(file)
     unfinished.write_text(json.dumps(content | {"checksum": _checksum_of(content)}, indent=1), encoding="utf-8")
@@ -160,7 +160,7 @@ def check_steps(folder: Path, settings: Settings) -> Replayed:
                 then = "the weights folder" if key == "model.weights" else then
                 raise UserError(f"{key}: got {given}; allowed: {then}, with which {file} was written")
         arrays = file.with_suffix(".safetensors")
-        if not arrays.is_file() or _checksum(arrays) != content["arrays"]:
+        if not arrays.is_file() or file_checksum(arrays) != content["arrays"]:
             raise UserError(f"{arrays}: is missing or has changed since it was written; allowed: the files as written")
     for step in recorded.steps:
         positions = sorted(group["position"] for _, content in _contents(folder, step) for group in content["groups"])
@@ -237,8 +237,3 @@ def _content(file: Path) -> dict[str, Any]:
 
 def _checksum_of(content: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, hashlib.blake2b).hexdigest()

@@ -70,9 +70,6 @@ class ReplaySource(ExperienceSource):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Do nothing: a step's number says everything."""
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write nothing."""
-
     def load(self, folder: Path) -> None:
         """Read nothing."""
 

@@ -1,4 +1,4 @@
-"""Tells weights on disk apart without reading all of them."""
+"""Tells files on disk apart: by samples of them, or by all of their bytes."""
 
 from __future__ import annotations
 
@@ -22,3 +22,9 @@ def fingerprint(path: Path) -> str:
                 stream.seek(start)
                 digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()
+
+
+def file_checksum(file: Path) -> str:
+    """Checksum of all bytes of a file, 128 hex digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, hashlib.blake2b).hexdigest()

@@ -12,7 +12,7 @@ from actors.learner.run_control import Holder, lock_holder, run_lock
 from deepgen.config import Settings, UserError, load_settings, parse_command_line
 from deepgen.tracking.journal import make_entry
 from deepgen.tracking.status import Call, Status, status_to_json, write_status
-from stages.rl_status import describe, status_text
+from stages.rl_status import describe, show_status, status_text
 from tests.helpers.statuses import STATUS
 
 HERE = Holder("process 4242 on host", lives=True)
@@ -111,13 +111,13 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     settings = settings_in(tmp_path)
     write(settings.run.folder, STATUS)
     with pytest.raises(SystemExit) as ended:
-        parse_command_line("rl", ["--status", "a", f"run.dir={settings.run.dir}"], status=status_text)
+        parse_command_line("rl", ["--status", "a", f"run.dir={settings.run.dir}"], instead={"status": show_status})
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith("a: dead: its process is gone")
     with pytest.raises(UserError, match=r"--status: sft has none; allowed: rl\.py in stages/"):
         parse_command_line("sft", ["--status", "a"])
     with pytest.raises(UserError, match=r"--status: got no value"):
-        parse_command_line("rl", ["--status"], status=status_text)
+        parse_command_line("rl", ["--status"], instead={"status": show_status})
     with pytest.raises(SystemExit):
         parse_command_line("rl", ["--help"])
     assert "  --status RUN " in capsys.readouterr().out

@@ -95,7 +95,7 @@ class Background:
             self._others_s = OTHERS_AT_THE_END_S
             failure = _outcome(begun.mine) or (_outcome(begun.whole) if begun.whole else None)
             if failure is not None:
-                say(f"cannot write {begun.what}: {_short(failure)}")
+                say(f"cannot write {begun.what}: {in_one_line(failure)}")
         self._thread.shutdown(wait=False)
 
     def _complete(self, place: Place, mine: Future[None], complete: Callable[[dict[str, int]], None]) -> None:
@@ -126,7 +126,7 @@ def fail_together(failure: BaseException | None, world: int, what: str) -> None:
 
     UserError if the disk is the cause. Otherwise a rank raises its own failure, and those without one RuntimeError.
     """
-    mine = None if failure is None else (isinstance(failure, _DISK), _short(failure))
+    mine = None if failure is None else (isinstance(failure, _DISK), in_one_line(failure))
     failed = {rank: other for rank, other in enumerate(gather(mine, world)) if other}
     if not failed:
         return
@@ -170,5 +170,6 @@ def _outcome(future: Future[None]) -> BaseException | None:
         return TimeoutError(f"the thread that writes it has not ended after {WRITE_S:.0f} s")
 
 
-def _short(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
+    """What an error says, short enough for a console line."""
     return " ".join(str(error).split())[:200] or type(error).__name__

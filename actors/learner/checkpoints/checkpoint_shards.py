@@ -9,7 +9,6 @@ care which rank wrote an element, and no process ever holds the whole model to f
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deepgen.errors import UserError
+from deepgen.fingerprint import file_checksum
 
 CHECKSUM = ".blake2b"
 Pieces = Iterable[tuple[str, int, Tensor]]  # (key, first element, values [n])
@@ -39,7 +39,7 @@ def write_shard(folder: Path, name: str, rank: int, pieces: Pieces) -> list[Path
     file = folder / f"{name}-{rank}.safetensors"
     save_file(tensors, file)
     checksum = file.with_suffix(CHECKSUM)
-    checksum.write_text(_checksum(file))
+    checksum.write_text(file_checksum(file))
     flush(file)
     flush(checksum)
     return [file, checksum]
@@ -103,14 +103,9 @@ class ShardReader:
 
 def is_as_written(file: Path) -> bool:
     try:
-        return file.with_suffix(CHECKSUM).read_text() == _checksum(file)
+        return file.with_suffix(CHECKSUM).read_text() == file_checksum(file)
     except OSError:
         return False
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, hashlib.blake2b).hexdigest()
 
 
 def _copy(piece: _Piece, start: int, result: Tensor) -> int:

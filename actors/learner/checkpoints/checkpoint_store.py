@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 RESULT, AVERAGED = "model", "model-ema"  # folders of a finished run: the weights, and their averages if it keeps any
+REPLAY, STATE = "replay", "state"  # folder of a run for steps to replay; the state that such a step began with
 FORMAT = 4
 _PACKAGES = ("torch", "deepspeed", "ray", "transformers", "diffusers", "peft")
 _NAME = re.compile(r"step-(\d{6,})")
@@ -214,8 +215,8 @@ class CheckpointStore:
             files=sizes,
         )
         (unfinished / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
-        for file in [*here, unfinished / MANIFEST, *{file.parent for file in here}, unfinished]:
-            flush(file)
+        for entry in [unfinished / MANIFEST, *{file.parent for file in here}, unfinished]:
+            flush(entry)  # the files were flushed by those who wrote them
         final = self.path(step)
         if final.exists():
             shutil.rmtree(final)  # a damaged checkpoint, or the same step written before a restart

@@ -18,6 +18,8 @@ LOSSES_OF_FINISHED_SAMPLES = ("diffusion_nft",)  # train no sampler steps and ac
 KL_OF_VELOCITIES = ("velocity", "none")  # need no variance of a sampler step
 GROUPWISE_ADVANTAGES = ("gdpo", "grpo")  # centred in their groups; the rest of the batch gives one factor at most
 LINEAR_LOSSES = ("clipped_ratio",)  # a multiple of the advantages multiplies the loss, whatever is clipped
+RANDOM_WINDOWS = ("all", "window")  # trained steps differ from one training step to the next
+_TRAIN_STEPS = 1000  # as in `deepgen.diffusion.schedule`
 
 
 class Overlap(NamedTuple):
@@ -67,14 +69,10 @@ def choose_overlap(
     elif factor and zero_stage == 3:
         why = "train.zero_stage 3 cannot hold back the gradients that algorithm.whiten scales"
     elif factor and kl and wanted == "auto":
-        why = "with a KL term it costs a second backward pass (experience.overlap=on does it)"
+        why = "groups one by one would cost a second backward pass beside the KL (experience.overlap=on does it)"
     if why:
         return Overlap(False, False, f"the learner waits for whole batches: {why}")
     return Overlap(True, factor, "the learner starts on each group when it is scored")
-
-
-RANDOM_WINDOWS = ("all", "window")  # trained steps differ from one training step to the next
-_TRAIN_STEPS = 1000  # as in `deepgen.diffusion.schedule`
 
 
 def check_noise(sampler: str, eta: float) -> None:

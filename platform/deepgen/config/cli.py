@@ -31,8 +31,8 @@ from deepgen.registry import REWARDS
 
 WIDTH = 100
 _FLAGS = ("help", "plan", "print-config", "resume")
-_HALVES = ("rollout-only", "train-only")
-_WORDS = ("recipe", "status", *_HALVES)  # options with a value
+_INSTEAD = ("status", "rollout-only", "train-only")  # options with a value that run something else than the stage
+_WORDS = ("recipe", *_INSTEAD)  # options with a value
 
 _PURPOSE = {
     "pretrain": "Alignment: trains think tokens and bridge by flow matching; VLM and DiT stay as they are.",
@@ -63,8 +63,7 @@ _RL_OPTIONS = """\
 @dataclass
 class _Arguments:
     recipe: str
-    status: str = ""
-    half: tuple[str, str] = ("", "")  # one of _HALVES, and its value
+    instead: tuple[str, str] = ("", "")  # one of _INSTEAD, and its value
     overrides: list[str] = field(default_factory=list)
     print_config: bool = False
     plan: bool = False
@@ -75,14 +74,13 @@ def parse_command_line(
     stage: Stage,
     argv: Sequence[str],
     plan: Callable[[Settings, Stage], str] | None = None,
-    status: Callable[[Settings, str], str] | None = None,
-    halves: Mapping[str, Callable[[Settings, str], None]] | None = None,
+    instead: Mapping[str, Callable[[Settings, str], None]] | None = None,
 ) -> Settings:
     """Settings of one stage program, from its arguments without the program's name.
 
-    `plan` makes the text of --plan, `status` that of --status RUN. --help, --plan, --print-config and --status print
-    their text and exit with SystemExit(0). `halves` (`stages.rl_replay`): programs by option, which are run in the
-    place of the stage with the option's value; they check their inputs themselves, and then the program exits, too.
+    `plan` makes the text of --plan. `instead`: programs by option, which run in the place of the stage with the
+    option's value and check their inputs themselves. Like --help, --plan and --print-config they end with
+    SystemExit(0).
 
     Raises UserError, before anything starts, for an unknown key, a bad value, a missing or broken recipe, two settings
     that do not work together, or a missing input file.
@@ -101,16 +99,11 @@ def parse_command_line(
             raise UserError(f"--plan: {stage} has none; allowed: pretrain.py, sft.py and rl.py in stages/")
         print(plan(settings, stage))
         sys.exit(0)
-    if arguments.status:
-        if status is None:
-            raise UserError(f"--status: {stage} has none; allowed: rl.py in stages/")
-        print(status(settings, arguments.status))
-        sys.exit(0)
-    option, value = arguments.half
+    option, value = arguments.instead
     if option:
-        if halves is None:
+        if instead is None:
             raise UserError(f"--{option}: {stage} has none; allowed: rl.py in stages/")
-        halves[option](settings, value)
+        instead[option](settings, value)
         sys.exit(0)
     check_inputs(settings, stage)
     return settings
@@ -134,12 +127,12 @@ def _read_arguments(stage: Stage, argv: Sequence[str]) -> _Arguments:
             value = text if equals else next(rest, None)
             if value is None or (not equals and value.startswith("--")):
                 raise UserError(f"--{name}: got no value; allowed: --{name} VALUE")
-            if name in _HALVES:
-                if arguments.half[0] not in ("", name):
-                    raise UserError(f"--{name}: got --{arguments.half[0]} beside it; allowed: one of the two")
-                arguments.half = (name, value)
-            elif name in _WORDS:
-                setattr(arguments, name, value)
+            if name == "recipe":
+                arguments.recipe = value
+            elif name in _INSTEAD:
+                if arguments.instead[0] not in ("", name):
+                    raise UserError(f"--{name}: got --{arguments.instead[0]} beside it; allowed: one of the two")
+                arguments.instead = (name, value)
             else:
                 arguments.overrides.append(f"{name}={value}")
         elif equals and not word.startswith("-"):

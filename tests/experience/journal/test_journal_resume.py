@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,30 +19,14 @@ from actors.experience.stream import ExperienceStream
 from actors.messages import PolicyWeights, RankBatch
 from actors.start import start_rollouts
 from deepgen.config import Settings
-from deepgen.data.parquet import read_records
 from deepgen.models.unified import UnifiedModel
+from tests.experience.test_stream import run
 from tests.helpers.rl_world import make_settings, make_world
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 GROUPS, IMAGES = 4, 4  # of a step, of a group
 RECORD = 32  # bytes of a score
 WAIT_S = 200.0
-
-
-def run(
-    settings: Settings, actors: dict[str, Any], scenario: Callable[[ExperienceStream], Coroutine[Any, Any, Any]]
-) -> Any:
-    """Run a scenario in this process with a new stream."""
-
-    async def body() -> Any:
-        stream = ExperienceStream(settings, read_records(settings.data.prompts), actors, resume=False)
-        await stream.start()
-        try:
-            return await scenario(stream)
-        finally:
-            await stream.stop()
-
-    return asyncio.run(body())
 
 
 async def half_a_step(stream: ExperienceStream) -> None:
