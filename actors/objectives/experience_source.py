@@ -77,8 +77,9 @@ class ExperienceSource:
         self._canaries: dict[int, Canary] = {}  # of the versions in the checkpoint that the run resumed from
         self._resumed = 0  # the step that the run goes on with
         self._journals = context.rank == 0 and experience.journal > 0
-        # Step of the checkpoint that, once complete, makes groups in the journal useless; None: nothing to wait for.
+        # Step of the newest checkpoint that, once complete, makes groups in the journal useless; None: none is under way.
         self._journal_waits: int | None = 0 if self._journals else None
+        self._forgotten = -1  # groups of steps before this one have been removed
 
     def next(self, step: int, rank: int, world: int) -> RLBatch | Arriving:
         self._forget_groups()
@@ -233,9 +234,11 @@ class ExperienceSource:
             return
         settings = self._context.settings
         newest = CheckpointStore(settings, self._context.stage).newest()
-        if newest is None or newest.step < self._journal_waits:
+        if newest is None or newest.step <= self._forgotten:
             return
-        self._journal_waits = None
+        self._forgotten = newest.step
+        if newest.step >= self._journal_waits:
+            self._journal_waits = None
         try:
             forget_groups(settings.run.folder, newest.step)
         except OSError as error:

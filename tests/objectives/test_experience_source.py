@@ -156,6 +156,26 @@ def test_the_journal_keeps_what_a_resume_draws(
     assert kept(0) == ["step-000003", "step-000004"]
 
 
+def test_the_journal_forgets_while_the_next_checkpoint_is_written(
+    publishing: Publishing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a checkpoint after every step, one is always under way."""
+    settings = load_settings(None, ["experience.journal=1", f"run.dir={tmp_path}", "run.name=a"])
+    context: Any = SimpleNamespace(settings=settings, rank=0, world=1, stage="rl", device=torch.device("cpu"))
+    source, newest, forgotten = ExperienceSource(context, None, None), [0], list[int]()
+    monkeypatch.setattr(CheckpointStore, "newest", lambda _: SimpleNamespace(step=newest[-1]))
+    monkeypatch.setattr(ExperienceSource, "_fetched", lambda _, groups: tuple(groups))
+    monkeypatch.setattr(experience_source, "forget_groups", lambda _, before: forgotten.append(before))
+    for step in range(3):
+        source.next(step, 0, 1)
+        newest.append(step)  # the checkpoint before is complete
+        source.writer(step + 1)
+    assert forgotten == [0, 1]
+    newest.append(3)
+    source.close()
+    assert forgotten == [0, 1, 3]
+
+
 def test_the_start_weights_are_compared_before_the_first_batch(publishing: Publishing) -> None:
     """Actors may draw before the learner publishes version 0. If theirs are other weights, nothing is learned."""
     source = make_source()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,11 +39,13 @@ async def half_a_step(stream: ExperienceStream) -> None:
 
 
 def end(ray: ModuleType, actors: dict[str, Any]) -> None:
-    """Kill the actors, and wait until they are dead."""
+    """Kill the actors, and wait until they are dead. A call sent beside the kill may still be answered."""
+    deadline = time.monotonic() + WAIT_S
     for actor in actors.values():
         ray.kill(actor)
         with pytest.raises(ray.exceptions.RayActorError):
-            ray.get(actor.ready.remote(), timeout=WAIT_S)
+            while time.monotonic() < deadline:
+                ray.get(actor.ready.remote(), timeout=WAIT_S)
 
 
 def start_weights(settings: Settings) -> PolicyWeights:
