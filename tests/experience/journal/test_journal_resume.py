@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,13 +38,17 @@ async def half_a_step(stream: ExperienceStream) -> None:
 
 
 def end(ray: ModuleType, actors: dict[str, Any]) -> None:
-    """Kill the actors, and wait until they are dead. A call sent beside the kill may still be answered."""
-    deadline = time.monotonic() + WAIT_S
+    """Kill the actors, and wait until they are dead."""
     for actor in actors.values():
         ray.kill(actor)
         with pytest.raises(ray.exceptions.RayActorError):
-            while time.monotonic() < deadline:
-                ray.get(actor.ready.remote(), timeout=WAIT_S)
+            ask_for_ever(ray, actor)
+
+
+def ask_for_ever(ray: ModuleType, actor: Any) -> None:
+    """A call sent beside the kill may still be answered."""
+    while True:
+        ray.get(actor.ready.remote(), timeout=WAIT_S)
 
 
 def start_weights(settings: Settings) -> PolicyWeights:
