@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from actors.experience.journal.group_journal import groups_folder
@@ -38,17 +40,17 @@ async def half_a_step(stream: ExperienceStream) -> None:
 
 
 def end(ray: ModuleType, actors: dict[str, Any]) -> None:
-    """Kill the actors, and wait until they are dead."""
+    """Kill the actors, and wait until their processes are gone: Ray calls an actor dead while it may still write."""
+    pids = ray.get([actor.__ray_call__.remote(pid_of) for actor in actors.values()], timeout=WAIT_S)
+    processes = [psutil.Process(pid) for pid in pids]
     for actor in actors.values():
         ray.kill(actor)
-        with pytest.raises(ray.exceptions.RayActorError):
-            ask_for_ever(ray, actor)
+    _, alive = psutil.wait_procs(processes, timeout=WAIT_S)
+    assert not alive
 
 
-def ask_for_ever(ray: ModuleType, actor: Any) -> None:
-    """A call sent beside the kill may still be answered."""
-    while True:
-        ray.get(actor.ready.remote(), timeout=WAIT_S)
+def pid_of(actor: Any) -> int:
+    return os.getpid()
 
 
 def start_weights(settings: Settings) -> PolicyWeights:
