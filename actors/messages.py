@@ -18,6 +18,7 @@ from deepgen.config import Settings
 from deepgen.data.records import Record
 
 Arrays = dict[str, np.ndarray]
+OBJECT_STORE, NIXL = "object_store", "nixl"  # how weights travel
 Filled = Any  # None until the group reaches the stage that fills it
 
 
@@ -131,7 +132,7 @@ class PolicyWeights:
     """One version of the policy's trained weights. Learner → stream → rollout actors.
 
     `refs` are Ray references to dicts name -> float32 array; `names` lists the names in all of them. `checksum` is that
-    of version, names, shapes and values.
+    of version, names, shapes and values. `transport`: as in `experience.transport`; says where the arrays are.
     """
 
     version: int
@@ -139,6 +140,7 @@ class PolicyWeights:
     names: tuple[str, ...]
     refs: tuple[Any, ...]
     canary: Canary
+    transport: str = OBJECT_STORE
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class ExperienceSource:
         self._deadline_s = experience.deadline_s + _ANSWER_MARGIN_S
         self._client = StreamClient(stream, self._deadline_s)
         self._learner, self._introduced = uuid.uuid4().hex, False  # this start of the learner, named by rank 0
-        self._publisher = Publisher(self._client, self._learner, experience.max_staleness, self._deadline_s)
+        self._publisher = Publisher(self._client, self._learner, experience, self._deadline_s)
         self._overlap = context.settings.overlap()
         self._taken: list[StoredGroup] = []  # the last whole batch of this rank
         self._metrics: dict[str, float] = {}
@@ -77,7 +77,7 @@ class ExperienceSource:
         self._canaries: dict[int, Canary] = {}  # of the versions in the checkpoint that the run resumed from
         self._resumed = 0  # the step that the run goes on with
         self._journals = context.rank == 0 and experience.journal > 0
-        # Step of the newest checkpoint that, once complete, makes groups in the journal useless; None: none is under way.
+        # Step of the newest checkpoint under way, which, once complete, makes groups in the journal useless; or None.
         self._journal_waits: int | None = 0 if self._journals else None
         self._forgotten = -1  # groups of steps before this one have been removed
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from actors.experience.policy.weight_sync import publish_weights
+from actors.experience.policy.weight_sync import check_transport, publish_weights
 from actors.experience.stream import version_of
 from actors.experience.stream_client import StreamClient
 from actors.learner.protocols import Weights
 from actors.messages import Canary, PolicyWeights
+from deepgen.config.settings import ExperienceSettings
 
 
 class Publisher:
     """Rank 0's versions. `learner` names this start of the learner, see `ExperienceStream.publish`."""
 
-    def __init__(self, client: StreamClient, learner: str, max_staleness: int, deadline_s: float) -> None:
-        self._client, self._learner, self._max_staleness = client, learner, max_staleness
-        self._deadline_s = deadline_s
+    def __init__(self, client: StreamClient, learner: str, experience: ExperienceSettings, deadline_s: float) -> None:
+        check_transport(experience.transport)
+        self._client, self._learner, self._max_staleness = client, learner, experience.max_staleness
+        self._transport, self._deadline_s = experience.transport, deadline_s
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self.under_way: Future[None] | None = None  # of the last version that `start` was called with
         self._lock = threading.Lock()  # guards _kept
@@ -41,7 +43,7 @@ class Publisher:
 
     def publish(self, version: int, weights: Weights, canary: Canary, step: int) -> None:
         """Publish a version now. `step`: the learner's next one."""
-        published = publish_weights(version, weights, canary)
+        published = publish_weights(version, weights, canary, self._transport)
         known = self._client.ask("publish", published, step, self._learner)
         oldest = version_of(step, self._max_staleness)
         with self._lock:

@@ -41,7 +41,7 @@ KEYS = {
     "rewards.judge": "gpus path gpu_memory_share",
     "rewards.clip": "path",
     "rewards.aesthetic": "path",
-    "experience": "max_staleness overlap deadline_s silence_s journal",
+    "experience": "max_staleness overlap transport deadline_s silence_s journal",
     "cluster": "address num_cpus start_deadline_s",
     "tracking": "uri experiment grid_every alarms",
     "evaluation": "prompts samples_per_prompt num_steps seed every",

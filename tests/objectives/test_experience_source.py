@@ -34,7 +34,7 @@ class Publishing:
         self.error: Exception | None = None
         self.batch = RankBatch((), {}, {})
 
-    def put(self, version: int, weights: dict[str, Tensor], canary: Canary) -> PolicyWeights:
+    def put(self, version: int, weights: dict[str, Tensor], canary: Canary, transport: str) -> PolicyWeights:
         """In the place of `publish_weights`."""
         assert self.allowed.wait(WAIT_S)
         self.given.append((version, float(weights["w"][0])))

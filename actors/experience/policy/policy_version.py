@@ -10,7 +10,13 @@ import torch
 
 from actors.experience.policy.canary import check_canary, known_kernels, take_canary
 from actors.experience.policy.policy_sampler import PolicySampler
-from actors.experience.policy.weight_sync import fetch_weights, load_weights, policy_checksum, verify_weights
+from actors.experience.policy.weight_sync import (
+    check_transport,
+    fetch_weights,
+    load_weights,
+    policy_checksum,
+    verify_weights,
+)
 from actors.messages import Arrays, PolicyWeights
 from deepgen.config import Settings
 
@@ -34,6 +40,7 @@ class LoadedPolicy:
     """
 
     def __init__(self, settings: Settings) -> None:
+        check_transport(settings.experience.transport)
         self.sampler = PolicySampler(settings)
         self._rollout, self._deadline_s = settings.rollout, settings.experience.deadline_s
         self._start = _Folder(settings.model.weights)

@@ -1,24 +1,29 @@
 """Moves policy weights from the learner to the rollout actors, once per version, and checks them on both sides.
 
 The learner's rank 0 puts the arrays into the object store, and every rollout node copies them once, however many actors
-it has. The objects belong to the learner's process, so actors fetch a version when it is published, not when they need
-it.
+it has. With `experience.transport=nixl` they stay in rank 0's memory, and every actor reads them there (Ray Direct
+Transport): by RDMA where the network has it, else by shared memory or TCP. Only `_put` and `_received` know the
+difference. The objects belong to the learner's process, so actors fetch a version when it is published, not when they
+need it.
 
 Weights travel as fp32, whatever `model.precision` is: the DiT's parameters are fp32 on both sides, and autocast rounds
 only some of them (docs/log.md).
 
-Left out: direct GPU-to-GPU transfer, and sending only the weights that changed.
+Left out: transfer out of the learner's GPU memory, which would have to hold a copy of the policy for each version that
+is still needed; and sending only the weights that changed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.messages import Arrays, Canary, PolicyWeights
+from actors.messages import NIXL, OBJECT_STORE, Arrays, Canary, PolicyWeights
+from deepgen.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,13 +35,36 @@ class WeightsMismatchError(RuntimeError):
     """An actor's weights are not the published ones."""
 
 
-def publish_weights(version: int, weights: Mapping[str, Tensor], canary: Canary) -> PolicyWeights:
-    """Put the policy's weights (name -> tensor, complete on this rank) into the object store."""
+def check_transport(transport: str) -> None:
+    """Raise UserError unless this machine can send and receive with `experience.transport`."""
+    if transport == NIXL and importlib.util.find_spec("nixl") is None:
+        raise UserError(f"experience.transport={NIXL}: the package nixl is missing; `pip install nixl` on every node")
+
+
+def publish_weights(
+    version: int, weights: Mapping[str, Tensor], canary: Canary, transport: str = OBJECT_STORE
+) -> PolicyWeights:
+    """Make the policy's weights (name -> tensor, complete on this rank) readable for the actors.
+
+    transport: as in `experience.transport`. With nixl, tensors that are fp32 on the CPU are not copied: they must not
+    change any more.
+    """
+    ready = {name: tensor.detach().cpu().float().contiguous() for name, tensor in weights.items()}
+    refs = tuple(_put(shard, transport) for shard in _shards(ready))
+    checksum = policy_checksum(version, weights.items())
+    return PolicyWeights(version, checksum, tuple(weights), refs, canary, transport)
+
+
+def _put(shard: dict[str, Tensor], transport: str) -> Any:
     import ray
 
-    arrays = {name: tensor.detach().cpu().float().numpy() for name, tensor in weights.items()}
-    refs = tuple(ray.put(shard) for shard in _shards(arrays))
-    return PolicyWeights(version, policy_checksum(version, weights.items()), tuple(weights), refs, canary)
+    if transport == NIXL:
+        return ray.put(shard, _tensor_transport=NIXL)
+    return ray.put({name: tensor.numpy() for name, tensor in shard.items()})
+
+
+def _received(shard: Mapping[str, Any]) -> Arrays:
+    return {name: value if isinstance(value, np.ndarray) else value.numpy() for name, value in shard.items()}
 
 
 def policy_checksum(version: int, weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -47,12 +75,12 @@ def policy_checksum(version: int, weights: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def fetch_weights(published: PolicyWeights, deadline_s: float) -> Arrays:
-    """Arrays of a version, as read-only views into this node's object store."""
+    """Arrays of a version: read-only views into this node's object store, or this process's own copy (nixl)."""
     import ray
 
     arrays: Arrays = {}
     for shard in ray.get(list(published.refs), timeout=deadline_s):
-        arrays.update(shard)
+        arrays.update(_received(shard))
     return arrays
 
 
@@ -98,13 +126,13 @@ def _check_names(published: PolicyWeights, who: str, found: Iterable[str], polic
         )
 
 
-def _shards(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-    shard: dict[str, np.ndarray] = {}
+def _shards(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
     size = 0
-    for name, array in arrays.items():
-        if shard and size + array.nbytes > SHARD_BYTES:
+    for name, tensor in weights.items():
+        if shard and size + tensor.nbytes > SHARD_BYTES:
             yield shard
             shard, size = {}, 0
-        shard[name] = array
-        size += array.nbytes
+        shard[name] = tensor
+        size += tensor.nbytes
     yield shard

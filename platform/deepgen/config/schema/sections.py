@@ -315,6 +315,11 @@ class ExperienceSettings(Section):
         "On-policy, let the learner start on a group once it is scored, while others are still drawn: auto where that "
         "costs nothing, on also where it costs a second backward pass (whitened advantages beside a KL), or off.",
     )
+    transport: Literal["object_store", "nixl"] = setting(
+        "object_store",
+        "How the policy's weights reach the actors: once a node, through Ray's object store; or each actor reads them "
+        "from the learner's memory, with RDMA where the network has it (nixl, a package that every node needs).",
+    )
     deadline_s: float = setting(1800.0, "Longest wait of the learner for one batch.", unit="s", gt=0)
     silence_s: float = setting(
         300.0, "When nothing has moved for so long, a console line says who waits for whom.", unit="s", gt=0
