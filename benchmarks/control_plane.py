@@ -5,9 +5,12 @@ processes host the actors: each is an asyncio actor under many names, where a gr
 images and a trajectory in the object store. Rewards sleep, too. A stand-in for the learner takes the batches at
 max_staleness 1, so that nobody waits for it: what actors wait for is control.
 
-An actor waits when it is not in a group, and a group counts GROUP_S from the arrival of its call. So the time to store
-its results and delays of the host count as waiting. The window leaves out the first step, when the actors begin, and
-what comes after the last step but one, when they run out of work.
+An actor waits when it is not in a group. The time to store a group's results and delays of the host count as waiting.
+The window leaves out the first step, when the actors begin, and what comes after the last step but one, when they run
+out of work.
+
+The last row is the floor: as many actors whose calls a bare asyncio actor makes, two at a time to each, without pools,
+learner or anything else of ours.
 
 Left out: a network between nodes, and objects of real size. Above 100 KB an object's size is nothing to the stream: it
 does not leave the node where it was made until somebody reads it.
@@ -20,6 +23,7 @@ import itertools
 import os
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,6 +40,7 @@ from actors.messages import Arrays, Canary, Group, PolicyWeights, RankBatch
 from actors.start import Rollouts, start_stream
 from deepgen.config import PoolSettings, Settings
 from deepgen.config.settings import TASKS
+from deepgen.data.records import Record
 from rewards import RewardRequest, setting
 
 if TYPE_CHECKING:
@@ -43,10 +48,11 @@ if TYPE_CHECKING:
 
 ACTORS = (128, 256, 512)
 GROUP_S = 2.0
-HOSTS = 4  # processes
+HOSTS = 2  # processes
 IMAGES, SIDE = 8, 96  # of a group; 221 KB
 TRAJECTORY_BYTES = 256 << 10
 ROUNDS = 2  # groups of a step and actor
+BATCH = 256  # images of a reward's call
 DEADLINE_S = 120.0
 
 
@@ -66,24 +72,29 @@ class SleepingReward:
 
 
 class Host:
-    """Any number of rollout actors that sleep. They share this process, and its event loop runs their calls at once."""
+    """Any number of rollout actors that sleep. They share this process, and its event loop runs their calls at once.
+
+    An actor runs one group at a time; its next one may wait for it here.
+    """
 
     def __init__(self, rewards: int) -> None:
         self._begun: list[float] = []
+        self._works: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         noise = np.random.default_rng(os.getpid())
         self._images = noise.integers(0, 256, (IMAGES, SIDE, SIDE, 3), dtype=np.uint8)
         self._arrays = {"trajectory/latents": np.zeros(TRAJECTORY_BYTES // 4, dtype=np.float32)}
         self._weights = np.ones(rewards, dtype=np.float32)
 
-    async def ready(self) -> None: ...
+    async def ready(self, actor: str) -> None: ...
 
-    async def prefetch(self, published: PolicyWeights) -> None: ...
+    async def prefetch(self, actor: str, published: PolicyWeights) -> None: ...
 
     async def sample_group(
-        self, group: Group, policy: PolicyWeights | None, references: Pictures = ()
+        self, actor: str, group: Group, policy: PolicyWeights | None, references: Pictures = ()
     ) -> tuple[Group, list[RewardRequest], Arrays]:
-        self._begun.append(time.monotonic())
-        await asyncio.sleep(GROUP_S)
+        async with self._works[actor]:
+            self._begun.append(time.monotonic())
+            await asyncio.sleep(GROUP_S)
         record, keys = group.record, tuple(f"{group.number}/{i}".encode() for i in range(IMAGES))
         requests = [RewardRequest(record.prompt, record.answer, record.task, image) for image in self._images]
         version = policy.version if policy else 0
@@ -92,6 +103,44 @@ class Host:
     async def begun(self) -> list[float]:
         """When each group began, on this machine's monotonic clock."""
         return self._begun
+
+
+class Hosted:
+    """The handle of one of a host's actors: `handle.method.remote(...)`."""
+
+    def __init__(self, actor: str, host: Any, method: Any = None) -> None:
+        self._actor, self._host, self._method = actor, host, method
+
+    def __getattr__(self, method: str) -> Hosted:
+        if method.startswith("_"):
+            raise AttributeError(method)  # pickle asks for some
+        return Hosted(self._actor, self._host, getattr(self._host, method))
+
+    def options(self, **options: Any) -> Hosted:
+        return Hosted(self._actor, self._host, self._method.options(**options))
+
+    def remote(self, *arguments: Any) -> Any:
+        return self._method.remote(self._actor, *arguments)
+
+
+class Bare:
+    """Calls actors without end, like a stream that does nothing with what they return."""
+
+    def __init__(self, handles: list[Hosted]) -> None:
+        self._handles = handles
+
+    async def run(self, seconds: float) -> None:
+        end, record = time.monotonic() + seconds, Record("0", "t2i", "a prompt", "an answer", None, (), "")
+        group = Group(0, 0, 0, record)
+
+        async def keep_busy(handle: Hosted) -> None:
+            call = handle.sample_group.options(num_returns=3)
+            ahead = call.remote(group, None)
+            while time.monotonic() < end:
+                now, ahead = ahead, call.remote(group, None)
+                await now[0]
+
+        await asyncio.gather(*map(keep_busy, self._handles))
 
 
 @dataclass(frozen=True)
@@ -110,29 +159,28 @@ class Observed:
 
     def result(self) -> Result:
         """Seconds of an actor for each group, against GROUP_S; one repetition a step."""
+        begin, end = self.batches[0], self.batches[-2]
+        groups, cpu = self.busy(begin, end) / GROUP_S, self.cpu[-2] - self.cpu[0]
+        stream = f"; the stream: {cpu / (end - begin):.0%} of a core, {1000 * cpu / groups:.1f} ms CPU a group"
+        return self.row(f"control, {self.actors} actors", self.batches[:-1], stream)
+
+    def row(self, name: str, borders: Sequence[float], more: str = "") -> Result:
+        """Of the time between the borders, each stretch of it a repetition."""
         from benchmarks.timing import Result
 
-        ends = self.batches[:-1]
-        steps = list(itertools.pairwise(ends))
-        begin, end = ends[0], ends[-1]
-        waited = 1 - self.busy(begin, end) / (self.actors * (end - begin))
-        groups = self.busy(begin, end) / GROUP_S
-        cpu = self.cpu[-2] - self.cpu[0]
-        text = (
-            f"actors wait {waited:.1%}; {groups / (end - begin):.0f} groups/s; "
-            f"the stream: {cpu / (end - begin):.0%} of a core, {1000 * cpu / groups:.1f} ms CPU a group"
-        )
-        ours = tuple(GROUP_S * self.actors * (b - a) / self.busy(a, b) for a, b in steps)
-        return Result(f"control, {self.actors} actors", text, 1, ours, tuple(GROUP_S for _ in steps))
+        begin, end = borders[0], borders[-1]
+        busy = self.busy(begin, end)
+        waited = 1 - busy / (self.actors * (end - begin))
+        text = f"actors wait {waited:.1%}; {busy / GROUP_S / (end - begin):.0f} groups/s{more}"
+        ours = tuple(GROUP_S * self.actors * (b - a) / self.busy(a, b) for a, b in itertools.pairwise(borders))
+        return Result(name, text, 1, ours, tuple(GROUP_S for _ in ours))
 
 
 @contextmanager
 def own_ray(num_cpus: int, object_store_bytes: int = 1 << 30) -> Iterator[None]:
     """A local Ray for as long as the context lasts."""
-    os.environ |= {
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # of these clusters only
-        "RAY_worker_niceness": "0",  # not 15: anything else on this machine would starve them
-    }
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray keeps the first one that it has seen
+    os.environ["RAY_worker_niceness"] = "0"  # not 15: anything else on this machine would starve them
     ray.init(
         address="local",
         num_cpus=num_cpus,
@@ -148,7 +196,7 @@ def own_ray(num_cpus: int, object_store_bytes: int = 1 << 30) -> Iterator[None]:
 
 def run(weights: Path, repeats: int, threads: int) -> list[Result]:
     """One result for each number of actors, with a window of `repeats` steps. Starts a local Ray for each."""
-    return [measure(weights, actors, repeats) for actors in ACTORS]
+    return [*(measure(weights, actors, repeats) for actors in ACTORS), measure_floor(max(ACTORS), repeats)]
 
 
 def measure(weights: Path, actors: int, repeats: int) -> Result:
@@ -156,7 +204,11 @@ def measure(weights: Path, actors: int, repeats: int) -> Result:
     from benchmarks.timing import recipe
 
     both = [f"rewards.weights.{task}={{first: 1.0, second: 1.0}}" for task in TASKS]
-    sleeping = [f"rewards.{name}.class=benchmarks.control_plane:SleepingReward" for name in ("first", "second")]
+    sleeping = [
+        f"rewards.{name}.{setting}"
+        for name in ("first", "second")
+        for setting in ("class=benchmarks.control_plane:SleepingReward", f"batch_size={BATCH}")
+    ]
     settings = recipe(
         "tiny-rl",
         weights,
@@ -172,19 +224,38 @@ def measure(weights: Path, actors: int, repeats: int) -> Result:
         return _observe(settings, actors).result()
 
 
+def measure_floor(actors: int, repeats: int) -> Result:
+    """What Ray alone takes for the calls of as long a window."""
+    with own_ray(num_cpus=2, object_store_bytes=3 << 30):
+        handles, hosts = _start_hosts(actors, rewards=2)
+        bare = ray.remote(num_cpus=0.1)(Bare).remote(list(handles.values()))
+        begin, step_s = time.monotonic(), ROUNDS * GROUP_S
+        ray.get(bare.run.remote((repeats + 2) * step_s), timeout=DEADLINE_S)
+        borders = tuple(begin + step_s * (1 + step) for step in range(repeats + 1))
+        return Observed(actors, (), (), _begun(hosts)).row(f"control, bare Ray, {actors} actors", borders)
+
+
+def _start_hosts(actors: int, rewards: int) -> tuple[dict[str, Hosted], list[Any]]:
+    """The actors by name, and the processes that host them."""
+    options: dict[str, Any] = {
+        "num_cpus": 0.1,
+        "max_concurrency": 2 * actors,
+        "concurrency_groups": {WEIGHTS_GROUP: actors},
+    }
+    hosts = [ray.remote(**options)(Host).remote(rewards) for _ in range(HOSTS)]
+    return {(name := f"rollout-{i}"): Hosted(name, hosts[i % HOSTS]) for i in range(actors)}, hosts
+
+
+def _begun(hosts: Sequence[Any]) -> np.ndarray:
+    begun = ray.get([host.begun.remote() for host in hosts], timeout=DEADLINE_S)
+    return np.sort(np.concatenate(begun))
+
+
 def _observe(settings: Settings, actors: int) -> Observed:
     import torch
 
-    options: dict[str, Any] = {
-        "num_cpus": 0.1,
-        "max_concurrency": actors,
-        "concurrency_groups": {WEIGHTS_GROUP: actors},
-    }
-    remote = ray.remote(**options)(Host)
-    hosts = [remote.options(name=f"host-{i}").remote(len(settings.rewards.used())) for i in range(HOSTS)]
-    handles = {f"rollout-{i}": hosts[i % HOSTS] for i in range(actors)}
-    rollouts = Rollouts(handles, {name: f"host-{i % HOSTS}" for i, name in enumerate(handles)})
-    stream = start_stream(settings, rollouts, resume=False, gpus=False)
+    handles, hosts = _start_hosts(actors, len(settings.rewards.used()))
+    stream = start_stream(settings, Rollouts(handles, dict[str, Any](handles)), resume=False, gpus=False)
     ray.get(stream.start.remote(), timeout=DEADLINE_S)
     ray.get(stream.begin.remote(), timeout=DEADLINE_S)
     batches, cpu = [], []
@@ -195,9 +266,9 @@ def _observe(settings: Settings, actors: int) -> Observed:
         ray.get([group.trajectory for group in batch.groups], timeout=DEADLINE_S)
         published = publish_weights(step + 1, {"weight": torch.full((8,), float(step))}, Canary(0.0, None))
         ray.get(stream.publish.remote(published), timeout=DEADLINE_S)
-    begun = ray.get([host.begun.remote() for host in hosts], timeout=DEADLINE_S)
+    begun = _begun(hosts)
     ray.get(stream.stop.remote(), timeout=DEADLINE_S)
-    return Observed(actors, tuple(batches), tuple(cpu), np.sort(np.concatenate(begun)))
+    return Observed(actors, tuple(batches), tuple(cpu), begun)
 
 
 def _cpu_seconds(stream: Any) -> float:

@@ -2,7 +2,7 @@
 
 A run uses a cluster of two nodes on this machine, the real stages/rl.py, and always the same command with `--resume`,
 as a scheduler would repeat it. A killer picks a role and a moment, sends SIGKILL, and waits until the run has moved
-before the next one; one kill in four comes while the run still recovers. What the learner did at that moment is read
+before the next one; every other kill comes while the run still recovers. What the learner did at that moment is read
 from the run's timeline afterwards.
 """
 
@@ -191,7 +191,7 @@ def run_trial(cluster: TwoNodes, runner: Runner, number: int, roles: Iterable[st
     try:
         runner.wait(lambda: runner.steps() > 0)
         for role in roles:
-            if chance.random() < 0.25 and trial.kills:  # while it recovers from the one before
+            if chance.random() < 0.5 and trial.kills:  # while it recovers from the one before
                 time.sleep(chance.uniform(0.0, 4.0))
             else:
                 done = runner.steps()

@@ -14,6 +14,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
+import ray
 
 from actors.experience.journal.group_journal import GroupJournal
 from actors.experience.reward_requests import make_requests, request_key, reward_weights
@@ -36,12 +37,13 @@ class RolloutActor:
         self._settings = settings
 
     def ready(self) -> str:
-        """Load the model and return this actor's name. Call it first, and again after a restart.
+        """Load the model and return the node that this actor is on. Call it first, and again after a restart.
 
         The constructor does not load the model, because Ray would wrap a loading error in an exception of its own.
         """
         assert self._policy is not None
-        return self.name
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
 
     @cached_property
     def _policy(self) -> LoadedPolicy:

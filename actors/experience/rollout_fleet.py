@@ -1,4 +1,4 @@
-"""Runs calls on the rollout actors: an idle actor takes the next call; a dead actor's call moves to another actor.
+"""Runs calls on the rollout actors: `Turns` says which one takes the next; a dead actor's call moves to another actor.
 
 Ray restarts a dead actor (`max_restarts`), which gets no calls until it answers again. An actor that misses the
 deadline of a call counts as dead. Errors raised by the sampling code are not retried, because they would occur again.
@@ -14,14 +14,14 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
-from actors.messages import Group, PolicyWeights
+from actors.experience.rollout_turns import Turns
+from actors.messages import OBJECT_STORE, Group, PolicyWeights
 from deepgen.tracking.timeline import ROLLOUT, Recorder
 
 ATTEMPTS = 3
 RESTARTS = -1  # of an actor: no limit. What fails again and again ends with ATTEMPTS, or with the start deadline.
 WEIGHTS_GROUP = "weights"  # calls that may overlap sampling
 _PAUSE_S = 0.2  # pause before a restarting actor is asked again
-_NOBODY = ""  # in the queue of idle actors this means that none is left
 
 
 class RolloutError(RuntimeError):
@@ -49,7 +49,8 @@ class RolloutFleet:
         self._actors = dict(actors)
         self._recorder = recorder or Recorder()
         self._call_deadline_s, self._start_deadline_s = call_deadline_s, start_deadline_s
-        self._idle: asyncio.Queue[str] = asyncio.Queue()
+        self._turns = Turns(len(self._actors))
+        self._nodes: dict[str, Any] = {}  # actor that answers -> its node
         self._recovering: set[asyncio.Task[None]] = set()
         self._lost: dict[str, str] = {}  # actor that did not come back -> why
         self.names = tuple(self._actors)
@@ -69,29 +70,37 @@ class RolloutFleet:
         """
         failures: list[str] = []
         while len(failures) < ATTEMPTS:
-            name = await self._next_idle()
-            begin = time.monotonic()
-            span = self._recorder.begin(name, ROLLOUT, **_about(method, request, policy))
-            # Stays True when the sampling code itself raises: the error propagates, the actor is fine.
-            reusable = True
+            turn, begin = await self._turns.take(), time.monotonic()
+            span, reusable = None, True  # stays True when the sampling code itself raises: the actor is fine
             try:
-                handle = getattr(self._actors[name], method).options(num_returns=outputs)
+                handle = getattr(self._actors[turn.name], method).options(num_returns=outputs)
                 returned = handle.remote(request, policy, *more)
                 first, *others = [returned] if outputs == 1 else returned
+                if not await turn.begin():  # the actor has died before it came to this
+                    reusable = False
+                    continue
+                begin = time.monotonic()
+                span = self._recorder.begin(turn.name, ROLLOUT, **_about(method, request, policy))
                 async with asyncio.timeout(self._call_deadline_s):  # `wait_for` would cost a task for each group
                     return (await first, *others)
             except (RayActorError, TimeoutError) as error:
                 reusable = False
-                failures.append(_failure(name, method, begin, error))
-                self._replace(name, failures[-1], kill=isinstance(error, TimeoutError))
+                failures.append(_failure(turn.name, method, begin, error))
+                self._replace(turn.name, failures[-1], kill=isinstance(error, TimeoutError))
             finally:
-                self._recorder.end(span)
-                if reusable:
-                    self._idle.put_nowait(name)
+                if span:
+                    self._recorder.end(span)
+                self._turns.end(turn, well=reusable)
         raise RolloutError(f"{request} failed {ATTEMPTS} times; " + "; ".join(failures))
 
     async def prefetch(self, published: PolicyWeights) -> None:
-        """Send a policy version to every actor. An actor that is down fetches it later, when it samples with it."""
+        """Send a policy version to one actor a node, which brings it to that node; others find it there.
+
+        To every actor if each has to fetch its own, and for version 0, which they compare with the weights folder that
+        they draw with already. An actor that is down fetches a version later, when it samples with it.
+        """
+        first = {node: name for name, node in reversed(self._nodes.items())}
+        each = published.version == 0 or published.transport != OBJECT_STORE
 
         async def one(name: str) -> None:
             begin = time.monotonic()
@@ -109,7 +118,7 @@ class RolloutFleet:
             finally:
                 self._recorder.end(span)
 
-        await asyncio.gather(*(one(name) for name in self._actors))
+        await asyncio.gather(*(one(name) for name in (self._actors if each else first.values())))
 
     def oldest_call(self) -> str:
         """Describes the longest-running call, for the error message of a caller that waited too long."""
@@ -120,15 +129,8 @@ class RolloutFleet:
 
     # -- internals --------------------------------------------------------------------------------------------------
 
-    async def _next_idle(self) -> str:
-        name = await self._idle.get()
-        if name == _NOBODY:
-            self._idle.put_nowait(_NOBODY)  # for the other waiting calls
-            raise NoRolloutLeftError("no rollout actor is left; " + "; ".join(self._lost.values()))
-        return name
-
     async def _admit(self, name: str) -> None:
-        """Wait until the actor answers, then put it into the idle queue."""
+        """Wait until the actor answers; from then on it gets calls."""
         begin = time.monotonic()
         left = self._start_deadline_s
         span = self._recorder.begin(name, ROLLOUT, "start", call="start of the actor")
@@ -140,18 +142,19 @@ class RolloutFleet:
             raise RolloutError(_failure(name, "ready", begin, error)) from error
         finally:
             self._recorder.end(span)
-        self._idle.put_nowait(name)
+        self._turns.admit(name)
 
     async def _answers(self, name: str, deadline_s: float) -> bool:
         """True once the actor is ready, False while Ray is restarting it."""
         try:
-            await asyncio.wait_for(self._actors[name].ready.remote(), deadline_s)
+            self._nodes[name] = await asyncio.wait_for(self._actors[name].ready.remote(), deadline_s)
         except ActorUnavailableError:
             return False
         return True
 
     def _replace(self, name: str, failure: str, *, kill: bool) -> None:
         self.restarts += 1
+        self._nodes.pop(name, None)
         if kill:
             ray.kill(self._actors[name], no_restart=False)
         task = asyncio.ensure_future(self._recover(name, failure))
@@ -164,7 +167,7 @@ class RolloutFleet:
         except RolloutError as error:
             self._lost[name] = f"{failure}; {error}"
             if len(self._lost) == len(self._actors):
-                self._idle.put_nowait(_NOBODY)
+                self._turns.close(NoRolloutLeftError("no rollout actor is left; " + "; ".join(self._lost.values())))
 
 
 def _about(method: str, request: Any, policy: PolicyWeights | None) -> dict[str, Any]:
