@@ -180,7 +180,7 @@ class Observed:
 def own_ray(num_cpus: int, object_store_bytes: int = 1 << 30) -> Iterator[None]:
     """A local Ray for as long as the context lasts."""
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray keeps the first one that it has seen
-    os.environ["RAY_worker_niceness"] = "0"  # not 15: anything else on this machine would starve them
+    os.environ |= {"RAY_worker_niceness": "0"}  # not 15: anything else on this machine would starve them
     ray.init(
         address="local",
         num_cpus=num_cpus,

@@ -55,6 +55,10 @@ show_progress() {  # of pip's output: a line every 25 packages
         /^Installing collected/ {print "            unpacking"; fflush()}'
 }
 
+add_quietly() {  # a package whose dependencies are there
+    "$venv/bin/python" -m pip install --no-input --quiet --no-deps "$@" 2>&1 | { grep -v '^WARNING: Location' || true; }
+}
+
 install_packages() {
     local total log=$venv/setup.log
     total=$(grep -c '^[A-Za-z]' "$lock")
@@ -69,8 +73,8 @@ install_packages() {
         fail "pip could not install the locked packages; the whole log is $log"
     fi
     say "linking this checkout into .venv"
-    "$venv/bin/python" -m pip install --no-input --quiet --no-deps --no-build-isolation --editable . 2>&1 \
-        | { grep -v '^WARNING: Location' || true; }
+    add_quietly "nixl$(sed -n 's/^nixl-cu12//p' "$lock")"
+    add_quietly --no-build-isolation --editable .
 }
 
 prebuild_extension() {
