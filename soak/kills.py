@@ -112,21 +112,22 @@ class TwoNodes:
         self._cluster.remove_node(self._second, allow_graceful=False)
         self._second = self._cluster.add_node(**self._node())
 
-    def processes(self, role: str) -> list[psutil.Process]:
-        """The processes of a role on both nodes."""
-        found = []
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                title = (process.cmdline() or [""])[0]
-                if title.startswith(TITLES.get(role, TITLES["reward replica"])):
-                    is_judge = role in (JUDGE, "reward replica") and _uses_vllm(process)
-                    if is_judge == (role == JUDGE):
-                        found.append(process)
-        return found
-
     def close(self) -> None:
         """End both nodes."""
         self._cluster.shutdown()
+
+
+def processes(role: str) -> list[psutil.Process]:
+    """The processes of a role below this one, on all nodes that it has started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            title = (process.cmdline() or [""])[0]
+            if title.startswith(TITLES.get(role, TITLES["reward replica"])):
+                is_judge = role in (JUDGE, "reward replica") and _uses_vllm(process)
+                if is_judge == (role == JUDGE):
+                    found.append(process)
+    return found
 
 
 def _uses_vllm(process: psutil.Process) -> bool:
@@ -216,13 +217,13 @@ def run_trial(cluster: TwoNodes, runner: Runner, number: int, roles: Iterable[st
 
 def _kill(cluster: TwoNodes, runner: Runner, chance: random.Random, role: str, trial: Trial) -> None:
     if role not in (NODE, DRIVER):
-        runner.wait(lambda: bool(cluster.processes(role)))  # it may be starting again
+        runner.wait(lambda: bool(processes(role)))  # it may be starting again
     kill = Kill(role, unix_now())
     if role == NODE:
         cluster.kill_second()
     elif role == DRIVER:
         runner.restart()
-    elif running := cluster.processes(role):
+    elif running := processes(role):
         with suppress(psutil.NoSuchProcess):
             chance.choice(running).kill()
     trial.kills.append(kill)

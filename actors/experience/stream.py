@@ -272,11 +272,18 @@ class ExperienceStream:
 
     # -- policy versions ---------------------------------------------------------------------------------------------
 
-    async def publish(self, published: PolicyWeights, step: int | None = None, learner: str = "") -> list[int]:
+    async def publish(
+        self,
+        published: PolicyWeights,
+        step: int | None = None,
+        learner: str = "",
+        earlier: Sequence[PolicyWeights] = (),
+    ) -> None:
         """Send a policy version to the rollout actors and start the steps that waited for it.
 
         step: the learner's next one, if that is not the version's number. learner: names one start of the learner; a
-        new one begins anew with what it publishes. Returns the versions that are there now.
+        new one begins anew with what it publishes. earlier: older versions that steps are still drawn with; a stream
+        that has started again does not know them.
         """
         await self.start()
         begin, step = time.monotonic(), published.version if step is None else step
@@ -284,16 +291,17 @@ class ExperienceStream:
             if self._learner:
                 await self._rewind(step)
             self._learner = learner
-        await self._fleet.prefetch(published)
+        new = [one for one in (*earlier, published) if self._policies.get(one.version) != one]
+        for one in new:
+            await self._fleet.prefetch(one)
         self._next_step = max(self._next_step, step)
         async with self._published:
-            self._policies[published.version] = published
+            self._policies |= {one.version: one for one in new}
             self._version = max(self._version or 0, published.version)
             self._published.notify_all()
         self._schedule_steps()
         self._forget_policies()
         self._sync_seconds = time.monotonic() - begin
-        return sorted(self._policies)
 
     async def _rewind(self, step: int) -> None:
         tasks = [task for under_way in self._steps.values() for task in (*under_way.groups, under_way.batches)]

@@ -22,8 +22,9 @@ class Publisher:
         self._transport, self._deadline_s = experience.transport, deadline_s
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self.under_way: Future[None] | None = None  # of the last version that `start` was called with
-        self._lock = threading.Lock()  # guards _kept
+        self._lock = threading.Lock()  # guards _kept and _step
         self._kept: dict[int, PolicyWeights] = {}  # versions that later steps are drawn with, and the last
+        self._step = 0  # the learner's next one
 
     def start(self, version: int, weights: Weights, canary: Canary) -> None:
         """Publish a version in a thread; the weights are its own from now on. The one before is finished first."""
@@ -44,18 +45,18 @@ class Publisher:
     def publish(self, version: int, weights: Weights, canary: Canary, step: int) -> None:
         """Publish a version now. `step`: the learner's next one."""
         published = publish_weights(version, weights, canary, self._transport)
-        known = self._client.ask("publish", published, step, self._learner)
         oldest = version_of(step, self._max_staleness)
         with self._lock:
             self._kept = {v: p for v, p in self._kept.items() if v >= oldest} | {version: published}
-        if not self._kept.keys() <= set(known):
-            self.publish_again()  # the stream has started again since the version before
+            self._step = step
+        self.publish_again()
 
     def publish_again(self) -> None:
-        """Tell a stream that has started again the versions that steps are drawn with, oldest first."""
-        kept = self.versions()
-        for published in kept.values():
-            self._client.ask("publish", published, max(kept), self._learner)
+        """Tell the stream the versions that steps are drawn with, all at once: it may have started again, unnoticed."""
+        with self._lock:
+            *earlier, newest = (published for _, published in sorted(self._kept.items()))
+            step = self._step
+        self._client.ask("publish", newest, step, self._learner, earlier)
 
     def earlier(self, step: int) -> dict[int, PolicyWeights]:
         """The versions before `step` that the steps from there on are drawn with. It may be under way itself."""

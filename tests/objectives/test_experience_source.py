@@ -44,7 +44,7 @@ class Publishing:
         """In the place of the stream."""
         if self.error:
             raise self.error
-        answers = {"publish": [getattr(arguments[0], "version", 0)], "next_batch": self.batch}
+        answers = {"next_batch": self.batch}
         return answers.get(method, {"step": 4})
 
 
@@ -154,6 +154,23 @@ def test_the_journal_keeps_what_a_resume_draws(
     newest.append(SimpleNamespace(step=3))
     assert len(kept(1)) == 5
     assert kept(0) == ["step-000003", "step-000004"]
+
+
+def test_what_steps_are_drawn_with_is_told_at_once(publishing: Publishing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that has started again would take the newest alone for all that there is, and begin no older step."""
+    told: list[tuple[int, list[int], int]] = []
+
+    def ask(method: str, newest: PolicyWeights, step: int, _: str, earlier: list[PolicyWeights]) -> None:
+        assert method == "publish"
+        told.append((newest.version, [one.version for one in earlier], step))
+
+    monkeypatch.setattr(publishing, "ask", ask)
+    publishing.allowed.set()
+    source = make_source(staleness=2)
+    for version in range(5):
+        source.publish(trained({"w": torch.ones(3)}), version)
+    source.close()
+    assert told == [(0, [], 0), (1, [0], 1), (2, [0, 1], 2), (3, [1, 2], 3), (4, [2, 3], 4)]
 
 
 def test_the_journal_forgets_while_the_next_checkpoint_is_written(
