@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -40,7 +41,7 @@ def test_actors_draw_the_same_whatever_weights_travel_by(ray_local: ModuleType, 
     drawn: dict[str, list[RankBatch]] = {}
     for transport in (OBJECT_STORE, NIXL):
         published = [ray_local.get(learner.publish.remote(v, transport), timeout=WAIT_S) for v in (0, 1)]
-        drawn[transport] = run(settings, rollouts, lambda stream, sent=published: two_steps(stream, sent))
+        drawn[transport] = run(settings, rollouts, functools.partial(two_steps, published=published))
     for one, other in zip(*drawn.values(), strict=True):
         assert {group.version for group in one.groups} == {group.version for group in other.groups}
         assert_same(arrays(ray_local, one), arrays(ray_local, other))
