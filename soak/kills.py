@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from actors.messages import NIXL, OBJECT_STORE
 from deepgen.tracking.timeline import LEARNER, Span, read_spans, unix_now
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +63,7 @@ class Trial:
     same: bool = False
 
 
-def overrides(folder: Path, name: str, max_staleness: int, *, judge: bool) -> list[str]:
+def overrides(folder: Path, name: str, max_staleness: int, *, judge: bool, transport: str = OBJECT_STORE) -> list[str]:
     """Ten short steps on the tiny world. One reward is cheap; with `judge`, vLLM scores too, one image at a time."""
     weights = "{brightness: 0.5, judge: 0.5}" if judge else "{brightness: 1.0}"
     return [
@@ -77,6 +78,7 @@ def overrides(folder: Path, name: str, max_staleness: int, *, judge: bool) -> li
         "rollout.prompts_per_step=3",
         "algorithm.sft_batch=4",
         f"experience.max_staleness={max_staleness}",
+        f"experience.transport={transport}",
         "experience.overlap=on",
         "experience.deadline_s=200",
         "evaluation.prompts=0",
@@ -266,7 +268,10 @@ def undisturbed(cluster: TwoNodes, settings: Sequence[str], folder: Path) -> Any
 
 
 def run_kills(folder: Path, count: int, per_run: int, *, roles: Sequence[str] = ROLES) -> list[Trial]:
-    """Trials until `count` processes have been killed: on-policy and one version behind, with and without the judge."""
+    """Trials until `count` processes have been killed: on-policy and one version behind, with and without the judge.
+
+    In every third one weights travel by NIXL, which must make no difference.
+    """
     trials: list[Trial] = []
     expected: dict[tuple[int, bool], Any] = {}
     with two_nodes() as cluster:
@@ -280,15 +285,16 @@ def run_kills(folder: Path, count: int, per_run: int, *, roles: Sequence[str] = 
                     cluster, overrides(folder, calm.name, staleness, judge=judge), calm
                 )
             run = folder / f"trial-{number}"
-            runner = Runner(cluster, overrides(folder, run.name, staleness, judge=judge), run)
+            transport = NIXL if number % 3 == 2 else OBJECT_STORE
+            settings = overrides(folder, run.name, staleness, judge=judge, transport=transport)
+            runner = Runner(cluster, settings, run)
             trial = run_trial(cluster, runner, number, random.Random(f"roles {number}").choices(possible, k=per_run))
             trial.same = not trial.problem and result(run) == expected[staleness, judge]
             trials.append(trial)
             outcome = trial.problem or ("same bits" if trial.same else "OTHER BITS")
             done = ", ".join(f"{kill.role} ({kill.phase})" for kill in trial.kills)
-            print(
-                f"trial {number}, max_staleness {staleness}{', judge' if judge else ''}: {outcome}; {done}", flush=True
-            )
+            with_judge = ", judge" if judge else ""
+            print(f"trial {number}, max_staleness {staleness}, {transport}{with_judge}: {outcome}; {done}", flush=True)
     return trials
 
 

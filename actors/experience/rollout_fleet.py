@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -61,9 +61,12 @@ class RolloutFleet:
         await asyncio.gather(*(self._admit(name) for name in self._actors))
 
     async def call(
-        self, method: str, request: Any, policy: PolicyWeights | None, *more: Any, outputs: int = 1
+        self, method: str, request: Any, known: Callable[[], PolicyWeights | None], *more: Any, outputs: int = 1
     ) -> tuple[Any, ...]:
-        """Run `method(request, policy, *more)` on an idle actor and wait for its first output.
+        """Run `method(request, known(), *more)` on an actor and wait for its first output.
+
+        `known` says what is known of the policy when the call is sent: an actor that has started again after the
+        learner published version 0 has to compare its weights with that.
 
         Returns that output, and references to the others, which stay in the object store. Raises RolloutError after
         ATTEMPTS failures.
@@ -73,6 +76,7 @@ class RolloutFleet:
             turn, begin = await self._turns.take(), time.monotonic()
             span, reusable = None, True  # stays True when the sampling code itself raises: the actor is fine
             try:
+                policy = known()
                 handle = getattr(self._actors[turn.name], method).options(num_returns=outputs)
                 returned = handle.remote(request, policy, *more)
                 first, *others = [returned] if outputs == 1 else returned

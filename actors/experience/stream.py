@@ -186,7 +186,8 @@ class ExperienceStream:
         drawn: Group
         light = replace(asked, record=replace(asked.record, image=None, references=()))
         sources = self._sources(asked.record)
-        drawn, requests, trajectory = await self._fleet.call("sample_group", light, policy, *sources, outputs=3)
+        known = functools.partial(self._known_now, self._version_of(asked.step), policy)
+        drawn, requests, trajectory = await self._fleet.call("sample_group", light, known, *sources, outputs=3)
         self._journal.add(drawn.journal)
         return replace(drawn, journal=None, requests=requests, trajectory=trajectory)
 
@@ -234,6 +235,10 @@ class ExperienceStream:
         if version not in self._policies:
             raise VersionGoneError(f"policy version {version} is gone; there is {sorted(self._policies)}")
         return self._policies[version]
+
+    def _known_now(self, version: int, policy: PolicyWeights | None) -> PolicyWeights | None:
+        """`policy`, or what has been published as this version since: version 0 is drawn with before that."""
+        return policy or self._policies.get(version)
 
     def _schedule_steps(self) -> None:
         """Start every step whose policy has been published."""
@@ -340,7 +345,8 @@ class ExperienceStream:
         async def one(part: tuple[Record, ...]) -> tuple[EvaluationReply, np.ndarray, list[np.ndarray]]:
             request = EvaluationRequest(part, samples, evaluation.num_steps, evaluation.seed, folder, averaged)
             reply: EvaluationReply
-            reply, requests = await self._fleet.call("evaluate", request, policy, outputs=2)
+            known = functools.partial(self._known_now, version, policy)
+            reply, requests = await self._fleet.call("evaluate", request, known, outputs=2)
             weights = np.repeat(reply.reward_weights, samples, axis=0)
             scores = await self._rewards.score(requests, reply.keys, weights)
             images = [request.image for request in await _read(requests, f"images of the {request}", deadline_s)]

@@ -217,6 +217,23 @@ def test_a_step_waits_until_the_policy_is_fresh_enough(world: Path, rollouts: di
     assert numbers(second) == [2, 3]
 
 
+def test_an_actor_that_starts_again_compares_its_start_weights(
+    ray_local: ModuleType, world: Path, rollouts: dict[str, Any]
+) -> None:
+    """Its groups of step 0 were begun before the learner published version 0; they are sent to it after that."""
+
+    async def scenario(stream: ExperienceStream) -> None:
+        await stream.begin()
+        await stream.publish(policy(world, 0))
+        waiting = stream._groups(0)[0]
+        await stream._generate(waiting, None)
+        stream._policies[0] = replace(policy(world, 0), checksum="0123")
+        await stream._generate(waiting, None)
+
+    with pytest.raises(WeightsMismatchError, match="published checksum 0123"):
+        run(make_settings(world), rollouts, scenario)
+
+
 def test_published_weights_must_arrive_as_they_left(world: Path, rollouts: dict[str, Any]) -> None:
     async def scenario(stream: ExperienceStream) -> None:
         published = policy(world, 7, 1.1)
@@ -283,7 +300,7 @@ def call_once(ray: ModuleType, kind: type, call_deadline_s: float) -> None:
         actor = ray.remote(kind).options(num_cpus=0.1, max_restarts=1).remote()
         fleet = RolloutFleet({"only": actor}, call_deadline_s=call_deadline_s, start_deadline_s=200)
         await fleet.start()
-        await fleet.call("sample_group", "group 5", None)
+        await fleet.call("sample_group", "group 5", lambda: None)
 
     asyncio.run(body())
 

@@ -197,9 +197,8 @@ def test_calls_of_fleet_and_pool_are_spans(ray_local: ModuleType, tmp_path: Path
         await asyncio.gather(fleet.start(), pool.start())
         weights = PolicyWeights(2, "", (), (), Canary(0.0, None))
         await fleet.prefetch(weights)
-        await fleet.call(
-            "sample_group", Group(5, 1, 0, Record("x", "t2i", "a cat", "a cat", None, (), "test")), weights
-        )
+        group = Group(5, 1, 0, Record("x", "t2i", "a cat", "a cat", None, (), "test"))
+        await fleet.call("sample_group", group, lambda: weights)
         request = RewardRequest("die", "", "t2i", image)
         scores = await pool.score(ray_local.put([request]), [request_key(request)])
         assert scores.values == [0.0]
