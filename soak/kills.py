@@ -41,7 +41,7 @@ TITLES = {  # role -> how Ray titles its processes
 }
 JUDGE, NODE, DRIVER = "judge", "node", "driver"
 ROLES = (*TITLES, JUDGE, NODE, DRIVER)
-KILL_HEADER = "| role | moment | kills | runs that ended with other bits | runs that did not end |\n" + "|---" * 5 + "|"
+KILL_HEADER = "| role | moment | kills | in runs that ended with other bits | that failed |\n" + "|---" * 5 + "|"
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Trial:
 
     number: int
     kills: list[Kill] = field(default_factory=list)
-    problem: str = ""  # why it did not end
+    problem: str = ""  # why it did not end, or what else went wrong
     same: bool = False
 
 
@@ -170,6 +170,11 @@ class Runner:
     def ended(self) -> bool:
         return self.process.poll() is not None
 
+    def failures(self) -> list[str]:
+        """Why the learner was restarted where that was not a death: a failure of its own, which a kill must not cause."""
+        lines = self._log.read_text(errors="replace").splitlines()
+        return [line for line in lines if line.startswith("starting the workers again") and "died" not in line]
+
     def tail(self) -> str:
         """The last lines of the run's output."""
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-30:])
@@ -209,6 +214,8 @@ def run_trial(cluster: TwoNodes, runner: Runner, number: int, roles: Iterable[st
         os.killpg(runner.process.pid, signal.SIGKILL)
     if not trial.problem and runner.process.returncode:
         trial.problem = f"exit code {runner.process.returncode}"
+    if not trial.problem and (failures := runner.failures()):
+        trial.problem = "; ".join(failures)
     if trial.problem:
         print(f"trial {number}: {trial.problem}\n{runner.tail()}", flush=True)
     spans = [span for span in read_spans(runner.folder) if span.role == LEARNER]
