@@ -171,7 +171,7 @@ class Runner:
         return self.process.poll() is not None
 
     def failures(self) -> list[str]:
-        """Why the learner was restarted where that was not a death: a failure of its own, which a kill must not cause."""
+        """Why the learner was restarted where nobody had died: failures of its own, which a kill must not cause."""
         lines = self._log.read_text(errors="replace").splitlines()
         return [line for line in lines if line.startswith("starting the workers again") and "died" not in line]
 
