@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from actors.learner.console import FILE as CONSOLE
 from actors.messages import NIXL, OBJECT_STORE
 from deepgen.tracking.timeline import LEARNER, Span, read_spans, unix_now
 
@@ -172,7 +173,7 @@ class Runner:
 
     def failures(self) -> list[str]:
         """Why the learner was restarted where nobody had died: failures of its own, which a kill must not cause."""
-        lines = self._log.read_text(errors="replace").splitlines()
+        lines = (self.folder / CONSOLE).read_text(errors="replace").splitlines()
         return [line for line in lines if line.startswith("starting the workers again") and "died" not in line]
 
     def tail(self) -> str:
