@@ -170,7 +170,8 @@ def _cause(error: Exception, kinds: tuple[type[Exception], ...]) -> BaseExceptio
 
 def _wrapped(error: BaseException) -> BaseException | None:
     """The exception inside an exception of Ray or Ray Train, or None."""
-    return getattr(error, "_base_exc", None) or getattr(error, "cause", None)
+    names = ("_base_exc", "cause", "health_check_failure")  # the last: of a worker that died between two calls
+    return next((inner for name in names if (inner := getattr(error, name, None)) is not None), None)
 
 
 def _first_line(error: BaseException) -> str:

@@ -116,6 +116,7 @@ def test_only_what_may_go_well_is_tried_again(tmp_path: Path, monkeypatch: pytes
     """Ray Train restarts after a dead worker, but not after a worker's own error or a loss that is not finite."""
     from ray import cloudpickle
     from ray.train import FailureConfig
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
     from ray.train.v2._internal.execution.failure_handling import FailureDecision
     from ray.train.v2.api.exceptions import WorkerGroupError
 
@@ -142,10 +143,14 @@ def test_only_what_may_go_well_is_tried_again(tmp_path: Path, monkeypatch: pytes
     assert [policy.make_decision(died) for _ in range(2)] == [FailureDecision.RETRY, FailureDecision.RAISE]
     line = "starting the workers again (1, train.max_failures 1): worker 1: the actor died\n"
     assert (tmp_path / "a" / FILE).read_text() == line
-    newest = iter((4, 8, 8, 4, 5, 6))
+    newest = iter((4, 8, 8, 4, 5, 6, 6, 6))
     monkeypatch.setattr(ray_train, "newest_step", lambda settings: next(newest))
     policy = _failure_policy(settings, FailureConfig(max_failures=1))
     assert [policy.make_decision(died) for _ in range(2)] == [FailureDecision.RETRY, FailureDecision.RAISE]
     policy = _failure_policy(settings, FailureConfig(max_failures=1))
     assert [policy.make_decision(died) for _ in range(2)] == [FailureDecision.RETRY] * 2
     assert (tmp_path / "a" / FILE).read_text() == 4 * line
+    checked = WorkerGroupError("", {0: WorkerHealthCheckFailedError("A worker health check failed.", remote)})
+    policy = _failure_policy(settings, FailureConfig(max_failures=1))
+    assert policy.make_decision(checked) is FailureDecision.RETRY
+    assert (tmp_path / "a" / FILE).read_text() == 4 * line + line.replace("worker 1", "worker 0")
