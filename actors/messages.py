@@ -131,8 +131,8 @@ class Canary:
 class PolicyWeights:
     """One version of the policy's trained weights. Learner → stream → rollout actors.
 
-    `refs` are Ray references to dicts name -> float32 array; `names` lists the names in all of them. `checksum` is that
-    of version, names, shapes and values. `transport`: as in `experience.transport`; says where the arrays are.
+    `refs` are Ray references to dicts name -> float32 array (nixl: tensor); `names` lists the names in all of them.
+    `checksum` is that of version, names, shapes and values. `transport`: as in `experience.transport`.
     """
 
     version: int

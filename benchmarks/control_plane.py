@@ -19,6 +19,7 @@ does not leave the node where it was made until somebody reads it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import os
 import secrets
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import ray
 
 from actors.experience.policy.weight_sync import publish_weights
@@ -106,21 +108,34 @@ class Host:
 
 
 class Hosted:
-    """The handle of one of a host's actors: `handle.method.remote(...)`."""
+    """The handle of one of a host's actors: `handle.method.remote(...)`. `host`: the name of its process in Ray."""
 
-    def __init__(self, actor: str, host: Any, method: Any = None) -> None:
-        self._actor, self._host, self._method = actor, host, method
+    def __init__(self, actor: str, host: str) -> None:
+        self._actor, self._host = actor, host
 
-    def __getattr__(self, method: str) -> Hosted:
+    def __getattr__(self, method: str) -> _Method:
         if method.startswith("_"):
             raise AttributeError(method)  # pickle asks for some
-        return Hosted(self._actor, self._host, getattr(self._host, method))
+        return _Method(self._actor, getattr(_host(self._host), method))
 
-    def options(self, **options: Any) -> Hosted:
-        return Hosted(self._actor, self._host, self._method.options(**options))
+
+@dataclass(frozen=True)
+class _Method:
+    """A method of one of a host's actors."""
+
+    actor: str
+    of_host: Any
+
+    def options(self, **options: Any) -> _Method:
+        return _Method(self.actor, self.of_host.options(**options))
 
     def remote(self, *arguments: Any) -> Any:
-        return self._method.remote(self._actor, *arguments)
+        return self.of_host.remote(self.actor, *arguments)
+
+
+@functools.cache
+def _host(name: str) -> Any:
+    return ray.get_actor(name)
 
 
 class Bare:
@@ -145,11 +160,15 @@ class Bare:
 
 @dataclass(frozen=True)
 class Observed:
-    """Moments on the machine's monotonic clock, s: when each batch arrived, and when each group began."""
+    """Moments on the machine's monotonic clock, s: borders of the repetitions, and when each group began.
+
+    whole_cpu, stream_cpu: CPU seconds at each border of all processes, and of the stream's; empty if not looked at.
+    """
 
     actors: int
-    batches: tuple[float, ...]
-    cpu: tuple[float, ...]  # CPU seconds of the stream's process at each batch
+    borders: tuple[float, ...]
+    whole_cpu: tuple[float, ...]
+    stream_cpu: tuple[float, ...]
     groups: np.ndarray
 
     def busy(self, begin: float, end: float) -> float:
@@ -157,23 +176,23 @@ class Observed:
         inside = np.minimum(self.groups + GROUP_S, end) - np.maximum(self.groups, begin)
         return float(np.clip(inside, 0, None).sum())
 
-    def result(self) -> Result:
-        """Seconds of an actor for each group, against GROUP_S; one repetition a step."""
-        begin, end = self.batches[0], self.batches[-2]
-        groups, cpu = self.busy(begin, end) / GROUP_S, self.cpu[-2] - self.cpu[0]
-        stream = f"; the stream: {cpu / (end - begin):.0%} of a core, {1000 * cpu / groups:.1f} ms CPU a group"
-        return self.row(f"control, {self.actors} actors", self.batches[:-1], stream)
-
-    def row(self, name: str, borders: Sequence[float], more: str = "") -> Result:
-        """Of the time between the borders, each stretch of it a repetition."""
+    def result(self, name: str) -> Result:
+        """Seconds of an actor for each group, against GROUP_S, between each two borders."""
         from benchmarks.timing import Result
 
-        begin, end = borders[0], borders[-1]
+        begin, end = self.borders[0], self.borders[-1]
         busy = self.busy(begin, end)
-        waited = 1 - busy / (self.actors * (end - begin))
-        text = f"actors wait {waited:.1%}; {busy / GROUP_S / (end - begin):.0f} groups/s{more}"
-        ours = tuple(GROUP_S * self.actors * (b - a) / self.busy(a, b) for a, b in itertools.pairwise(borders))
-        return Result(name, text, 1, ours, tuple(GROUP_S for _ in ours))
+        groups, waited = busy / GROUP_S, 1 - busy / (self.actors * (end - begin))
+        text = f"actors wait {waited:.1%}; {groups / (end - begin):.0f} groups/s; "
+        text += f"{_ms(self.whole_cpu, groups)} CPU a group"
+        if self.stream_cpu:
+            text += f", {_ms(self.stream_cpu, groups)} in the stream"
+        ours = tuple(GROUP_S * self.actors * (b - a) / self.busy(a, b) for a, b in itertools.pairwise(self.borders))
+        return Result(f"control, {name}{self.actors} actors", text, 1, ours, tuple(GROUP_S for _ in ours))
+
+
+def _ms(cpu: Sequence[float], groups: float) -> str:
+    return f"{1000 * (cpu[-1] - cpu[0]) / groups:.1f} ms"
 
 
 @contextmanager
@@ -221,7 +240,7 @@ def measure(weights: Path, actors: int, repeats: int) -> Result:
         *sleeping,
     )
     with own_ray(num_cpus=2, object_store_bytes=3 << 30):
-        return _observe(settings, actors).result()
+        return _observe(settings, actors).result("")
 
 
 def measure_floor(actors: int, repeats: int) -> Result:
@@ -229,10 +248,15 @@ def measure_floor(actors: int, repeats: int) -> Result:
     with own_ray(num_cpus=2, object_store_bytes=3 << 30):
         handles, hosts = _start_hosts(actors, rewards=2)
         bare = ray.remote(num_cpus=0.1)(Bare).remote(list(handles.values()))
-        begin, step_s = time.monotonic(), ROUNDS * GROUP_S
-        ray.get(bare.run.remote((repeats + 2) * step_s), timeout=DEADLINE_S)
-        borders = tuple(begin + step_s * (1 + step) for step in range(repeats + 1))
-        return Observed(actors, (), (), _begun(hosts)).row(f"control, bare Ray, {actors} actors", borders)
+        step_s = ROUNDS * GROUP_S
+        ended = bare.run.remote((repeats + 2) * step_s)
+        borders, cpu = [], []
+        for _ in range(repeats + 1):
+            time.sleep(step_s)  # the first one: the actors begin
+            borders.append(time.monotonic())
+            cpu.append(_whole_cpu())
+        ray.get(ended, timeout=DEADLINE_S)
+        return Observed(actors, tuple(borders), tuple(cpu), (), _begun(hosts)).result("bare Ray, ")
 
 
 def _start_hosts(actors: int, rewards: int) -> tuple[dict[str, Hosted], list[Any]]:
@@ -242,8 +266,9 @@ def _start_hosts(actors: int, rewards: int) -> tuple[dict[str, Hosted], list[Any
         "max_concurrency": 2 * actors,
         "concurrency_groups": {WEIGHTS_GROUP: actors},
     }
-    hosts = [ray.remote(**options)(Host).remote(rewards) for _ in range(HOSTS)]
-    return {(name := f"rollout-{i}"): Hosted(name, hosts[i % HOSTS]) for i in range(actors)}, hosts
+    remote = ray.remote(**options)(Host)
+    hosts = [remote.options(name=f"host-{i}").remote(rewards) for i in range(HOSTS)]
+    return {(name := f"rollout-{i}"): Hosted(name, f"host-{i % HOSTS}") for i in range(actors)}, hosts
 
 
 def _begun(hosts: Sequence[Any]) -> np.ndarray:
@@ -258,18 +283,26 @@ def _observe(settings: Settings, actors: int) -> Observed:
     stream = start_stream(settings, Rollouts(handles, dict[str, Any](handles)), resume=False, gpus=False)
     ray.get(stream.start.remote(), timeout=DEADLINE_S)
     ray.get(stream.begin.remote(), timeout=DEADLINE_S)
-    batches, cpu = [], []
+    borders, whole_cpu, stream_cpu = [], [], []
     for step in range(settings.train.steps):
         batch: RankBatch = ray.get(stream.next_batch.remote(step, 0, 1), timeout=DEADLINE_S)
-        batches.append(time.monotonic())
-        cpu.append(ray.get(stream.__ray_call__.remote(_cpu_seconds), timeout=DEADLINE_S))
+        borders.append(time.monotonic())
+        whole_cpu.append(_whole_cpu())
+        stream_cpu.append(ray.get(stream.__ray_call__.remote(_cpu_seconds), timeout=DEADLINE_S))
         ray.get([group.trajectory for group in batch.groups], timeout=DEADLINE_S)
         published = publish_weights(step + 1, {"weight": torch.full((8,), float(step))}, Canary(0.0, None))
         ray.get(stream.publish.remote(published), timeout=DEADLINE_S)
     begun = _begun(hosts)
     ray.get(stream.stop.remote(), timeout=DEADLINE_S)
-    return Observed(actors, tuple(batches), tuple(cpu), begun)
+    # Without the last step, at whose end the actors have run out of work.
+    return Observed(actors, tuple(borders[:-1]), tuple(whole_cpu[:-1]), tuple(stream_cpu[:-1]), begun)
 
 
 def _cpu_seconds(stream: Any) -> float:
     return time.process_time()
+
+
+def _whole_cpu() -> float:
+    """CPU seconds of this process and of Ray's, which it has started."""
+    me = psutil.Process()
+    return sum(sum(process.cpu_times()[:2]) for process in (me, *me.children(recursive=True)))

@@ -61,12 +61,8 @@ class Publisher:
     def earlier(self, step: int) -> dict[int, PolicyWeights]:
         """The versions before `step` that the steps from there on are drawn with. It may be under way itself."""
         oldest = version_of(step, self._max_staleness)
-        return {version: published for version, published in self.versions().items() if oldest <= version < step}
-
-    def versions(self) -> dict[int, PolicyWeights]:
-        """The versions that are kept, oldest first."""
         with self._lock:
-            return dict(sorted(self._kept.items()))
+            return {version: kept for version, kept in sorted(self._kept.items()) if oldest <= version < step}
 
     def close(self) -> None:
         """Finish what has been started: the stage evaluates the last version next."""

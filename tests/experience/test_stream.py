@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.experience.policy.canary import take_canary
-from actors.experience.policy.weight_sync import WeightsMismatchError, publish_weights
+from actors.experience.policy.weight_sync import WeightsMismatchError
 from actors.experience.prompt_order import PromptOrder
 from actors.experience.reward_requests import request_key
 from actors.experience.rollout_fleet import RolloutError, RolloutFleet
@@ -26,9 +25,9 @@ from deepgen.config import Settings, UserError
 from deepgen.data.images import decode_image
 from deepgen.data.parquet import read_records
 from deepgen.data.records import Record
-from deepgen.models.unified import UnifiedModel
 from tests.helpers.frail_actors import Frail, Slow
 from tests.helpers.lost_objects import lost_reference
+from tests.helpers.published import publish
 from tests.helpers.rl_world import PROMPTS, make_records, make_settings, make_world
 
 pytestmark = pytest.mark.ray
@@ -191,9 +190,7 @@ def test_any_actor_draws_the_same_group(ray_local: ModuleType, world: Path, roll
 
 def policy(world: Path, version: int, scale: float = 1.0) -> PolicyWeights:
     """A published version: the world's model with its trainable weights scaled."""
-    model = UnifiedModel.from_folder(world / "model")
-    weights = {name: parameter.detach().mul_(scale) for name, parameter in model.trainable_parameters("rl")}
-    return publish_weights(version, weights, take_canary(model, make_settings(world).rollout))
+    return publish(make_settings(world), version, scale)
 
 
 @pytest.mark.parametrize("staleness", [0, 1])

@@ -17,9 +17,10 @@ from actors.messages import NIXL, OBJECT_STORE, PolicyWeights, RankBatch
 from actors.objectives.publisher import Publisher
 from actors.start import start_rollouts
 from deepgen.config import UserError
+from tests.experience.test_reward_pool import ask_until_dead
 from tests.experience.test_stream import arrays, assert_same, run
+from tests.helpers.published import SendingLearner
 from tests.helpers.rl_world import make_settings, make_world
-from tests.helpers.sending_learner import SendingLearner
 
 WAIT_S = 120.0
 
@@ -28,7 +29,7 @@ WAIT_S = 120.0
 def test_actors_draw_the_same_whatever_weights_travel_by(ray_local: ModuleType, tmp_path: Path) -> None:
     world = make_world(tmp_path)
     settings = make_settings(world, "rollout.prompts_per_step=6")
-    learner = ray_local.remote(SendingLearner).options(num_cpus=0.1).remote(settings, world / "model")
+    learner = ray_local.remote(SendingLearner).options(num_cpus=0.1).remote(settings)
     rollouts = start_rollouts(settings, gpus=False)
 
     async def two_steps(stream: ExperienceStream, published: list[PolicyWeights]) -> list[RankBatch]:
@@ -40,7 +41,7 @@ def test_actors_draw_the_same_whatever_weights_travel_by(ray_local: ModuleType, 
 
     drawn: dict[str, list[RankBatch]] = {}
     for transport in (OBJECT_STORE, NIXL):
-        published = [ray_local.get(learner.publish.remote(v, transport), timeout=WAIT_S) for v in (0, 1)]
+        published = [ray_local.get(learner.publish.remote(v, 1 + v / 100, transport), timeout=WAIT_S) for v in (0, 1)]
         drawn[transport] = run(settings, rollouts, functools.partial(two_steps, published=published))
     for one, other in zip(*drawn.values(), strict=True):
         assert {group.version for group in one.groups} == {group.version for group in other.groups}
@@ -52,18 +53,13 @@ def test_actors_draw_the_same_whatever_weights_travel_by(ray_local: ModuleType, 
 @pytest.mark.ray
 def test_nobody_waits_for_the_memory_of_a_dead_learner(ray_local: ModuleType, tmp_path: Path) -> None:
     world = make_world(tmp_path)
-    learner = ray_local.remote(SendingLearner).options(num_cpus=0.1).remote(make_settings(world), world / "model")
-    published = ray_local.get(learner.publish.remote(1, NIXL), timeout=WAIT_S)
+    learner = ray_local.remote(SendingLearner).options(num_cpus=0.1).remote(make_settings(world))
+    published = ray_local.get(learner.publish.remote(1, 1.01, NIXL), timeout=WAIT_S)
     ray_local.kill(learner)
     with pytest.raises(ray_local.exceptions.RayActorError):
         ask_until_dead(ray_local, learner)
     with pytest.raises(ray_local.exceptions.RayError):
         fetch_weights(published, WAIT_S)
-
-
-def ask_until_dead(ray: ModuleType, actor: Any) -> None:
-    while True:
-        ray.get(actor.__ray_ready__.remote(), timeout=WAIT_S)
 
 
 def test_without_the_package_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from deepgen.models.unified import UnifiedModel
 from deepgen.models.weights_io.folder import weights_checksum
 from soak.kills import processes
 from soak.schedules import learn
+from tests.experience.test_stream_restart import trained
 from tests.helpers.rl_world import make_settings, make_world
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -84,7 +85,7 @@ def train(ray: ModuleType, settings: Settings, rollouts: Rollouts, plan: tuple[s
     source, killer = ExperienceSource(context, stream, None), Killer(settings.experience.max_staleness)
     model = UnifiedModel.from_folder(settings.model.weights)
     weights = {name: parameter.data for name, parameter in model.trainable_parameters("rl")}
-    engine: Any = SimpleNamespace(weights=lambda: weights, run=lambda compute, *arguments: compute(model, *arguments))
+    engine = trained(model, weights)
     source.publish(engine, 0)
     scores = []
     for step in range(settings.train.steps):

@@ -3,8 +3,8 @@
 The learner's rank 0 puts the arrays into the object store, and every rollout node copies them once, however many actors
 it has. With `experience.transport=nixl` they stay in rank 0's memory, and every actor reads them there (Ray Direct
 Transport): by RDMA where the network has it, else by shared memory or TCP. Only `_put` and `_received` know the
-difference. The objects belong to the learner's process, so actors fetch a version when it is published, not when they
-need it.
+difference. The objects belong to the learner's process, so a node (with nixl, an actor) fetches a version when it is
+published, not when a group needs it.
 
 Weights travel as fp32, whatever `model.precision` is: the DiT's parameters are fp32 on both sides, and autocast rounds
 only some of them (docs/log.md).

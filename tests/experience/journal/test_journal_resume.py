@@ -15,14 +15,11 @@ import pytest
 
 from actors.experience.journal.group_journal import groups_folder
 from actors.experience.journal.origin import JOURNAL
-from actors.experience.policy.canary import take_canary
-from actors.experience.policy.weight_sync import publish_weights
 from actors.experience.stream import ExperienceStream
-from actors.messages import PolicyWeights, RankBatch
+from actors.messages import RankBatch
 from actors.start import start_rollouts
-from deepgen.config import Settings
-from deepgen.models.unified import UnifiedModel
 from tests.experience.test_stream import run
+from tests.helpers.published import publish
 from tests.helpers.rl_world import make_settings, make_world
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -41,22 +38,12 @@ async def half_a_step(stream: ExperienceStream) -> None:
 
 def end(ray: ModuleType, actors: dict[str, Any]) -> None:
     """Kill the actors, and wait until their processes are gone: Ray calls an actor dead while it may still write."""
-    pids = ray.get([actor.__ray_call__.remote(pid_of) for actor in actors.values()], timeout=WAIT_S)
+    pids = ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors.values()], timeout=WAIT_S)
     processes = [psutil.Process(pid) for pid in pids]
     for actor in actors.values():
         ray.kill(actor)
     _, alive = psutil.wait_procs(processes, timeout=WAIT_S)
     assert not alive
-
-
-def pid_of(actor: Any) -> int:
-    return os.getpid()
-
-
-def start_weights(settings: Settings) -> PolicyWeights:
-    """What the learner publishes first: the weights folder's."""
-    model = UnifiedModel.from_folder(settings.model.weights)
-    return publish_weights(0, dict(model.trainable_parameters("rl")), take_canary(model, settings.rollout))
 
 
 def finished(ray: ModuleType, batch: RankBatch) -> list[Any]:
@@ -77,7 +64,7 @@ def test_what_was_finished_is_read(ray_local: ModuleType, tmp_path: Path) -> Non
     assert kept >= GROUPS // 2 and scored >= IMAGES * GROUPS // 2
 
     actors = start_rollouts(settings, gpus=False)
-    weights = start_weights(settings)
+    weights = publish(settings, 0)
 
     async def step(stream: ExperienceStream) -> tuple[RankBatch, dict[str, float]]:
         await stream.publish(weights)
