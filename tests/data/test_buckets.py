@@ -53,6 +53,7 @@ def test_a_bucket_is_a_shape_after_resizing() -> None:
     target, reference = rng.integers(20, 2000, (2, 400, 2), dtype=np.int32)
     target[:9], reference[::2] = 0, 0  # unknown; absent
     target[9:30] = [600, 599]
+    target[30:32] = [2240, 1260], [704, 384]  # equal but for a rounding error
     numbers = bucket_numbers([target, reference], 512)
 
     def shape(size: np.ndarray) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,10 +170,30 @@ def test_damaged_exif_does_not_lose_the_picture() -> None:
 
 @pytest.mark.parametrize(
     ("height", "width", "expected"),
-    [(1080, 1920, (384, 704)), (599, 600, (512, 544)), (100, 1000, (192, 1632)), (512, 512, (512, 512))],
+    [
+        (1080, 1920, (384, 704)),
+        (599, 600, (512, 544)),
+        (100, 1000, (192, 1632)),
+        (512, 512, (512, 512)),
+        (600, 600, (512, 512)),
+        (1260, 2240, (416, 704)),  # exactly 384, but rounding makes it a little more, in the reference too
+    ],
 )
 def test_sizes_are_those_of_the_method(height: int, width: int, expected: tuple[int, int]) -> None:
     assert fixed_area_size(height, width, 512) == expected  # method 1.9
+
+
+def test_sizes_are_the_references() -> None:
+    """Where the exact side is a multiple of 32, rounding decides. Elsewhere it is too small to matter."""
+
+    def reference(height: int, width: int) -> tuple[int, int]:
+        ratio = 512 / ((height * width) ** 0.5)
+        return math.ceil(height * ratio / 32) * 32, math.ceil(width * ratio / 32) * 32
+
+    exact = [(k * a**2, k * b**2) for a in range(1, 33) for b in range(1, 33) for k in (1, 7, 31, 140)]
+    others = np.random.default_rng(0).integers(81, 6000, (5000, 2)).tolist()
+    for height, width in [*exact, *others]:
+        assert fixed_area_size(height, width, 512) == reference(height, width), (height, width)
 
 
 def test_tensors_span_minus_one_to_one() -> None:
