@@ -256,7 +256,7 @@ class ClippedRatio:
             eta=self._rollout.eta,
             next_x=micro.next_x,
         )
-        return PolicyStep(v, result.mean, result.std), result.log_prob
+        return PolicyStep(v, result.mean, result.std, result.kl_std), result.log_prob
 
     def _check(self, micro: TransitionMicro, metrics: Metrics, context: StepContext) -> None:
         """Check this process's first update: the on-policy ratio is 1, the KL of the initial model to itself is 0."""

@@ -1,5 +1,7 @@
 """Losses against values computed by hand, their gradients, and the invariants that a run asserts."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -238,7 +240,8 @@ def test_forward_loss_statistics() -> None:
 
 
 def _step(seed: int, std: float = 0.5) -> PolicyStep:
-    return PolicyStep(_randn(2, 4, 6, 5, seed=seed), _randn(2, 4, 6, 5, seed=seed + 1), torch.full((2, 1, 1, 1), std))
+    stds = torch.full((2, 1, 1, 1), std)
+    return PolicyStep(_randn(2, 4, 6, 5, seed=seed), _randn(2, 4, 6, 5, seed=seed + 1), stds, stds)
 
 
 @pytest.mark.parametrize("name", KL_FORMS)
@@ -275,11 +278,35 @@ def test_the_two_velocity_forms_differ_by_the_variance() -> None:
     torch.testing.assert_close(kl_velocity_scaled(v, v_ref, std), plain / (2 * std.flatten() ** 2 + 1e-7))
 
 
-def test_latent_mean_form_is_the_gaussian_kl() -> None:
-    mean, mean_ref, std = _randn(2, 4, 6, 5, seed=1), _randn(2, 4, 6, 5, seed=2), torch.full((2, 1, 1, 1), 0.6)
-    normal = torch.distributions.Normal
-    exact = torch.distributions.kl_divergence(normal(mean, std), normal(mean_ref, std)).mean((1, 2, 3))
-    torch.testing.assert_close(kl_latent_mean(mean, mean_ref, std), exact, rtol=1e-5, atol=1e-6)
+# What the reference divides by in a step from 0.8 to 0.6 with eta 0.7 (its sde_step_with_logprob returns it), and the
+# std of that step. They differ for flow_sde.
+COEFFICIENTS = {
+    "cps": (0.6 * math.sin(0.35 * math.pi), 1.0),
+    "flow_sde": (0.7 * math.sqrt(0.8 / 0.2), math.sqrt(0.2)),
+    "dance_sde": (0.7 * math.sqrt(0.2), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_scaled_forms_against_the_reference(name: str) -> None:
+    """Scaled velocities are the reference's for every sampler; of means it is the Gaussian KL of the steps."""
+    x, v, v_ref = (_randn(2, 4, 6, 5, seed=s) for s in (1, 2, 3))
+    coefficient, step_by_coefficient = COEFFICIENTS[name]
+
+    def score(velocity: Tensor) -> PolicyStep:
+        step = sampler_step(name, x, velocity, 0.8, 0.6, eta=0.7, next_x=x)
+        return PolicyStep(velocity, step.mean, step.std, step.kl_std)
+
+    def reference_form(a: Tensor, b: Tensor) -> Tensor:
+        return ((a - b) ** 2 / (2 * coefficient**2 + 1e-7)).mean((1, 2, 3))
+
+    new, old = score(v), score(v_ref)
+    scaled, means = kl_divergence("velocity_scaled", new, old), kl_divergence("latent_mean", new, old)
+    torch.testing.assert_close(scaled, reference_form(v, v_ref), rtol=1e-5, atol=0)
+    torch.testing.assert_close(means * step_by_coefficient**2, reference_form(new.mean, old.mean), rtol=1e-5, atol=0)
+    steps = (torch.distributions.Normal(one.mean, coefficient * step_by_coefficient) for one in (new, old))
+    exact = torch.distributions.kl_divergence(*steps).mean((1, 2, 3))
+    torch.testing.assert_close(means, exact, rtol=1e-5, atol=1e-6)
 
 
 def test_for_cps_both_scaled_forms_agree_up_to_the_step() -> None:

@@ -48,9 +48,10 @@ def test_step_matches_the_reference(key: str) -> None:
 
     result = sampler_step(REFERENCE_NAMES[reference], x, v, sigma, sigma_next, eta=float(eta[3:]), next_x=x_next)
 
-    # The reference reports Flow-GRPO's std per square root of time; ours is always the std of the step itself.
+    # The reference reports Flow-GRPO's std per square root of time, and takes it for its KL. Our std is the step's own.
     scale = math.sqrt(sigma - sigma_next) if reference == "flowgrpo_sde" else 1.0
     np.testing.assert_allclose(result.std, GOLDEN[f"{key}/std"] * scale, rtol=1e-5)
+    np.testing.assert_allclose(result.kl_std, GOLDEN[f"{key}/std"], rtol=1e-5)
     np.testing.assert_allclose(result.mean, GOLDEN[f"{key}/mean"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(result.log_prob, GOLDEN[f"{key}/logp"], rtol=1e-6, atol=1e-6)
 

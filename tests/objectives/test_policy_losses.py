@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from actors.experience.policy.policy_sampler import Samples, trained_steps
 from actors.learner.protocols import StepContext
 from actors.messages import Group
+from actors.objectives.policy_losses import ClippedRatio
 from deepgen.config import Settings, load_settings
 from deepgen.data.records import Record
 from deepgen.diffusion.schedule import rollout_sigmas
@@ -67,6 +68,21 @@ def total(name: str, *more: str) -> Tensor:
         (micro.share * term.loss(dit, reference, micro, CONTEXT).total).backward()
     assert dit.weight.grad is not None and reference.weight.grad is None
     return dit.weight.grad
+
+
+@pytest.mark.parametrize(("form", "by_the_step"), [("velocity_scaled", False), ("latent_mean", True)])
+def test_the_scaled_kl_of_a_flow_sde(form: str, by_the_step: bool) -> None:
+    """The reference's form divides by the squared diffusion coefficient, the KL of the steps by their variance."""
+    settings, group, samples = make("clipped_ratio", "rollout.sampler=flow_sde", f"algorithm.kl={form}")
+    for micro in ClippedRatio(settings).micros(group, samples, 3, 1.0, 0):
+        kl = ClippedRatio(settings).loss(Dit(0.5), Dit(0.3), micro, CONTEXT).metrics["policy/kl"]
+        sigma, dt = micro.sigma, micro.sigma - micro.sigma_next
+        q = 0.7**2 * sigma / (1 - torch.where(sigma == 1, micro.sigma_next, sigma))
+        apart = 0.2 * micro.x
+        if by_the_step:
+            apart, q = (1 + q * (1 - sigma) / (2 * sigma)).view(-1, 1, 1, 1) * dt.view(-1, 1, 1, 1) * apart, q * dt
+        expected = (apart**2 / (2 * q.view(-1, 1, 1, 1) + 1e-7)).mean()
+        torch.testing.assert_close(torch.as_tensor(kl), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)

@@ -158,7 +158,11 @@ def kl_velocity(v: Tensor, v_ref: Tensor) -> Tensor:
 
 
 def kl_velocity_scaled(v: Tensor, v_ref: Tensor, std: Tensor) -> Tensor:
-    """(v - v_ref)^2 / (2 std^2): the form of the reference code, with std [B, 1, 1, 1] of the sampler step.
+    """(v - v_ref)^2 / (2 std^2): the form of the reference code; std [B, 1, 1, 1] is the `kl_std` of a sampler step.
+
+    That is the step's deviation for cps and dance_sde. For flow_sde it is the diffusion coefficient eta sqrt(sigma /
+    (1 - sigma)), as the reference takes it: the variance of a step, smaller by the factor sigma - sigma', would make
+    the weight of this KL depend on the number of sampler steps.
 
     For CPS with eta 1, std is sigma'. The result exceeds `kl_velocity` by the factor 1 / (2 std^2), which grows without
     bound towards the clean end. A beta chosen for one form is wrong for the other, so the forms have two names.
@@ -167,7 +171,12 @@ def kl_velocity_scaled(v: Tensor, v_ref: Tensor, std: Tensor) -> Tensor:
 
 
 def kl_latent_mean(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
-    """(mean - mean_ref)^2 / (2 std^2): KL between the two Gaussian sampler steps, averaged over elements."""
+    """(mean - mean_ref)^2 / (2 std^2): KL between the two Gaussian sampler steps, averaged over elements.
+
+    std [B, 1, 1, 1] is the deviation of the step, whatever the sampler. The reference's form for means is equal for cps
+    and dance_sde. For flow_sde it divides by the squared diffusion coefficient (see `kl_velocity_scaled`), so it is
+    this KL times sigma - sigma'.
+    """
     return _over_variance(mean, mean_ref, std)
 
 
@@ -180,7 +189,8 @@ class PolicyStep(NamedTuple):
 
     velocity: Tensor  # [B, c, h, w]
     mean: Tensor  # [B, c, h, w]
-    std: Tensor  # [B, 1, 1, 1]
+    std: Tensor  # [B, 1, 1, 1], of the step
+    kl_std: Tensor  # [B, 1, 1, 1], `StepResult.kl_std`
 
 
 def velocity(new: PolicyStep, reference: PolicyStep) -> Tensor:
@@ -190,7 +200,7 @@ def velocity(new: PolicyStep, reference: PolicyStep) -> Tensor:
 
 def velocity_scaled(new: PolicyStep, reference: PolicyStep) -> Tensor:
     """`algorithm.kl: velocity_scaled` (the reference's form), [B]."""
-    return kl_velocity_scaled(new.velocity, reference.velocity, new.std)
+    return kl_velocity_scaled(new.velocity, reference.velocity, new.kl_std)
 
 
 def latent_mean(new: PolicyStep, reference: PolicyStep) -> Tensor:

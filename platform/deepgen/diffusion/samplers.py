@@ -36,15 +36,23 @@ class StepResult(NamedTuple):
     next: Tensor  # [B, c, h, w]
     mean: Tensor  # [B, c, h, w]
     std: Tensor  # [B, 1, 1, 1]
+    kl_std: Tensor  # [B, 1, 1, 1], what the reference's scaled KL has in place of std; see `Sampler`
     log_prob: Tensor  # [B], mean over all but the batch dimension; zeros for a deterministic step
 
 
 @dataclass(frozen=True)
 class Sampler:
+    """A sampler.
+
+    kl_per_time: the reference's scaled KL divides by the squared diffusion coefficient, std^2 / (sigma - sigma'), and
+    not by the step's variance std^2 (M3.6).
+    """
+
     transition: Transition
     log_prob: LogProb
     eta_max: float = math.inf  # largest eta that makes sense
     stochastic: bool = True
+    kl_per_time: bool = False
 
 
 def sampler_step(
@@ -79,14 +87,16 @@ def sampler_step(
         raise ValueError(f"sampler {name!r} is deterministic: a step of it has no density to score")
 
     x, v = x.float(), v.float()
-    mean, std = sampler.transition(x, v, _per_sample(sigma, x), _per_sample(sigma_next, x), eta)
+    level, next_level = _per_sample(sigma, x), _per_sample(sigma_next, x)
+    mean, std = sampler.transition(x, v, level, next_level, eta)
+    kl_std = std / torch.sqrt(level - next_level) if sampler.kl_per_time else std
     if next_x is not None:
         next_x = next_x.float()
     elif noise is not None and sampler.stochastic:
         next_x = mean + std * noise.float()
     else:
         next_x = mean
-    return StepResult(next_x, mean, std, sampler.log_prob(next_x.detach(), mean, std))
+    return StepResult(next_x, mean, std, kl_std, sampler.log_prob(next_x.detach(), mean, std))
 
 
 def guided(velocity_cond: Tensor, velocity_uncond: Tensor, scale: float) -> Tensor:
@@ -170,6 +180,6 @@ def certain_log_prob(next_x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 # -- the samplers by name: `deepgen.registry.SAMPLERS` ---------------------------------------------
 
 CPS = Sampler(cps_transition, squared_distance_log_prob, eta_max=ETA_MAX["cps"])
-FLOW_SDE = Sampler(flow_sde_transition, gaussian_log_prob)
+FLOW_SDE = Sampler(flow_sde_transition, gaussian_log_prob, kl_per_time=True)
 DANCE_SDE = Sampler(dance_sde_transition, gaussian_log_prob)
 ODE = Sampler(ode_transition, certain_log_prob, stochastic=False)

@@ -227,8 +227,8 @@ class AlgorithmSettings(Section):
     clip_range: float = setting(1e-4, "The probability ratio is clipped to 1 plus and minus this.", gt=0, lt=1)
     kl: Annotated[str, OneOf(KL_FORMS, "none")] = setting(
         "velocity",
-        "Distance to the initial model: of velocities (paper), of velocities over twice the step's variance "
-        "(reference), of step means, or none. kl_beta does not transfer between them.",
+        "Distance to the initial model: of velocities (paper), of velocities over twice the squared noise scale "
+        "(reference), of step means over twice the step's variance, or none. kl_beta does not transfer between them.",
     )
     kl_beta: float = setting(5e-7, "Weight of the KL term.", ge=0)
     sft_coef: float = setting(
