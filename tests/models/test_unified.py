@@ -134,6 +134,21 @@ def test_reference_padding_leaks_as_published(image):
 
 
 @torch.no_grad()
+def test_guidance_pads_both_prompts_together_where_pads_are_read(image):
+    for padding in ("masked", "reference"):
+        model = make_tiny_model()
+        model.padding = padding
+        found = model.encode_guided("mirror it", "blurry, cut off", [image])
+        together = model.encode_prompts(["mirror it", "blurry, cut off"], [[image], [image]])
+        alone = [model.encode_prompts([prompt], [[image]]) for prompt in ("mirror it", "blurry, cut off")]
+        for i, one in enumerate(found):
+            wanted = alone[i].context if padding == "masked" else together.context[i : i + 1]
+            assert len(one) == 1 and torch.equal(one.context, wanted)
+        assert (found[0].mask is None) == (padding == "reference")
+        assert (found[0].context.shape == found[1].context.shape) == (padding == "reference")
+
+
+@torch.no_grad()
 def test_velocity_does_not_depend_on_other_prompts(model, image):
     references = [[], [], [image]]
     latent_references = [[], [], model.encode_images([image])]

@@ -197,6 +197,24 @@ class UnifiedModel(Bridge):
         context, pooled = self.fuse(states, visible)
         return Conditioning(context, pooled, visible)
 
+    def encode_guided(
+        self, prompt: str, negative: str, images: Sequence[Tensor | SeenImage] = ()
+    ) -> tuple[Conditioning, Conditioning]:
+        """Conditioning of a prompt, and of what guidance steers away from: batch size 1 each (M1.8).
+
+        With padding "reference" one call encodes both, because there the shorter text is padded to the longer one and
+        its pads are read (M1.5). Masked pads would change nothing, so otherwise each is encoded alone.
+
+        Args:
+            negative: "", or a negative prompt.
+            images: reference images, as in `encode_prompts`; both branches see them.
+        """
+        if self.padding == "masked":
+            return self.encode_prompts([prompt], [images]), self.encode_prompts([negative], [images])
+        both = self.encode_prompts([prompt, negative], [images, images])
+        wanted, unwanted = zip(both.context.split(1), both.pooled.split(1), strict=True)
+        return Conditioning(*wanted, None), Conditioning(*unwanted, None)
+
     def prompt_states(
         self, prompts: Sequence[str], references: References | None = None
     ) -> tuple[list[Tensor], Tensor]:
