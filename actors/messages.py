@@ -78,6 +78,7 @@ class RankBatch:
 class EvaluationRequest:
     """Held-out prompts to draw: `samples` images each, by the ODE, whose only noise is the start noise from `seed`.
 
+    guidance_scale: 1 is off. negative_prompt: text of the unconditional branch of guidance.
     folder: component folder to load the policy from; it must hold the published version unless `averaged` is set.
     Stream → rollout actor.
     """
@@ -86,6 +87,8 @@ class EvaluationRequest:
     samples: int
     num_steps: int
     seed: int
+    guidance_scale: float = 1.0
+    negative_prompt: str = ""
     folder: Path | None = None
     averaged: bool = False
 

@@ -100,7 +100,8 @@ def write_report(settings: Settings, before: Evaluation, after: Evaluation, aver
         tracker.log_file(folder / CURVES)
         page = tracker.where()
     count, samples = len(before.records), before.scores.shape[1]
-    print(f"\n{count} held-out prompts, {samples} images each, seed {seed}, {settings.evaluation.num_steps} steps")
+    steps, guidance = settings.evaluation.num_steps, settings.evaluation.guidance_scale
+    print(f"\n{count} held-out prompts, {samples} images each, seed {seed}, {steps} steps, guidance {guidance:g}")
     print(f"\n{table.to_text()}\n")
     if averaged:
         say("averaged weights after: " + means_text(averaged))

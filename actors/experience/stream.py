@@ -327,7 +327,7 @@ class ExperienceStream:
         folder: Path | None = None,
         averaged: bool = False,
     ) -> Evaluation:
-        """Draw and score held-out prompts with a policy version, evaluation.num_steps and evaluation.seed.
+        """Draw and score held-out prompts with a policy version, as the section evaluation says.
 
         Waits until `version` has been published; None is the newest that there is now, 0 is the weights folder.
 
@@ -343,7 +343,16 @@ class ExperienceStream:
         policy = self._policies.get(version) if folder or version == 0 else await self._policy(version)
 
         async def one(part: tuple[Record, ...]) -> tuple[EvaluationReply, np.ndarray, list[np.ndarray]]:
-            request = EvaluationRequest(part, samples, evaluation.num_steps, evaluation.seed, folder, averaged)
+            request = EvaluationRequest(
+                part,
+                samples,
+                evaluation.num_steps,
+                evaluation.seed,
+                evaluation.guidance_scale,
+                evaluation.negative_prompt,
+                folder,
+                averaged,
+            )
             reply: EvaluationReply
             known = functools.partial(self._known_now, version, policy)
             reply, requests = await self._fleet.call("evaluate", request, known, outputs=2)

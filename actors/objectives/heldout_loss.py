@@ -142,7 +142,15 @@ class Pictures:
 
     def draw(self, step: int, suffix: str) -> None:
         evaluation = self._settings.evaluation
-        images = self._sampler.evaluate(EvaluationRequest(self._records, 1, evaluation.num_steps, evaluation.seed))
+        request = EvaluationRequest(
+            self._records,
+            1,
+            evaluation.num_steps,
+            evaluation.seed,
+            evaluation.guidance_scale,
+            evaluation.negative_prompt,
+        )
+        images = self._sampler.evaluate(request)
         unscored = np.zeros((len(self._records), 1, 0), dtype=np.float32)
         drawn = Evaluation(self._records, tuple(images), (), unscored, unscored[:, 0], step)
         assert self._tracker is not None

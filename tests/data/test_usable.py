@@ -94,6 +94,17 @@ def test_a_task_without_reward_is_named_by_its_row(tmp_path: Path, weights: Path
         read_prompts(run)
 
 
+def test_a_reserved_token_in_the_negative_prompt_is_refused(tmp_path: Path, weights: Path) -> None:
+    write_records(tmp_path / "x.parquet", prompts(2))
+    for negative in ("blurry", "blurry <|im_end|>"):
+        run = settings(tmp_path, weights, f"evaluation.negative_prompt={negative}")
+        if negative == "blurry":
+            assert len(heldout_records(run)) == 2
+            continue
+        with pytest.raises(UserError, match=r"evaluation\.negative_prompt: got 'blurry <.*reserved token <\|im_end\|>"):
+            heldout_records(run)
+
+
 def test_held_out_records_are_chosen_first_and_not_replaced(tmp_path: Path, weights: Path) -> None:
     records = [*prompts(20), *(replace(BAD[5][0], id=f"e{i}") for i in range(2))]
     write_records(tmp_path / "x.parquet", records)

@@ -84,6 +84,7 @@ def overrides(world: Path, *more: str) -> list[str]:
         "evaluation.prompts=4",
         "evaluation.samples_per_prompt=2",
         "evaluation.num_steps=4",
+        "evaluation.guidance_scale=1",
         "evaluation.every=0",
         *more,
     ]

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from actors.learner.protocols import StepContext
 from actors.objectives.flow_matching import FlowMatching
-from actors.objectives.heldout_loss import Heldout, share_out
+from actors.objectives.heldout_loss import Heldout, Pictures, share_out
 from deepgen.config import load_settings
 from deepgen.data.cache.encoded import EncodingCache, MemoryStore
 from deepgen.data.loading.dataset import LATENT
 from deepgen.data.records import Record
+from tests.helpers.factories import make_tiny_model
 
 
 def picture(seed: int) -> bytes:
@@ -76,3 +77,24 @@ def test_records_without_usable_target_take_no_part_and_are_not_counted(monkeypa
     bad = [replace(good[0], id="none", image=None), replace(good[1], id="cut", image=good[1].image[:200])]  # type: ignore[index]
     assert measure([*good, *bad]) == pytest.approx(expected)  # each record has its own noise
     assert measure(bad) == {}
+
+
+def test_pictures_have_the_guidance_of_evaluations() -> None:
+    """The guidance and the negative prompt of evaluations decide, not the guidance of rollouts."""
+    model = make_tiny_model()
+
+    def drawn(*overrides: str) -> np.ndarray:
+        common = ["data.image_size=64", "evaluation.num_steps=2", "model.precision=fp32"]
+        grids: list[np.ndarray] = []
+        tracker = SimpleNamespace(log_images=lambda name, step, image: grids.append(np.asarray(image).astype(int)))
+        settings = load_settings(None, [*common, *overrides])
+        context: Any = SimpleNamespace(settings=settings, tracker=tracker, model=model)
+        Pictures(context, records(1, 1)).draw(0, "")
+        return grids[0]
+
+    off = drawn("evaluation.guidance_scale=1")
+    assert np.array_equal(off, drawn("evaluation.guidance_scale=1", "rollout.guidance_scale=4"))
+    guided = drawn("evaluation.guidance_scale=4")
+    assert np.array_equal(guided, drawn())
+    assert not np.array_equal(off, guided)
+    assert not np.array_equal(guided, drawn("evaluation.negative_prompt=blurry"))

@@ -63,7 +63,7 @@ class PolicySampler:
     def sample_group(self, group: Group) -> tuple[np.ndarray, Arrays]:
         """Sample one group. Returns images uint8 [G, H, W, 3] and the packed group (see `unpack_samples`)."""
         settings, rollout, record = self._settings, self._settings.rollout, group.record
-        conditioning, unconditional, references, shape = self._encode(record)
+        conditioning, unconditional, references, shape = self._encode(record, rollout.guidance_scale)
         noise, generators = start_group(
             shape,
             run_seed=settings.run.seed,
@@ -88,17 +88,25 @@ class PolicySampler:
         images = np.stack([to_pixels(image) for image in self.model.decode_latents(trajectory.final)])
         return images, pack_samples(Samples(trajectory, conditioning, unconditional, references))
 
-    def _encode(self, record: Record) -> tuple[Conditioning, Conditioning | None, list[Tensor], tuple[int, ...]]:
-        """Conditioning, unconditional conditioning (None without guidance), reference latents, target latent shape."""
+    def _encode(
+        self, record: Record, guidance_scale: float, negative: str = ""
+    ) -> tuple[Conditioning, Conditioning | None, list[Tensor], tuple[int, ...]]:
+        """Conditioning, unconditional conditioning (None without guidance), reference latents, target latent shape.
+
+        negative: text of the unconditional branch.
+        """
         size = self._settings.data.image_size
         images = [image_to_tensor(decode_image(data), size).to(self._device) for data in record.references]
+        unconditional: Conditioning | None = None
         with self._autocast():
-            conditioning = _in_fp32(self.model.encode_prompts([record.prompt], [images]))
-            unconditional = None
-            if self._settings.rollout.guidance_scale != 1:
-                unconditional = _in_fp32(self.model.encode_prompts([""], [images]))
+            if guidance_scale == 1:
+                conditioning = self.model.encode_prompts([record.prompt], [images])
+            else:
+                conditioning, unconditional = self.model.encode_guided(record.prompt, negative, images)
+        if unconditional is not None:
+            unconditional = _in_fp32(unconditional)
         references = [latent.float() for latent in self.model.encode_images(images, None)] if images else []
-        return conditioning, unconditional, references, self._latent_shape(images)
+        return _in_fp32(conditioning), unconditional, references, self._latent_shape(images)
 
     def _latent_shape(self, images: Sequence[Tensor]) -> tuple[int, ...]:
         """Latent shape [c, h, w] of the target: the size of the first source image, or a square without one."""
@@ -152,7 +160,10 @@ class PolicySampler:
     @torch.no_grad()
     def _draw(self, request: EvaluationRequest, batch: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         rollout = self._settings.rollout
-        encoded = {i: self._encode(request.records[i]) for i in dict.fromkeys(i for i, _ in batch)}
+        encoded = {
+            i: self._encode(request.records[i], request.guidance_scale, request.negative_prompt)
+            for i in dict.fromkeys(i for i, _ in batch)
+        }
         first = encoded[batch[0][0]]
         noise = [
             start_group(first[3], run_seed=request.seed, prompt_id=request.records[i].id, epoch=0, indices=[j])
@@ -169,7 +180,7 @@ class PolicySampler:
             eta=0.0,
             sde_steps=[],
             generators=[generator for _, generators in noise for generator in generators],
-            guidance_scale=rollout.guidance_scale,
+            guidance_scale=request.guidance_scale,
             velocity_uncond_fn=self._velocity(Conditioning.cat(guide), first[2]) if guide else None,
         )
         return [to_pixels(image) for image in self.model.decode_latents(trajectory.final)]

@@ -48,7 +48,7 @@ def usable_records(
     if marker.exists() and marker.read_text() == state:
         out = rows_in(path)
         return [(place, record) for place, record in chosen if place not in out]
-    reserved = _special_tokens(settings.model.weights)
+    reserved = special_tokens(settings.model.weights)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         faults = list(pool.map(partial(_fault, reserved=reserved), (record for _, record in chosen)))
     bad = [BadRow(r.file, r.number, r.record.id, r.record.reason) for r in rows if isinstance(r.record, RecordError)]
@@ -89,7 +89,7 @@ def _fault(record: Record, reserved: Sequence[str]) -> str:
     return ""
 
 
-def _special_tokens(model_weights: Path) -> list[str]:
+def special_tokens(model_weights: Path) -> list[str]:
     """The tokenizer's special tokens, read from its file because loading the tokenizer takes seconds.
 
     Without such a file the list is empty, and the tokenizer itself rejects prompts with special tokens.

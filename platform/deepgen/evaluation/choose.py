@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from deepgen.config import Settings
+from deepgen.config import Settings, UserError
 from deepgen.config.settings import TASKS
-from deepgen.data.records import Record
-from deepgen.data.usable import usable_records
+from deepgen.data.records import Record, check_prompt
+from deepgen.data.usable import special_tokens, usable_records
 
 GRID_PROMPTS = 8  # prompts in a grid during training
 ROW_PROMPTS = 16  # prompts in the before/after grid
@@ -18,11 +18,16 @@ def heldout_records(settings: Settings, *, say: Callable[[str], None] = print) -
     """At most evaluation.prompts held-out prompts, the same number of each task where possible; [] if it is 0.
 
     The choice depends only on the file and evaluation.seed, so runs that are compared draw the same prompts. Unusable
-    prompts are left out, see `usable_records`.
+    prompts are left out, see `usable_records`. Raises UserError if evaluation.negative_prompt has a reserved token.
     """
     count, seed = settings.evaluation.prompts, settings.evaluation.seed
     if not count:
         return []
+    if negative := settings.evaluation.negative_prompt:
+        try:
+            check_prompt(negative, special_tokens(settings.model.weights))
+        except ValueError as error:
+            raise UserError(f"evaluation.negative_prompt: got {negative[:60]!r}; {error}") from error
     found = usable_records(settings, "data.heldout", lambda records: choose_records(records, count, seed), say)
     return [record for _, record in found]
 

@@ -383,8 +383,26 @@ class EvaluationSettings(Section):
     prompts: int = setting(600, "Most held-out records that are looked at; 0 evaluates nothing.", unit="prompts", ge=0)
     samples_per_prompt: int = setting(4, "Images per held-out prompt in rl.", unit="images", ge=1)
     num_steps: int = setting(50, "Denoising steps of an evaluation image, without noise.", unit="steps", ge=1, le=1000)
+    guidance_scale: float = setting(
+        4.0,
+        "Classifier-free guidance scale of evaluation images, apart from rollout.guidance_scale. The default is the "
+        "reference's; 1 is off and halves the cost (the tiny recipes).",
+        ge=1,
+    )
+    negative_prompt: str = setting(
+        "", "What the guidance of evaluation images steers away from, for all tasks; empty is the empty prompt."
+    )
     seed: int = setting(42, "Seed of the evaluation's noise: the same for every run compared.", ge=0, lt=2**31)
     every: int = setting(10, "Steps between evaluations; 0 is only before the first and after the last.", ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.negative_prompt and self.guidance_scale == 1:
+            raise ValueError(
+                f"evaluation.negative_prompt: got {self.negative_prompt[:60]!r} with evaluation.guidance_scale 1, "
+                "which is no guidance; allowed: empty, or evaluation.guidance_scale above 1"
+            )
+        return self
 
 
 def _require_known(key: str, what: str, given: str, allowed: Sequence[str], otherwise: str = "") -> None:
