@@ -21,7 +21,7 @@ from deepgen.models.unified import UnifiedModel
 from deepgen.models.weights_io import layout_writer as export
 from deepgen.models.weights_io.layout_reader import _only_tensors, read_deepspeed, read_weights
 from deepgen.models.weights_io.layout_writer import Bases
-from tests.models.test_layouts import ROOT, adapted_model, convert, native_state, same
+from tests.models.test_layouts import ROOT, adapted_model, convert, native_state, same, velocity
 
 ALPHA = 9.5
 
@@ -195,6 +195,61 @@ def test_values_too_large_for_fp16(model, folder, tmp_path):
         convert(tmp_path / "a.pt", tmp_path / "out", bases=Bases(base=folder), dtype="fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
     convert(tmp_path / "a.pt", tmp_path / "out", bases=Bases(base=folder), dtype="bf16")
+
+
+# ---------------------------------------------------------------- tensors that share memory
+
+
+def with_the_vlm(model) -> dict[str, torch.Tensor]:
+    """A state dict with the VLM in it, whose head is the embedding, as in Qwen2.5-VL-3B."""
+    state = native_state(model, frozen=True)
+    state["lmm.lm_head.base_layer.weight"] = state["lmm.model.language_model.embed_tokens.base_layer.weight"]
+    return state
+
+
+@pytest.mark.parametrize(("target", "tied"), [("components", True), ("diffusers", False)])
+def test_a_head_that_shares_its_storage_with_the_embedding(model, copied, tmp_path, target, tied):
+    """It is written once, unless merging the LoRA gives each of the two a delta of its own."""
+    change(copied / "vlm_lora" / "adapter_config.json", lora_alpha=8)  # as read from a file without alpha
+    torch.save(with_the_vlm(model), tmp_path / "tied.pt")
+    out = convert(tmp_path / "tied.pt", tmp_path / "out", target, Bases(base=copied))
+    assert ("lm_head.weight" in load_file(out / "vlm" / "model.safetensors")) == (not tied)
+    assert json.loads((out / "vlm" / "config.json").read_text())["tie_word_embeddings"] == tied
+    opened = UnifiedModel.from_folder(convert(out, tmp_path / "opened"))
+    torch.testing.assert_close(velocity(opened), velocity(UnifiedModel.from_folder(copied)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_equal_to_the_embedding_is_written_once(model, copied, tmp_path, tied):
+    """The same in a .safetensors file, where nothing is shared: values tell, not what config.json says."""
+    change(copied / "vlm" / "config.json", tie_word_embeddings=tied)
+    path = copied / "vlm" / "model.safetensors"
+    state = load_file(path)
+    state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"].clone()
+    save_file(state, path)
+    out = convert(copied, tmp_path / "out")
+    assert load_file(out / "vlm" / "model.safetensors").keys() == state.keys() - {"lm_head.weight"}
+    assert torch.equal(velocity(UnifiedModel.from_folder(out)), velocity(UnifiedModel.from_folder(copied)))
+
+
+def test_a_head_of_its_own_is_kept(folder, tmp_path):
+    out = convert(folder, tmp_path / "out")
+    assert "lm_head.weight" in load_file(out / "vlm" / "model.safetensors")
+    assert json.loads((out / "vlm" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_tensors_that_are_views_of_one_buffer(model, folder, tmp_path):
+    """As optimizers with flat buffers leave them; two of them overlap."""
+    state = native_state(model)
+    bias, weight = state["transformer.proj_out.bias"], state["transformer.proj_out.weight"]
+    flat = torch.cat([bias, weight.flatten()])
+    state["transformer.proj_out.bias"] = flat[: bias.numel()]
+    state["transformer.proj_out.weight"] = flat[: weight.numel()].view(weight.shape)
+    torch.save(state, tmp_path / "flat.pt")
+    out = convert(tmp_path / "flat.pt", tmp_path / "out", bases=Bases(base=folder))
+    written = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name in ("proj_out.bias", "proj_out.weight"):
+        assert torch.equal(written[name], state[f"transformer.{name}"])
 
 
 # ---------------------------------------------------------------- parts that lie elsewhere

@@ -279,6 +279,8 @@ def write(weights: Weights, architecture: Architecture, bases: Bases, target: st
     if os.path.lexists(out):  # also true for a broken link
         raise UserError(f"{out} exists already; give another folder or remove it")
     tokenizer = [] if target == "native" else _tokenizer_files(weights, bases)
+    if target != "native" or architecture.vlm.get("tie_word_embeddings", False):  # native files have no config
+        weights = _tied_once(weights)
     if target == "diffusers":
         weights = replace(weights, vlm=merged_vlm(weights, DTYPES[dtype]), lora={}, merged=True)
     weights = _cast_all(weights, DTYPES[dtype])
@@ -297,6 +299,16 @@ def write(weights: Weights, architecture: Architecture, bases: Bases, target: st
         raise UserError(f"{out}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _tied_once(weights: Weights) -> Weights:
+    """Leave out a head that is the embedding: without it, the VLM that is written is tied."""
+    head, embedding = weights.vlm.get(_HEAD), weights.vlm[_EMBEDDING]
+    if head is None or (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
+        return weights
+    if not torch.equal(head.read(), embedding.read()):
+        return weights
+    return replace(weights, vlm={name: tensor for name, tensor in weights.vlm.items() if name != _HEAD})
 
 
 def _write_components(weights: Weights, architecture: Architecture, out: Path) -> None:
@@ -383,7 +395,8 @@ def _write_state(
         shapes, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=WHOLE if whole else MAX_SHARD
     )
     for file, keys in plan.filename_to_tensors.items():
-        tensors = {key: state[key].read().contiguous() for key in keys}
+        # Copies, because tensors of a torch file may share memory, which safetensors refuses to write.
+        tensors = {key: state[key].read().clone(memory_format=torch.contiguous_format) for key in keys}
         save_file(tensors, folder / file, metadata={"format": "pt", **(metadata or {})})
     if plan.is_sharded:
         _write_json(
