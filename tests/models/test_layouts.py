@@ -224,9 +224,9 @@ def test_large_parts_are_sharded(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("stage", "world"), [(1, 2), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("stage", "world"), [(0, 2), (1, 2), (2, 2), (3, 2)])
 def test_deepspeed_folders(tmp_path, stage, world):
-    """Shards of two workers under ZeRO 1-3 give bit-identical fp32 masters, by the folder *.pth or its parent."""
+    """Two workers' folders give bit-identical fp32 masters (ZeRO 0: the weights), by the folder *.pth or its parent."""
     write_deepspeed(tmp_path, stage, world)
     truth = load_file(tmp_path / "truth.safetensors")
     for path in (tmp_path, tmp_path / "iter_3.pth"):

@@ -331,6 +331,25 @@ def test_damaged_deepspeed_files(tmp_path, monkeypatch, content):
         read_weights(Path())
 
 
+def test_zero_0_of_a_model_that_is_split(tmp_path):
+    """Tensor parallelism has a file for each part, and only the training code knows how they go together."""
+    for rank in range(2):
+        path = tmp_path / "step" / f"mp_rank_0{rank}_model_states.pt"
+        path.parent.mkdir(exist_ok=True)
+        torch.save({"module": {"meta_queries": torch.ones(2, 3)}, "param_shapes": None}, path)
+    with pytest.raises(UserError, match=r"its model is split over 2 files, as mp_rank_01_model_states\.pt"):
+        read_weights(tmp_path / "step")
+
+
+def test_a_deepspeed_folder_whose_partitions_were_removed(tmp_path):
+    """The module of ZeRO 1 and 2 is rounded, so it does not stand in for them."""
+    content = {"module": {"meta_queries": torch.ones(2, 3)}, "param_shapes": [{"meta_queries": torch.Size([2, 3])}]}
+    (tmp_path / "step").mkdir()
+    torch.save(content, tmp_path / "step" / "mp_rank_00_model_states.pt")
+    with pytest.raises(UserError, match=r"step: DeepSpeed cannot put this checkpoint together"):
+        read_weights(tmp_path / "step")
+
+
 def test_a_deepspeed_folder_is_found_from_within(tmp_path, monkeypatch):
     seen: dict[str, str | None] = {}
 

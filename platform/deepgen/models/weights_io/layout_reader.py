@@ -5,7 +5,7 @@
 | components  | our folder (`weights_io.folder`)                                      |
 | diffusers   | transformer/ vae/ vlm/ connector/ scheduler/ tokenizer/, LoRA merged  |
 | native      | one .pt, .pth or .safetensors file, with or without `state_dict`      |
-| deepspeed   | a DeepSpeed checkpoint folder, ZeRO 1-3, also one named *.pth          |
+| deepspeed   | a DeepSpeed checkpoint folder, ZeRO 0-3, also one named *.pth          |
 | safetensors | a folder of native keys in one or several .safetensors files          |
 
 Tensors get the names they have in `UnifiedModel`. For the VLM these are the names of transformers >= 4.52, whatever
@@ -335,7 +335,8 @@ def read_deepspeed(path: Path) -> State:
     """fp32 tensors of a DeepSpeed checkpoint. DeepSpeed's own tool assembles each one when it is read.
 
     `path` is the folder with `latest`, or the step's folder with the *_states.pt files. Frozen parameters are present
-    only if the run saved them (M6.3).
+    only if the run saved them (M6.3). ZeRO 0 has no partitions, and its tensors have the type of the model: the masters
+    of a bf16 model have no names.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -343,23 +344,29 @@ def read_deepspeed(path: Path) -> State:
     folder, tag = (real, None) if (real / "latest").exists() else (real.parent, real.name)
     try:
         with _only_tensors():
-            gathered = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=True)
-            frozen = _frozen_of_stage_1(folder / (tag or (folder / "latest").read_text().strip()))
+            module, partitioned = _module(folder / (tag or (folder / "latest").read_text().strip()))
+            gathered: Mapping[str, Any] = {}
+            if partitioned:
+                gathered = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=True)
     except Exception as error:  # the tool checks little; a damaged file can raise anything
         raise UserError(f"{path}: DeepSpeed cannot put this checkpoint together ({_reason(error)})") from error
-    return frozen | {name: LazyTensor(tuple(t.shape), t.dtype, t.contiguous) for name, t in gathered.items()}
+    return module | {name: LazyTensor(tuple(t.shape), t.dtype, t.contiguous) for name, t in gathered.items()}
 
 
-def _frozen_of_stage_1(folder: Path) -> State:
-    """Frozen parameters, which ZeRO 1 saves only with the module, where DeepSpeed's tool does not look.
+def _module(folder: Path) -> tuple[State, bool]:
+    """Tensors that are saved with the module, and whether others lie in partitions, where DeepSpeed's tool looks.
 
-    Call this inside `_only_tensors`.
+    ZeRO 0 saves everything with the module; ZeRO 1 and 2 all of it in the model's type, of which the frozen
+    parameters are nowhere else. Call this inside `_only_tensors`.
     """
     path = folder / "mp_rank_00_model_states.pt"
     if not path.exists():  # ZeRO 3 has no such file
-        return {}
-    module = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["module"]
-    return {name: _known(t) for name, t in module.items()}
+        return {}, True
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    partitioned = content.get("param_shapes") is not None or any(folder.glob("*_optim_states.pt"))
+    if not partitioned and len(files := sorted(folder.glob("*_model_states.pt"))) > 1:
+        raise ValueError(f"its model is split over {len(files)} files, as {files[1].name}")
+    return {name: _known(t) for name, t in content["module"].items()}, partitioned
 
 
 def _zero_stage(enum: Any, name: str) -> Any:
