@@ -33,6 +33,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--preset", choices=("tiny", "deepgen-5b"), default="deepgen-5b", help="bridge sizes, if no file has them"
     )
+    parser.add_argument("--variant", default="", help="fp16 takes x.fp16.safetensors where x.safetensors is there too")
     parser.add_argument("--dtype", choices=("keep", "fp32", "bf16", "fp16"), default="keep")
     parser.add_argument("--without-lora", action="store_true", help="SOURCE is of stage 1 and never had a LoRA")
     return parser.parse_args()
@@ -44,7 +45,7 @@ def main() -> int:
     from deepgen.models.weights_io.layout_reader import read_weights
 
     bases = export.Bases(args.base, args.vlm, args.dit)
-    weights = export.complete(read_weights(args.source), bases, without_lora=args.without_lora)
+    weights = export.complete(read_weights(args.source, args.variant), bases, without_lora=args.without_lora)
     architecture = export.find_architecture(weights, bases, args.preset)
     export.check_weights(weights, architecture)
     print(f"{args.source}: {weights.layout} layout, {architecture.describe()}, {lora_line(weights)}", flush=True)

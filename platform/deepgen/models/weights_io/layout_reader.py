@@ -48,6 +48,8 @@ _WRAPPERS = ("state_dict", "module", "model")  # keys under which a file may hol
 _OUTER = re.compile(r"^(?:(?:module|model)\.)+")  # prefixes that wrappers of the whole model add to names
 # Options of peft that change the formula of M1.10.
 _OTHER_MATHS = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out")
+# Words that libraries put into file names, as in x.fp16.safetensors beside x.safetensors.
+_VARIANTS = r"(?:fp|bf|int)\d+\w*|(?:non_)?ema\w*"
 ALPHA_KEY = "lora_alpha"  # metadata key of native .safetensors files: their tensors do not contain alpha
 
 
@@ -71,10 +73,13 @@ class Weights:
     lora: adapter parameters by their names in the VLM. lora_alpha: None if the layout does not contain it (M1.10: then
     2 x rank).
     merged: the VLM is there, and its LoRA, if it ever had one, is already in its weights.
+    variant: which files to take where a folder has several that hold the same tensors; "" for those without variant.
     """
 
     where: Path
     layout: str
+    variant: str = ""
+    variant_found: bool = False
     bridge: State = field(default_factory=dict)
     transformer: State = field(default_factory=dict)
     vae: State = field(default_factory=dict)
@@ -82,6 +87,12 @@ class Weights:
     lora: State = field(default_factory=dict)
     lora_alpha: float | None = None
     merged: bool = False
+
+    def take(self, path: Path) -> State:
+        """Tensors of one .safetensors file, or of a folder of them in the wanted variant."""
+        files = _safetensors_files(path, self.variant)
+        self.variant_found |= any(_stem_and_variant(file.name, self.variant)[1] == self.variant for file in files)
+        return _read_all(files)
 
     @property
     def lora_rank(self) -> int:
@@ -114,20 +125,21 @@ def detect_layout(path: Path) -> str:
     )
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, variant: str = "") -> Weights:
     """Names, shapes and dtypes of a checkpoint in any layout. Values are read on demand.
 
+    variant: fp16 for x.fp16.safetensors; "" for x.safetensors.
     Raises UserError naming the file that is missing or damaged, or the tensors that belong to no part.
     """
     layout = detect_layout(path)
-    weights = Weights(path, layout)
+    weights = Weights(path, layout, variant)
     if layout in ("components", "diffusers"):
         _read_folder(weights)
     elif layout == "deepspeed":
         _sort(weights, read_deepspeed(path))
     elif path.is_dir() or path.suffix == ".safetensors":
-        _sort(weights, read_safetensors(path))
-        weights.lora_alpha = _alpha_in_metadata(path) if weights.lora else None
+        _sort(weights, weights.take(path))
+        weights.lora_alpha = _alpha_in_metadata(weights) if weights.lora else None
     else:
         _sort(weights, read_torch(path))
     return weights
@@ -138,7 +150,7 @@ def _read_folder(weights: Weights) -> None:
     folder = weights.where
 
     def part(name: str) -> State:
-        return read_safetensors(folder / name) if (folder / name).is_dir() else {}
+        return weights.take(folder / name) if (folder / name).is_dir() else {}
 
     weights.transformer, weights.vae = part("transformer"), part("vae")
     weights.vlm = renamed(folder / "vlm", part("vlm"), vlm_name)
@@ -245,26 +257,61 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_safetensors(path: Path) -> State:
     """Tensors of one .safetensors file, or of all in a folder; with an index, of exactly the files it lists."""
+    return _read_all(_safetensors_files(path))
+
+
+def _read_all(files: list[Path]) -> State:
     state: State = {}
-    for file in _safetensors_files(path):
+    for file in files:
         tensors = open_safetensors(file)
         if twice := state.keys() & tensors.keys():
-            raise UserError(f"{file}: {sorted(twice)[0]} stands in another file of the folder too")
+            raise UserError(
+                f"{file}: {sorted(twice)[0]} stands in another file of the folder too; leave one of them out, or give "
+                "--variant WORD if the names are x.safetensors and x.WORD.safetensors"
+            )
         state |= tensors
     return state
 
 
-def _safetensors_files(path: Path) -> list[Path]:
+def _safetensors_files(path: Path, variant: str = "") -> list[Path]:
+    """The files to read of a folder: those without variant, or the wanted ones where there are any.
+
+    Raises UserError if there is no such file, or if several variants are there and none is wanted or without one.
+    """
     if path.is_file():
         return [path]
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if indices:
-        files = {path / name for index in indices for name in _indexed(index)}
-    else:
-        files = set(path.glob("*.safetensors"))
-    if not files:
+    found: dict[str, dict[str, list[Path]]] = {}
+    for file in sorted(path.glob("*.safetensors*")):
+        stem, word = _stem_and_variant(file.name, variant)
+        if stem:
+            found.setdefault(stem, {}).setdefault(word, []).append(file)
+    chosen = [file for stem in found for file in _chosen(path / f"{stem}.safetensors", found[stem], variant)]
+    if indices := [file for file in chosen if file.suffix == ".json"]:
+        chosen = sorted({path / name for index in indices for name in _indexed(index)})
+    if not chosen:
         raise UserError(f"{path}: no .safetensors file in it")
-    return sorted(files)
+    return chosen
+
+
+def _stem_and_variant(name: str, variant: str) -> tuple[str, str]:
+    """("x", "fp16") for x.fp16.safetensors, its shards and its index, in all spellings; ("", "") for other files.
+
+    variant: a word that is a variant too, beside the usual ones.
+    """
+    word = rf"(?:\.({_VARIANTS}{'|' + re.escape(variant) if variant else ''}))?"
+    pattern = rf"(.+?){word}(?:-\d+-of-\d+)?{word}\.safetensors(?:\.index{word}\.json)?"
+    match = re.fullmatch(pattern, name)
+    return (match[1], match[2] or match[3] or match[4] or "") if match else ("", "")
+
+
+def _chosen(file: Path, variants: Mapping[str, list[Path]], wanted: str) -> list[Path]:
+    """The files of the wanted variant. file: the name without variant."""
+    if wanted in variants:
+        return variants[wanted]
+    if len(variants) == 1 and not (wanted and "" not in variants):
+        return next(iter(variants.values()))
+    allowed = ", ".join(word or "to leave it out" for word in sorted(variants, reverse=True))
+    raise UserError(f"--variant: got {wanted or 'nothing'} for {file}; allowed: {allowed}")
 
 
 def _indexed(index: Path) -> set[str]:
@@ -275,9 +322,9 @@ def _indexed(index: Path) -> set[str]:
     return set(files.values())
 
 
-def _alpha_in_metadata(path: Path) -> float | None:
+def _alpha_in_metadata(weights: Weights) -> float | None:
     """The adapter's alpha from the files' metadata, or None if it is missing."""
-    for file in _safetensors_files(path):
+    for file in _safetensors_files(weights.where, weights.variant):
         given = (_open(file).metadata() or {}).get(ALPHA_KEY)
         if given is not None:
             try:

@@ -43,7 +43,6 @@ from deepgen.models.weights_io.layout_reader import (
     Weights,
     read_adapter,
     read_json,
-    read_safetensors,
     renamed,
     vlm_name,
 )
@@ -153,10 +152,14 @@ def complete(weights: Weights, bases: Bases, *, without_lora: bool) -> Weights:
         folder = next((f for f in bases.folders(part) if f.is_dir()), None)
         if folder is None:
             raise UserError(f"{weights.where}: no {part} in it; give a folder that has one ({_options(part)})")
-        state = read_safetensors(folder)
+        state = weights.take(folder)
         setattr(weights, part, renamed(folder, state, vlm_name) if part == "vlm" else state)
         if part == "vlm" and bases.base and not bases.vlm and not weights.lora:
             _take_lora(weights, bases.base / LORA_FOLDER, without_lora)
+    if weights.variant and not weights.variant_found:
+        raise UserError(
+            f"--variant: got {weights.variant}, but no folder that is read has a file x.{weights.variant}.safetensors"
+        )
     if without_lora and weights.lora:
         raise UserError(f"{weights.where}: has a LoRA of {len(weights.lora)} tensors; leave out --without-lora")
     if not weights.lora and not weights.merged and not without_lora:
