@@ -3,9 +3,9 @@
     python stages/export.py SOURCE OUT [--layout components|diffusers|native]
 
 SOURCE: a run's model/ folder, a diffusers folder, a DeepSpeed folder (also one named *.pth), a .pt, .pth or
-.safetensors file, or a folder of .safetensors. Missing parts come from --base (a component folder), --vlm (Qwen2.5-VL)
-and --dit (transformer/ and vae/). The name and shape of every tensor are checked before anything is written. OUT
-appears when it is complete.
+.safetensors file, a folder of .safetensors, or a LoRA as peft writes it. Missing parts come from --base (a component
+folder), --vlm (Qwen2.5-VL) and --dit (transformer/ and vae/). The name and shape of every tensor are checked before
+anything is written. OUT appears when it is complete.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
 from deepgen.config import run_program  # noqa: E402
+
+if TYPE_CHECKING:
+    from deepgen.models.weights_io.layout_reader import Weights
 
 TARGETS = ("components", "diffusers", "native")
 
@@ -55,11 +59,11 @@ def main() -> int:
     return 0
 
 
-def lora_line(weights: object) -> str:
-    lora = getattr(weights, "lora", {})
-    if lora:
-        return f"LoRA of rank {weights.lora_rank} on {len(lora) // 2} modules"  # type: ignore[attr-defined]
-    return "LoRA merged" if getattr(weights, "merged", False) else "no LoRA"
+def lora_line(weights: Weights) -> str:
+    dit = f", LoRA of rank {weights.dit_rank} on the DiT" if weights.dit_lora else ""
+    if weights.lora:
+        return f"LoRA of rank {weights.lora_rank} on {len(weights.lora) // 2} modules{dit}"
+    return ("LoRA merged" if weights.merged else "no LoRA") + dit
 
 
 if __name__ == "__main__":

@@ -29,12 +29,11 @@ from deepgen.models.bridge import Bridge
 from deepgen.models.dit import DeepGenTransformer
 from deepgen.models.presets import PRESETS, Architecture
 from deepgen.models.vlm import LoraSettings, lora_parameters
-from deepgen.models.weights_io.layout_reader import open_safetensors, read_json
+from deepgen.models.weights_io.layout_reader import ADAPTER_CONFIG, PEFT_PREFIX, open_safetensors, read_json
 
 BRIDGE_WEIGHTS = "bridge.safetensors"
 LORA_FOLDER = "vlm_lora"
 LORA_WEIGHTS = "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."  # peft's prefix for the names of a wrapped model
 NAMES_SHOWN = 3
 SHIFT = 3.0  # shift of SD3's flow-matching schedule (M2.1)
 
@@ -135,8 +134,8 @@ def load_bridge(bridge: Bridge, folder: Path) -> None:
 
 def load_lora(vlm: Qwen2_5_VLForConditionalGeneration, folder: Path, wanted: LoraSettings | None = None) -> None:
     """Attach the adapter of a peft folder. Rank and alpha must match `wanted`; None accepts any, without dropout."""
-    if not (folder / "adapter_config.json").exists():
-        raise UserError(f"model.weights: {folder / 'adapter_config.json'} does not exist")
+    if not (folder / ADAPTER_CONFIG).exists():
+        raise UserError(f"model.weights: {folder / ADAPTER_CONFIG} does not exist")
     config = LoraConfig.from_pretrained(str(folder))
     if wanted is not None and wanted.rank != config.r:
         raise UserError(f"model.lora_rank: {wanted.rank} given, but the adapter in {folder} has rank {config.r}")

@@ -1,4 +1,4 @@
-"""Reads published checkpoints: every layout of M6 becomes the same five sets of tensors, read only when used.
+"""Reads published checkpoints: every layout of M6 becomes the same sets of tensors, read only when used.
 
 | layout      | what it is                                                            |
 |-------------|-----------------------------------------------------------------------|
@@ -7,6 +7,7 @@
 | native      | one .pt, .pth or .safetensors file, with or without `state_dict`      |
 | deepspeed   | a DeepSpeed checkpoint folder, ZeRO 0-3, also one named *.pth          |
 | safetensors | a folder of native keys in one or several .safetensors files          |
+| adapter     | a LoRA of the DiT or of the VLM, in the folder that peft writes        |
 
 Tensors get the names they have in `UnifiedModel`. For the VLM these are the names of transformers >= 4.52, whatever
 version wrote the file. Only tensors and plain containers are unpickled.
@@ -46,8 +47,22 @@ _DTYPES = {
 }
 _WRAPPERS = ("state_dict", "module", "model")  # keys under which a file may hold the tensors
 _OUTER = re.compile(r"^(?:(?:module|model)\.)+")  # prefixes that wrappers of the whole model add to names
-# Options of peft that change the formula of M1.10.
-_OTHER_MATHS = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out")
+# Options of peft that change the formula of M1.10, or add tensors to it.
+_OTHER_MATHS = (
+    *("use_rslora", "use_dora", "use_qalora", "use_bdlora", "alpha_pattern", "rank_pattern", "fan_in_fan_out"),
+    *("modules_to_save", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
+)
+# Options of peft, and their values that do neither. Other ways to begin (PiSSA, OLoRA, ...) change the base as well.
+_PLAIN_LORA: dict[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}
+ADAPTER_CONFIG = "adapter_config.json"
+PEFT_PREFIX = "base_model.model."  # peft's prefix for the names of a wrapped model
+_DIT_MODULES = ("transformer_blocks", "context_embedder", "norm_out", "pos_embed", "proj_out", "time_text_embed")
+_VLM_MODULES = ("model", "visual", "lm_head")
 # Words that libraries put into file names, as in x.fp16.safetensors beside x.safetensors.
 _VARIANTS = r"(?:fp|bf|int)\d+\w*|(?:non_)?ema\w*"
 ALPHA_KEY = "lora_alpha"  # metadata key of native .safetensors files: their tensors do not contain alpha
@@ -72,6 +87,7 @@ class Weights:
 
     lora: adapter parameters by their names in the VLM. lora_alpha: None if the layout does not contain it (M1.10: then
     2 x rank).
+    dit_lora: adapter parameters by their names in the transformer, with their alpha. They are merged when written.
     merged: the VLM is there, and its LoRA, if it ever had one, is already in its weights.
     variant: which files to take where a folder has several that hold the same tensors; "" for those without variant.
     """
@@ -86,6 +102,8 @@ class Weights:
     vlm: State = field(default_factory=dict)
     lora: State = field(default_factory=dict)
     lora_alpha: float | None = None
+    dit_lora: State = field(default_factory=dict)
+    dit_alpha: float = 0.0
     merged: bool = False
 
     def take(self, path: Path) -> State:
@@ -96,11 +114,19 @@ class Weights:
 
     @property
     def lora_rank(self) -> int:
-        ranks = (t.shape[0] for name, t in self.lora.items() if ("lora_A" in name or "embedding_A" in name) and t.shape)
-        rank = next(ranks, 0)
-        if not rank:
-            raise UserError(f"{self.where}: {next(iter(self.lora))} has no lora_A beside it that tells the LoRA's rank")
-        return rank
+        return _rank(self.lora, self.where)
+
+    @property
+    def dit_rank(self) -> int:
+        return _rank(self.dit_lora, self.where)
+
+
+def _rank(lora: State, where: Path) -> int:
+    ranks = (t.shape[0] for name, t in lora.items() if ("lora_A" in name or "embedding_A" in name) and t.shape)
+    rank = next(ranks, 0)
+    if not rank:
+        raise UserError(f"{where}: {next(iter(lora))} has no lora_A beside it that tells the LoRA's rank")
+    return rank
 
 
 def detect_layout(path: Path) -> str:
@@ -111,18 +137,26 @@ def detect_layout(path: Path) -> str:
         raise UserError(f"{path}: a weights file ends in .pt, .pth, .bin or .safetensors")
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
+    if layout := _folder_layout(path):
+        return layout
+    inside = sorted(f.name for f in path.iterdir() if f.is_dir() and _folder_layout(f) not in ("", "safetensors"))
+    raise UserError(
+        f"{path}: not a checkpoint{f', but {inside[0]}/ in it is one' if inside else ''}; known: a component folder "
+        f"(bridge/), a diffusers folder (connector/), a LoRA ({ADAPTER_CONFIG}), a DeepSpeed folder (latest or "
+        "*_optim_states.pt), a folder of .safetensors, or one weights file"
+    )
+
+
+def _folder_layout(path: Path) -> str:
     if (path / "bridge").is_dir():
         return "components"
     if (path / "connector").is_dir() or (path / "model_index.json").exists():
         return "diffusers"
+    if (path / ADAPTER_CONFIG).exists():
+        return "adapter"
     if (path / "latest").exists() or any(path.glob("*_optim_states.pt")) or any(path.glob("*_model_states.pt")):
         return "deepspeed"
-    if any(path.glob("*.safetensors")):
-        return "safetensors"
-    raise UserError(
-        f"{path}: not a checkpoint; known: a component folder (bridge/), a diffusers folder (connector/), a DeepSpeed "
-        "folder (latest or *_optim_states.pt), a folder of .safetensors, or one weights file"
-    )
+    return "safetensors" if any(path.glob("*.safetensors")) else ""
 
 
 def read_weights(path: Path, variant: str = "") -> Weights:
@@ -135,6 +169,8 @@ def read_weights(path: Path, variant: str = "") -> Weights:
     weights = Weights(path, layout, variant)
     if layout in ("components", "diffusers"):
         _read_folder(weights)
+    elif layout == "adapter":
+        _read_lora(weights)
     elif layout == "deepspeed":
         _sort(weights, read_deepspeed(path))
     elif path.is_dir() or path.suffix == ".safetensors":
@@ -160,17 +196,54 @@ def _read_folder(weights: Weights) -> None:
     weights.merged = bool(weights.vlm) and not weights.lora
 
 
+def _read_lora(weights: Weights) -> None:
+    """Read a peft folder that is a checkpoint by itself. The names of its tensors tell what it adapts."""
+    folder = weights.where
+    state, alpha = _adapter(folder)
+    parts = {name: _adapted(name) for name in state}
+    if strange := sorted(name for name, (part, _) in parts.items() if not part):
+        raise UserError(
+            f"{folder}: {len(strange)} tensors adapt no part of the model: {', '.join(strange[:3])}; known: a LoRA of "
+            f"the DiT ({', '.join(_DIT_MODULES)}) or of the VLM ({', '.join(_VLM_MODULES)})"
+        )
+    for (part, name), tensor in renamed(folder, state, _adapted).items():
+        getattr(weights, part)[name] = tensor
+    weights.lora_alpha, weights.dit_alpha = alpha if weights.lora else None, alpha
+
+
+def _adapted(name: str) -> tuple[str, str]:
+    """The adapter that a tensor of a peft folder belongs to ("" if unknown), and the tensor's name in it."""
+    inner = re.sub(r"^(?:transformer|lmm|vlm)\.", "", name.removeprefix(PEFT_PREFIX))
+    module = inner.partition(".")[0]
+    if module in _DIT_MODULES:
+        return "dit_lora", _with_adapter_name(inner)
+    return ("lora", lora_name(inner)) if module in _VLM_MODULES else ("", name)
+
+
 def read_adapter(folder: Path) -> tuple[State, float]:
     """The parameters in a peft folder, by their names in the VLM, and its alpha.
 
     Raises UserError for options under which a module's delta is not alpha / rank · B·A.
     """
-    path = folder / "adapter_config.json"
+    state, alpha = _adapter(folder)
+    return renamed(folder, state, lora_name), alpha
+
+
+def _adapter(folder: Path) -> tuple[State, float]:
+    """The parameters in a peft folder, by the names in its file, and its alpha."""
+    path = folder / ADAPTER_CONFIG
     config = read_json(path)
     for key in _OTHER_MATHS:
         if config.get(key):
             raise UserError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be read, where it is not set")
-    return renamed(folder, read_safetensors(folder), lora_name), _alpha_of(config.get("lora_alpha"), path)
+    for key, plain in _PLAIN_LORA.items():
+        if config.get(key, plain[0]) not in plain:
+            allowed = ", ".join(map(repr, plain))
+            raise UserError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be read, where it is {allowed}")
+    state, alpha = read_safetensors(folder), _alpha_of(config.get("lora_alpha"), path)
+    if state and config.get("r") != (rank := _rank(state, folder)):
+        raise UserError(f"{path}: r is {config.get('r')!r}, but the tensors have rank {rank}")
+    return state, alpha
 
 
 def _alpha_of(given: object, where: Path) -> float:
@@ -186,7 +259,13 @@ def _sort(weights: Weights, state: State) -> None:
     if strange := sorted(name for name in state if not _place(name)[0]):
         raise UserError(
             f"{weights.where}: {len(strange)} tensors belong to no part of the model: {', '.join(strange[:3])}; "
-            "known: meta_queries, projector_*, connector.*, transformer.*, vae.*, lmm.*"
+            f"known: meta_queries, projector_*, connector.*, transformer.*, vae.*, lmm.*; a LoRA is read with its "
+            f"{ADAPTER_CONFIG}, from the folder that peft writes"
+        )
+    if lora := sorted(name for name in state if _place(name)[0] == "transformer" and ".lora_" in name):
+        raise UserError(
+            f"{weights.where}: {len(lora)} tensors are a LoRA of the DiT ({lora[0]}, …), and its alpha is not there; "
+            f"give the folder that peft writes, with {ADAPTER_CONFIG}"
         )
     for (part, name), tensor in renamed(weights.where, state, _place).items():
         getattr(weights, part)[name] = tensor
@@ -217,8 +296,12 @@ def vlm_name(name: str) -> str:
 
 
 def lora_name(name: str) -> str:
-    """Name of an adapter parameter in the VLM, with the adapter name "default", which peft's files leave out."""
-    name = vlm_name(name.removeprefix("base_model.model."))
+    """Name of an adapter parameter in the VLM, whatever prefix and version its file has."""
+    return _with_adapter_name(vlm_name(name.removeprefix(PEFT_PREFIX)))
+
+
+def _with_adapter_name(name: str) -> str:
+    """The name with the adapter name "default", which peft's files leave out."""
     if ".default" in name:
         return name
     if name.endswith((".lora_embedding_A", ".lora_embedding_B")):

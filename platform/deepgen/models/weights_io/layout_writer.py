@@ -32,12 +32,12 @@ from deepgen.models.weights_io.folder import (
     BRIDGE_WEIGHTS,
     LORA_FOLDER,
     LORA_WEIGHTS,
-    PEFT_PREFIX,
     report_keys,
     save_scheduler,
 )
 from deepgen.models.weights_io.layout_reader import (
     ALPHA_KEY,
+    PEFT_PREFIX,
     LazyTensor,
     State,
     Weights,
@@ -186,7 +186,7 @@ def _options(part: str) -> str:
 
 def check_weights(weights: Weights, architecture: Architecture) -> None:
     """Compare every name and shape with the model's. Raises one UserError that names everything that does not fit."""
-    for part in (*_PARTS, "lora"):
+    for part in (*_PARTS, "lora", "dit_lora"):
         for name, tensor in getattr(weights, part).items():
             if not tensor.dtype.is_floating_point:
                 raise UserError(f"{weights.where}, {part}: {name} is {tensor.dtype}, expected floating-point weights")
@@ -205,6 +205,7 @@ def check_weights(weights: Weights, architecture: Architecture) -> None:
         "vae": {name: tuple(t.shape) for name, t in model.vae.state_dict().items()},
         "vlm": vlm,
         "lora": _lora_shapes(model, weights, architecture) if weights.lora else {},
+        "dit_lora": _dit_lora_shapes(model, weights) if weights.dit_lora else {},
     }
     for part, names in wanted.items():
         found = {name: tensor.shape for name, tensor in getattr(weights, part).items()}
@@ -218,13 +219,25 @@ def check_weights(weights: Weights, architecture: Architecture) -> None:
 
 def _lora_shapes(model: UnifiedModel, weights: Weights, architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Shapes of the expected adapter parameters, for all modules or for those that can receive a gradient."""
-    rank = weights.lora_rank
-    shapes: dict[str, tuple[int, ...]] = {}
     scope = "all" if any("lm_head" in name or ".visual." in name for name in weights.lora) else "live"
     modules = dict(model.vlm.named_modules())
-    for name in lora_modules(model.vlm, scope, architecture.fusion_layers[0]):
-        out, into = modules[name].weight.shape
-        if isinstance(modules[name], torch.nn.Embedding):
+    wanted = lora_modules(model.vlm, scope, architecture.fusion_layers[0])
+    return _adapter_shapes({name: modules[name] for name in wanted}, weights.lora_rank)
+
+
+def _dit_lora_shapes(model: UnifiedModel, weights: Weights) -> dict[str, tuple[int, ...]]:
+    """Shapes of the expected adapter parameters, for the linear layers that the adapter has chosen."""
+    adapted = {name.split(".lora_")[0] for name in weights.dit_lora}
+    modules = {name: module for name, module in model.transformer.named_modules() if name in adapted}
+    linear = {name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    return _adapter_shapes(linear, weights.dit_rank)
+
+
+def _adapter_shapes(modules: Mapping[str, Any], rank: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in modules.items():
+        out, into = module.weight.shape
+        if isinstance(module, torch.nn.Embedding):
             shapes[f"{name}.lora_embedding_A.default"] = (rank, int(out))
             shapes[f"{name}.lora_embedding_B.default"] = (int(into), rank)
         else:
@@ -240,20 +253,33 @@ def merged_vlm(weights: Weights, dtype: torch.dtype | None = None) -> State:
     """
     if not weights.lora:
         return weights.vlm
-    state, scale = dict(weights.vlm), _alpha(weights) / weights.lora_rank
+    state = dict(weights.vlm)
     if f"{_HEAD.removesuffix('.weight')}.lora_A.default.weight" in weights.lora:
         state.setdefault(_HEAD, weights.vlm[_EMBEDDING])  # tied to the embedding until now; its own delta unties it
-    for name, a in weights.lora.items():
+    return _with_lora("vlm", state, weights.lora, _alpha(weights) / weights.lora_rank, dtype)
+
+
+def merged_transformer(weights: Weights, dtype: torch.dtype | None = None) -> State:
+    """The transformer with its LoRA, in the same way as `merged_vlm`."""
+    if not weights.dit_lora:
+        return weights.transformer
+    scale = weights.dit_alpha / weights.dit_rank
+    return _with_lora("transformer", weights.transformer, weights.dit_lora, scale, dtype)
+
+
+def _with_lora(part: str, state: State, lora: State, scale: float, dtype: torch.dtype | None) -> State:
+    state = dict(state)
+    for name, a in lora.items():
         if ".lora_A." in name:
-            b, target = weights.lora[name.replace(".lora_A.", ".lora_B.")], name.split(".lora_A.")[0]
+            b, target = lora[name.replace(".lora_A.", ".lora_B.")], name.split(".lora_A.")[0]
         elif ".lora_embedding_A." in name:
-            b = weights.lora[name.replace("_embedding_A.", "_embedding_B.")]
+            b = lora[name.replace("_embedding_A.", "_embedding_B.")]
             target = name.split(".lora_embedding_A.")[0]
         else:
             continue
         weight = f"{target}.weight"
         delta = _delta(a, b, scale, transposed=".lora_embedding_A." in name)
-        state[weight] = _merged(f"vlm: merged {weight}", state[weight], delta, dtype)
+        state[weight] = _merged(f"{part}: merged {weight}", state[weight], delta, dtype)
     return state
 
 
@@ -284,6 +310,7 @@ def write(weights: Weights, architecture: Architecture, bases: Bases, target: st
     tokenizer = [] if target == "native" else _tokenizer_files(weights, bases)
     if target != "native" or architecture.vlm.get("tie_word_embeddings", False):  # native files have no config
         weights = _tied_once(weights)
+    weights = replace(weights, transformer=merged_transformer(weights, DTYPES[dtype]), dit_lora={})
     if target == "diffusers":
         weights = replace(weights, vlm=merged_vlm(weights, DTYPES[dtype]), lora={}, merged=True)
     weights = _cast_all(weights, DTYPES[dtype])
