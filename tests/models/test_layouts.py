@@ -129,9 +129,7 @@ def test_diffusers_folder_has_the_lora_merged(model, folder, tmp_path):
 def merged_again(out: Path, tmp_path: Path) -> Path:
     """diffusers -> native (the merged VLM goes along) -> diffusers."""
     native = convert(out, tmp_path / "native-merged", "native")
-    weights_folder = convert(
-        native, tmp_path / "back", "components", Bases(base=tmp_path / "merged"), without_lora=True
-    )
+    weights_folder = convert(native, tmp_path / "back", "components", Bases(base=tmp_path / "merged"))
     return convert(weights_folder, tmp_path / "diffusers-again", "diffusers")
 
 

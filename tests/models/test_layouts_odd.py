@@ -153,6 +153,26 @@ def test_the_lora_is_merged_before_the_cast(folder, tmp_path, dtype):
     assert all(torch.equal(short[name], exact[name].to(export.DTYPES[dtype])) for name in exact)
 
 
+@pytest.mark.parametrize("shard", ["5GB", "50KB"])
+def test_a_merged_vlm_in_native_files_is_known(folder, tmp_path, monkeypatch, shard):
+    """The base has a LoRA, which is in the VLM already."""
+    monkeypatch.setattr(export, "MAX_SHARD", shard)
+    merged = convert(folder, tmp_path / "diffusers", "diffusers")
+    native = convert(merged, tmp_path / "native", "native")
+    back = convert(native, tmp_path / "back", bases=Bases(base=folder))
+    assert not (back / "vlm_lora").exists()
+    assert same(UnifiedModel.from_folder(back), UnifiedModel.from_folder(convert(merged, tmp_path / "other")))
+
+
+def test_a_vlm_without_a_word_about_its_lora(folder, tmp_path):
+    """The same tensors may be those of a trainer that saved the frozen VLM and no LoRA."""
+    native = convert(convert(folder, tmp_path / "diffusers", "diffusers"), tmp_path / "native", "native")
+    save_file(load_file(native / "model.safetensors"), tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match=r"bare\.safetensors: no LoRA in it and no merged VLM.*--without-lora"):
+        convert(tmp_path / "bare.safetensors", tmp_path / "out", bases=Bases(base=folder))
+    convert(tmp_path / "bare.safetensors", tmp_path / "out", bases=Bases(base=folder), without_lora=True)
+
+
 # ---------------------------------------------------------------- names and types
 
 

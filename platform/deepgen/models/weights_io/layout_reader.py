@@ -65,7 +65,8 @@ _DIT_MODULES = ("transformer_blocks", "context_embedder", "norm_out", "pos_embed
 _VLM_MODULES = ("model", "visual", "lm_head")
 # Words that libraries put into file names, as in x.fp16.safetensors beside x.safetensors.
 _VARIANTS = r"(?:fp|bf|int)\d+\w*|(?:non_)?ema\w*"
-ALPHA_KEY = "lora_alpha"  # metadata key of native .safetensors files: their tensors do not contain alpha
+# Metadata keys of native .safetensors files: the tensors tell neither alpha nor whether the LoRA is merged already.
+ALPHA_KEY, MERGED_KEY = "lora_alpha", "vlm_merged"
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def read_weights(path: Path, variant: str = "") -> Weights:
         _sort(weights, read_deepspeed(path))
     elif path.is_dir() or path.suffix == ".safetensors":
         _sort(weights, weights.take(path))
-        weights.lora_alpha = _alpha_in_metadata(weights) if weights.lora else None
+        _read_metadata(weights)
     else:
         _sort(weights, read_torch(path))
     return weights
@@ -405,16 +406,17 @@ def _indexed(index: Path) -> set[str]:
     return set(files.values())
 
 
-def _alpha_in_metadata(weights: Weights) -> float | None:
-    """The adapter's alpha from the files' metadata, or None if it is missing."""
+def _read_metadata(weights: Weights) -> None:
+    """Set alpha and `merged` from the files' metadata, if it is there: only files that this program wrote have it."""
+    metadata: dict[str, str] = {}
     for file in _safetensors_files(weights.where, weights.variant):
-        given = (_open(file).metadata() or {}).get(ALPHA_KEY)
-        if given is not None:
-            try:
-                return _alpha_of(float(given), file)
-            except ValueError:
-                raise UserError(f"{file}: {ALPHA_KEY} in its metadata is {given!r}, expected a number") from None
-    return None
+        metadata |= _open(file).metadata() or {}
+    weights.merged = bool(weights.vlm) and not weights.lora and metadata.get(MERGED_KEY) == "true"
+    if weights.lora and (given := metadata.get(ALPHA_KEY)) is not None:
+        try:
+            weights.lora_alpha = _alpha_of(float(given), weights.where)
+        except ValueError:
+            raise UserError(f"{weights.where}: {ALPHA_KEY} in its metadata is {given!r}, expected a number") from None
 
 
 def _open(path: Path) -> Any:

@@ -37,6 +37,7 @@ from deepgen.models.weights_io.folder import (
 )
 from deepgen.models.weights_io.layout_reader import (
     ALPHA_KEY,
+    MERGED_KEY,
     PEFT_PREFIX,
     LazyTensor,
     State,
@@ -374,12 +375,13 @@ def _write_diffusers(weights: Weights, architecture: Architecture, out: Path) ->
 
 def _write_native(weights: Weights, out: Path) -> None:
     """Write the training code's names (M6.2): bridge, `transformer.`, LoRA under `lmm.`. Frozen parts are left out."""
-    alpha = {ALPHA_KEY: repr(_alpha(weights))} if weights.lora else {}
+    metadata = {ALPHA_KEY: repr(_alpha(weights))} if weights.lora else {}
     state = dict(weights.bridge) | {f"transformer.{name}": t for name, t in weights.transformer.items()}
     state |= {f"lmm.{name}": t for name, t in weights.lora.items()}
     if weights.merged and not weights.lora:
         state |= {f"lmm.{name}": t for name, t in weights.vlm.items()}  # no base has the merged VLM
-    _write_state(state, out, "model.safetensors", metadata=alpha)
+        metadata = {MERGED_KEY: "true"}
+    _write_state(state, out, "model.safetensors", metadata=metadata)
 
 
 def _write_common(weights: Weights, architecture: Architecture, tokenizer: list[Path], out: Path) -> None:
