@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from deepgen.errors import UserError
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings, add_lora, lora_parameters
-from deepgen.models.weights_io.layout_reader import _only_tensors, read_weights
+from deepgen.models.weights_io.layout_reader import read_weights
 from deepgen.models.weights_io.layout_writer import Bases, check_weights, complete, find_architecture, write
+from deepgen.models.weights_io.tensor_files import _only_tensors
 from tests.helpers.deepspeed_writer import write_deepspeed
 from tests.helpers.factories import make_tiny_model
 

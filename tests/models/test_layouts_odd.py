@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from deepgen.errors import UserError
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.weights_io import layout_writer as export
-from deepgen.models.weights_io.layout_reader import _only_tensors, read_deepspeed, read_weights
+from deepgen.models.weights_io.layout_reader import read_weights
 from deepgen.models.weights_io.layout_writer import Bases
+from deepgen.models.weights_io.tensor_files import _only_tensors, read_deepspeed
 from tests.models.test_layouts import ROOT, adapted_model, convert, native_state, same, velocity
 
 ALPHA = 9.5

@@ -29,7 +29,8 @@ from deepgen.models.bridge import Bridge
 from deepgen.models.dit import DeepGenTransformer
 from deepgen.models.presets import PRESETS, Architecture
 from deepgen.models.vlm import LoraSettings, lora_parameters
-from deepgen.models.weights_io.layout_reader import ADAPTER_CONFIG, PEFT_PREFIX, open_safetensors, read_json
+from deepgen.models.weights_io.layout_reader import ADAPTER_CONFIG, PEFT_PREFIX
+from deepgen.models.weights_io.tensor_files import open_safetensors, read_json
 
 BRIDGE_WEIGHTS = "bridge.safetensors"
 LORA_FOLDER = "vlm_lora"

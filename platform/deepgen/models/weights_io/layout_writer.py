@@ -39,14 +39,12 @@ from deepgen.models.weights_io.layout_reader import (
     ALPHA_KEY,
     MERGED_KEY,
     PEFT_PREFIX,
-    LazyTensor,
-    State,
     Weights,
     read_adapter,
-    read_json,
     renamed,
     vlm_name,
 )
+from deepgen.models.weights_io.tensor_files import LazyTensor, State, read_json
 
 MAX_SHARD, WHOLE = "5GB", "1000GB"
 ALPHA_PER_RANK = 2.0  # alpha / rank of the published adapters, whose native files lack alpha (M1.10)
