@@ -8,12 +8,14 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 from deepgen.errors import UserError
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings, add_lora, lora_parameters
 from deepgen.models.weights_io.folder import save_lora, weights_checksum
+from deepgen.models.weights_io.layout_reader import read_weights
+from deepgen.models.weights_io.layout_writer import Bases, find_architecture
 from tests.helpers.factories import make_tiny_folder, make_tiny_model
 
 
@@ -168,6 +170,44 @@ def test_damaged_config(folder):
     (folder / "vae/config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not JSON"):
         UnifiedModel.from_folder(folder)
+
+
+def read_to_load(folder) -> None:
+    UnifiedModel.from_folder(folder)
+
+
+def read_to_convert(folder) -> None:
+    find_architecture(read_weights(folder), Bases(), "tiny")
+
+
+@pytest.mark.parametrize("read", [read_to_load, read_to_convert])
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "llava", "gemma3", "internvl", "mllama", "paligemma"])
+def test_a_foreign_vlm(folder, read, kind):
+    (folder / "vlm/config.json").write_text(AutoConfig.for_model(kind).to_json_string(use_diff=False))
+    with pytest.raises(UserError, match=rf"vlm/config\.json: model_type is '{kind}', expected 'qwen2_5_vl'"):
+        read(folder)
+
+
+@pytest.mark.parametrize("read", [read_to_load, read_to_convert])
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("vlm", {"model_type": None}, "model_type is None, expected 'qwen2_5_vl'"),
+        ("vlm", {"text_config": []}, "no vlm has this configuration"),
+        ("vlm", {"vision_config": {"depth": "x"}}, "no vlm has this configuration"),
+        ("vlm", {"dtype": "float12"}, "no vlm has this configuration"),
+        ("transformer", {"num_single_layers": 38, "guidance_embeds": True}, "no transformer has this configuration"),
+        ("transformer", {"in_channels": None}, "no transformer has this configuration"),
+        ("vae", {"base_dim": 96}, "no vae has this configuration"),
+        ("bridge", {"num_queries": "4"}, "num_queries is '4', expected a whole number from 1 on"),
+        ("bridge", {"hidden_size": 4}, "'hidden_size' is no size of the bridge"),
+    ],
+)
+def test_configurations_of_nothing_we_know(folder, read, part, changes, message):
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=rf"{part}/config\.json: {message}"):
+        read(folder)
 
 
 def test_preset_mismatch_is_one_clear_line(folder):

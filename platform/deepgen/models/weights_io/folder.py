@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from deepgen.errors import UserError
 from deepgen.models.bridge import Bridge
 from deepgen.models.dit import DeepGenTransformer
-from deepgen.models.presets import PRESETS, Architecture
+from deepgen.models.presets import DEEPGEN_5B, PRESETS, Architecture
 from deepgen.models.vlm import LoraSettings, lora_parameters
 from deepgen.models.weights_io.layout_reader import ADAPTER_CONFIG, PEFT_PREFIX
 from deepgen.models.weights_io.tensor_files import open_safetensors, read_json
@@ -50,32 +50,56 @@ def read_architecture(folder: Path, preset: str | None = None) -> Architecture:
     """
     if not folder.is_dir():
         raise UserError(f"model.weights: {folder} is not a folder")
-    vlm = Qwen2_5_VLConfig(**_public(_read_config(folder / "vlm"))).to_dict()
+    parts = {part: read_part_config(part, _config_of(folder / part)) for part in _BUILDERS}
     if not (folder / "bridge" / "config.json").exists() and preset in PRESETS:
-        bridge: Mapping[str, Any] = PRESETS[preset].bridge_config()
+        bridge = PRESETS[preset].bridge_config()
     else:
-        bridge = _read_config(folder / "bridge")
-    try:
-        return Architecture(
-            vlm=vlm,
-            transformer=_public(_read_config(folder / "transformer")),
-            vae=_public(_read_config(folder / "vae")),
-            **_public(bridge),
+        bridge = read_bridge_config(_config_of(folder / "bridge"))
+    return Architecture(vlm=parts["vlm"], transformer=parts["transformer"], vae=parts["vae"], **bridge)
+
+
+def read_part_config(part: str, path: Path) -> dict[str, Any]:
+    """What builds the VLM, transformer or VAE that a config.json describes; of the VLM with all defaults.
+
+    Raises UserError naming the file if it describes none, such as that of another VLM.
+    """
+    config = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
+    if part == "vlm" and config.get("model_type") != Qwen2_5_VLConfig.model_type:
+        raise UserError(
+            f"{path}: model_type is {config.get('model_type')!r}, expected {Qwen2_5_VLConfig.model_type!r} (Qwen2.5-VL)"
         )
-    except TypeError as error:
-        raise UserError(f"{folder / 'bridge' / 'config.json'}: {error}") from None
+    try:
+        with torch.device("meta"):
+            _BUILDERS[part](config)
+        return Qwen2_5_VLConfig(**config).to_dict() if part == "vlm" else config
+    except Exception as error:  # a bad size can make the libraries raise anything
+        raise UserError(f"{path}: no {part} has this configuration ({error})") from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+_BUILDERS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "vlm": lambda config: Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)),
+    "transformer": lambda config: DeepGenTransformer(**config),
+    "vae": lambda config: AutoencoderKL(**config),
+}
+
+
+def read_bridge_config(path: Path) -> dict[str, int]:
+    """The sizes in bridge/config.json. Raises UserError naming the key that is none, missing or no size."""
+    known = DEEPGEN_5B.bridge_config()
+    sizes = {"max_prompt_tokens": Architecture.max_prompt_tokens} | read_json(path)
+    if strange := sorted(key for key in sizes.keys() - known.keys() if not key.startswith("_")):
+        raise UserError(f"{path}: {strange[0]!r} is no size of the bridge; known: {', '.join(known)}")
+    for key in known:
+        if type(sizes.get(key)) is not int or sizes[key] < 1:
+            raise UserError(f"{path}: {key} is {sizes.get(key)!r}, expected a whole number from 1 on")
+    return {key: sizes[key] for key in known}
+
+
+def _config_of(folder: Path) -> Path:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"model.weights: {path} does not exist; a component folder is expected")
-    return read_json(path)
-
-
-def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the entries that libraries add for themselves."""
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    return path
 
 
 # ---------------------------------------------------------------- loading
@@ -98,7 +122,7 @@ def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
 
 def _load_pretrained(cls: Any, folder: Path, stem: str, **kwargs: Any) -> Any:
     """`cls.from_pretrained`, but missing, unexpected and mis-shaped tensors raise UserError."""
-    _read_config(folder)
+    _config_of(folder)
     _check_files(folder, stem)
     previous = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its warnings are reported below, as an error

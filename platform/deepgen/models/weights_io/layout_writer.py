@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig
 
 from deepgen.errors import UserError
-from deepgen.models.dit import DeepGenTransformer
 from deepgen.models.presets import PRESETS, Architecture
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import lora_modules
@@ -32,6 +31,8 @@ from deepgen.models.weights_io.folder import (
     BRIDGE_WEIGHTS,
     LORA_FOLDER,
     LORA_WEIGHTS,
+    read_bridge_config,
+    read_part_config,
     report_keys,
     save_scheduler,
 )
@@ -91,42 +92,22 @@ def find_architecture(weights: Weights, bases: Bases, preset: str) -> Architectu
     Raises UserError naming the config.json that is missing or describes no valid part.
     """
 
-    def read(part: str, build: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    def read(part: str) -> dict[str, Any]:
         path = _config_path(part, weights, bases)
         if path is None:
             option = "--vlm" if part == "vlm" else "--dit"
             raise UserError(f"{weights.where} has no {part}/config.json; give {option} FOLDER or --base FOLDER")
-        config = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
-        try:
-            with torch.device("meta"):
-                build(config)
-        except Exception as error:  # a bad size can make the libraries raise anything
-            raise UserError(f"{path}: no {part} has this configuration ({error})") from error
-        return config
+        return read_part_config(part, path)
 
-    vlm = Qwen2_5_VLConfig(**read("vlm", lambda config: Qwen2_5_VLConfig(**config))).to_dict()
-    transformer = read("transformer", lambda config: DeepGenTransformer(**config))
-    vae = read("vae", lambda config: AutoencoderKL(**config))
+    vlm, transformer, vae = read("vlm"), read("transformer"), read("vae")
     return Architecture(vlm=vlm, transformer=transformer, vae=vae, **_bridge_sizes(weights, bases, preset))
 
 
 def _bridge_sizes(weights: Weights, bases: Bases, preset: str) -> dict[str, int]:
-    path = _config_path("bridge", weights, bases)
-    known = PRESETS[preset].bridge_config()
-    if path is None:
-        return known
-    written = read_json(path)
-    if not written.keys() & known.keys():
-        return known  # another program's file; tensor shapes are compared anyway
-    sizes = {"max_prompt_tokens": Architecture.max_prompt_tokens} | written
-    if strange := sorted(key for key in sizes.keys() - known.keys() if not key.startswith("_")):
-        raise UserError(
-            f"{path}: {strange[0]!r} is no size of the bridge; known: {', '.join(known)} (without the file, --preset's)"
-        )
-    for key in known:
-        if type(sizes.get(key)) is not int or sizes[key] < 1:
-            raise UserError(f"{path}: {key} is {sizes.get(key)!r}, expected a whole number from 1 on")
-    return {key: sizes[key] for key in known}
+    path, known = _config_path("bridge", weights, bases), PRESETS[preset].bridge_config()
+    if path is None or not read_json(path).keys() & known.keys():
+        return known  # no file, or another program's; tensor shapes are compared anyway
+    return read_bridge_config(path)
 
 
 def _config_path(part: str, weights: Weights, bases: Bases) -> Path | None:
