@@ -2,10 +2,10 @@
 
     python stages/export.py SOURCE OUT [--layout components|diffusers|native]
 
-SOURCE: a run's model/ folder, a diffusers folder, a DeepSpeed folder (also one named *.pth), a .pt, .pth or
-.safetensors file, a folder of .safetensors, or a LoRA as peft writes it. Missing parts come from --base (a component
-folder), --vlm (Qwen2.5-VL) and --dit (transformer/ and vae/). The name and shape of every tensor are checked before
-anything is written. OUT appears when it is complete.
+SOURCE: a run, finished or not, one of its checkpoints, a component folder, a diffusers folder, a DeepSpeed folder (also
+one named *.pth), a .pt, .pth or .safetensors file, a folder of .safetensors, or a LoRA as peft writes it. Missing parts
+come from --base (a component folder), --vlm (Qwen2.5-VL) and --dit (transformer/ and vae/). The name and shape of every
+tensor are checked before anything is written. OUT appears when it is complete.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
-from deepgen.config import run_program  # noqa: E402
+from deepgen.config import UserError, run_program  # noqa: E402
+from stages.export_run import find_source, is_checkpoint, read_checkpoint  # noqa: E402
 
 if TYPE_CHECKING:
     from deepgen.models.weights_io.layout_reader import Weights
@@ -37,6 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--preset", choices=("tiny", "deepgen-5b"), default="deepgen-5b", help="bridge sizes, if no file has them"
     )
+    parser.add_argument("--ema", action="store_true", help="of a run, the averages (train.ema_decay)")
     parser.add_argument("--variant", default="", help="fp16 takes x.fp16.safetensors where x.safetensors is there too")
     parser.add_argument("--dtype", choices=("keep", "fp32", "bf16", "fp16"), default="keep")
     parser.add_argument("--without-lora", action="store_true", help="SOURCE is of stage 1 and never had a LoRA")
@@ -48,11 +50,22 @@ def main() -> int:
     from deepgen.models.weights_io import layout_writer as export  # late: --help needs no torch
     from deepgen.models.weights_io.layout_reader import read_weights
 
-    bases = export.Bases(args.base, args.vlm, args.dit)
-    weights = export.complete(read_weights(args.source, args.variant), bases, without_lora=args.without_lora)
-    architecture = export.find_architecture(weights, bases, args.preset)
+    source = find_source(args.source, averages=args.ema)
+    bases, preset = export.Bases(args.base, args.vlm, args.dit), args.preset
+    if is_checkpoint(source):
+        for option, given in (("--vlm", args.vlm), ("--dit", args.dit), ("--variant", args.variant)):
+            if given:
+                raise UserError(
+                    f"{option}: got {given} with the checkpoint {source}; allowed: --base, if its base moved"
+                )
+        found = read_checkpoint(source, args.base, averages=args.ema)
+        weights, bases, preset = found.trained, export.Bases(found.base), found.preset
+    else:
+        weights = read_weights(source, args.variant)
+    weights = export.complete(weights, bases, without_lora=args.without_lora)
+    architecture = export.find_architecture(weights, bases, preset)
     export.check_weights(weights, architecture)
-    print(f"{args.source}: {weights.layout} layout, {architecture.describe()}, {lora_line(weights)}", flush=True)
+    print(f"{source}: {weights.layout} layout, {architecture.describe()}, {lora_line(weights)}", flush=True)
     export.write(weights, architecture, bases, args.layout, args.out, args.dtype)
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     print(f"{args.out}: {args.layout} layout, {size / 1e6:,.1f} MB")

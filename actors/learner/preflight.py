@@ -103,7 +103,10 @@ def resolve_weights(path: Path) -> Path:
     if (path / RESULT / "transformer").is_dir():
         return path / RESULT
     if (path / "checkpoints").is_dir():
-        raise UserError(f"model.weights: the run {path} has not finished; finish it with --resume")
+        raise UserError(
+            f"model.weights: the run {path} has not finished; finish it with --resume, or write its newest "
+            "checkpoint with stages/export.py"
+        )
     raise UserError(f"model.weights: {path} is not a component folder (it has no transformer/) and not a finished run")
 
 

@@ -75,21 +75,9 @@ class CheckpointStore:
         self._background: Background | None = None  # from the first `save` on: it needs torch, a driver does not
 
     def newest(self) -> Manifest | None:
-        """Manifest of the newest complete checkpoint, or None. Checkpoints with short or missing files are skipped."""
-        for step, folder in reversed(self._steps()):
-            content = _read_manifest(folder)
-            if content.get("format", FORMAT) != FORMAT:
-                raise UserError(f"{folder / MANIFEST}: checkpoint format {content['format']}; allowed: {FORMAT}")
-            if _is_complete(folder, content, step):
-                return Manifest(**content)
-        return None
-
-    def _steps(self) -> list[tuple[int, Path]]:
-        """(step, folder) of every folder named like a checkpoint, in order. Other folders are ignored."""
-        if not self.folder.is_dir():
-            return []
-        found = [(_NAME.fullmatch(path.name), path) for path in self.folder.iterdir() if path.is_dir()]
-        return sorted((int(match[1]), path) for match, path in found if match)
+        """Manifest of the newest complete checkpoint, or None."""
+        found = newest_checkpoint(self.folder)
+        return found and found[1]
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
@@ -230,7 +218,7 @@ class CheckpointStore:
         Such a later checkpoint is damaged, or the run would have resumed from it.
         """
         kept = 0
-        for step, folder in reversed(self._steps()):
+        for step, folder in reversed(_steps(self.folder)):
             if step > newest:
                 aside = folder.with_name(f"unused-{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -250,6 +238,34 @@ class CheckpointStore:
         if not self._fingerprint:
             self._fingerprint = fingerprint(Path(self._settings.model.weights))
         return self._fingerprint
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, Manifest] | None:
+    """The newest complete one in a run's folder of checkpoints. Those with short or missing files are skipped."""
+    for step, path in reversed(_steps(folder)):
+        content = _known_manifest(path)
+        if _is_complete(path, content, step):
+            return path, Manifest(**content)
+    return None
+
+
+def complete_checkpoint(folder: Path) -> Manifest:
+    """The manifest of a checkpoint's folder, whatever its name. Raises UserError if it is not complete."""
+    content = _known_manifest(folder)
+    if not _is_complete(folder, content, content.get("step")):
+        raise UserError(
+            f"{folder}: not a complete checkpoint; {MANIFEST}, which is written last, or a file that it lists is "
+            "missing, cut off or damaged"
+        )
+    return Manifest(**content)
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every folder named like a checkpoint, in order. Other folders are ignored."""
+    if not folder.is_dir():
+        return []
+    found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def check_shards(folder: Path, rank: int, world: int) -> None:
@@ -280,7 +296,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _is_complete(folder: Path, content: dict[str, Any], step: int) -> bool:
+def _known_manifest(folder: Path) -> dict[str, Any]:
+    """Like `_read_manifest`. Raises UserError for another format."""
+    content = _read_manifest(folder)
+    if content.get("format", FORMAT) != FORMAT:
+        raise UserError(f"{folder / MANIFEST}: checkpoint format {content['format']}; allowed: {FORMAT}")
+    return content
+
+
+def _is_complete(folder: Path, content: dict[str, Any], step: object) -> bool:
     """Whether a folder holds the checkpoint that its name says, with all files at full length."""
     if content.keys() != {field.name for field in fields(Manifest)} or content["step"] != step:
         return False
