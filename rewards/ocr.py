@@ -1,8 +1,9 @@
 """OCR reward: does the image show all quoted words and no other text? (M3.8 d)
 
-The targets are the segments of the prompt between straight double quotes. RapidOCR reads the image. Each target is
-compared with every recognised token, with two or three neighbouring tokens joined, and with all tokens joined. Case
-and spaces are ignored; all other characters count, in any script the recogniser knows (Latin with accents, Chinese).
+The targets are the quotations of the prompt that a person would call words to draw (`deepgen.data.quotes`). RapidOCR
+reads the image. Each target is compared with every recognised token, with two or three neighbouring tokens joined, and
+with all tokens joined. Case and spaces are ignored; all other characters count, in any script the recogniser knows
+(Latin with accents, Chinese).
 
 The score is 1 - edits / max(target characters, recognised characters), but at least 0. `edits` is the sum of the edit
 distances between the targets and the tokens chosen for them, plus the number of recognised characters that no target
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deepgen.data.records import quoted_words
+from deepgen.data.quotes import quoted_words
 from rewards.base import RewardRequest
 
 LONGEST_NGRAM = 3
@@ -70,7 +71,7 @@ class OcrReward:
 
 
 def target_words(prompt: str) -> list[str]:
-    """The quoted segments of a prompt, normalised. Segments that hold only spaces are dropped."""
+    """The quoted words of a prompt, normalised."""
     return [word for word in map(normalise, quoted_words(prompt)) if word]
 
 

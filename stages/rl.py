@@ -36,19 +36,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
-from actors.experience.prompt_order import check_state  # noqa: E402
-from actors.learner.checkpoints.checkpoint_store import CheckpointStore, Manifest  # noqa: E402
+from actors.learner.checkpoints.checkpoint_store import CheckpointStore  # noqa: E402
 from actors.learner.preflight import own_folder, prepare_run  # noqa: E402
 from actors.learner.run_control import run_lock  # noqa: E402
 from actors.messages import LearnerJob  # noqa: E402
 from deepgen.cluster.connect import connect  # noqa: E402
 from deepgen.cluster.resources import rl_needs  # noqa: E402
-from deepgen.config import Settings, UserError, parse_command_line, run_program  # noqa: E402
+from deepgen.config import Settings, parse_command_line, run_program  # noqa: E402
 from deepgen.data.loading.mixture import check_training_data  # noqa: E402
 from deepgen.data.records import Record  # noqa: E402
-from deepgen.data.usable import usable_records  # noqa: E402
 from deepgen.evaluation.choose import heldout_records  # noqa: E402
 from deepgen.planning.plan import plan_text  # noqa: E402
+from stages.rl_prompts import check_prompts  # noqa: E402
 from stages.rl_replay import rollout_only, train_only  # noqa: E402
 from stages.rl_report import BeforeAfter, record_timeline, say  # noqa: E402
 from stages.rl_status import show_status  # noqa: E402
@@ -112,26 +111,6 @@ def end(stream: Any) -> None:
 
     with suppress(ray.exceptions.RayError):
         ray.get(stream.stop.remote(), timeout=END_S)
-
-
-def check_prompts(settings: Settings, checkpoint: Manifest | None) -> None:
-    """Raise UserError for prompts that cannot be used, or that are not the checkpoint's. The stream reads its own."""
-    prompts = read_prompts(settings)
-    if checkpoint:
-        check_state(settings, prompts, checkpoint.source)
-
-
-def read_prompts(settings: Settings) -> list[Record]:
-    """Usable RL prompts (`usable_records`). Raises UserError, naming file and row, for a task that has no reward."""
-    prompts = []
-    for (file, row), record in usable_records(settings, "data.prompts"):
-        if not any(weight > 0 for weight in settings.rewards.weights.get(record.task, {}).values()):
-            raise UserError(
-                f"{file}, row {row}: task {record.task} has no weight above 0 in rewards.weights; "
-                f"allowed: tasks with a reward, so remove it or set e.g. rewards.weights.{record.task}.judge=1"
-            )
-        prompts.append(record)
-    return prompts
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from deepgen.data.loading.buckets import fixed_area_size
 from deepgen.data.loading.dataset import TrainingSet, image_to_tensor
 from deepgen.data.loading.parquet_store import ListStore
 from deepgen.data.parquet import read_records, write_records
-from deepgen.data.records import Record, RecordError, quoted_words
+from deepgen.data.records import Record, RecordError
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
@@ -78,9 +78,14 @@ def test_files_that_are_no_records(tmp_path: Path) -> None:
 
 def test_prompt_lists(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text('a cat\nthe word "HI"\n')
-    records = read_records(file)
-    assert [(r.task, r.prompt, r.image) for r in records] == [("t2i", "a cat", None), ("text", 'the word "HI"', None)]
+    lines = [
+        ("t2i", "a cat"),
+        ("text", 'the word "HI"'),
+        ("text", "牌子上写着「你好」"),
+        ("t2i", 'a 19" rack and a 24" TV'),
+    ]
+    file.write_text("".join(f"{prompt}\n" for _, prompt in lines), encoding="utf-8")
+    assert [(r.task, r.prompt, r.image) for r in read_records(file)] == [(*line, None) for line in lines]
     file.write_text("a cat\n\na dog\n")
     with pytest.raises(UserError, match=r"prompts\.txt, row 2: empty line"):
         read_records(file)
@@ -93,11 +98,6 @@ def test_lines_end_where_they_end_and_the_text_is_utf_8(tmp_path):
     file.write_bytes(b"a cat\na caf\xe9\n")
     with pytest.raises(UserError, match=r"prompts\.txt, row 2: not UTF-8 text .*; allowed: a file saved as UTF-8"):
         read_records(file)
-
-
-def test_quoted_words() -> None:
-    assert quoted_words('a sign "NO" and "GO ON"') == ["NO", "GO ON"]
-    assert quoted_words("it's") == quoted_words('an open " quote') == []
 
 
 def test_decode_puts_transparency_on_white() -> None:

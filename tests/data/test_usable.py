@@ -14,7 +14,7 @@ from deepgen.data.parquet import write_records
 from deepgen.data.records import Record
 from deepgen.data.usable import left_out, usable_records
 from deepgen.evaluation.choose import heldout_records
-from stages.rl import read_prompts
+from stages.rl_prompts import read_prompts
 from tests.data.test_records import EDIT, GOOD, PICTURE
 from tests.helpers.factories import make_tokenizer
 from tests.objectives.test_bad_records import strip

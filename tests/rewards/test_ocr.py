@@ -23,7 +23,8 @@ def test_edit_distance(a: str, b: str, distance: int) -> None:
 
 def test_target_words_are_the_quoted_segments_without_case_and_spaces() -> None:
     assert target_words('a sign "Big Sale" and "ＮＯＷ" and " "') == ["bigsale", "now"]
-    assert target_words("a sign that says SALE") == []
+    assert target_words("a menu that says “Menu”, 牌子上写着「你好」") == ["menu", "你好"]
+    assert target_words("a sign that says SALE") == target_words('a 19" rack next to a 24" monitor') == []
 
 
 @pytest.mark.parametrize(

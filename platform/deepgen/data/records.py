@@ -6,19 +6,18 @@ reads when it opens them. ``parquet`` reads and writes files of records.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deepgen.config.settings import TASKS
+from deepgen.data.quotes import quoted_words
 from deepgen.data.uris import absolute
 from deepgen.errors import UserError
 
 _TEXT_COLUMNS = ("id", "task", "prompt", "answer", "source")
 NOT_UTF8 = object()  # replaces a row's text that is not UTF-8
-_QUOTED = re.compile(r'"([^"]+)"')
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,6 @@ class RecordError(UserError):
     def __reduce__(self) -> tuple[Any, ...]:
         # Ray pickles errors between processes. By default pickle would call __init__ with the message alone.
         return type(self), (self.place, self.reason, self.id)
-
-
-def quoted_words(prompt: str) -> list[str]:
-    """Segments between straight double quotes: the words that the image should show."""
-    return _QUOTED.findall(prompt)
 
 
 def check_prompt(prompt: str, reserved: Sequence[str]) -> None:
@@ -97,7 +91,7 @@ def _no_text(value: Any) -> str:
 
 
 def read_prompt_lines(file: Path) -> list[Record]:
-    """One record per line of a text file: task text if the line has quoted words, otherwise t2i.
+    """One record per line of a text file: task text if the line has words to draw in quotes, otherwise t2i.
 
     Raises UserError naming the first row that is empty or not UTF-8.
     """

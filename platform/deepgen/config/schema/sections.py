@@ -70,7 +70,7 @@ class DataSettings(Section):
         "data/train.parquet", "Training records, a parquet file or a folder of them; in rl for the auxiliary loss."
     )
     prompts: InputPath = setting(
-        "data/rl_prompts.parquet", "RL prompts: parquet, a folder, or a .txt with one t2i prompt a line."
+        "data/rl_prompts.parquet", "RL prompts: parquet, a folder, or a .txt with one prompt a line."
     )
     heldout: InputPath = setting("data/heldout.parquet", "Records never trained on, for evaluation.")
     image_size: int = setting(
