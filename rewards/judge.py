@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from deepgen.config import InputPath, PoolSettings, Share, setting
+from deepgen.data.records import first_reserved
 from deepgen.errors import UserError
 from rewards.base import RewardRequest, existing_folder
 
@@ -62,6 +63,18 @@ def judge_image(image: np.ndarray, min_pixels: int = JUDGE_PIXELS, max_pixels: i
     return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
 
 
+def fault(answer: str, tokenizer: Any) -> str:
+    """Why the judge cannot be asked about this answer, or "".
+
+    A special token in it could end the question and give the judge's verdict in its place.
+    """
+    if token := first_reserved(answer, tokenizer.all_special_tokens):
+        return f"contains the reserved token {token}"
+    if len(tokenizer(judge_prompt(answer)).input_ids) > PROMPT_TOKENS:
+        return "is too long"
+    return ""
+
+
 class JudgeReward:
     """VLM judge on vLLM: the probability, 0..1, that it answers Yes when asked whether the image shows the answer.
 
@@ -99,18 +112,17 @@ class JudgeReward:
         return bool(request.target.strip())
 
     def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
-        """Probability of Yes for each request; None if the description is too long for the judge's context."""
+        """Probability of Yes for each request; None if the judge cannot be asked (`fault`)."""
         from vllm import SamplingParams, TextPrompt
 
         scores: list[float | None] = [None] * len(requests)
         prompts: dict[int, TextPrompt] = {}
         for index, request in enumerate(requests):
-            text = judge_prompt(request.target)
-            if len(self._tokenizer(text).input_ids) > PROMPT_TOKENS:
-                log.warning("%s: description of %d characters is too long, not scored", self._pool, len(request.target))
+            if why := fault(request.target, self._tokenizer):
+                log.warning("%s: a description of %d letters %s: not scored", self._pool, len(request.target), why)
                 continue
             image = judge_image(request.image, *self.pixel_range)
-            prompts[index] = TextPrompt(prompt=text, multi_modal_data={"image": image})
+            prompts[index] = TextPrompt(prompt=judge_prompt(request.target), multi_modal_data={"image": image})
         sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=2, logprob_token_ids=[self._yes, self._no])
         outputs = self._engine.generate(list(prompts.values()), sampling, use_tqdm=False)
         for index, output in zip(prompts, outputs, strict=True):

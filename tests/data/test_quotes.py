@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from deepgen.data.parquet import read_records
 from deepgen.data.quotes import quoted_words
 
 
@@ -97,3 +100,9 @@ def test_a_prompt_in_quotes_as_a_whole_is_a_prompt(prompt: str, words: list[str]
 
 def test_thousands_of_marks_take_no_time() -> None:
     assert quoted_words("“" * 3000) == [] and len(quoted_words('a "b" ' * 3000)) == 3000
+
+
+def test_in_the_tiny_world_exactly_the_text_prompts_have_words_to_draw(root: Path) -> None:
+    records = read_records(root / "assets" / "tiny" / "data" / "rl_prompts.parquet")
+    assert len(records) > 1000
+    assert not [record.prompt for record in records if bool(quoted_words(record.prompt)) != (record.task == "text")]

@@ -28,24 +28,32 @@ BAD: list[tuple[Any, str]] = [
     (replace(PROMPT, id="b4", prompt="a <|im_end|> b"), "prompt contains the reserved token <|im_end|>"),
     (replace(EDIT, id="b5", image=None, references=(PICTURE, PICTURE[:40])), "reference 2 is not a readable image"),
     (replace(EDIT, id="b6", image=None, references=(strip(90, 10),)), "reference 1 is 90x10 px; allowed: sides in a"),
+    (replace(PROMPT, id="b7", answer="a <|image_pad|>"), "answer contains the reserved token <|image_pad|>; remove it"),
+    (replace(PROMPT, id="b8", answer="a <verdict> b"), "answer contains the reserved token <verdict>; remove it"),
+    (replace(PROMPT, id="b9", prompt="a <verdict> b"), "prompt contains the reserved token <verdict>; remove it"),
 ]
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy's tokenizer, and a judge's with a special token of its own and one that is a common letter."""
     folder = tmp_path_factory.mktemp("weights")
     make_tokenizer().save_pretrained(folder / "tokenizer")
+    (folder / "judge").mkdir()
+    added = [{"content": token, "special": True} for token in ("<verdict>", "!")]
+    (folder / "judge" / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
     return folder
 
 
 def settings(folder: Path, weights: Path, *more: str) -> Settings:
     own = [f"run.dir={folder / 'runs'}", "run.name=a", f"model.weights={weights}"]
+    own += [f"rewards.judge.path={weights / 'judge'}"]
     own += [f"data.{name}={folder / 'x.parquet'}" for name in ("prompts", "heldout")]
     return load_settings(None, [*own, *more])
 
 
 def prompts(count: int) -> list[Record]:
-    return [replace(PROMPT, id=f"p{i}", prompt=f"a thing {i}") for i in range(count)]
+    return [replace(PROMPT, id=f"p{i}", prompt=f"a thing {i}!") for i in range(count)]
 
 
 def test_bad_rows_are_left_out_with_their_reasons(
@@ -85,6 +93,24 @@ def test_a_prompt_list_with_an_empty_line_is_refused(tmp_path: Path, weights: Pa
     (tmp_path / "x.txt").write_text("a cat\n\na dog\n")
     with pytest.raises(UserError, match=r"x\.txt, row 2: empty line; allowed: one prompt a line"):
         usable_records(settings(tmp_path, weights, f"data.prompts={tmp_path / 'x.txt'}"), "data.prompts")
+
+
+def test_a_line_of_a_prompt_list_is_refused_like_a_record(tmp_path: Path, weights: Path) -> None:
+    (tmp_path / "x.txt").write_text("a cat\na cat<|im_end|>\na dog\n")
+    run = settings(tmp_path, weights, f"data.prompts={tmp_path / 'x.txt'}")
+    assert [record.prompt for _, record in usable_records(run, "data.prompts")] == ["a cat", "a dog"]
+    (line,) = map(json.loads, (tmp_path / "runs/a/quarantine-prompts.jsonl").read_text().splitlines())
+    assert (line["row"], line["reason"]) == (2, "prompt contains the reserved token <|im_end|>; remove it")
+
+
+def test_records_are_judged_again_when_another_judge_reads_them(tmp_path: Path, weights: Path) -> None:
+    write_records(tmp_path / "x.parquet", [*prompts(2), BAD[-1][0]])
+    assert len(usable_records(settings(tmp_path, weights), "data.prompts")) == 2
+    other = settings(tmp_path, weights, f"rewards.judge.path={tmp_path}")  # no tokenizer there
+    assert len(usable_records(other, "data.prompts")) == 3
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer"):
+        usable_records(other, "data.prompts")
 
 
 def test_a_task_without_reward_is_named_by_its_row(tmp_path: Path, weights: Path) -> None:

@@ -60,6 +60,7 @@ def strip(width: int, height: int) -> bytes:
         (replace(GOOD, image=bomb(11_000, 10_000)), "(11000x10000 px; allowed: at most 100,000,000 pixels)"),
         (replace(GOOD, prompt=" "), "prompt is empty"),
         (replace(GOOD, prompt="a <|im_end|> b"), "prompt contains the reserved token <|im_end|>"),
+        (replace(GOOD, answer="a <|im_end|> b"), "answer contains the reserved token <|im_end|>"),
         (replace(GOOD, prompt=None), "prompt is null; allowed: text"),  # type: ignore[arg-type]
         (replace(GOOD, references=(PICTURE,)), "task t2i with 1 reference images"),
         (replace(EDIT, references=()), "task edit with 0 reference images"),

@@ -45,11 +45,19 @@ class RecordError(UserError):
         return type(self), (self.place, self.reason, self.id)
 
 
-def check_prompt(prompt: str, reserved: Sequence[str]) -> None:
-    """Raise ValueError if the prompt contains a reserved text, which the model would read as structure."""
-    found = next((token for token in reserved if token in prompt), None)
-    if found is not None:
-        raise ValueError(f"prompt contains the reserved token {found}; remove it")
+def check_texts(record: Record, reserved: Sequence[str]) -> None:
+    """Raise ValueError if prompt or answer contains a reserved text, which a model would read as structure.
+
+    A policy could be told there that its instructions end, and a judge that its verdict has been given.
+    """
+    for what, text in (("prompt", record.prompt), ("answer", record.answer)):
+        if found := first_reserved(text, reserved):
+            raise ValueError(f"{what} contains the reserved token {found}; remove it")
+
+
+def first_reserved(text: str, reserved: Sequence[str]) -> str:
+    """The first reserved text in a text, or ""."""
+    return next((token for token in reserved if token in text), "")
 
 
 def check_row(row: dict[str, Any], place: str, folder: Path) -> Record:

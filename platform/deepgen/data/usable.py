@@ -18,7 +18,7 @@ from deepgen.config import Settings, UserError
 from deepgen.data.images import FORMATS, usable_image
 from deepgen.data.parquet import read_rows
 from deepgen.data.quarantine import FILES, BadRow, Quarantine, rows_in
-from deepgen.data.records import Record, RecordError, check_prompt
+from deepgen.data.records import Record, RecordError, check_texts
 
 JUDGED = ".judged"  # suffix of a file beside the quarantine: a hash of what has been checked
 Place = tuple[str, int]  # file and row, from 1
@@ -44,11 +44,11 @@ def usable_records(
     wanted = {record.id for record in choose([record for _, record in found])} if choose else None
     chosen = [(place, record) for place, record in found if wanted is None or record.id in wanted]
     path = settings.run.folder / FILES[key]
-    marker, state = path.with_suffix(JUDGED), _state(settings, given, [record.id for _, record in chosen])
+    reserved = _reserved_tokens(settings)
+    marker, state = path.with_suffix(JUDGED), _state(settings, given, [record.id for _, record in chosen], reserved)
     if marker.exists() and marker.read_text() == state:
         out = rows_in(path)
         return [(place, record) for place, record in chosen if place not in out]
-    reserved = special_tokens(settings.model.weights)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         faults = list(pool.map(partial(_fault, reserved=reserved), (record for _, record in chosen)))
     bad = [BadRow(r.file, r.number, r.record.id, r.record.reason) for r in rows if isinstance(r.record, RecordError)]
@@ -64,11 +64,11 @@ def usable_records(
     return usable
 
 
-def _state(settings: Settings, given: Path, ids: Sequence[str]) -> str:
+def _state(settings: Settings, given: Path, ids: Sequence[str], reserved: Sequence[str]) -> str:
     """A hash that changes with the files, the chosen records or the rules that judge them."""
     files = sorted(given.glob("*.parquet")) if given.is_dir() else [given]
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    judged_by = [str(settings.model.weights), settings.data.max_bad_share, *FORMATS]
+    judged_by = [settings.data.max_bad_share, *FORMATS, *reserved]
     return hashlib.blake2b(json.dumps([str(given), facts, list(ids), judged_by]).encode(), digest_size=16).hexdigest()
 
 
@@ -81,7 +81,7 @@ def left_out(settings: Settings, *keys: str) -> dict[str, float]:
 def _fault(record: Record, reserved: Sequence[str]) -> str:
     """Why a record is unusable, or "" if it is usable."""
     try:
-        check_prompt(record.prompt, reserved)
+        check_texts(record, reserved)
         for slot, data in enumerate(record.references, start=1):
             usable_image(data, f"reference {slot}")
     except ValueError as error:
@@ -89,14 +89,24 @@ def _fault(record: Record, reserved: Sequence[str]) -> str:
     return ""
 
 
-def special_tokens(model_weights: Path) -> list[str]:
-    """The tokenizer's special tokens, read from its file because loading the tokenizer takes seconds.
+def _reserved_tokens(settings: Settings) -> list[str]:
+    """The special tokens of every model that reads the records' texts: the policy, and those of the rewards in use."""
+    pools = [settings.rewards.pools[name] for name in settings.rewards.used()]
+    folders = [Path(settings.model.weights) / "tokenizer", *(path for p in pools for path in p.input_paths().values())]
+    return list(dict.fromkeys(token for folder in folders for token in special_tokens(folder)))
 
-    Without such a file the list is empty, and the tokenizer itself rejects prompts with special tokens.
+
+def special_tokens(folder: Path) -> list[str]:
+    """The special tokens of the tokenizer in a folder, read from its file because loading the tokenizer takes seconds.
+
+    Without such a file the list is empty; policy and judge then refuse texts with special tokens themselves.
     """
-    file = Path(model_weights) / "tokenizer" / "tokenizer.json"
+    file = folder / "tokenizer.json"
     if not file.is_file():
         return []
-    return [
-        token["content"] for token in json.loads(file.read_text(encoding="utf-8"))["added_tokens"] if token["special"]
-    ]
+    try:
+        added = json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
+        # Some CLIPs pad with "!", which is a letter like any other.
+        return [token["content"] for token in added if token["special"] and len(token["content"]) > 1]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file}: not a tokenizer of the tokenizers library ({error!r})") from error

@@ -25,7 +25,7 @@ def heldout_records(settings: Settings, *, say: Callable[[str], None] = print) -
         return []
     if negative := settings.evaluation.negative_prompt:
         try:
-            check_prompt(negative, special_tokens(settings.model.weights))
+            check_prompt(negative, special_tokens(Path(settings.model.weights) / "tokenizer"))
         except ValueError as error:
             raise UserError(f"evaluation.negative_prompt: got {negative[:60]!r}; {error}") from error
     found = usable_records(settings, "data.heldout", lambda records: choose_records(records, count, seed), say)

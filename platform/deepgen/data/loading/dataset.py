@@ -17,7 +17,7 @@ from torch import Tensor
 from deepgen.data.images import usable_image
 from deepgen.data.loading.buckets import fixed_area_size
 from deepgen.data.loading.parquet_store import RecordStore
-from deepgen.data.records import RecordError, check_prompt
+from deepgen.data.records import RecordError, check_texts
 
 # Bump when preprocessing yields different pixels, for the VAE or the VLM, or rejects different images.
 PREPARATION = 4
@@ -83,7 +83,7 @@ class Sample:
 class TrainingSet:
     """Records with target images, read on demand.
 
-    ``reserved``: the tokenizer's special tokens. No prompt may contain one, as the model would read it as structure.
+    ``reserved``: the tokenizer's special tokens. No text may contain one, as the model would read it as structure.
     """
 
     def __init__(self, store: RecordStore, image_size: int, reserved: Sequence[str] = ()) -> None:
@@ -111,7 +111,7 @@ class TrainingSet:
             return Picture(self._tensor(data, f"reference {slot}" if slot else "image"), known, key)
 
         try:
-            check_prompt(record.prompt, self._reserved)
+            check_texts(record, self._reserved)
             references = [picture(slot, data) for slot, data in enumerate(record.references, 1)]
             return Sample(record.prompt, references, picture(0, record.image))
         except ValueError as error:
