@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deepgen.tracking.grids import GridRow, before_after_grid, fit, font, image_grid, wrap
+from deepgen.tracking.fonts import boxes_note, font
+from deepgen.tracking.grids import GridRow, before_after_grid, fit, image_grid, wrap
 
 RED, BLUE = (220, 30, 30), (30, 30, 220)
 
@@ -97,3 +98,89 @@ def test_a_rise_is_green_and_a_fall_red(tmp_path: Path) -> None:
 def test_before_after_grid_needs_rows(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one row"):
         before_after_grid(tmp_path / "x.png", [])
+
+
+# -- letters that DejaVu lacks ---------------------------------------------------------------------------------------
+
+CHINESE = "".join(chr(0x4E00 + i) for i in range(3000))
+
+
+class Counting:
+    """A face whose letters are 12 pixels wide, and that counts how many letters it has measured."""
+
+    measured = 0
+
+    def getlength(self, text: str) -> float:
+        self.measured += len(text)
+        return 12.0 * len(text)
+
+
+@pytest.mark.parametrize("text", [CHINESE, "a " + CHINESE, "a cat " * 100_000, "x" * 1_000_000])
+def test_only_what_is_shown_of_a_long_caption_is_measured(text: str) -> None:
+    face = Counting()
+    lines = wrap(text, 160, face, max_lines=6)  # type: ignore[arg-type]
+    assert len(lines) == 6 and lines[5].endswith("…") and max(map(len, lines)) <= 13
+    assert "".join(text.split()).startswith("".join("".join(lines).split())[:-1])
+    assert face.measured < 10_000
+
+
+def make_font(path: Path, letters: str) -> Path:
+    """A font with these letters as black squares, and nothing else."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 800), (800, 800), (800, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    names = [".notdef", *(f"u{ord(letter):x}" for letter in letters)]
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap({ord(letter): f"u{ord(letter):x}" for letter in letters})
+    builder.setupGlyf(dict.fromkeys(names, pen.glyph()))
+    builder.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
+    return path
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The fonts of the machine; empty until a test adds some."""
+    fonts: list[Path] = []
+    monkeypatch.setattr("deepgen.tracking.fonts._installed", lambda: fonts)
+    return fonts
+
+
+def test_a_caption_is_set_in_an_installed_font_that_has_its_letters(tmp_path: Path, installed: list[Path]) -> None:
+    (tmp_path / "damaged.ttf").write_bytes(b"no font")
+    installed += [
+        tmp_path / "damaged.ttf",
+        make_font(tmp_path / "few.ttf", "你"),
+        make_font(tmp_path / "a.ttf", "你好a "),
+    ]
+    assert font(12, text="a 你好") is font(12, text="好") and font(12, text="好").getname()[0] == "Squares"
+    assert font(12, text="a cat, été, кот, “x”") is font(12)
+    assert boxes_note(["你好", "a cat"]) == ""
+    shown = image_grid([flat(RED)], ["你好你好"])
+    assert pixels(shown, (0x1D, 0x21, 0x29)) > 4 * 60
+
+
+def test_a_sheet_says_which_letters_are_boxes(tmp_path: Path, installed: list[Path]) -> None:
+    assert boxes_note(["a cat \u200d\ufe0f", "你好", "你们"]).startswith(
+        "Boxes: 3 letters that no font on this machine has"
+    )
+    plain, noted = (image_grid([flat(RED)] * 3, [caption] * 3) for caption in ("a cat", "你好"))
+    assert noted.height > plain.height
+    row = GridRow("你好", [flat(RED)], [flat(BLUE)])
+    pages = [before_after_grid(tmp_path / "x.png", [one]) for one in (row, GridRow("a cat", row.before, row.after))]
+    assert pages[0].height > pages[1].height
+
+
+def test_a_sheet_of_long_chinese_captions_is_drawn(tmp_path: Path, installed: list[Path]) -> None:
+    installed.append(make_font(tmp_path / "all.ttf", CHINESE))
+    assert image_grid([flat(RED)] * 24, [CHINESE] * 24).width > 900

@@ -1,19 +1,17 @@
-"""Pictures of samples: grids with captions and scores, and before/after comparisons.
-
-Text is set in DejaVu Sans from matplotlib's wheel, so pictures look the same on every machine.
-"""
+"""Pictures of samples: grids with captions and scores, and before/after comparisons."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from deepgen.tracking.fonts import boxes_note, font
 
 Picture = Image.Image | np.ndarray  # arrays: uint8 [H, W, 3]
 Scores = Mapping[str, float | None]
@@ -63,10 +61,13 @@ def image_grid(
     lines = [cards[start : start + columns] for start in range(0, count, columns)]
     heights = [max(card.height for card in line) for line in lines]
     top = MARGIN + (_line_height(20) + GAP if title else 0)
-    size = (2 * MARGIN + columns * cell + (columns - 1) * GAP, top + sum(heights) + GAP * (len(lines) - 1) + MARGIN)
-    page = Image.new("RGB", size, PAGE)
+    width = 2 * MARGIN + columns * cell + (columns - 1) * GAP
+    bottom = top + sum(heights) + GAP * (len(lines) - 1)
+    note = _note_lines(captions, width)
+    page = Image.new("RGB", (width, bottom + len(note) * _line_height(_SMALL_SIZE) + MARGIN), PAGE)
     if title:
         ImageDraw.Draw(page).text((MARGIN, MARGIN - 4), title, INK, font=font(20, bold=True))
+    _draw_note(page, note, bottom)
     for line, height in zip(lines, heights, strict=True):
         for column, card in enumerate(line):
             page.paste(card, (MARGIN + column * (cell + GAP), top))
@@ -87,7 +88,10 @@ def before_after_grid(
     heights = [max(cell, _prompt_height(row, layout), _scores_height(row)) for row in rows]
     head = MARGIN + _line_height(22) + (_line_height(_TEXT_SIZE) + 4 if subtitle else 0) + GAP
     top = head + _line_height(_SMALL_SIZE) + 10
-    page = Image.new("RGB", (layout.width, top + sum(heights) + (2 * GAP) * len(rows) + MARGIN - GAP), PAGE)
+    bottom = top + sum(heights) + (2 * GAP) * len(rows) - GAP
+    note = _note_lines([row.prompt for row in rows], layout.width)
+    page = Image.new("RGB", (layout.width, bottom + len(note) * _line_height(_SMALL_SIZE) + MARGIN), PAGE)
+    _draw_note(page, note, bottom)
     draw = ImageDraw.Draw(page)
     draw.text((MARGIN, MARGIN - 6), title, INK, font=font(22, bold=True))
     if subtitle:
@@ -103,32 +107,24 @@ def before_after_grid(
     return page
 
 
-@cache
-def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans at `size` pixels."""
-    package = find_spec("matplotlib")
-    if package is None or not package.submodule_search_locations:
-        raise RuntimeError("matplotlib is not installed; its fonts draw the grids (it comes with mlflow)")
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(package.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf" / name, size)
-
-
 def wrap(text: str, width: float, face: ImageFont.FreeTypeFont, max_lines: int = 3) -> list[str]:
     """Lines of at most `width` pixels. Long words are broken; text that does not fit ends in an ellipsis."""
     lines: list[str] = []
     current = ""
     for word in text.split():
         candidate = f"{current} {word}".strip()
-        if face.getlength(candidate) <= width:
+        if len(candidate) <= width and face.getlength(candidate) <= width:  # hardly a letter is under a pixel wide
             current = candidate
             continue
         if current:
             lines.append(current)
-        while face.getlength(word) > width:
-            cut = max(1, sum(face.getlength(word[: i + 1]) <= width for i in range(len(word))))
+        while len(lines) <= max_lines and (len(word) > width or face.getlength(word) > width):
+            cut = _fitting(word, width, face)
             lines.append(word[:cut])
             word = word[cut:]
         current = word
+        if len(lines) > max_lines:  # the rest is not shown, and may be long
+            break
     lines = [line for line in [*lines, current] if line] or [""]
     if len(lines) > max_lines:
         last = lines[max_lines - 1]
@@ -136,6 +132,12 @@ def wrap(text: str, width: float, face: ImageFont.FreeTypeFont, max_lines: int =
             last = last[:-1]
         lines = [*lines[: max_lines - 1], last.rstrip() + "…"]
     return lines
+
+
+def _fitting(word: str, width: float, face: ImageFont.FreeTypeFont) -> int:
+    """How many letters of a word fit into `width` pixels, at least 1."""
+    counts = range(1, min(len(word), int(width)) + 1)
+    return max(1, bisect_right(counts, width, key=lambda count: face.getlength(word[:count])))
 
 
 def fit(picture: Picture, cell: int) -> Image.Image:
@@ -154,7 +156,8 @@ def _card(picture: Picture, caption: str, scores: Scores, source: Picture | None
     """Picture, caption and scores, stacked, `cell` pixels wide."""
     thumb = 0 if source is None else cell // 3
     text_width = cell - (thumb + 8 if thumb else 0)
-    lines = wrap(caption, text_width, font(_SMALL_SIZE))
+    face = font(_SMALL_SIZE, text=caption)
+    lines = wrap(caption, text_width, face)
     text_height = max(len(lines) * _line_height(_SMALL_SIZE), thumb)
     height = cell + 6 + text_height + 4 + len(scores) * _line_height(_SMALL_SIZE)
     card = Image.new("RGB", (cell, height), PAGE)
@@ -164,7 +167,7 @@ def _card(picture: Picture, caption: str, scores: Scores, source: Picture | None
     if source is not None:
         _paste(card, draw, source, 0, y, thumb)
     for line in lines:
-        draw.text((cell - text_width, y), line, INK, font=font(_SMALL_SIZE))
+        draw.text((cell - text_width, y), line, INK, font=face)
         y += _line_height(_SMALL_SIZE)
     y = cell + 6 + text_height + 4
     for name, value in scores.items():
@@ -239,7 +242,7 @@ def _draw_row(page: Image.Image, draw: ImageDraw.ImageDraw, row: GridRow, at: _L
         draw.text((MARGIN, y), row.task, SOFT, font=font(_SMALL_SIZE))
         y += _line_height(_SMALL_SIZE) + 2
     for line in _prompt_lines(row, at):
-        draw.text((MARGIN, y), line, INK, font=font(_TEXT_SIZE))
+        draw.text((MARGIN, y), line, INK, font=font(_TEXT_SIZE, text=row.prompt))
         y += _line_height(_TEXT_SIZE)
     middle = top + (height - at.cell) // 2
     columns = ((at.source_left, row.references), (at.before_left, row.before), (at.after_left, row.after))
@@ -266,7 +269,7 @@ def _colour(row: GridRow, name: str) -> str:
 
 
 def _prompt_lines(row: GridRow, at: _Layout) -> list[str]:
-    return wrap(row.prompt, at.prompt_width, font(_TEXT_SIZE), max_lines=6)
+    return wrap(row.prompt, at.prompt_width, font(_TEXT_SIZE, text=row.prompt), max_lines=6)
 
 
 def _prompt_height(row: GridRow, at: _Layout) -> int:
@@ -290,6 +293,18 @@ def _paste(page: Image.Image, draw: ImageDraw.ImageDraw, picture: Picture, x: in
     image = fit(picture, cell - 2)
     page.paste(image, (x + (cell - image.width) // 2, y + (cell - image.height) // 2))
     draw.rectangle((x, y, x + cell - 1, y + cell - 1), outline=CARD_LINE)
+
+
+def _note_lines(texts: Sequence[str], width: int) -> list[str]:
+    """The lines below a page of this width that say which letters could not be drawn; [] if all could."""
+    note = boxes_note(texts)
+    return wrap(note, width - 2 * MARGIN, font(_SMALL_SIZE)) if note else []
+
+
+def _draw_note(page: Image.Image, lines: Sequence[str], bottom: int) -> None:
+    for number, line in enumerate(lines):
+        place = (MARGIN, bottom + 6 + number * _line_height(_SMALL_SIZE))
+        ImageDraw.Draw(page).text(place, line, SOFT, font=font(_SMALL_SIZE))
 
 
 def _score(value: float | None) -> str:
