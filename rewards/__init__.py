@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deepgen.config import InputPath, PoolSettings, setting
-from rewards.base import Reward, RewardRequest, RewardUnavailable
+from rewards.base import Reward, RewardRequest, RewardUnavailable, TextLimit
 
 __all__ = [
     "InputPath",
@@ -11,9 +11,11 @@ __all__ = [
     "Reward",
     "RewardRequest",
     "RewardUnavailable",
+    "TextLimit",
     "applies",
     "build_reward",
     "setting",
+    "text_limit",
 ]
 
 
@@ -32,3 +34,10 @@ def applies(pool: PoolSettings, request: RewardRequest) -> bool:
     """Whether the pool's reward can score this request."""
     reward = pool.reward_class()
     return bool(reward.applies(request)) if hasattr(reward, "applies") else True
+
+
+def text_limit(pool: PoolSettings) -> TextLimit | None:
+    """How much text the pool's reward reads; None if it does not say."""
+    reward = pool.reward_class()
+    limit: TextLimit | None = reward.text_limit(pool) if hasattr(reward, "text_limit") else None
+    return limit

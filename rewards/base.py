@@ -7,7 +7,7 @@ constructor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -42,6 +42,23 @@ class RewardRequest:
         return self.answer or self.prompt
 
 
+@dataclass(frozen=True)
+class TextLimit:
+    """How much text a model reads.
+
+    Attributes:
+        folder: folder of its tokenizer (tokenizer.json).
+        tokens: length of the longest text that it reads as a whole.
+        beyond: what happens to a longer one, after "is too long for ...: it".
+        asked: the model's whole input for a text.
+    """
+
+    folder: Path
+    tokens: int
+    beyond: str
+    asked: Callable[[str], str] = str
+
+
 class RewardUnavailable(Exception):
     """Raised by a reward that cannot score right now, for example because a service does not answer.
 
@@ -53,7 +70,7 @@ class RewardUnavailable(Exception):
 class Reward(Protocol):
     """One scorer. Calls are not concurrent: a replica scores one batch at a time.
 
-    A reward class may define two more members:
+    A reward class may define three more members:
 
     `Options`, a subclass of `deepgen.config.PoolSettings`, declares the reward's options. The constructor then takes
     one argument, the pool's settings as an `Options` object, and raises `UserError` for values it cannot use. Without
@@ -61,6 +78,9 @@ class Reward(Protocol):
 
     `applies(request) -> bool`, a static method, tells whether the reward can score a request. The pool skips requests
     for which it returns False. Without `applies` the pool sends every request.
+
+    `text_limit(options) -> TextLimit | None`, a static method, says how much of a request's target the reward's model
+    reads. The start of a run then says how many prompts are longer.
     """
 
     def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from deepgen.config import InputPath, PoolSettings, setting
-from rewards.base import RewardRequest
+from rewards.base import RewardRequest, TextLimit
+
+USUAL_TOKENS = 77  # a CLIP whose files give no other length
 
 
 class ClipReward:
@@ -23,6 +27,20 @@ class ClipReward:
     def applies(request: RewardRequest) -> bool:
         """True when there are words to compare with."""
         return bool(request.target.strip())
+
+    @staticmethod
+    def text_limit(options: Options) -> TextLimit | None:
+        """As in `ClipEncoder`, from files alone; None without them, which `ClipEncoder` reports."""
+        folder = Path(options.path)
+        config, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
+        if not (config.is_file() and tokenizer.is_file()):
+            return None
+        model = json.loads(config.read_text(encoding="utf-8")).get("text_config", {})
+        positions = model.get("max_position_embeddings", USUAL_TOKENS)
+        tokens = int(
+            min(json.loads(tokenizer.read_text(encoding="utf-8")).get("model_max_length", positions), positions)
+        )
+        return TextLimit(folder, tokens, "does not read their end")
 
     def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
         """Cosine of each image with its answer, or with its prompt if the answer is empty."""

@@ -24,7 +24,7 @@ from PIL import Image
 from deepgen.config import InputPath, PoolSettings, Share, setting
 from deepgen.data.records import first_reserved
 from deepgen.errors import UserError
-from rewards.base import RewardRequest, existing_folder
+from rewards.base import RewardRequest, TextLimit, existing_folder
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
@@ -110,6 +110,10 @@ class JudgeReward:
     def applies(request: RewardRequest) -> bool:
         """True when there are words to ask about."""
         return bool(request.target.strip())
+
+    @staticmethod
+    def text_limit(options: Options) -> TextLimit:
+        return TextLimit(Path(options.path), PROMPT_TOKENS, "scores none of their images", judge_prompt)
 
     def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
         """Probability of Yes for each request; None if the judge cannot be asked (`fault`)."""

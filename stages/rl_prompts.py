@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from actors.experience.prompt_order import check_state
 from actors.learner.checkpoints.checkpoint_store import Manifest
@@ -11,6 +14,9 @@ from deepgen.config.settings import TASKS
 from deepgen.data.quotes import quoted_words
 from deepgen.data.records import Record
 from deepgen.data.usable import Place, usable_records
+from deepgen.models.chat_template import render
+from deepgen.models.presets import Architecture
+from rewards import TextLimit, text_limit
 from stages.rl_report import say
 
 
@@ -20,7 +26,7 @@ def check_prompts(settings: Settings, checkpoint: Manifest | None) -> None:
     The stream reads its own.
     """
     found = read_prompts(settings)
-    for line in about_prompts(found):
+    for line in [*about_prompts(found), *about_lengths(settings, [record for _, record in found])]:
         say(line)
     if checkpoint:
         check_state(settings, [record for _, record in found], checkpoint.source)
@@ -54,6 +60,36 @@ def about_prompts(found: list[tuple[Place, Record]]) -> list[str]:
             f"not apply to them: first {file}, row {row}"
         )
     return lines
+
+
+def about_lengths(settings: Settings, records: Sequence[Record]) -> Iterator[str]:
+    """Lines that say how many prompts are longer than the policy or a reward reads."""
+    bridge = Path(settings.model.weights) / "bridge" / "config.json"
+    sizes = json.loads(bridge.read_text(encoding="utf-8")) if bridge.is_file() else {}
+    tokens = sizes.get("max_prompt_tokens", Architecture.max_prompt_tokens)
+    policy = TextLimit(Path(settings.model.weights) / "tokenizer", tokens, "does not read their beginning", render)
+    yield from _about_length("the policy", policy, [record.prompt for record in records])
+    for name in settings.rewards.used():
+        asked = [record for record in records if settings.rewards.weights.get(record.task, {}).get(name, 0) > 0]
+        if limit := text_limit(settings.rewards.pools[name]):
+            yield from _about_length(f"rewards.{name}", limit, [record.answer or record.prompt for record in asked])
+
+
+def _about_length(name: str, limit: TextLimit, texts: Sequence[str]) -> Iterator[str]:
+    from tokenizers import Tokenizer
+
+    file = limit.folder / "tokenizer.json"
+    # A text has no more tokens than bytes, beside one for its start and one for its end: most are short enough at once.
+    long = [text for text in map(limit.asked, texts) if len(text.encode()) + 2 > limit.tokens]
+    if not long or not file.is_file():
+        return
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    if count := sum(len(encoding.ids) > limit.tokens for encoding in tokenizer.encode_batch(long)):
+        yield (
+            f"{count:,} of {len(texts):,} prompts are too long for {name}: it {limit.beyond} "
+            f"(more than {limit.tokens:,} tokens)"
+        )
 
 
 def _shortened(prompt: str, longest: int = 120) -> str:

@@ -168,6 +168,7 @@ class FlowMatching:
     def loss(self, model: UnifiedModel, micro: FlowMatchingMicro, context: StepContext) -> tuple[Tensor, Metrics]:
         loss = self.errors(model, micro).loss
         metrics: dict[str, float | Tensor] = {"data/quarantined_sum": float(micro.bad)}
+        metrics["data/cut_prompts_sum"] = float(model.cut_prompts(micro.prompts))
         if micro.share:
             value = loss.detach()
             metrics |= {"loss/flow_matching": value, f"loss/flow_matching_{micro.task}": value}

@@ -85,7 +85,8 @@ class MRGRPO:
         if isinstance(micro, FlowMatchingMicro):
             assert self._auxiliary is not None
             loss, metrics = self._auxiliary.loss(model, micro, context)
-            names = {"loss/flow_matching": "loss/sft", "data/quarantined_sum": "data/quarantined_sum"}
+            names = {"loss/flow_matching": "loss/sft"}
+            names |= {key: key for key in ("data/quarantined_sum", "data/cut_prompts_sum")}
             return loss, {names[key]: value for key, value in metrics.items() if key in names}
         if micro.part == "correction":  # its KL and its metrics have counted already
             terms = self._term.loss(model.transformer, None, micro, context)

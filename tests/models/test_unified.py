@@ -104,6 +104,7 @@ def test_long_prompts_lose_their_beginning(model):
     budget = model.architecture.max_prompt_tokens + model.architecture.num_queries
     cond = model.encode_prompts(["x" * 3000])
     assert cond.context.shape[1] == budget
+    assert model.cut_prompts(["x" * 3000, "x", "", "x" * 1024, "x" * 900]) == 2
 
 
 # ---------------------------------------------------------------- conditioning

@@ -37,6 +37,9 @@ def test_flow_matching_targets_and_dropped_captions(tmp_path: Path) -> None:
         def encode_prompts(self, prompts: list[str], references: Any) -> None:
             asked.append((prompts, references))
 
+        def cut_prompts(self, prompts: list[str]) -> int:
+            return len(prompts)
+
         def velocity(self, latents: list[Tensor], times: Tensor, conditioning: Any, references: Any) -> list[Tensor]:
             sigma = (times / 1000).view(-1, 1, 1, 1)
             noisy = torch.stack(micro.latents) * (1 - sigma) + torch.stack(micro.noise) * sigma
@@ -49,7 +52,8 @@ def test_flow_matching_targets_and_dropped_captions(tmp_path: Path) -> None:
     for micro in micros:
         loss, metrics = objective.loss(model, micro, context)
         assert float(loss) == pytest.approx(0, abs=1e-10)
-        assert metrics["images_sum"] == 8 and f"loss/flow_matching_{micro.task}" in metrics
+        assert metrics["images_sum"] == metrics["data/cut_prompts_sum"] == 8
+        assert f"loss/flow_matching_{micro.task}" in metrics
         assert micro.share == pytest.approx(1 / 3)
     assert "" not in asked[0][0] and asked[0][1] is not None
     dropped = [prompt == "" for prompts, _ in asked[1:] for prompt in prompts]

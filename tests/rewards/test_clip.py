@@ -13,7 +13,7 @@ from PIL import Image
 from deepgen.config.schema.pools import make_pool, reward_class
 from deepgen.errors import UserError
 from deepgen.registry import REWARDS
-from rewards import RewardRequest, build_reward
+from rewards import RewardRequest, build_reward, text_limit
 from rewards.clip import ClipReward
 from rewards.clip_encoder import CLIP_MEAN, CLIP_STD, ClipEncoder, preprocess
 from tests.helpers.reward_models import make_clip_folder
@@ -118,3 +118,10 @@ def test_with_a_batch_size_of_1_scores_do_not_depend_on_others(folder: Path) -> 
     asked = [request(image, f"a red apple number {n % 3}") for n, image in enumerate(pictures(7))]
     alone = [reward.score([one])[0] for one in asked]
     assert reward.score(asked) == reward.score(asked[::-1])[::-1] == alone  # to the bit
+
+
+def test_the_limit_of_texts_is_that_of_the_encoder(tmp_path: Path, folder: Path, encoder: ClipEncoder) -> None:
+    limit = text_limit(make_pool("clip", {"path": str(folder)}))
+    assert limit is not None and (limit.folder, limit.tokens) == (folder, encoder.max_length) == (folder, 12)
+    assert text_limit(make_pool("clip", {"path": str(tmp_path)})) is None
+    assert text_limit(make_pool("ocr", {})) is None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from deepgen.config import load_settings
-from stages.rl_prompts import about_prompts, read_prompts
+from stages.rl_prompts import about_lengths, about_prompts, read_prompts
+from tests.data.test_records import GOOD
 
 
 def lines_about(folder: Path, *prompts: str) -> list[str]:
@@ -22,3 +24,21 @@ def test_it_says_how_many_prompts_each_task_has_and_one_target(tmp_path: Path) -
     assert lines_about(tmp_path, "a cat", "a dog") == ["prompts: 2 t2i"]
     long = lines_about(tmp_path, f'"HI" on {"a very " * 50}large sign')[1]
     assert len(long) < 180 and long.startswith("words to draw, for example: 'HI' in '\"HI\" on a very") and "…" in long
+
+
+def test_it_says_how_many_prompts_are_longer_than_a_model_reads(root: Path, tmp_path: Path) -> None:
+    settings = load_settings(root / "stages" / "recipes" / "tiny-rl.yaml", [f"run.dir={tmp_path}"])
+    short = [replace(GOOD, id=str(i)) for i in range(3)]
+    sentences = replace(GOOD, answer="a cat on a mat, " * 20)  # 120 words
+    letters = replace(GOOD, task="reasoning", prompt="一只猫在垫子上" * 430, answer="")
+    quoted = replace(GOOD, task="text", answer="a cat on a mat, " * 200)
+    assert list(about_lengths(settings, short)) == []
+    assert list(about_lengths(settings, [*short, sentences, letters, quoted])) == [
+        "1 of 6 prompts are too long for the policy: it does not read their beginning (more than 1,024 tokens)",
+        "2 of 6 prompts are too long for rewards.judge: it scores none of their images (more than 512 tokens)",
+        "3 of 6 prompts are too long for rewards.clip: it does not read their end (more than 40 tokens)",
+    ]
+    few = load_settings(
+        root / "stages" / "recipes" / "tiny-rl.yaml", [f"run.dir={tmp_path}", "rewards.weights.text={}"]
+    )
+    assert list(about_lengths(few, [short[0], quoted])) == []  # no reward looks at it

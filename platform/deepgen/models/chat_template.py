@@ -7,12 +7,12 @@ embeddings; they have no ids and are added in `vlm.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deepgen.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
@@ -60,7 +60,14 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], image_tokens: Sequence[Sequ
             raise UserError(f"prompt {prompt[:60]!r}: contains the reserved token {found[0]}; remove it")
     texts = [render(prompt, counts) for prompt, counts in zip(prompts, image_tokens, strict=True)]
     encoded = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-    return TokenBatch(encoded["input_ids"], encoded["attention_mask"].to(torch.bool))
+    return TokenBatch(encoded["input_ids"], encoded["attention_mask"].bool())
+
+
+def count_long(tokenizer: Any, prompts: Sequence[str], limit: int) -> int:
+    """How many prompts are longer than `limit` tokens with their template, images not counted."""
+    # Only texts of more bytes than that can be: the bytes are counted first, which is much faster.
+    texts = [text for text in map(render, prompts) if len(text.encode()) > limit]
+    return sum(len(ids) > limit for ids in tokenizer(texts)["input_ids"]) if texts else 0
 
 
 def check_tokenizer(tokenizer: Any, image_token_id: int, vocab_size: int) -> None:

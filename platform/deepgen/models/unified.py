@@ -14,7 +14,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from deepgen.errors import UserError
 from deepgen.models.bridge import BRIDGE_PREFIXES, Bridge
-from deepgen.models.chat_template import check_tokenizer, tokenize
+from deepgen.models.chat_template import check_tokenizer, count_long, tokenize
 from deepgen.models.dit import DeepGenTransformer
 from deepgen.models.presets import PADDINGS, Architecture, check_preset
 from deepgen.models.stage_parts import TRAINED_PARTS
@@ -230,6 +230,10 @@ class UnifiedModel(Bridge):
         budget = self.architecture.max_prompt_tokens + most_images * largest + self.architecture.num_queries
         layers = self.architecture.fusion_layers
         return conditioning_states(self.vlm, tokens, flat, self.meta_queries, layers, budget)
+
+    def cut_prompts(self, prompts: Sequence[str]) -> int:
+        """How many of these prompts are so long that they lose their beginning."""
+        return count_long(self.tokenizer, prompts, self.architecture.max_prompt_tokens)
 
     def see_image(self, image: Tensor) -> SeenImage:
         """Features of one reference image [3, H, W] in [-1, 1], as `encode_prompts` takes them; without a gradient.

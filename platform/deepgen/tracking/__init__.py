@@ -17,6 +17,7 @@ slash, the curves select them by name):
 | policy/truncated_share                       | share of the off-policy samples' transitions that is left out |
 | loss/total, loss/policy, loss/kl, loss/sft, loss/flow_matching | losses |
 | data/quarantined_sum, data/quarantined_{prompts,heldout} | bad training records of the step, prompts left out |
+| data/cut_prompts_sum                         | training prompts of the step that are longer than the policy reads |
 | train/grad_norm, train/learning_rate         | optimizer; the norm is the mean over the updates of a batch |
 | time/<phase>_s                               | seconds per phase; reward: the wait after the last image |
 | throughput/images_per_s, throughput/rollout_images_per_s | images per second, trained on and drawn |
