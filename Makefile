@@ -6,6 +6,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3.11
 PORT ?= 5000
+# The first experiment in the view that every run writes; without the rest of the address MLflow shows other things first.
+PAGE := \#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=rl
 ARGS ?=
 VENV := $(CURDIR)/.venv
 RUN := $(VENV)/bin/python
@@ -76,5 +78,5 @@ bench: setup  ## the benchmarks
 
 ui: setup  ## the pages of all runs (MLflow)
 	@mkdir -p runs
-	@echo "MLflow: http://127.0.0.1:$(PORT)  (Ctrl-C ends it)"
+	@echo "MLflow: http://127.0.0.1:$(PORT)/$(PAGE)  (Ctrl-C ends it)"
 	$(VENV)/bin/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(PORT)

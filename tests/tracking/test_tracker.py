@@ -23,7 +23,7 @@ from deepgen.tracking.journal import Journal, make_entry, read_entries, read_ser
 from deepgen.tracking.progress import Phases, Progress, format_duration, format_value
 from deepgen.tracking.provenance import git_state, package_versions
 from deepgen.tracking.sender import Sender
-from deepgen.tracking.tracker import Tracker, flatten, tracking_uri
+from deepgen.tracking.tracker import Tracker, tracking_uri
 
 
 @pytest.fixture(autouse=True)
@@ -159,14 +159,13 @@ def test_a_run_and_its_continuation_are_one_mlflow_run(runs: Path) -> None:
     run = client.get_run(first_id)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "trial"
-    assert run.data.params["run.seed"] == "42"
-    assert set(run.data.params) == set(flatten(Settings().model_dump()))
+    assert run.data.params == {"run.dir": str(runs), "run.name": "trial"}
     assert run.data.tags["stage"] == "rl"
     assert run.data.tags["version.torch"].startswith("2.")
     assert {"host", "git.commit", "git.dirty", "version.mlflow", "version.ray"} <= set(run.data.tags)
     assert [(m.step, m.value) for m in client.get_metric_history(first_id, "reward/judge")] == [(1, 0.25), (2, 0.5)]
     assert client.get_metric_history(first_id, "reward/ocr") == []
-    assert client.get_metric_history(first_id, "loss_total")[0].value == 1.5
+    assert client.get_metric_history(first_id, "loss_x003a_total")[0].value == 1.5
     images = [item.path for item in client.list_artifacts(first_id, "images")]
     assert any("grid~fixed+step+2" in path for path in images)
     assert (runs / "mlartifacts").is_dir()
@@ -184,6 +183,89 @@ def test_a_run_and_its_continuation_are_one_mlflow_run(runs: Path) -> None:
         "resumed.train.grad_clip": "7.0"
     }
     assert read_series(runs / "trial" / "metrics.jsonl")["reward/judge"][0] == [1, 2, 3]
+
+
+@pytest.mark.processes
+def test_no_name_that_a_person_gives_stops_a_run(runs: Path) -> None:
+    weights = "data.weights={图片: 1, 照片: 2, /data/laion/: 3, '..': 4, a:b: 5, a_b: 6, '" + "x" * 300 + "': 7}"
+    with Tracker(settings_in(runs, weights), "sft") as tracker:
+        tracker.log(1, {"loss/图片": 1, "loss//data/laion/": 2, "loss/..": 3})
+        tracker.log(1, {"loss/total": 5})
+        tracker.log_images("图片/../x", 1, np.full((8, 8, 3), 200, np.uint8))
+        tracker.tag("a/../b", "tag")
+        assert tracker.flush(30) and tracker.counts().failed == 0
+    run = mlflow_client(tracker).get_run(tracker.run_id)
+    assert [value for key, value in run.data.params.items() if key.startswith("data.weights.x")] == ["7.0"]
+    shown = {key: value for key, value in run.data.params.items() if len(key) < 100 and key.startswith("data.weights.")}
+    assert shown == {
+        "data.weights.图片": "1.0",
+        "data.weights.照片": "2.0",
+        "data.weights./data/laion_x002f_": "3.0",
+        "data.weights...": "4.0",
+        "data.weights.a_x003a_b": "5.0",
+        "data.weights.a_b": "6.0",
+    }
+    assert run.data.metrics["loss/图片"] == 1 and run.data.metrics["loss/total"] == 5
+    assert read_series(runs / "trial" / "metrics.jsonl")["loss//data/laion/"] == ([1], [2.0])
+    assert run.data.tags["a/_x002e__x002e_/b"] == "tag"
+
+    with Tracker(settings_in(runs, "run.resume=true", weights.replace("照片: 2", "照片: 9")), "sft") as again:
+        pass
+    tags = mlflow_client(again).get_run(again.run_id).data.tags
+    assert {key: value for key, value in tags.items() if key.startswith("resumed.")} == {
+        "resumed.data.weights.照片": "9.0"
+    }
+
+
+def test_what_the_server_refuses_is_no_missing_answer(runs: Path) -> None:
+    with pytest.raises(UserError, match=r"^tracking\.uri: sqlite:\S+ refuses the run: .*length") as refused:
+        Tracker(settings_in(runs, f"tracking.experiment={'x' * 501}"), "rl").start()
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.processes
+def test_the_page_opens_in_a_view_that_begins_with_rewards_and_pictures(runs: Path) -> None:
+    with Tracker(settings_in(runs), "rl") as tracker:
+        pass
+    client = mlflow_client(tracker)
+    tags = client.get_experiment(tracker.experiment_id).tags
+    view = json.loads(tags["mlflow.sharedViewState.rl"])
+    assert [chart.get("metricKey", "pictures") for chart in view["compareRunCharts"]] == [
+        "reward/total", "eval/total", "pictures",
+    ]  # fmt: skip
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    where = tracker.where()
+    assert "\n" not in where and where.endswith(
+        f"/#/experiments/{tracker.experiment_id}/runs"
+        "?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=rl"
+    )
+    with Tracker(settings_in(runs, "run.name=other"), "sft") as other:
+        pass
+    assert other.where().endswith("viewStateShareKey=supervised") and "mlflow.sharedViewState.supervised" in tags
+
+
+@pytest.mark.processes
+def test_all_settings_are_a_recipe_beside_the_run_and_in_mlflow(runs: Path, root: Path) -> None:
+    recipe, own = (
+        root / "stages" / "recipes" / "tiny-rl.yaml",
+        [f"run.dir={runs}", "data.weights={'no': 1, 图片: 1e-5}"],
+    )
+    settings = load_settings(recipe, own)
+    with Tracker(settings, "rl") as tracker:
+        pass
+    assert load_settings(tracker.folder / "settings.yaml") == settings
+    assert "settings.yaml" in [item.path for item in mlflow_client(tracker).list_artifacts(tracker.run_id)]
+
+
+@pytest.mark.processes
+def test_passwords_are_in_no_parameter_and_no_file(runs: Path) -> None:
+    model = runs / "mlflow.db"
+    settings = settings_in(runs, f"tracking.uri=sqlite:///{model}", "cluster.address=ray://me:secret@head:10001")
+    with Tracker(settings, "rl") as tracker:
+        pass
+    params = mlflow_client(tracker).get_run(tracker.run_id).data.params
+    assert params["cluster.address"] == "ray://me:***@head:10001"
+    assert "secret" not in (tracker.folder / "settings.yaml").read_text()
 
 
 @pytest.mark.processes
@@ -212,7 +294,7 @@ def test_a_second_process_attaches_to_the_run_of_the_first(runs: Path) -> None:
     assert [entry.step for entry in read_entries(driver.folder / "metrics.jsonl")] == [0, 1, 1]
     client = mlflow_client(driver)
     assert len(client.get_metric_history(driver.run_id, "eval/judge")) == 2
-    assert [item.path for item in client.list_artifacts(driver.run_id)] == ["table.json"]
+    assert [item.path for item in client.list_artifacts(driver.run_id)] == ["settings.yaml", "table.json"]
     assert not any(tag.startswith("resumed.") for tag in client.get_run(driver.run_id).data.tags)
 
 

@@ -16,35 +16,47 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from deepgen.config.schema.paths import CHECKOUT
 from deepgen.errors import UserError
 from deepgen.tracking.journal import Entry, Journal, make_entry, read_entries
+from deepgen.tracking.mlflow_page import (
+    EXPERIMENT_TAGS,
+    changed_settings,
+    default_settings,
+    flatten,
+    mlflow_name,
+    page_address,
+)
 from deepgen.tracking.provenance import run_tags
-from deepgen.tracking.sender import MAX_BATCH, Sender, SenderCounts
+from deepgen.tracking.sender import MAX_BATCH, Item, Sender, SenderCounts
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import Experiment, Metric
 
     from deepgen.config.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 RUN_ID_FILE = "mlflow_run_id"
+SETTINGS_FILE = "settings.yaml"  # all settings of the newest start, as a recipe
 START_DEADLINE_S = 60.0
 CLOSE_DEADLINE_S = 60.0
 _MAX_PARAM_LENGTH = 6000
 _REACH_DEADLINE_S = 10.0
+_LOCAL_SERVER = "http://127.0.0.1:5000"  # of `mlflow ui`
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-_MAX_PARAMS_PER_REQUEST = 100
+_MAX_PER_REQUEST = 100  # parameters, or tags
 # Errors in the content, not in the connection: sending the same thing again cannot help.
 _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"})
+_Result = TypeVar("_Result")
 
 
 class Tracker:
@@ -69,7 +81,7 @@ class Tracker:
         self.skipped_values = 0  # metrics that had no finite value
         self.journal_failures = 0  # lines of metrics.jsonl that could not be written
         self._settings, self._stage, self._start_deadline_s = settings, stage, start_deadline_s
-        self._goes_on = attach or settings.run.resume
+        self._attached, self._goes_on = attach, attach or settings.run.resume
         self._client: MlflowClient | None = None
         self._journal: Journal | None = None
         self._sender: Sender | None = None
@@ -83,13 +95,17 @@ class Tracker:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "images").mkdir(exist_ok=True)
             self._journal = Journal(self.folder, resume=self._goes_on)
+            if not self._attached:
+                _write_atomically(self.folder / SETTINGS_FILE, _as_recipe(self._settings))
         except OSError as error:
             raise UserError(f"run.dir: cannot write the run folder {self.folder}: {error.strerror or error}") from error
         _quiet_mlflow()
-        failure = f"{_uri_key(self._settings)}: no answer from {_shown(self.uri)}"
-        history = _call_with_deadline(self._open_run, self._start_deadline_s, failure)
+        key = _uri_key(self._settings)
+        about, history = _call_with_deadline(self._open_run, self._start_deadline_s, key, _shown(self.uri))
         hint = f"Every number is kept in {self._journal.path}."
         self._sender = Sender(_is_refusal, hint)
+        for item in about:
+            self._put(item)
         for entry in history:
             self._send_entry(entry)
         return self
@@ -99,7 +115,7 @@ class Tracker:
 
         None, NaN and infinite values are left out and counted, never written as 0.
         """
-        entry = make_entry(step, time.time(), {_clean(key): value for key, value in metrics.items()})
+        entry = make_entry(step, time.time(), metrics)
         self.skipped_values += len(entry.skipped)
         self._write(entry)
         self._send_entry(entry)
@@ -109,14 +125,14 @@ class Tracker:
 
         A copy goes to `<run folder>/images/<key>-<step>.png`.
         """
-        name = _clean(key)
+        name = mlflow_name(key, ascii_only=True)
         picture = Image.fromarray(image.copy()) if isinstance(image, np.ndarray) else image.copy()
         path = self.folder / "images" / f"{name.replace('/', '_')}-{step:06d}.png"
         self._put(_ImageItem(self._mlflow, self.run_id, name, int(step), _milliseconds(time.time()), path, picture))
 
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the MLflow run, or replace it."""
-        self._put(_TagItem(self._mlflow, self.run_id, _clean(key), value))
+        self._put(_TagItem(self._mlflow, self.run_id, mlflow_name(key), value))
 
     def log_file(self, path: Path) -> None:
         """Attach a finished file (table, picture, plot) to the MLflow run."""
@@ -145,11 +161,12 @@ class Tracker:
             logger.warning(message, undelivered, _shown(self.uri), error, self.folder / "metrics.jsonl")
 
     def where(self) -> str:
-        """One line that tells a person how to open the run's page."""
+        """One line that tells a person how to open the page of the run and those beside it."""
+        page = page_address(self.experiment_id, self._stage)
         if self.uri.startswith("sqlite:"):
             here = CHECKOUT is not None and self.uri == f"sqlite:///{CHECKOUT / 'runs' / 'mlflow.db'}"
-            return f"{'make ui   or: ' if here else ''}mlflow ui --backend-store-uri {self.uri}"
-        page = f"#/experiments/{self.experiment_id}/runs/{self.run_id}"
+            serve = f"{'make ui   or: ' if here else ''}mlflow ui --backend-store-uri {self.uri}"
+            return f"{serve}   then: {_LOCAL_SERVER}/{page}"
         return f"{_shown(self.uri).rstrip('/')}/{page}"
 
     def __enter__(self) -> Tracker:
@@ -172,40 +189,47 @@ class Tracker:
             self._client = MlflowClient(tracking_uri=self.uri)
         return self._client
 
-    def _open_run(self) -> list[Entry]:
-        """Find or create experiment and run. Returns earlier entries that a new run lacks (resumed elsewhere)."""
+    def _open_run(self) -> tuple[list[Item], list[Entry]]:
+        """Find or create experiment and run. Returns what to send about them, and entries that a new run lacks."""
         client, id_file = self._mlflow(), self.folder / RUN_ID_FILE
-        self.experiment_id = self._experiment()
+        experiment = self._experiment()
+        self.experiment_id = str(experiment.experiment_id)
+        about: list[Item] = [
+            _ExperimentTagItem(self._mlflow, self.experiment_id, key, value)
+            for key, value in EXPERIMENT_TAGS.items()
+            if experiment.tags.get(key) != value
+        ]
         known = id_file.read_text().strip() if self._goes_on and id_file.exists() else ""
         if known and _run_exists(client, known):
             self.run_id = known
             client.update_run(known, status="RUNNING")
-            self._describe(resumed=True)
-            return []
+            if self._attached:  # the first process has said it all
+                return [], []
+            return [*about, *self._about(client.get_run(known).data.params)], []
         if known:
             message = "the MLflow run %s is not at %s: a new run takes over the history from metrics.jsonl"
             logger.warning(message, known, _shown(self.uri))
         run = client.create_run(self.experiment_id, run_name=self._settings.run.name)
         self.run_id = run.info.run_id
         _write_atomically(id_file, self.run_id + "\n")
-        self._describe(resumed=False)
-        return list(read_entries(self.folder / "metrics.jsonl")) if self._goes_on else []
+        history = list(read_entries(self.folder / "metrics.jsonl")) if self._goes_on else []
+        return [*about, *self._about(None)], history
 
-    def _experiment(self) -> str:
+    def _experiment(self) -> Experiment:
         from mlflow.exceptions import MlflowException
 
         client, name = self._mlflow(), self._settings.tracking.experiment
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             try:
-                return str(client.create_experiment(name, artifact_location=self._artifacts()))
+                return client.get_experiment(client.create_experiment(name, artifact_location=self._artifacts()))
             except MlflowException:  # another run may just have made it
                 experiment = client.get_experiment_by_name(name)
                 if experiment is None:
                     raise
         if experiment.lifecycle_stage != "active":
             raise UserError(f"tracking.experiment: {name!r} was deleted in MLflow; restore it or give another name")
-        return str(experiment.experiment_id)
+        return experiment
 
     def _artifacts(self) -> str | None:
         """Folder for pictures, beside the sqlite file; None with a server, which decides itself."""
@@ -213,26 +237,26 @@ class Tracker:
             return None
         return (Path(self._settings.run.dir).resolve() / "mlartifacts").as_uri()
 
-    def _describe(self, *, resumed: bool) -> None:
-        """Log settings as parameters and provenance as tags.
+    def _about(self, before: Mapping[str, str] | None) -> list[Item]:
+        """What the page tells of the run: provenance as tags, settings that are not the default, all of them as a file.
 
-        A resumed run keeps its first parameters, because MLflow does not let them change. A setting that differs now
-        becomes a tag `resumed.<key>`.
+        A continued run keeps its parameters `before`, because MLflow does not let them change. A setting that differs
+        now becomes a tag `resumed.<key>`.
         """
-        from mlflow.entities import Param, RunTag
-
-        client = self._mlflow()
-        params = {key: value[:_MAX_PARAM_LENGTH] for key, value in flatten(self._settings.model_dump()).items()}
-        tags = run_tags(self._stage)
-        if resumed:
-            before = client.get_run(self.run_id).data.params
-            changed = {key for key, value in params.items() if before.get(key, value) != value} - {"run.resume"}
-            tags |= {f"resumed.{key}": params[key] for key in changed}
-            params = {key: value for key, value in params.items() if key not in before}
-        client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-        items = [Param(_clean(key), value) for key, value in params.items()]
-        for start in range(0, len(items), _MAX_PARAMS_PER_REQUEST):
-            client.log_batch(self.run_id, params=items[start : start + _MAX_PARAMS_PER_REQUEST])
+        tags, params = run_tags(self._stage), changed_settings(self._settings)
+        if before is not None:
+            usual = flatten(default_settings(self._settings))
+            for key, value in flatten(self._settings.model_dump()).items():
+                then = before.get(mlflow_name(key), usual.get(key))
+                if key != "run.resume" and then != _shown_value(value):
+                    tags[f"resumed.{key}"] = value
+            params = {}
+        # Apart, so that a server that refuses one takes the other.
+        parts = [(_shown_settings(tags), {}), ({}, _shown_settings(params))]
+        return [
+            *(_AboutItem(self._mlflow, self.run_id, *part) for part in parts),
+            _FileItem(self._mlflow, self.run_id, self.folder / SETTINGS_FILE),
+        ]
 
     # --- delivery ---------------------------------------------------------------------------------------------------
 
@@ -252,11 +276,11 @@ class Tracker:
         from mlflow.entities import Metric
 
         at = _milliseconds(entry.time)
-        metrics = [Metric(key, value, at, entry.step) for key, value in entry.metrics.items()]
+        metrics = [Metric(mlflow_name(key), value, at, entry.step) for key, value in entry.metrics.items()]
         for start in range(0, len(metrics), MAX_BATCH):
             self._put(_MetricsItem(self._mlflow, self.run_id, metrics[start : start + MAX_BATCH]))
 
-    def _put(self, item: _MetricsItem | _ImageItem | _FileItem | _TagItem) -> None:
+    def _put(self, item: Item) -> None:
         if self._sender is None:
             raise RuntimeError("Tracker is not open: call start() before logging, and nothing after close()")
         self._sender.put(item)
@@ -290,18 +314,6 @@ def _uri_key(settings: Settings) -> str:
     """Name of the setting or variable that the address comes from."""
     given = settings.tracking.uri or not os.environ.get("MLFLOW_TRACKING_URI")
     return "tracking.uri" if given else "MLFLOW_TRACKING_URI"
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as {"run.seed": "0", ...}, with all values as text."""
-    flat: dict[str, str] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = str(value)
-    return flat
 
 
 # --- items of the sender --------------------------------------------------------------------------------------------
@@ -377,6 +389,39 @@ class _TagItem:
 
 
 @dataclass
+class _AboutItem:
+    client: _Client
+    run_id: str
+    tags: dict[str, str]
+    params: dict[str, str]
+
+    def send(self) -> None:
+        from mlflow.entities import Param, RunTag
+
+        tags, params = [RunTag(*pair) for pair in self.tags.items()], [Param(*pair) for pair in self.params.items()]
+        for start in range(0, max(len(tags), len(params)), _MAX_PER_REQUEST):
+            part = slice(start, start + _MAX_PER_REQUEST)
+            self.client().log_batch(self.run_id, tags=tags[part], params=params[part])
+
+    def merge(self, other: Any) -> bool:
+        return False
+
+
+@dataclass
+class _ExperimentTagItem:
+    client: _Client
+    experiment_id: str
+    key: str
+    value: str
+
+    def send(self) -> None:
+        self.client().set_experiment_tag(self.experiment_id, self.key, self.value)
+
+    def merge(self, other: Any) -> bool:
+        return False
+
+
+@dataclass
 class _EndItem:
     client: _Client
     run_id: str
@@ -392,9 +437,12 @@ class _EndItem:
 # --- helpers --------------------------------------------------------------------------------------------------------
 
 
-def _call_with_deadline(function: Callable[[], list[Entry]], deadline_s: float, failure: str) -> list[Entry]:
-    """Run `function` in a daemon thread, so that a server that accepts but never answers cannot block the program."""
-    result: list[list[Entry]] = []
+def _call_with_deadline(function: Callable[[], _Result], deadline_s: float, key: str, server: str) -> _Result:
+    """Run `function` in a daemon thread, so that a server that accepts but never answers cannot block the program.
+
+    key: the setting with the server's address. Raises UserError with one line.
+    """
+    result: list[_Result] = []
     errors: list[Exception] = []
 
     def run() -> None:
@@ -408,12 +456,15 @@ def _call_with_deadline(function: Callable[[], list[Entry]], deadline_s: float, 
     thread.join(deadline_s)
     if result:
         return result[0]
+    instead = "give a reachable server, or leave it empty for a file"
     if not errors:
-        raise UserError(f"{failure} within {deadline_s:.0f} s; give a reachable server, or leave it empty for a file")
+        raise UserError(f"{key}: no answer from {server} within {deadline_s:.0f} s; {instead}")
     if isinstance(errors[0], UserError):
         raise errors[0]
     reason = _mask(str(errors[0]).strip().splitlines()[0][:200] if str(errors[0]).strip() else repr(errors[0]))
-    raise UserError(f"{failure}: {reason}; give a reachable server, or leave it empty for a file") from errors[0]
+    if _is_refusal(errors[0]):
+        raise UserError(f"{key}: {server} refuses the run: {reason}") from errors[0]
+    raise UserError(f"{key}: no answer from {server}: {reason}; {instead}") from errors[0]
 
 
 def _quiet_mlflow() -> None:
@@ -453,9 +504,21 @@ def _write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _clean(key: str) -> str:
-    """A key that MLflow accepts: only letters, digits, `_`, `-`, `.`, `/` and spaces."""
-    return re.sub(r"[^\w./ -]", "_", key, flags=re.ASCII)
+def _shown_settings(settings: Mapping[str, str]) -> dict[str, str]:
+    """Settings as parameters or tags, with names and values that MLflow takes."""
+    return {mlflow_name(key): _shown_value(value) for key, value in settings.items()}
+
+
+def _shown_value(value: str) -> str:
+    """A setting's value without passwords, cut to what MLflow takes."""
+    return _mask(value)[:_MAX_PARAM_LENGTH]
+
+
+def _as_recipe(settings: Settings) -> str:
+    """All settings as a recipe, without passwords."""
+    content = settings.model_dump()
+    del content["run"]["resume"]  # how a run was started, not what it is
+    return _mask(yaml.safe_dump(content, allow_unicode=True, sort_keys=False))
 
 
 def _shown(uri: str) -> str:
