@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deepgen.tracking.fonts import boxes_note, font
-from deepgen.tracking.grids import GridRow, before_after_grid, fit, image_grid, wrap
+from deepgen.tracking.grids import GridRow, before_after_grid, boxes_note, fit, font, image_grid, wrap
 
 RED, BLUE = (220, 30, 30), (30, 30, 220)
 
@@ -152,7 +151,7 @@ def make_font(path: Path, letters: str) -> Path:
 def installed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The fonts of the machine; empty until a test adds some."""
     fonts: list[Path] = []
-    monkeypatch.setattr("deepgen.tracking.fonts._installed", lambda: fonts)
+    monkeypatch.setattr("deepgen.tracking.grids._installed", lambda: fonts)
     return fonts
 
 

@@ -1,17 +1,23 @@
-"""Pictures of samples: grids with captions and scores, and before/after comparisons."""
+"""Pictures of samples: grids with captions and scores, and before/after comparisons.
+
+Text is set in DejaVu Sans from matplotlib's wheel, so that pictures look the same on every machine; a text with letters
+that it lacks (Chinese, say) in the installed font that has most of them. A note counts letters that no font has.
+"""
 
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-
-from deepgen.tracking.fonts import boxes_note, font
 
 Picture = Image.Image | np.ndarray  # arrays: uint8 [H, W, 3]
 Scores = Mapping[str, float | None]
@@ -21,6 +27,7 @@ INK, SOFT, GOOD, BAD = "#1d2129", "#6a7280", "#1a7f37", "#c62828"
 MARGIN, GAP = 24, 14
 _SCORE_SIZE, _TEXT_SIZE, _SMALL_SIZE = 13, 14, 12
 _SAME = 0.01  # smaller changes get no colour
+_ODD_STYLE = re.compile(r"bold|italic|oblique|light|thin|black|mono|serif", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,71 @@ def fit(picture: Picture, cell: int) -> Image.Image:
     scale = cell / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+# --- fonts ------------------------------------------------------------------------------------------------------------
+
+
+def font(size: int, *, bold: bool = False, text: str = "") -> ImageFont.FreeTypeFont:
+    """The font for a text, at `size` pixels. Only DejaVu is ever bold."""
+    return _load(_file(text, bold), size)
+
+
+def boxes_note(texts: Iterable[str]) -> str:
+    """How many different letters of these texts, each set in its `font`, are drawn as boxes; "" if none are."""
+    boxes = {letter for text in texts for letter in _letters(text) - _has(_file(text))}
+    if not boxes:
+        return ""
+    return f"Boxes: {len(boxes)} letters that no font on this machine has (Chinese is in Noto Sans CJK, for example)."
+
+
+def _file(text: str, bold: bool = False) -> Path:
+    letters, usual = _letters(text), _dejavu(bold)
+    return usual if letters <= _has(usual) else max((usual, *_installed()), key=lambda path: len(letters & _has(path)))
+
+
+def _letters(text: str) -> frozenset[int]:
+    """The code points of a text that need a glyph and that not every font has."""
+    return frozenset() if text.isascii() else frozenset(ord(x) for x in set(text) if _is_drawn(x))
+
+
+def _is_drawn(letter: str) -> bool:
+    kind = unicodedata.category(letter)
+    return kind[0] not in "ZC" and not "\ufe00" <= letter <= "\ufe0f"  # no spaces, joiners and variation selectors
+
+
+@cache
+def _dejavu(bold: bool) -> Path:
+    package = find_spec("matplotlib")
+    if package is None or not package.submodule_search_locations:
+        raise RuntimeError("matplotlib is not installed; its fonts draw the grids (it comes with mlflow)")
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return Path(package.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf" / name
+
+
+@cache
+def _load(path: Path, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, size)
+
+
+@cache
+def _installed() -> list[Path]:
+    """The fonts of this machine, plain ones first: of fonts with equally many letters, the first is taken."""
+    from matplotlib.font_manager import findSystemFonts
+
+    return sorted(map(Path, findSystemFonts()), key=lambda path: (bool(_ODD_STYLE.search(path.name)), path.name))
+
+
+@cache
+def _has(path: Path) -> frozenset[int]:
+    """The code points that a font can draw; none for a font of fixed sizes, or one that cannot be read."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        face = FT2Font(str(path))
+    except (OSError, RuntimeError):  # what lies in the machine's font folders may be damaged
+        return frozenset()
+    return frozenset(face.get_charmap()) if face.scalable else frozenset()
 
 
 # --- cards of image_grid ----------------------------------------------------------------------------------------------
