@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from deepgen.config import Settings, UserError
 from deepgen.config.settings import TASKS
-from deepgen.data.records import Record, check_prompt
+from deepgen.data.records import Record, first_reserved
 from deepgen.data.usable import special_tokens, usable_records
 
 GRID_PROMPTS = 8  # prompts in a grid during training
@@ -23,11 +24,9 @@ def heldout_records(settings: Settings, *, say: Callable[[str], None] = print) -
     count, seed = settings.evaluation.prompts, settings.evaluation.seed
     if not count:
         return []
-    if negative := settings.evaluation.negative_prompt:
-        try:
-            check_prompt(negative, special_tokens(Path(settings.model.weights) / "tokenizer"))
-        except ValueError as error:
-            raise UserError(f"evaluation.negative_prompt: got {negative[:60]!r}; {error}") from error
+    negative = settings.evaluation.negative_prompt
+    if token := first_reserved(negative, special_tokens(Path(settings.model.weights) / "tokenizer")):
+        raise UserError(f"evaluation.negative_prompt: got {negative[:60]!r} with the reserved token {token}; remove it")
     found = usable_records(settings, "data.heldout", lambda records: choose_records(records, count, seed), say)
     return [record for _, record in found]
 
