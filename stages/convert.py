@@ -25,7 +25,8 @@ from deepgen.config import UserError, load_settings, run_program  # noqa: E402
 from deepgen.config.settings import TASKS  # noqa: E402
 from deepgen.data.conversion import convert_units as convert  # noqa: E402
 from deepgen.data.conversion.convert_units import Limits, Tally  # noqa: E402
-from deepgen.data.conversion.raw_data import FORMS, RawData, Unit, guess_form, plan_units  # noqa: E402
+from deepgen.data.conversion.raw_data import FORMS, guess_form, plan_units  # noqa: E402
+from deepgen.data.conversion.raw_sample import RawData, Unit  # noqa: E402
 from deepgen.data.images import MAX_ASPECT, MAX_PIXELS  # noqa: E402
 
 LOOK_AFTER = 200  # the share of bad samples is checked only after this many

@@ -24,7 +24,8 @@ from deepgen.data.conversion.convert_units import (
     write_plan,
     write_report,
 )
-from deepgen.data.conversion.raw_data import RawData, guess_form, plan_units
+from deepgen.data.conversion.raw_data import guess_form, plan_units
+from deepgen.data.conversion.raw_sample import RawData
 from deepgen.data.parquet import read_records, write_records
 from deepgen.data.records import Record
 from deepgen.data.uris import UriError

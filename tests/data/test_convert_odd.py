@@ -28,7 +28,8 @@ from deepgen.data.conversion.convert_units import (
     image_fault,
     write_plan,
 )
-from deepgen.data.conversion.raw_data import RawData, guess_form, plan_units
+from deepgen.data.conversion.raw_data import guess_form, plan_units
+from deepgen.data.conversion.raw_sample import RawData
 from deepgen.data.uris import UriError
 from deepgen.errors import UserError
 from tests.data.test_convert import LIMITS, ROOT, convert, picture, reasons

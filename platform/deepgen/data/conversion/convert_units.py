@@ -24,7 +24,8 @@ import numpy as np
 from PIL import Image
 
 from deepgen.config.settings import TASKS
-from deepgen.data.conversion.raw_data import RawData, RawSample, Unit, read_unit
+from deepgen.data.conversion.raw_data import read_unit
+from deepgen.data.conversion.raw_sample import RawData, RawSample, Unit
 from deepgen.data.images import MAX_ASPECT, MAX_PIXELS, header_size, open_image
 from deepgen.data.parquet import read_records, write_records
 from deepgen.data.records import Record

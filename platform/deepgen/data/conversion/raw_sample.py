@@ -1,0 +1,67 @@
+"""What readers of raw data get and give: the data and how to read it, a part of it, and one sample as found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deepgen.data.uris import UriError
+
+IMAGE_SUFFIXES = (
+    *(".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".png", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
+)
+
+
+@dataclass(frozen=True)
+class RawData:
+    """The data to read and how.
+
+    `columns` names the columns of `hf` (image, prompt, references). `name`: the data set's name for the column source;
+    `records` keep their own.
+    """
+
+    path: Path
+    form: str
+    task: str = "t2i"
+    images: Path | None = None  # base folder of relative image paths; None: `path`, or its folder if it is a file
+    caption_key: str = "caption"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows first..last-1 of one file (row groups of a parquet file). `entries`: the rows, if it is a JSON list."""
+
+    number: int
+    file: str
+    first: int
+    last: int
+    entries: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One sample as it was found, and its place.
+
+    An image is encoded bytes, None if absent, or the error from reading it. `id` is unique in the data set, except in
+    `records`, which bring their own ids. `fault`: why the files do not form a sample, as "kind: details".
+    """
+
+    id: str
+    task: str
+    prompt: Any
+    answer: Any
+    image: bytes | UriError | None
+    references: tuple[bytes | UriError | None, ...]
+    place: str
+    source: str
+    fault: str = ""
+
+
+def stem_of(raw: RawData, file: Path) -> str:
+    """The file's name in ids: its path within SOURCE, so that files of the same name get different ids."""
+    return (file.relative_to(raw.path) if raw.path.is_dir() else Path(file.name)).with_suffix("").as_posix()
