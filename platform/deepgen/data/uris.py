@@ -15,6 +15,8 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 import pyarrow as pa
 from pyarrow import fs
 
+from deepgen.reading.inline_images import inline_uri, is_inline, read_inline, shortened
+
 MAX_BYTES = 256 << 20  # limit for one encoded image
 HTTP_DEADLINE_S = 30.0  # limit for the whole image, and for each pause of the server
 _PIECE = 1 << 20
@@ -36,14 +38,17 @@ class UriError(ValueError):
 
 
 def absolute(uri: str, folder: Path) -> str:
-    """`uri` in a form that works from any folder: a relative path becomes absolute, starting at `folder`."""
-    return uri if _scheme(uri) else str((folder / uri).absolute())
+    """`uri` in a form that works from any folder: a relative path becomes absolute, starting at `folder`.
+
+    An image in base64 becomes a data: URI.
+    """
+    return inline_uri(uri) or (uri if _scheme(uri) else str((folder / uri).absolute()))
 
 
 def read_uri(uri: str) -> bytes:
     """All bytes at a URI or an absolute path. Raises UriError with a short reason if it is unreadable."""
     scheme = _scheme(uri)
-    shown = _CREDENTIALS.sub("//", uri)
+    shown = shortened(_CREDENTIALS.sub("//", uri[:1000]) + uri[1000:])
     try:
         if scheme in ("http", "https"):
             data = _read_http(uri)
@@ -51,6 +56,8 @@ def read_uri(uri: str) -> bytes:
             system, path = fs.FileSystem.from_uri(uri)
             with system.open_input_file(path) as remote:
                 data = remote.read(MAX_BYTES + 1)
+        elif scheme == "data":
+            data = read_inline(uri)
         elif scheme in ("", "file"):
             with _local(uri).open("rb") as local:
                 data = local.read(MAX_BYTES + 1)
@@ -114,5 +121,7 @@ def version_of(uri: str) -> bytes | None:
 
 
 def _scheme(uri: str) -> str:
+    if is_inline(uri):
+        return "data"
     scheme, separator, _ = uri.partition("://")
     return scheme.lower() if separator else ""
