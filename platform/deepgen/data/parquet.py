@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from deepgen.data.images import header_size
-from deepgen.data.records import NOT_UTF8, Record, RecordError, check_row, read_prompt_lines
+from deepgen.data.records import NOT_UTF8, Record, RecordError, check_row, read_prompts
 from deepgen.errors import UserError
+from deepgen.reading.tables import TABLES, suffix_of
 
 SCHEMA = pa.schema(
     [
@@ -32,6 +33,9 @@ SCHEMA = pa.schema(
 # Optional columns, may be null: sizes in pixels of the target and of the references (width, height, width, ...). They
 # tell training which records share a bucket (``deepgen.data.loading.buckets``) without opening an image.
 SIZES = pa.schema([("width", pa.int32()), ("height", pa.int32()), ("reference_sizes", pa.list_(pa.int32()))])
+HELD_BYTES, GROUP_BYTES = 128 << 20, 64 << 20  # images that `RecordWriter` holds, and of one row group
+PROMPT_LISTS = (".txt", *TABLES)
+CONVERT = "data in another form: python stages/convert.py {} OUT"
 # Errors from reading a damaged parquet file. UnicodeDecodeError comes from column names.
 PARQUET_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 
@@ -46,7 +50,7 @@ class Row:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Records of a parquet file, of all ``*.parquet`` in a folder (by name), or of a ``.txt`` with one prompt a line.
+    """Records of a parquet file, of all ``*.parquet`` in a folder (by name), or of a prompt list (`read_prompts`).
 
     Raises UserError naming file and row (counted from 1) of the first row that does not fit the schema.
     """
@@ -61,16 +65,17 @@ def read_records(path: Path) -> list[Record]:
 def read_rows(path: Path) -> list[Row]:
     """Like `read_records`, but returns a RecordError for a parquet row that misfits the schema or repeats an id.
 
-    Raises UserError for faults outside single rows: an unreadable file, a missing column, an empty line in a .txt.
+    The same for a row of a prompt list in JSON or CSV. Raises UserError for faults outside single rows: an unreadable
+    file, a missing column, an empty line in a .txt.
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder; allowed: parquet, a folder of it, or a .txt of prompts")
+        raise UserError(f"{path}: no such file or folder; allowed: parquet, a folder of it, or a list of prompts")
     files = parquet_files(path) if path.is_dir() else [path]
     rows: list[Row] = []
     first_seen: dict[str, str] = {}
     for file in files:
-        found = read_prompt_lines(file) if file.suffix == ".txt" else _read_parquet(file)
+        found = read_prompts(file) if suffix_of(file) in PROMPT_LISTS else _read_parquet(file)
         for number, record in enumerate(found, start=1):
             place = f"{file}, row {number}"
             if isinstance(record, Record) and record.id in first_seen:
@@ -85,10 +90,13 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """The ``*.parquet`` files in a folder, sorted by name. Raises UserError if there are none or one is a folder."""
-    files = sorted(folder.glob("*.parquet"))
+    """The ``*.parquet`` files in a folder, sorted by name, without hidden ones.
+
+    Raises UserError if there are none or one is a folder.
+    """
+    files = sorted(file for file in folder.glob("*.parquet") if not file.name.startswith("."))
     if not files:
-        raise UserError(f"{folder}: no *.parquet in this folder")
+        raise UserError(f"{folder}: no *.parquet in this folder; {CONVERT.format(folder)}")
     inner = next((file for file in files if file.is_dir()), None)
     if inner is not None:
         raise UserError(f"{inner}: is a folder; allowed in {folder.name}/ under such a name: parquet files")
@@ -103,14 +111,77 @@ def write_records(path: Path, records: list[Record], *, row_group_size: int | No
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [asdict(record) | {"references": list(record.references)} | _sizes(record) for record in records]
     temporary = path.with_name(path.name + ".tmp")
     images = [r.image for r in records if r.image is not None]
     references = [reference for r in records for reference in r.references]
     schema = _schema(_kind(path, "image", images), _kind(path, "references", references))
-    table = pa.Table.from_pylist(rows, schema=pa.schema([*schema, *SIZES]))
-    pq.write_table(table, temporary, compression="zstd", row_group_size=row_group_size)
+    pq.write_table(_table(records, schema), temporary, compression="zstd", row_group_size=row_group_size)
     temporary.replace(path)
+
+
+def _table(records: Sequence[Record], schema: pa.Schema) -> pa.Table:
+    rows = [asdict(record) | {"references": list(record.references)} | _sizes(record) for record in records]
+    return pa.Table.from_pylist(rows, schema=pa.schema([*schema, *SIZES]))
+
+
+class RecordWriter:
+    """Writes a file of records that hold their images as bytes while they come, a context manager.
+
+    Some records are held, at most HELD_BYTES of images beside the last one, so that `shuffle` can mix them. The file
+    gets its name when the context ends without an error. Without records, there is none.
+    """
+
+    def __init__(self, path: Path, row_group_size: int, shuffle: Callable[[list[Record]], None]) -> None:
+        self._path, self._rows, self._shuffle = path, row_group_size, shuffle
+        self._temporary = path.with_name(path.name + ".tmp")
+        self._schema = pa.schema([*SCHEMA, *SIZES])
+        self._writer: pq.ParquetWriter | None = None
+        self._held: list[Record] = []
+        self._bytes = 0
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def add(self, record: Record) -> None:
+        size = _bytes_of(record)
+        if self._held and self._bytes + size > HELD_BYTES:
+            self._write_held()
+        self._held.append(record)
+        self._bytes += size
+
+    def _write_held(self) -> None:
+        if self._writer is None:
+            images = ("image", "references.list.element")
+            texts = [name for name in SCHEMA.names if name not in ("image", "references")]
+            self._writer = pq.ParquetWriter(
+                self._temporary,
+                self._schema,
+                compression=dict.fromkeys(images, "none") | dict.fromkeys([*texts, *SIZES.names], "zstd"),
+                use_dictionary=texts,
+            )
+        self._shuffle(self._held)
+        group, size = list[Record](), 0
+        held, self._held, self._bytes = self._held[::-1], [], 0
+        while held:
+            record = held.pop()
+            if group and (len(group) == self._rows or size + _bytes_of(record) > GROUP_BYTES):
+                self._writer.write_table(_table(group, SCHEMA))
+                group, size = [], 0
+            group.append(record)
+            size += _bytes_of(record)
+        self._writer.write_table(_table(group, SCHEMA))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._held and kind is None:
+            self._write_held()
+        if self._writer is not None:
+            self._writer.close()
+            if kind is None:
+                self._temporary.replace(self._path)
+
+
+def _bytes_of(record: Record) -> int:
+    return sum(len(data) for data in (record.image, *record.references) if isinstance(data, bytes))
 
 
 def _sizes(record: Record) -> dict[str, Any]:
@@ -135,7 +206,8 @@ def _schema(image: pa.DataType, reference: pa.DataType) -> pa.Schema:
 
 def unreadable(file: Path, error: Exception) -> UserError:
     """The error for a file that is damaged or not parquet."""
-    return UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})")
+    hint = "" if file.suffix.lower() == ".parquet" else f"; {CONVERT.format(file)}"
+    return UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]}){hint}")
 
 
 def conform(table: pa.Table, file: Path) -> pa.Table:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from deepgen.config import Settings, UserError
 from deepgen.data.images import FORMATS, usable_image
-from deepgen.data.parquet import read_rows
+from deepgen.data.parquet import parquet_files, read_rows
 from deepgen.data.quarantine import FILES, BadRow, Quarantine, rows_in
 from deepgen.data.records import Record, RecordError, check_texts
 
@@ -66,7 +66,7 @@ def usable_records(
 
 def _state(settings: Settings, given: Path, ids: Sequence[str], reserved: Sequence[str]) -> str:
     """A hash that changes with the files, the chosen records or the rules that judge them."""
-    files = sorted(given.glob("*.parquet")) if given.is_dir() else [given]
+    files = parquet_files(given) if given.is_dir() else [given]
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     judged_by = [settings.data.max_bad_share, *FORMATS, *reserved]
     return hashlib.blake2b(json.dumps([str(given), facts, list(ids), judged_by]).encode(), digest_size=16).hexdigest()
