@@ -26,7 +26,7 @@ from deepgen.config.settings import TASKS  # noqa: E402
 from deepgen.data.conversion import convert_units as convert  # noqa: E402
 from deepgen.data.conversion.convert_units import Limits, Tally  # noqa: E402
 from deepgen.data.conversion.raw_data import FORMS, guess_form, plan_units  # noqa: E402
-from deepgen.data.conversion.raw_sample import RawData, Unit  # noqa: E402
+from deepgen.data.conversion.readers.raw_sample import RawData, Unit  # noqa: E402
 from deepgen.data.images import MAX_ASPECT, MAX_PIXELS  # noqa: E402
 
 LOOK_AFTER = 200  # the share of bad samples is checked only after this many
@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--form", choices=FORMS)
+    parser.add_argument("--form", choices=list(FORMS))
     parser.add_argument("--task", choices=TASKS, default="t2i", help="of these samples")
     parser.add_argument("--name", help="of the data set, for the column source; default: SOURCE's")
     parser.add_argument("--images", type=Path, help="folder that relative image paths start from")

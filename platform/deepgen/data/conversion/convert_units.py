@@ -25,14 +25,17 @@ from PIL import Image
 
 from deepgen.config.settings import TASKS
 from deepgen.data.conversion.raw_data import read_unit
-from deepgen.data.conversion.raw_sample import RawData, RawSample, Unit
-from deepgen.data.images import MAX_ASPECT, MAX_PIXELS, header_size, open_image
-from deepgen.data.parquet import read_records, write_records
-from deepgen.data.records import Record
-from deepgen.data.uris import UriError
+from deepgen.data.conversion.readers.image_values import MISSING, TOO_LARGE
+from deepgen.data.conversion.readers.raw_sample import RawData, RawSample, Unit
+from deepgen.data.images import MAX_ASPECT, MAX_PIXELS, check_pixels, header_size
+from deepgen.data.parquet import RecordWriter, read_records
+from deepgen.data.records import Record, is_unicode
+from deepgen.data.uris import MAX_BYTES, UriError
 from deepgen.errors import UserError
+from deepgen.reading.inline_images import shortened
 
 ROW_GROUP = 64  # rows that training reads together
+MAX_TEXT = 100_000  # letters of one prompt
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")  # names in error messages; with them, equal reasons would count separately
 _ASPECT_EDGES = [0.1, 0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0, 10.0]
 _SIDE_EDGES = [0, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192]
@@ -108,36 +111,39 @@ class Tally:
 
 def check_sample(sample: RawSample, limits: Limits) -> tuple[Record | None, str]:
     """The record made from a sample, or None and why it is unusable. Similar faults give the same reason."""
-    if sample.fault:
-        return None, sample.fault
-    if sample.task not in TASKS:
-        return None, f"task is not one of {', '.join(TASKS)}"
-    if not isinstance(sample.prompt, str) or not sample.prompt.strip():
-        return None, "empty caption" if sample.prompt is None or isinstance(sample.prompt, str) else "caption: no text"
-    if not _valid(sample.prompt) or (isinstance(sample.answer, str) and not _valid(sample.answer)):
-        return None, "caption: not valid text"
+    if reason := sample.fault or _text_fault(sample):
+        return None, reason
     if sample.task == "edit" and not sample.references:
         return None, "edit without source image"
     if sample.task != "edit" and sample.references:
         return None, "source images in a task that has none"
-    for what, data in (("target", sample.image), *(("source", data) for data in sample.references)):
-        reason = image_fault(data, limits)
-        if reason:
+    targets = () if sample.is_prompt else (sample.image,)
+    for what, data in (*(("target", data) for data in targets), *(("source", data) for data in sample.references)):
+        if reason := image_fault(data, limits):
             return None, f"{what}: {reason}"
-    assert isinstance(sample.image, bytes)  # `image_fault` has checked it
-    answer = sample.answer if isinstance(sample.answer, str) and sample.answer.strip() else sample.prompt
+    target, *_ = *(data for data in targets if isinstance(data, bytes)), None
     references = tuple(data for data in sample.references if isinstance(data, bytes))
+    if sum(map(len, (target or b"", *references))) > MAX_BYTES:
+        return None, f"images: {TOO_LARGE}"
+    answer = sample.answer if isinstance(sample.answer, str) and sample.answer.strip() else sample.prompt
     id, own = _cleaned(sample.id), _cleaned(sample.source)
-    return Record(id, sample.task, sample.prompt, answer, sample.image, references, own), ""
+    return Record(id, sample.task, sample.prompt, answer, target, references, own), ""
 
 
-def _valid(text: str) -> bool:
-    """Whether UTF-8 can encode the text. Lone surrogates, for example from damaged JSON, cannot be encoded."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _text_fault(sample: RawSample) -> str:
+    """Why the task, prompt or answer of a sample is unusable, or "" if they are usable."""
+    if sample.task not in TASKS:
+        return f"task is not one of {', '.join(TASKS)}"
+    if isinstance(sample.prompt, UriError):
+        return f"caption: cannot be read ({sample.prompt.why})"
+    if not isinstance(sample.prompt, str) or not sample.prompt.strip():
+        return "empty caption" if sample.prompt is None or isinstance(sample.prompt, str) else "caption: no text"
+    for text in (sample.prompt, sample.answer if isinstance(sample.answer, str) else ""):
+        if len(text) > MAX_TEXT:
+            return f"caption: more than {MAX_TEXT:,} letters"
+        if not is_unicode(text):
+            return "caption: not valid text"
+    return ""
 
 
 def _cleaned(name: str) -> str:
@@ -147,9 +153,9 @@ def _cleaned(name: str) -> str:
 def image_fault(data: bytes | UriError | None, limits: Limits) -> str:
     """Why an encoded image is unusable, or "" if it is usable. The header is checked before the pixels are decoded."""
     if isinstance(data, UriError):
-        return f"cannot be read ({_QUOTED.sub('...', data.why)})"
+        return MISSING if data.why == MISSING else f"cannot be read ({_QUOTED.sub('...', data.why)})"
     if data is None:
-        return "file missing"
+        return MISSING
     if not data:
         return "no bytes"
     width, height = header_size(data)
@@ -161,7 +167,7 @@ def image_fault(data: bytes | UriError | None, limits: Limits) -> str:
         if max(width, height) > limits.max_aspect * min(width, height):
             return f"sides in a ratio above {limits.max_aspect:g}"
     try:
-        open_image(data)
+        check_pixels(data)
     except ValueError as error:
         if isinstance(error.__cause__, Image.DecompressionBombError):
             return "too many pixels"
@@ -201,45 +207,46 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def _convert_unit(raw: RawData, unit: Unit, out: Path, limits: Limits, seed: int) -> Tally:
-    tally, kept = Tally(), list[Record]()
+    tally = Tally()
     quarantine = out / "quarantine" / f"{unit.number:06d}.jsonl"
     quarantine.parent.mkdir(parents=True, exist_ok=True)
     (out / "tally").mkdir(exist_ok=True)
     seen: set[str] = set()
-    with quarantine.open("w", encoding="utf-8") as bad:
+    order = random.Random(f"{seed}/{unit.number}")
+    shard = RecordWriter(shard_path(out, unit.number), ROW_GROUP, order.shuffle)
+    with shard, quarantine.open("w", encoding="utf-8") as bad:
         for sample in read_unit(raw, unit):
             record, reason = check_sample(sample, limits)
             if record is not None and record.id in seen:
                 record, reason = None, "id used twice"
             if record is None:
                 tally.dropped[reason.partition(":")[0] if sample.fault else reason] += 1
-                line = {"place": sample.place, "id": str(sample.id), "reason": reason} | _unread(sample)
+                names = {"place": sample.place, "id": str(sample.id), "reason": reason}
+                line = {key: shortened(value, 1000) for key, value in names.items()} | _unread(sample)
                 bad.write(json.dumps(line) + "\n")
                 continue
             seen.add(record.id)
-            kept.append(record)
+            shard.add(record)
             _count(tally, record)
     if not tally.dropped:
         quarantine.unlink()
-    if kept:
-        random.Random(f"{seed}/{unit.number}").shuffle(kept)
-        write_records(shard_path(out, unit.number), kept, row_group_size=ROW_GROUP)
     tally.save(tally_path(out, unit.number))
     return tally
 
 
 def _unread(sample: RawSample) -> dict[str, list[str]]:
     """Entry for the quarantine: the name of each unreadable image, and why it is unreadable."""
-    found = [str(data) for data in (sample.image, *sample.references) if isinstance(data, UriError)]
+    found = [shortened(str(data), 1000) for data in (sample.image, *sample.references) if isinstance(data, UriError)]
     return {"unread": found} if found else {}
 
 
 def _count(tally: Tally, record: Record) -> None:
-    assert isinstance(record.image, bytes)  # `check_sample` has checked both
-    width, height = header_size(record.image)
-    assert width and height
     tally.kept += 1
     tally.tasks[record.task] += 1
+    if record.image is None:
+        return
+    width, height = header_size(record.image)
+    assert width and height  # `check_sample` has checked the image
     tally.sides[max(64, 64 * round(math.sqrt(width * height) / 64))] += 1
     tally.aspects[int(np.searchsorted(_ASPECT_EDGES, width / height))] += 1
 

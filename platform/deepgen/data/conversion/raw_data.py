@@ -1,35 +1,54 @@
 """Reads users' data, in any of the forms below, as raw samples. Nothing is checked or decoded here.
 
-| form        | what it is                                                                                          |
-|-------------|-----------------------------------------------------------------------------------------------------|
-| records     | our parquet (`deepgen.data.parquet`)                                                                |
-| hf          | parquet of Hugging Face datasets: image structs {bytes, path}, text columns                         |
-| webdataset  | tars; files of one sample share the name before the first dot: 07.jpg, 07.txt (or 07.json), and for |
-|             | editing 07.source.jpg (or input, src) and 07.target.jpg (or output)                                 |
-| captions    | JSON list, or a folder of them: {image, annotation}; the annotation's JSON file holds the caption   |
-| blip3o      | JSON list: {type, txt, image or image_path}                                                         |
-| edits       | JSON list: {input_image: [...], output_image, instruction}                                          |
+| form       | what it is                                                                                          |
+|------------|-----------------------------------------------------------------------------------------------------|
+| records    | our records (`deepgen.data.parquet`), in parquet, Arrow, JSON, JSON lines or CSV                     |
+| hf         | parquet or Arrow of Hugging Face datasets: image structs {bytes, path}, text columns                |
+| webdataset | tars; files of one sample share the name before the first dot: 07.jpg, 07.txt (or 07.json), and for |
+|            | editing 07.source.jpg (or input, src) and 07.target.jpg (or output); in any order                   |
+| folder     | pictures with captions beside them: 07.jpg, 07.txt (or 07.caption, 07.json)                         |
+| pairs      | a table with a column of images and one of texts, such as metadata.jsonl or .csv beside pictures    |
+| captions   | a table: {image, annotation}; the annotation's JSON file holds the caption                          |
+| blip3o     | a table: {type, txt, image or image_path}                                                           |
+| edits      | a table: {input_image: [...], output_image, instruction}                                            |
+| prompts    | prompts without images: one a line of text, a table, or records                                     |
 
-The last three come from M2.6 (captions counts twice: list and folder). A `Unit` is the part of the raw data that one
-process converts at a time. The same data and settings always give the same units.
+A table is a JSON list, JSON lines, CSV or TSV, gzipped or not (`deepgen.reading.tables`). captions, blip3o and edits
+come from M2.6 (captions counts twice: list and folder). A `Unit` is the part of the raw data that one process converts
+at a time. The same data and settings always give the same units.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from deepgen.data.conversion.columnar import parquet_schema, read_parquet, row_groups
-from deepgen.data.conversion.raw_sample import RawData, RawSample, Unit
-from deepgen.data.conversion.row_forms import entry_row
-from deepgen.data.conversion.tars import read_tar
+from deepgen.data.conversion.readers.columnar import column_names, is_prompts, parts_of, read_columnar
+from deepgen.data.conversion.readers.picture_folder import CAPTIONS, picture_sample
+from deepgen.data.conversion.readers.raw_sample import RawData, RawSample, Unit, stem_of
+from deepgen.data.conversion.readers.row_forms import columns_of, form_of, sample_of
+from deepgen.data.conversion.readers.source_files import ARROW, PARQUET, PICTURE, TAR, TEXT, Found, find_files, kind_of
+from deepgen.data.conversion.readers.tars import read_tar
 from deepgen.errors import UserError
+from deepgen.reading.tables import TABLES, Unreadable, read_table
 
-FORMS = ("records", "hf", "webdataset", "captions", "blip3o", "edits")
-FILE_SUFFIX = {"records": ".parquet", "hf": ".parquet", "webdataset": ".tar"}  # all other forms: .json
+_COLUMNAR = (PARQUET, ARROW)
+# The kinds of files of each form (`source_files.kind_of`).
+FORMS: dict[str, tuple[str, ...]] = {
+    "records": (*_COLUMNAR, *TABLES),
+    "hf": _COLUMNAR,
+    "webdataset": (TAR,),
+    "folder": (PICTURE,),
+    "pairs": TABLES,
+    "captions": TABLES,
+    "blip3o": TABLES,
+    "edits": TABLES,
+    "prompts": (TEXT, *TABLES, *_COLUMNAR),
+}
+_TAKEN = ".parquet, .arrow, .tar (also .tar.gz, .bz2, .xz), .json, .jsonl, .csv, .tsv (also .gz), .txt, or pictures"
 
 
 # ---------------------------------------------------------------- what form it is
@@ -37,69 +56,97 @@ FILE_SUFFIX = {"records": ".parquet", "hf": ".parquet", "webdataset": ".tar"}  #
 
 def guess_form(path: Path) -> str:
     """The form of the data, one of FORMS. Raises UserError saying what was found if the form is unclear."""
-    files = _files(path)
-    kinds = Counter(file.suffix.lower() for file in files)
+    files = _telling(find_files(path).files)
+    kinds = Counter(map(kind_of, files))
     if len(kinds) > 1:
-        seen = " and ".join(f"{count} {suffix}" for suffix, count in kinds.most_common())
+        seen = " and ".join(f"{count} {_suffix(kind)}" for kind, count in kinds.most_common())
         raise UserError(f"{path}: holds {seen}; say --form (one of {', '.join(FORMS)}) or name the file")
-    suffix = next(iter(kinds), "")
-    if suffix == ".tar":
+    kind = next(iter(kinds), "")
+    if kind == TAR:
         return "webdataset"
-    if suffix == ".parquet":
-        names = set(parquet_schema(files[0]).names)
-        return "records" if {"task", "prompt", "references"} <= names else "hf"
-    if suffix == ".json":
-        first = next(iter(_json_list(files[0], path)), None)
-        if isinstance(first, dict):
-            for key, form in (("annotation", "captions"), ("txt", "blip3o"), ("input_image", "edits")):
-                if key in first:
-                    return form
-        raise UserError(f"{files[0]}: a list of unknown form; give --form (one of {', '.join(FORMS)})")
-    raise UserError(f"{path}: no .parquet, .tar or .json in it")
+    if kind in _COLUMNAR:
+        return _columnar_form(files[0])
+    if kind in TABLES:
+        row = _first_row(files[0])
+        if form := form_of(row):
+            return form
+        seen = f"has the keys {', '.join(map(str, row))}" if isinstance(row, Mapping) else "has no row that can be read"
+        raise UserError(f"{files[0]}: a list of unknown form ({seen}); give --form (one of {', '.join(FORMS)})")
+    if kind in (TEXT, PICTURE):
+        return "prompts" if kind == TEXT else "folder"
+    raise UserError(f"{path}: nothing in it that can be read; allowed: {_TAKEN}")
 
 
-def _files(path: Path, suffixes: Sequence[str] = (".parquet", ".tar", ".json")) -> list[Path]:
-    """A folder's files with one of the suffixes, at any depth. If `path` is a file: that file, whatever its name."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    if path.is_file():
-        return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and not file.is_dir())
+def _telling(files: list[Path]) -> list[Path]:
+    """The files that tell the form: archives and tables, not pictures beside them; captions belong to pictures."""
+    pictures = {file.with_suffix("") for file in files if kind_of(file) == PICTURE}
+    own = [file for file in files if not (file.suffix.lower() in CAPTIONS and file.with_suffix("") in pictures)]
+    for kinds in ((TAR, *_COLUMNAR, *TABLES), (PICTURE,), (TEXT,)):
+        if found := [file for file in own if kind_of(file) in kinds]:
+            return found
+    return own
+
+
+def _suffix(kind: str) -> str:
+    return kind if kind.startswith(".") else f".{kind}"
+
+
+def _columnar_form(file: Path) -> str:
+    names = set(column_names(file))
+    if {"task", "prompt", "references"} <= names:
+        return "prompts" if is_prompts(file) else "records"
+    return "hf"
+
+
+def _first_row(file: Path) -> Any:
+    """The first row of a table that can be read, None if there is none."""
+    return next((row.value for row in read_table(file) if not isinstance(row.value, Unreadable)), None)
 
 
 # ---------------------------------------------------------------- units
 
 
+def source_files(raw: RawData) -> Found:
+    """The files to convert, and what is passed over. Raises UserError if there are none."""
+    return find_files(raw.path, FORMS[raw.form])
+
+
 def plan_units(raw: RawData, rows: int) -> list[Unit]:
     """Split the raw data into units of about `rows` samples (a tar is one unit, a parquet row group is never split)."""
-    parts: list[tuple[str, int, int, tuple[Any, ...]]] = []
-    suffix = FILE_SUFFIX.get(raw.form, ".json")
-    for file in _files(raw.path, [suffix]):
-        if raw.form == "webdataset":
-            parts.append((str(file), 0, 0, ()))
-        elif raw.form in ("records", "hf"):
-            parts += [(str(file), first, last, ()) for first, last in row_groups(file, rows)]
-        else:
-            entries = _json_list(file, raw.path)
-            starts = range(0, len(entries), rows)
-            parts += [(str(file), s, min(s + rows, len(entries)), tuple(entries[s : s + rows])) for s in starts]
-    if not parts:
-        raise UserError(f"{raw.path}: nothing to convert in it (form {raw.form}: no samples in {suffix} files)")
-    return [Unit(number, *part) for number, part in enumerate(parts)]
+    files = source_files(raw).files
+    units: list[Unit] = []
+    if raw.form == "folder":
+        folder = raw.path if raw.path.is_dir() else raw.path.parent
+        names = [file.relative_to(folder).as_posix() for file in files]
+        for first in range(0, len(names), rows):
+            some = tuple(names[first : first + rows])
+            units.append(Unit(len(units), str(folder), first, first + len(some), entries=some))
+    else:
+        parts = (part for file in files for part in _parts(raw.form, file, rows))
+        units = [Unit(number, file, first, last, offset) for number, (file, first, last, offset) in enumerate(parts)]
+    if not units:
+        taken = ", ".join(map(_suffix, FORMS[raw.form]))
+        raise UserError(f"{raw.path}: nothing to convert in it (form {raw.form}: no samples in {taken} files)")
+    return units
 
 
-def _json_list(file: Path, given: Path) -> list[Any]:
-    """The JSON list in a file. `given`: the user's path, which is this file or its folder."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON ({error})") from error
-    if not isinstance(content, list):
-        hint = "" if given == file else "; where lists and annotations share a folder, give the list's file as SOURCE"
-        raise UserError(f"{file}: holds a {type(content).__name__}; expected a list{hint}")
-    return content
+def _parts(form: str, file: Path, rows: int) -> Iterator[tuple[str, int, int, int]]:
+    """Parts of a file, as in `Unit`: file, first, last, offset."""
+    kind = kind_of(file)
+    if form == "webdataset":
+        yield str(file), 0, 0, 0
+    elif form == "hf" or kind in _COLUMNAR:
+        yield from ((str(file), first, last, 0) for first, last in parts_of(file, rows))
+    else:
+        first = offset = 0
+        last, end, held = 0, 0, 0
+        for row in read_table(file):
+            last, end, held = row.number, row.end, held + 1
+            if held == rows:
+                yield str(file), first, last, offset
+                first, offset, held = last, end, 0
+        if held:
+            yield str(file), first, last, offset
 
 
 # ---------------------------------------------------------------- samples
@@ -107,10 +154,24 @@ def _json_list(file: Path, given: Path) -> list[Any]:
 
 def read_unit(raw: RawData, unit: Unit) -> Iterator[RawSample]:
     """The samples of a unit. Absent parts are None; no sample is skipped."""
+    file = Path(unit.file)
     if raw.form == "webdataset":
-        yield from read_tar(raw, Path(unit.file))
-    elif raw.form in ("records", "hf"):
-        yield from read_parquet(raw, unit)
+        yield from read_tar(raw, file)
+    elif raw.form == "folder":
+        yield from (picture_sample(raw, file, name) for name in unit.entries)
+    elif raw.form == "hf" or kind_of(file) in _COLUMNAR:
+        yield from read_columnar(raw, unit)
     else:
-        for row, entry in enumerate(unit.entries, start=unit.first + 1):
-            yield entry_row(raw, Path(unit.file), row, entry)
+        yield from _read_rows(raw, unit, file)
+
+
+def _read_rows(raw: RawData, unit: Unit, file: Path) -> Iterator[RawSample]:
+    first = _first_row(file) if raw.form == "pairs" else None
+    columns = columns_of(raw, first if isinstance(first, Mapping) else (), file) if raw.form == "pairs" else {}
+    within = itertools.takewhile(lambda row: row.number <= unit.last, read_table(file, unit.offset, unit.first))
+    for row in within:
+        name, place = f"{stem_of(raw, file)}-{row.number}", f"{file}, row {row.number}"
+        if isinstance(row.value, Unreadable):
+            yield RawSample(name, raw.task, None, None, None, (), place, raw.name, fault=row.value.reason)
+        else:
+            yield sample_of(row.value, raw, file, name, place, columns)

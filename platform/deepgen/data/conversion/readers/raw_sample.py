@@ -34,13 +34,17 @@ class RawData:
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows first..last-1 of one file (row groups of a parquet file). `entries`: the rows, if it is a JSON list."""
+    """Rows first..last-1 of one file, or of its row groups if it is parquet, or of its batches if it is Arrow.
+
+    offset: the byte where they begin, in a table. entries: the pictures, in a folder of them.
+    """
 
     number: int
     file: str
     first: int
     last: int
-    entries: tuple[Any, ...] = ()
+    offset: int = 0
+    entries: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class RawSample:
 
     An image is encoded bytes, None if absent, or the error from reading it. `id` is unique in the data set, except in
     `records`, which bring their own ids. `fault`: why the files do not form a sample, as "kind: details".
+    `is_prompt`: a sample without an image is whole.
     """
 
     id: str
@@ -60,6 +65,7 @@ class RawSample:
     place: str
     source: str
     fault: str = ""
+    is_prompt: bool = False
 
 
 def stem_of(raw: RawData, file: Path) -> str:
