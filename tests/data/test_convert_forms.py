@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from deepgen.data.conversion.convert_units import write_report
 from deepgen.data.conversion.raw_data import guess_form, plan_units, read_unit
 from deepgen.data.conversion.readers.raw_sample import RawData
 from deepgen.data.conversion.readers.source_files import find_files
@@ -179,6 +180,8 @@ def test_our_records_and_prompts_in_tables(tmp_path):
     assert guess_form(tmp_path / "p") == "prompts"
     found = convert(prompts, tmp_path / "out2", task="")
     assert [(r.task, r.prompt, r.image) for r in found] == [("t2i", "a cat", None), ("text", 'a "HI"', None)]
+    assert write_report(tmp_path / "out2").kept == 2
+    assert not (tmp_path / "out2" / "samples.png").exists()
     write_records(tmp_path / "q" / "a.parquet", found)
     assert guess_form(tmp_path / "q") == "prompts"
     assert [r.prompt for r in convert(tmp_path / "q", tmp_path / "out3", task="")] == ["a cat", 'a "HI"']

@@ -51,6 +51,9 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _STRIP = 1 << 20  # pixels
+# Bytes of memory that decoding takes for each pixel, as measured, in formats that need more than the 4 of the result.
+_DECODING = {"WEBP": 16, "AVIF": 10, "JPEG2000": 20, "progressive JPEG": 10}
+_MAX_DECODING = 640_000_000  # bytes of memory for one image
 _EXIF = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow stores EXIF in `Image.info`
 
 
@@ -111,6 +114,10 @@ def _load(image: Image.Image) -> None:
     """Decode the pixels, unless the header tells that they are too many or without a known white."""
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} px; allowed: at most {MAX_PIXELS:,} pixels")
+    kind = "progressive JPEG" if image.info.get("progressive") else image.format or ""
+    most = _MAX_DECODING // _DECODING.get(kind, 4)
+    if image.width * image.height > most:
+        raise Image.DecompressionBombError(f"{image.width}x{image.height} px; allowed: at most {most:,} as {kind}")
     _check_white(image)
     image.load()
 

@@ -6,10 +6,11 @@ Training reads rows on demand by the same rules (``loading.parquet_store``).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -124,10 +125,32 @@ def _table(records: Sequence[Record], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=pa.schema([*schema, *SIZES]))
 
 
+def _table_of_bytes(records: Sequence[Record]) -> pa.Table:
+    """Like `_table` for images held as bytes; a single large image is not copied."""
+    table = _table([replace(record, image=None, references=()) for record in records], SCHEMA)
+    sizes = [_sizes(record) for record in records]
+    for field in SIZES:
+        column = pa.array([size[field.name] for size in sizes], field.type)
+        table = table.set_column(table.column_names.index(field.name), field, column)
+    ends = np.cumsum([0, *(len(record.references) for record in records)], dtype=np.int32)
+    references = pa.ListArray.from_arrays(pa.array(ends), _binary([one for r in records for one in r.references]))
+    table = table.set_column(SCHEMA.names.index("references"), SCHEMA.field("references"), references)
+    return table.set_column(SCHEMA.names.index("image"), SCHEMA.field("image"), _binary([r.image for r in records]))
+
+
+def _binary(values: Sequence[bytes | str | None]) -> pa.Array:
+    data = [value for value in values if isinstance(value, bytes)]
+    if len(data) < len(values):
+        return pa.array(values, pa.binary())
+    ends = pa.py_buffer(np.cumsum([0, *map(len, data)], dtype=np.int32))
+    content = pa.py_buffer(data[0] if len(data) == 1 else b"".join(data))
+    return pa.Array.from_buffers(pa.binary(), len(data), [None, ends, content])
+
+
 class RecordWriter:
     """Writes a file of records that hold their images as bytes while they come, a context manager.
 
-    Some records are held, at most HELD_BYTES of images beside the last one, so that `shuffle` can mix them. The file
+    Some records are held, at most HELD_BYTES of images, so that `shuffle` can mix them. The file
     gets its name when the context ends without an error. Without records, there is none.
     """
 
@@ -148,6 +171,8 @@ class RecordWriter:
             self._write_held()
         self._held.append(record)
         self._bytes += size
+        if self._bytes > HELD_BYTES:
+            self._write_held()
 
     def _write_held(self) -> None:
         if self._writer is None:
@@ -158,6 +183,7 @@ class RecordWriter:
                 self._schema,
                 compression=dict.fromkeys(images, "none") | dict.fromkeys([*texts, *SIZES.names], "zstd"),
                 use_dictionary=texts,
+                write_statistics=texts,  # of images, they would be a whole one
             )
         self._shuffle(self._held)
         group, size = list[Record](), 0
@@ -165,11 +191,11 @@ class RecordWriter:
         while held:
             record = held.pop()
             if group and (len(group) == self._rows or size + _bytes_of(record) > GROUP_BYTES):
-                self._writer.write_table(_table(group, SCHEMA))
+                self._writer.write_table(_table_of_bytes(group))
                 group, size = [], 0
             group.append(record)
             size += _bytes_of(record)
-        self._writer.write_table(_table(group, SCHEMA))
+        self._writer.write_table(_table_of_bytes(group))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._held and kind is None:

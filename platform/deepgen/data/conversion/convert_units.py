@@ -21,16 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
 from deepgen.config.settings import TASKS
 from deepgen.data.conversion.raw_data import read_unit
-from deepgen.data.conversion.readers.image_values import MISSING, TOO_LARGE
+from deepgen.data.conversion.readers.image_values import MAX_SAMPLE, MISSING, TOO_LARGE
 from deepgen.data.conversion.readers.raw_sample import RawData, RawSample, Unit
-from deepgen.data.images import MAX_ASPECT, MAX_PIXELS, check_pixels, header_size
-from deepgen.data.parquet import RecordWriter, read_records
-from deepgen.data.records import Record, is_unicode
-from deepgen.data.uris import MAX_BYTES, UriError
+from deepgen.data.images import MAX_ASPECT, MAX_PIXELS, check_pixels, header_size, open_image
+from deepgen.data.parquet import SCHEMA, RecordWriter, to_rows
+from deepgen.data.records import Record, check_row, is_unicode
+from deepgen.data.uris import UriError
 from deepgen.errors import UserError
 from deepgen.reading.inline_images import shortened
 
@@ -123,7 +124,7 @@ def check_sample(sample: RawSample, limits: Limits) -> tuple[Record | None, str]
             return None, f"{what}: {reason}"
     target, *_ = *(data for data in targets if isinstance(data, bytes)), None
     references = tuple(data for data in sample.references if isinstance(data, bytes))
-    if sum(map(len, (target or b"", *references))) > MAX_BYTES:
+    if sum(map(len, (target or b"", *references))) > MAX_SAMPLE:
         return None, f"images: {TOO_LARGE}"
     answer = sample.answer if isinstance(sample.answer, str) and sample.answer.strip() else sample.prompt
     id, own = _cleaned(sample.id), _cleaned(sample.source)
@@ -221,23 +222,23 @@ def _convert_unit(raw: RawData, unit: Unit, out: Path, limits: Limits, seed: int
                 record, reason = None, "id used twice"
             if record is None:
                 tally.dropped[reason.partition(":")[0] if sample.fault else reason] += 1
-                names = {"place": sample.place, "id": str(sample.id), "reason": reason}
-                line = {key: shortened(value, 1000) for key, value in names.items()} | _unread(sample)
-                bad.write(json.dumps(line) + "\n")
-                continue
-            seen.add(record.id)
-            shard.add(record)
-            _count(tally, record)
+                bad.write(json.dumps(_quarantined(sample, reason)) + "\n")
+            else:
+                seen.add(record.id)
+                shard.add(record)
+                _count(tally, record)
+            del sample, record  # before the next one is read: each may hold 160 MiB and more
     if not tally.dropped:
         quarantine.unlink()
     tally.save(tally_path(out, unit.number))
     return tally
 
 
-def _unread(sample: RawSample) -> dict[str, list[str]]:
-    """Entry for the quarantine: the name of each unreadable image, and why it is unreadable."""
+def _quarantined(sample: RawSample, reason: str) -> dict[str, Any]:
+    """The line of the quarantine: where the sample is, and the name of each unreadable image with the reason."""
+    names = {"place": sample.place, "id": str(sample.id), "reason": reason}
     found = [shortened(str(data), 1000) for data in (sample.image, *sample.references) if isinstance(data, UriError)]
-    return {"unread": found} if found else {}
+    return {key: shortened(value, 1000) for key, value in names.items()} | ({"unread": found} if found else {})
 
 
 def _count(tally: Tally, record: Record) -> None:
@@ -342,11 +343,14 @@ def total_tally(out: Path) -> Tally:
 
 
 def write_report(out: Path) -> Tally:
-    """Write report.json, histograms.png and samples.png (random kept records) to `out`. Returns the total tally."""
+    """Write report.json to `out`, and histograms.png and samples.png (random kept records) if it has images.
+
+    Returns the total tally.
+    """
     total = total_tally(out)
     with writing(out):
         (out / "report.json").write_text(json.dumps(total.to_dict(), indent=1) + "\n")
-        if total.kept:
+        if total.sides:  # prompts have no images
             draw_histograms(total, out / "histograms.png")
             draw_samples(out, out / "samples.png")
     return total
@@ -386,18 +390,32 @@ def draw_histograms(tally: Tally, path: Path) -> None:
 
 def draw_samples(out: Path, path: Path, count: int = 24) -> None:
     """Draw a sheet of random kept records with their prompts, and the references of edits beside them."""
-    from deepgen.data.images import decode_image
     from deepgen.tracking.grids import image_grid
 
     records = list(_some_records(out, count))
-    references = [decode_image(r.references[0]) if r.references else None for r in records]
-    images = [decode_image(r.image) for r in records if r.image is not None]
+    references = [_small(r.references[0]) if r.references else None for r in records]
+    images = [_small(r.image) for r in records if r.image is not None]
     image_grid(images, [r.prompt for r in records], columns=6, sources=references).save(path)
 
 
+def _small(data: bytes | str) -> np.ndarray:
+    """An image for the sheet: uint8 [H, W, 3], sides of at most 512."""
+    image = open_image(data)
+    image.thumbnail((512, 512))
+    return np.array(image)
+
+
 def _some_records(out: Path, count: int) -> Iterator[Record]:
+    """Records of some row groups, which are read one at a time."""
     shards = sorted(out.glob("shard-*.parquet"))
     chosen = random.Random(0).sample(shards, min(4, len(shards)))
     for shard in chosen:
-        records = read_records(shard)
-        yield from random.Random(0).sample(records, min(math.ceil(count / len(chosen)), len(records)))
+        left = math.ceil(count / len(chosen))
+        parquet = pq.ParquetFile(shard, pre_buffer=False)
+        groups = range(parquet.num_row_groups)
+        for group in random.Random(0).sample(groups, min(left, len(groups))):
+            table = parquet.read_row_group(group, columns=SCHEMA.names)
+            rows = random.Random(0).sample(range(table.num_rows), min(math.ceil(left / len(groups)), table.num_rows))
+            for row in rows:
+                (found,) = to_rows(table.slice(row, 1), shard)
+                yield check_row(found, f"{shard}, row group {group + 1}", out)

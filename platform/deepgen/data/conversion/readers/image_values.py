@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deepgen.data.conversion.readers.raw_sample import RawData
-from deepgen.data.uris import MAX_BYTES, UriError, absolute, read_uri
+from deepgen.data.uris import UriError, absolute, read_uri
 
 
 def image_bytes(value: Any, raw: RawData, file: Path) -> bytes | UriError | None:
@@ -32,10 +32,10 @@ def image_bytes(value: Any, raw: RawData, file: Path) -> bytes | UriError | None
 
 
 def images_bytes(values: Any, raw: RawData, file: Path) -> tuple[bytes | UriError | None, ...]:
-    """All source images of a row: one value, a list of them, or none. What is beyond MAX_BYTES in sum is not read."""
+    """All source images of a row: one value, a list of them, or none. What is beyond MAX_SAMPLE in sum is not read."""
     given = values if isinstance(values, list) else [] if values in (None, "", b"") else [values]
     found: list[bytes | UriError | None] = []
-    room = MAX_BYTES
+    room = MAX_SAMPLE
     for value in given:
         data = image_bytes(value, raw, file) if room > 0 else UriError("images", TOO_LARGE)
         room -= len(data) if isinstance(data, bytes) else 0
@@ -44,7 +44,8 @@ def images_bytes(values: Any, raw: RawData, file: Path) -> tuple[bytes | UriErro
 
 
 MISSING = "file missing"
-TOO_LARGE = f"more than {MAX_BYTES >> 20} MiB in one sample"
+MAX_SAMPLE = 160 << 20  # bytes of the images of one sample: writing them to parquet takes 4 to 5 times as much memory
+TOO_LARGE = f"more than {MAX_SAMPLE >> 20} MiB in one sample"
 
 
 def root_of(raw: RawData, file: Path) -> Path:

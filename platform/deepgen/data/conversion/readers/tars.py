@@ -7,20 +7,24 @@ lie apart in it, their texts are read before their images.
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import itertools
 import lzma
 import re
 import tarfile
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from deepgen.data.conversion.readers.image_values import TOO_LARGE
+from deepgen.data.conversion.readers.image_values import MAX_SAMPLE, TOO_LARGE
 from deepgen.data.conversion.readers.raw_sample import IMAGE_SUFFIXES, RawData, RawSample
 from deepgen.data.conversion.readers.row_forms import JSON_BYTES, caption_text
-from deepgen.data.uris import MAX_BYTES, UriError
+from deepgen.data.uris import UriError
 from deepgen.errors import UserError
 
 _SOURCES, _TARGETS = ("source", "input", "src"), ("target", "output")  # prefixes of file names in tars of edits
@@ -33,6 +37,32 @@ _HEADERS = (
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
 )
+
+
+class _Unpacked(io.RawIOBase):
+    """A compressed file, unpacked. To go forward it reads a mebibyte at a time; the libraries' own files take 8 KiB."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return bytes(self._stream.read(size))
+
+    def tell(self) -> int:
+        return int(self._stream.tell())
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if whence or offset < self.tell():
+            return int(self._stream.seek(offset, whence))
+        while (left := offset - self.tell()) and self._stream.read(min(left, 1 << 20)):
+            pass
+        return self.tell()
 
 
 class _Member(tarfile.TarInfo):
@@ -55,11 +85,11 @@ class _Tar:
         self._file, self._grouped, self._packed = file, True, False
         self._texts: dict[int, bytes] = {}
 
-    def find_samples(self, tar: tarfile.TarFile) -> None:
-        """Read the headers of all members. Raises TarError if they are damaged, or too many."""
+    def find_samples(self, tar: tarfile.TarFile, until: float | None) -> None:
+        """Read the headers of all members, or of those that come until then. Raises TarError if they are damaged."""
         assert tar.fileobj is not None  # `tar` is open
         self._stream: Any = tar.fileobj
-        self._packed = type(tar.fileobj).__module__ in ("gzip", "bz2", "lzma")
+        self._packed = isinstance(tar.fileobj, _Unpacked)
         last = ""
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every member
@@ -73,9 +103,22 @@ class _Tar:
             self._grouped &= key == last or not parts
             parts.append((extension, member.offset_data, -1 if member.issparse() else member.size))
             last = key
+            if until and time.monotonic() > until:
+                self._keep_whole(last)
+                return
         _require_end(tar)
         if self._packed and not self._grouped:
             self._read_texts_first()
+
+    def _keep_whole(self, last: str) -> None:
+        """Keep the samples that are whole, as far as can be said before the end of the tar."""
+
+        def whole(parts: _Parts) -> bool:
+            return any(_is_image(name) for name, _, _ in parts) and any(name in _TEXTS for name, _, _ in parts)
+
+        self.samples = {
+            key: parts for key, parts in self.samples.items() if (key != last if self._grouped else whole(parts))
+        }
 
     def _read_texts_first(self) -> None:
         """Read all texts, and put the samples in the order of their images. Raises UserError if that is not enough."""
@@ -95,7 +138,7 @@ class _Tar:
     def contents(self, parts: _Parts) -> dict[str, bytes | UriError]:
         """The contents of some files, read from front to back; or why one is not read."""
         found: dict[str, bytes | UriError] = {}
-        room = MAX_BYTES
+        room = MAX_SAMPLE
         for name, at, size in sorted(parts, key=lambda part: part[1]):
             if size < 0:
                 found[name] = UriError(name, "a file with holes; pack it without --sparse")
@@ -116,12 +159,15 @@ class _Tar:
         return data
 
 
-def read_tar(raw: RawData, file: Path) -> Iterator[RawSample]:
-    """Samples of one tar. Raises UserError if the archive is truncated or damaged."""
+def read_tar(raw: RawData, file: Path, until: float | None = None) -> Iterator[RawSample]:
+    """Samples of one tar, of its beginning if the search for them takes longer than `until` (monotonic time).
+
+    Raises UserError if the archive is truncated or damaged.
+    """
     found = _Tar(file)
     try:
-        with tarfile.open(file, tarinfo=_Member) as opened:
-            found.find_samples(opened)
+        with file.open("rb") as stream, tarfile.open(fileobj=_unpacked(stream), mode="r:", tarinfo=_Member) as opened:
+            found.find_samples(opened, until)
             for key, parts in found.samples.items():
                 yield _tar_sample(raw, file, found, key, parts)
     except OSError as error:
@@ -130,6 +176,17 @@ def read_tar(raw: RawData, file: Path) -> Iterator[RawSample]:
         raise _damaged(file, found.count, str(error)) from error
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError) as error:
         raise _damaged(file, found.count, str(error)) from error
+
+
+def _unpacked(stream: BinaryIO) -> Any:
+    start = stream.read(6)
+    stream.seek(0)
+    if start.startswith(b"\x28\xb5\x2f\xfd"):
+        raise tarfile.ReadError("compressed with zstd; allowed: .tar, or compressed with gzip, bzip2 or xz")
+    for magic, opened in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ", lzma.open)):
+        if start.startswith(magic):
+            return _Unpacked(opened(stream))
+    return stream
 
 
 def _key(name: str) -> tuple[str, str]:
