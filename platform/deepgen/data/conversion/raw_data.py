@@ -111,6 +111,15 @@ def source_files(raw: RawData) -> Found:
     return find_files(raw.path, FORMS[raw.form])
 
 
+def notes_of(raw: RawData) -> list[str]:
+    """Lines that say what is passed over, and what is mixed."""
+    notes = source_files(raw).notes()
+    if (raw.path / "dataset_dict.json").is_file():
+        splits = sorted(path.parent.name for path in raw.path.glob("*/dataset_info.json"))
+        notes.append(f"its splits are converted together ({', '.join(splits)}); for one of them give its folder")
+    return notes
+
+
 def plan_units(raw: RawData, rows: int) -> list[Unit]:
     """Split the raw data into units of about `rows` samples (a tar is one unit, a parquet row group is never split)."""
     files = source_files(raw).files
@@ -152,11 +161,14 @@ def _parts(form: str, file: Path, rows: int) -> Iterator[tuple[str, int, int, in
 # ---------------------------------------------------------------- samples
 
 
-def read_unit(raw: RawData, unit: Unit) -> Iterator[RawSample]:
-    """The samples of a unit. Absent parts are None; no sample is skipped."""
+def read_unit(raw: RawData, unit: Unit, until: float | None = None) -> Iterator[RawSample]:
+    """The samples of a unit. Absent parts are None; no sample is skipped.
+
+    until: time (monotonic) at which the search for the samples of a tar ends, whatever has been found; None: never.
+    """
     file = Path(unit.file)
     if raw.form == "webdataset":
-        yield from read_tar(raw, file)
+        yield from read_tar(raw, file, until)
     elif raw.form == "folder":
         yield from (picture_sample(raw, file, name) for name in unit.entries)
     elif raw.form == "hf" or kind_of(file) in _COLUMNAR:
