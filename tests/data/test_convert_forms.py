@@ -252,7 +252,7 @@ def test_pictures_with_captions_beside_them(tmp_path):
         "a.b.png": "five",
     }
     assert reasons(tmp_path / "out") == ["no caption beside the picture: 6.txt or 6.caption or 6.json"]
-    (tmp_path / "in" / "1.jpg").unlink()
+    (tmp_path / "in" / "1.jpg").rename(tmp_path / "in" / "0.jpg")
     with pytest.raises(UserError, match="SOURCE has changed"):
         convert(tmp_path / "in", tmp_path / "out")
 

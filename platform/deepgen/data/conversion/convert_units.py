@@ -6,6 +6,7 @@ is written last. A unit that has one is done and never read again, so a stopped 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -295,8 +296,11 @@ def write_plan(out: Path, raw: RawData, limits: Limits, rows: int, seed: int, un
 
 
 def _unit_plan(raw: RawData, unit: Unit) -> list[Any]:
-    """Where a unit comes from: file, file size, first and last row."""
+    """Where a unit comes from: file, file size, first and last row. For pictures: their names."""
     file = Path(unit.file)
+    if unit.entries:
+        names = hashlib.blake2b("\n".join(unit.entries).encode(errors="surrogateescape"), digest_size=8).hexdigest()
+        return [f"{unit.entries[0]} and more (names {names})", len(unit.entries), unit.first, unit.last]
     name = file.relative_to(raw.path).as_posix() if raw.path.is_dir() else file.name
     try:
         return [name, file.stat().st_size, unit.first, unit.last]
@@ -324,7 +328,8 @@ def _compare_plans(out: Path, before: dict[str, Any], now: dict[str, Any]) -> No
         pairs = enumerate(itertools.zip_longest(was, new), start=1)
         number, was, new = next((number, was, new) for number, (was, new) in pairs if was != new)
         changed = f"SOURCE has changed, unit {number}"
-        was, new = (f"{unit[0]} of {unit[1]:,} bytes, {unit[2:]}" if unit else "none" for unit in (was, new))
+        size = "pictures" if now["form"] == "folder" else "bytes"
+        was, new = (f"{unit[0]} of {unit[1]:,} {size}, {unit[2:]}" if unit else "none" for unit in (was, new))
     raise UserError(f"{out} holds another conversion ({changed}: {was!r}, now {new!r}); give another folder")
 
 
