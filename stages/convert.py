@@ -90,7 +90,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order within shards")
     parser.add_argument("--address", default="auto-local", help="Ray cluster, as cluster.address")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # OUT may stand behind options
 
 
 def main() -> int:

@@ -147,6 +147,13 @@ def test_images_is_where_relative_paths_start_in_every_form_that_has_them(tmp_pa
     assert "of 1 samples looked at, 1 would be kept" in lines[1]
 
 
+@pytest.mark.parametrize("order", ["in --rows 5 out", "--rows 5 in out", "in out --rows 5"])
+def test_options_may_stand_anywhere(monkeypatch, order):
+    monkeypatch.setattr(sys, "argv", ["convert.py", *order.split()])
+    args = stage.parse()
+    assert (args.source, args.out, args.rows) == (Path("in"), Path("out"), 5)
+
+
 def test_out_and_check_exclude_each_other(monkeypatch, capsys, tmp_path):
     for arguments, message in ((("--check", "a", "b"), "leave OUT out"), (("a",), "give the folder OUT, or --check")):
         with pytest.raises(UserError, match=message):
