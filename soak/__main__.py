@@ -16,6 +16,7 @@ from deepgen.config import Settings, load_settings
 from deepgen.config.recipes import find_recipe
 from deepgen.data.parquet import read_records
 from soak.defects import DEFECT_HEADER, defect_rows, run_defects
+from soak.fuzz import FUZZ_HEADER, SHARES, run_fuzz
 from soak.kills import KILL_HEADER, kill_rows, run_kills
 from soak.schedules import Outcome, Schedule, draw_schedules, run_schedule, start_actors
 
@@ -51,6 +52,7 @@ def main() -> int:
     parser.add_argument("--schedules", type=int, default=50, help="schedules for each max_staleness (default 50)")
     parser.add_argument("--defects", type=int, default=500, help="damaged weights (default 500)")
     parser.add_argument("--kills", type=int, default=200, help="killed processes (default 200)")
+    parser.add_argument("--fuzz", type=int, default=55_000, help="damaged and hostile inputs (default 55,000)")
     arguments = parser.parse_args()
     failed = [try_it(getattr(arguments, n)) for n, try_it in TRIALS.items() if arguments.only in (None, n)]
     return 1 if any(failed) else 0
@@ -93,7 +95,23 @@ def try_kills(count: int) -> int:
     return sum(not trial.same for trial in trials)
 
 
-TRIALS = {"schedules": try_schedules, "defects": try_defects, "kills": try_kills}
+def try_fuzz(count: int) -> int:
+    """Print the table of damaged and hostile inputs. Returns how many the readers did not take or refuse properly."""
+    print(FUZZ_HEADER, flush=True)
+    faults = 0
+    for kind, share in SHARES.items():
+        outcome = run_fuzz(kind, count * share // sum(SHARES.values()))
+        print(
+            outcome.row(kind),
+            *(f"{kind} {number}: {what}" for number, what in outcome.faults[:20]),
+            sep="\n",
+            flush=True,
+        )
+        faults += len(outcome.faults)
+    return faults
+
+
+TRIALS = {"schedules": try_schedules, "defects": try_defects, "kills": try_kills, "fuzz": try_fuzz}
 
 
 def odd_ones(outcomes: Sequence[Outcome]) -> int:
