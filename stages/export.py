@@ -80,4 +80,4 @@ def lora_line(weights: Weights) -> str:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, resumes=False)

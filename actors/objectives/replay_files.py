@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ import yaml
 from actors.learner.checkpoints.checkpoint_store import STATE
 from actors.learner.protocols import Replayed
 from actors.messages import Arrays, Group
-from deepgen.config import Settings, UserError
+from deepgen.config import Settings, UserError, stage_command
 from deepgen.data.records import Record
 from deepgen.fingerprint import file_checksum, fingerprint
 
@@ -99,7 +98,7 @@ def write_recipe(folder: Path, settings: Settings) -> str:
     content = settings.model_dump()
     content["run"] |= {"name": f"{settings.run.name}-replay", "resume": False}
     (folder / RECIPE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return shlex.join(["python", "stages/rl.py", "--recipe", str(folder / RECIPE), "--train-only", str(folder)])
+    return stage_command("rl", "--recipe", folder / RECIPE, "--train-only", folder)
 
 
 def not_finite(groups: Sequence[Group], rewards: Sequence[str]) -> str:

@@ -435,31 +435,6 @@ def test_user_error_leaves_with_2_and_one_line() -> None:
     assert done.stderr == "error: unknown key 'train.stepz' on the command line; did you mean 'train.steps'?\n"
 
 
-@pytest.mark.processes
-def test_ctrl_c_leaves_with_130_and_says_how_to_resume() -> None:
-    done = run_python(PROGRAM.format("(_ for _ in ()).throw(KeyboardInterrupt)"), "train.steps=3", "--resume")
-    assert done.returncode == 130
-    assert done.stderr.strip() == "stopped; to continue: python -c train.steps=3 --resume"
-
-
-@pytest.mark.processes
-def test_sigterm_leaves_with_143_and_says_how_to_resume() -> None:
-    done = run_python(PROGRAM.format("__import__('os').kill(__import__('os').getpid(), 15)"), "train.steps=3")
-    assert done.returncode == 143
-    assert done.stderr.strip() == "stopped; to continue: python -c train.steps=3 --resume"
-
-
-@pytest.mark.processes
-def test_who_reads_the_help_may_stop_reading() -> None:
-    program = PROGRAM.format("parse_command_line('rl', ['--help'])")
-    command = [sys.executable, "-c", program]
-    reading, writing = os.pipe()
-    os.close(reading)  # as `| head` does after it has its lines
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
-    os.close(writing)
-    assert done.stderr == ""
-
-
 @pytest.mark.parametrize(
     "content", ["train: {steps: !!int abc}", "model: !!bool maybe", "[" * 5000, f"train: {{steps: {'9' * 5000}}}"]
 )

@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -422,7 +423,8 @@ def test_ctrl_c_says_the_same_command_again():
     code += "def main(): raise KeyboardInterrupt\nrun_program(main, resumes=False)"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 130
-    assert done.stderr.strip() == "stopped; to continue, run the same command again: python c.py 'a b'"
+    line = shlex.join([sys.executable, os.path.abspath("c.py"), "a b"])
+    assert done.stderr.strip() == f"stopped; to continue, run the same command again: {line}"
 
 
 def test_histograms_stay_readable(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from actors.experience.prompt_order import PromptOrder
-from deepgen.config import Settings, UserError
+from deepgen.config import Settings, UserError, stage_command
 from deepgen.data.parquet import write_records
 from stages.rl_replay import rollout_only, train_only
 from tests.helpers.rl_world import PROMPTS, make_records, make_settings, make_world
@@ -103,7 +103,7 @@ def test_a_step_that_fails_can_be_trained_on_alone(world: Path) -> None:
     assert failed.returncode == 1, output[-4000:]
     folder = world / "runs" / "failed" / "replay" / "failed-step-000001"
     said = "step 1: the loss is nan on rank 0; not finite: the reward aesthetic of group "
-    command = f"python stages/rl.py --recipe {folder / 'recipe.yaml'} --train-only {folder}"
+    command = stage_command("rl", "--recipe", folder / "recipe.yaml", "--train-only", folder)
     (line,) = {line for line in output.splitlines() if line.startswith(said)}
     assert line.endswith(f"; to train on its batch alone: {command}")
     assert sorted(metrics(world / "runs" / "failed")) == [1]

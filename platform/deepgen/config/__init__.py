@@ -1,6 +1,6 @@
 """Settings, recipes and the command line. Imports neither torch nor ray."""
 
-from deepgen.config.cli import parse_command_line
+from deepgen.config.cli import parse_command_line, stage_command
 from deepgen.config.schema.choices import Share
 from deepgen.config.schema.paths import InputPath, resolve_path
 from deepgen.config.schema.pools import PoolSettings
@@ -21,4 +21,5 @@ __all__ = [
     "setting",
     "settings_from_dict",
     "settings_hash",
+    "stage_command",
 ]

@@ -13,6 +13,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from deepgen.config.recipes import find_recipe, read_recipe
+from deepgen.config.schema.paths import CHECKOUT
 from deepgen.config.schema.pools import about_pool, own_keys, pool_keys, pool_type
 from deepgen.config.settings import (
     ANY_POOL,
@@ -25,7 +26,7 @@ from deepgen.config.settings import (
     sections,
 )
 from deepgen.config.stage_rules import check_inputs, check_stage
-from deepgen.errors import UserError, nearest
+from deepgen.errors import SUBMITTED_COPY, UserError, command, nearest
 from deepgen.models.stage_parts import Stage
 from deepgen.registry import REWARDS
 
@@ -107,6 +108,12 @@ def parse_command_line(
         sys.exit(0)
     check_inputs(settings, stage)
     return settings
+
+
+def stage_command(stage: Stage, *arguments: str | Path) -> str:
+    """A line for a shell that runs a stage: this interpreter and this checkout's program, from any folder."""
+    program = f"stages/{stage}.py"
+    return command(program if CHECKOUT is None or SUBMITTED_COPY else CHECKOUT / program, *arguments)
 
 
 def _read_arguments(stage: Stage, argv: Sequence[str]) -> _Arguments:

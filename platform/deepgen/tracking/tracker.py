@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -165,7 +167,8 @@ class Tracker:
         page = page_address(self.experiment_id, self._stage)
         if self.uri.startswith("sqlite:"):
             here = CHECKOUT is not None and self.uri == f"sqlite:///{CHECKOUT / 'runs' / 'mlflow.db'}"
-            serve = f"{'make ui   or: ' if here else ''}mlflow ui --backend-store-uri {self.uri}"
+            server = shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", self.uri])
+            serve = f"{'make ui   or: ' if here else ''}{server}"
             return f"{serve}   then: {_LOCAL_SERVER}/{page}"
         return f"{_shown(self.uri).rstrip('/')}/{page}"
 
