@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
 from deepgen.config import UserError, load_settings, run_program  # noqa: E402
+from deepgen.config.schema.paths import argument  # noqa: E402
 from deepgen.config.settings import TASKS  # noqa: E402
 from deepgen.data.conversion import convert_units as convert  # noqa: E402
 from deepgen.data.conversion.convert_units import Limits, Tally  # noqa: E402
@@ -54,12 +55,12 @@ def number(kind: type[int] | type[float], low: float, high: float = float("inf")
 
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("source", type=argument)
+    parser.add_argument("out", type=argument)
     parser.add_argument("--form", choices=FORMS)
     parser.add_argument("--task", choices=TASKS, default="t2i", help="of these samples")
     parser.add_argument("--name", help="of the data set, for the column source; default: SOURCE's")
-    parser.add_argument("--images", type=Path, help="folder that relative image paths start from")
+    parser.add_argument("--images", type=argument, help="folder that relative image paths start from")
     parser.add_argument("--caption-key", default="caption", help="key of the caption in annotations and tar JSON")
     parser.add_argument(
         "--column", action="append", default=[], metavar="ROLE=NAME", help="hf: image, prompt or references"

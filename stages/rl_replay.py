@@ -19,6 +19,7 @@ from actors.messages import LearnerJob
 from deepgen.cluster.connect import connect
 from deepgen.cluster.resources import learner_needs
 from deepgen.config import Settings, UserError
+from deepgen.config.schema.paths import given_path
 from deepgen.config.stage_rules import check_inputs
 from deepgen.data.loading.mixture import check_training_data
 from stages.rl_report import say
@@ -58,7 +59,7 @@ def _quiet(settings: Settings, steps: int) -> Settings:
 def train_only(root: Path, settings: Settings, text: str) -> None:
     """Train on the steps in a folder. root: the checkout; text: the folder."""
     _check_starts("--train-only", settings)
-    folder = Path(text).resolve()
+    folder = given_path("--train-only", text).resolve()
     if folder.is_relative_to(settings.run.folder.resolve()):
         raise UserError(
             f"--train-only: {folder} lies in the folder of run {settings.run.name!r}, where the results go; allowed: "

@@ -27,11 +27,13 @@ from actors.learner.checkpoints.checkpoint_store import STATE
 from actors.learner.protocols import Replayed
 from actors.messages import Arrays, Group
 from deepgen.config import Settings, UserError, stage_command
+from deepgen.config.schema.sections import MAX_NAME
 from deepgen.data.records import Record
 from deepgen.fingerprint import file_checksum, fingerprint
 
 FORMAT = 1
 RECIPE = "recipe.yaml"
+_REPLAY = "-replay"  # ends the name of a run on the steps
 _ARRAYS = ("reward_weights", "scores", "advantages")
 _TEXTS = ("id", "task", "prompt", "answer", "source")
 _KEYS = {"format", "step", "part", "parts", "settings", "groups", "metrics", "arrays"}
@@ -96,7 +98,7 @@ def write_step(
 def write_recipe(folder: Path, settings: Settings) -> str:
     """Write the run's settings beside its steps, and return the command that trains from these."""
     content = settings.model_dump()
-    content["run"] |= {"name": f"{settings.run.name}-replay", "resume": False}
+    content["run"] |= {"name": f"{settings.run.name[: MAX_NAME - len(_REPLAY)]}{_REPLAY}", "resume": False}
     (folder / RECIPE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return stage_command("rl", "--recipe", folder / RECIPE, "--train-only", folder)
 

@@ -444,10 +444,17 @@ def test_yaml_that_cannot_be_made_into_values_is_one_clear_line(tmp_path: Path, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["~nobody-is-called-so/x", "x" * 600, "a\0b"])
-def test_names_no_file_can_have_are_not_there(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("~nobody-is-called-so/x", "but there is no home folder ~nobody-is-called-so"),
+        ("x" * 600, "no file or"),
+        ("a\\0b", "no file or"),
+    ],
+)
+def test_names_no_file_can_have_are_not_there(name: str, why: str) -> None:
     for argv in (["--recipe", name], [f"data.prompts={name}"]):
-        with pytest.raises(UserError, match="no file or"):
+        with pytest.raises(UserError, match=why):
             parse_command_line("rl", argv)
 
 

@@ -42,6 +42,7 @@ from deepgen.errors import UserError, nearest
 from deepgen.registry import REWARDS
 
 _NO_HINT = "; --help lists all keys"
+_SHOWN = 200  # letters of a wrong value in an error
 ANY_POOL = "rewards.<name>"  # stands for every reward pool in lists of keys
 
 
@@ -237,6 +238,10 @@ def _describe(error: ValidationError, origin: Mapping[str, str], leaves: Mapping
             key = dotted if leaf.endswith(".weights") else leaf
             given = None if problem["type"] == "missing" else problem["input"]
             said = "nothing" if given is None else repr(given)
+            said = said if len(said) <= _SHOWN else f"{said[:_SHOWN]}… ({len(said)} letters)"
+            if problem["type"] == "no_path":
+                lines.setdefault(key, f"{key}: got {said}{place}, {problem['msg']}")
+                continue
             options = [str(o) for o in _options(leaves[leaf])]
             hint = nearest(given, options) if isinstance(given, str) else ""
             lines.setdefault(key, f"{key}: got {said}{place}; allowed: {allowed_values(leaves[leaf])}{hint}")
@@ -328,10 +333,8 @@ def _allowed(kind: Any, limits: Sequence[Any]) -> str:
 
 
 def _limits(limits: Sequence[Any]) -> Iterator[str]:
-    names = ("pattern", "min_length", "ge", "gt", "le", "lt", "multiple_of")
+    names = ("min_length", "ge", "gt", "le", "lt", "multiple_of")
     found = {n: getattr(limit, n) for limit in limits for n in names if getattr(limit, n, None) is not None}
-    if "pattern" in found:
-        yield "of letters, digits, dot, dash and underscore"
     if "min_length" in found:
         yield "that is not empty"
     if "ge" in found and "le" in found:

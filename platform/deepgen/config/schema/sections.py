@@ -6,6 +6,7 @@ Left out on purpose: facts that the weights folder holds, such as widths, layers
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -30,18 +31,35 @@ from deepgen.registry import ADVANTAGES, KL_FORMS, POLICY_LOSSES, REWARDS, SAMPL
 
 TASKS = ("t2i", "reasoning", "text", "edit")
 Weight = Annotated[float, Field(ge=0)]
+MAX_NAME = 100  # files and folders have up to 255 bytes, and longer names are made of this one
+_TAKEN = ("mlflow.db", "mlflow.db-journal", "mlflow.db-shm", "mlflow.db-wal", "mlartifacts")
+_DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # no folder can be called so over SMB
 
 
 class RunSettings(Section):
     about: ClassVar[str] = "one run and its folder"
     name: str = setting(
-        "deepgen", "Name of the run and of its folder under run.dir.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+        "deepgen",
+        "Name of the run and of its folder under run.dir.",
+        pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$",
+        max_length=MAX_NAME,
+        allowed=f"letters, digits, dots, dashes and underscores, {MAX_NAME} at most, with a letter or digit first and "
+        "no dot last",
     )
     dir: OutputPath = setting(
         "runs", "Folder of all runs; on a cluster a folder every node sees. Relative to the current folder."
     )
     seed: int = setting(42, "Seed of everything random: data order, noise, dropout.", ge=0, lt=2**31)
     resume: bool = setting(False, "Continue run.name from its last checkpoint; the flag --resume sets it.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.name.lower() in _TAKEN or _DEVICE.fullmatch(self.name):
+            raise ValueError(
+                f"run.name: got {self.name!r}, which is the name of a file in run.dir or of a device on a network "
+                "folder; allowed: another name"
+            )
+        return self
 
     @property
     def folder(self) -> Path:
