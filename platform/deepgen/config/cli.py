@@ -27,6 +27,7 @@ from deepgen.config.settings import (
 )
 from deepgen.config.stage_rules import check_inputs, check_stage
 from deepgen.errors import SUBMITTED_COPY, UserError, command, nearest
+from deepgen.machine import prepare_process
 from deepgen.models.stage_parts import Stage
 from deepgen.registry import REWARDS
 
@@ -100,6 +101,7 @@ def parse_command_line(
             raise UserError(f"--plan: {stage} has none; allowed: pretrain.py, sft.py and rl.py in stages/")
         print(plan(settings, stage))
         sys.exit(0)
+    prepare_process()
     option, value = arguments.instead
     if option:
         if instead is None:
