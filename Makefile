@@ -25,7 +25,6 @@ ifeq ($(shell grep -qs "^cuda.*= None" $(VENV)/lib/python3.11/site-packages/torc
 export DS_ACCELERATOR := cpu
 endif
 export TORCH_EXTENSIONS_DIR := $(VENV)/torch_extensions
-export RAY_AUTH_MODE ?= token
 export RAY_USAGE_STATS_ENABLED ?= 0
 export VLLM_NO_USAGE_STATS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
