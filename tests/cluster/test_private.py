@@ -78,7 +78,7 @@ connect(load_settings(None, ["train.workers=1"]), code_root=pathlib.Path({root!r
 class Probe:
     def look(self):
         import actors, deepgen, getpass, platform
-        names = ("RAY_AUTH_MODE", "HOME", "GLOO_SOCKET_IFNAME", "no_proxy")
+        names = ("RAY_AUTH_MODE", "HOME", "no_proxy", "TMPDIR")
         environment = {{name: os.environ.get(name) for name in names}}
         return {{"user": getpass.getuser(), "files": [actors.__file__, deepgen.__file__], **environment}}
 probe = Probe.remote()
@@ -113,6 +113,7 @@ def test_a_private_cluster_is_private_and_needs_nothing(tmp_path: Path) -> None:
     assert found["no_proxy"] == "localhost,127.0.0.1,::1"
     assert len(found["listening"]) > 4  # raylet, head, driver, workers
     assert {ip.removeprefix("::ffff:") for _, ip in found["listening"]} == {"127.0.0.1"}
+    assert Path(found["TMPDIR"]) == Path(found["session"]).parent / "tmp"
     assert found["modes"] == ["0o700"] * 3
     assert Path(found["session"]).is_relative_to(base)
     assert found["cpus"] == usable_cpus()

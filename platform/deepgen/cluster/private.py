@@ -59,18 +59,36 @@ def start_private(num_cpus: int = 0, **options: Any) -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False  # read from the environment when ray was imported, perhaps before this
     reread_authentication()
     private = private_folder(MAX_TEMP_DIR - len("/s0000"))
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private / "inductor"))  # torch's own place is anybody's
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private / "inductor"))
     folder = own_session(private)
-    ray.init(
-        address="local",
-        num_cpus=num_cpus or usable_cpus(),
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        _temp_dir=str(folder),
-        **options,
-    )
+    with _temporary_files_in(folder / "tmp"):
+        ray.init(
+            address="local",
+            num_cpus=num_cpus or usable_cpus(),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            _temp_dir=str(folder),
+            **options,
+        )
     for made in (folder, *folder.glob("session_2*")):
         made.chmod(0o700)  # Ray makes them 0777
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """What starts in this context has its temporary files in `folder`.
+
+    Libraries of the workers use names there that anybody can guess, and load code from some of them.
+    """
+    folder.mkdir(mode=0o700)
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["TMPDIR"]
+        if before is not None:
+            os.environ["TMPDIR"] = before
 
 
 def reread_authentication() -> None:
