@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deepgen.cluster import private
-from deepgen.cluster.private import own_session, usable_cpus
+from deepgen.cluster.private import environment, own_session, usable_cpus
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,6 +66,11 @@ def test_a_killed_process_lets_go_of_its_session(tmp_path: Path) -> None:
 def test_less_than_one_cpu_is_one(monkeypatch: pytest.MonkeyPatch, quota: float | None, cpus: int | None) -> None:
     monkeypatch.setattr("ray._private.utils._get_docker_cpus", lambda: quota)
     assert usable_cpus() == (cpus or len(os.sched_getaffinity(0)))
+
+
+def test_nothing_is_compiled_against_headers_below_a_space() -> None:
+    assert environment("/home/me/my checkout/.venv")["TORCHDYNAMO_DISABLE"] == "1"
+    assert "TORCHDYNAMO_DISABLE" not in environment("/home/me/checkout/.venv")
 
 
 PROBE = """

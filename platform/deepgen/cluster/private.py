@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ _ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",
     "PYTHONUTF8": "1",  # workers read and print UTF-8 whatever the locale is
 }
+# torch's compiler hands its own paths to g++ without quotes.
+_NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
 _held: list[int] = []  # locked folders of this process
 
 
@@ -50,7 +53,7 @@ def start_private(num_cpus: int = 0, **options: Any) -> None:
     raises.
     """
     prepare_process()
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(environment(sys.prefix))
     if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
@@ -72,6 +75,11 @@ def start_private(num_cpus: int = 0, **options: Any) -> None:
         )
     for made in (folder, *folder.glob("session_2*")):
         made.chmod(0o700)  # Ray makes them 0777
+
+
+def environment(prefix: str) -> dict[str, str]:
+    """What the processes of a private cluster have in their environment. prefix: where the packages lie."""
+    return _ENVIRONMENT | (_NO_COMPILER if len(prefix.split()) > 1 else {})
 
 
 @contextmanager
