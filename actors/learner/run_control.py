@@ -31,7 +31,7 @@ def run_lock(settings: Settings) -> Iterator[None]:
     path = lock_file(settings)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"run.dir: cannot write the run folder {path.parent}: {error.strerror or error}") from error
     with file:
@@ -66,7 +66,7 @@ class Holder:
 def lock_holder(settings: Settings) -> Holder | None:
     """The last process of a run; None if nobody has ever started it. On another host, see `run_lock`."""
     try:
-        file = lock_file(settings).open()
+        file = lock_file(settings).open(encoding="utf-8")
     except FileNotFoundError:
         return None
     with file:

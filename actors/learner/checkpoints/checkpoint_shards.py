@@ -39,7 +39,7 @@ def write_shard(folder: Path, name: str, rank: int, pieces: Pieces) -> list[Path
     file = folder / f"{name}-{rank}.safetensors"
     save_file(tensors, file)
     checksum = file.with_suffix(CHECKSUM)
-    checksum.write_text(file_checksum(file))
+    checksum.write_text(file_checksum(file), encoding="utf-8")
     flush(file)
     flush(checksum)
     return [file, checksum]
@@ -103,7 +103,7 @@ class ShardReader:
 
 def is_as_written(file: Path) -> bool:
     try:
-        return file.with_suffix(CHECKSUM).read_text() == file_checksum(file)
+        return file.with_suffix(CHECKSUM).read_text(encoding="utf-8") == file_checksum(file)
     except OSError:
         return False
 

@@ -202,7 +202,7 @@ class CheckpointStore:
             source=source,
             files=sizes,
         )
-        (unfinished / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+        (unfinished / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
         for entry in [unfinished / MANIFEST, *{file.parent for file in here}, unfinished]:
             flush(entry)  # the files were flushed by those who wrote them
         final = self.path(step)

@@ -46,7 +46,7 @@ def usable_records(
     path = settings.run.folder / FILES[key]
     reserved = _reserved_tokens(settings)
     marker, state = path.with_suffix(JUDGED), _state(settings, given, [record.id for _, record in chosen], reserved)
-    if marker.exists() and marker.read_text() == state:
+    if marker.exists() and marker.read_text(encoding="utf-8") == state:
         out = rows_in(path)
         return [(place, record) for place, record in chosen if place not in out]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -60,7 +60,7 @@ def usable_records(
     if not usable:
         raise UserError(f"{key}: no record of {given} can be used; see {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    marker.write_text(state)
+    marker.write_text(state, encoding="utf-8")
     return usable
 
 

@@ -50,7 +50,7 @@ def write_timeline(folder: Path, title: str) -> list[Path]:
     if not spans:
         return []
     trace, picture = folder / TRACE, folder / PICTURE
-    trace.write_text(json.dumps(chrome_trace(newest_steps(spans, _TRACE_STEPS))))
+    trace.write_text(json.dumps(chrome_trace(newest_steps(spans, _TRACE_STEPS))), encoding="utf-8")
     draw_timeline(spans, picture, title=title)
     return [trace, picture]
 

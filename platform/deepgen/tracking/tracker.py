@@ -202,7 +202,7 @@ class Tracker:
             for key, value in EXPERIMENT_TAGS.items()
             if experiment.tags.get(key) != value
         ]
-        known = id_file.read_text().strip() if self._goes_on and id_file.exists() else ""
+        known = id_file.read_text(encoding="utf-8").strip() if self._goes_on and id_file.exists() else ""
         if known and _run_exists(client, known):
             self.run_id = known
             client.update_run(known, status="RUNNING")
@@ -503,7 +503,7 @@ def _is_refusal(error: Exception) -> bool:
 
 def _write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

@@ -72,7 +72,7 @@ class Tally:
 
     def save(self, path: Path) -> None:
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Tally:
     @classmethod
     def load(cls, path: Path) -> Tally:
         try:
-            return cls.from_dict(json.loads(path.read_text()))
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: damaged; delete it, and the same command converts its unit again") from error
 
@@ -281,7 +281,7 @@ def write_plan(out: Path, raw: RawData, limits: Limits, rows: int, seed: int, un
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in plan.items())
-        partial.write_text("{\n" + lines + "\n}\n")
+        partial.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
         partial.replace(path)
 
 
@@ -297,7 +297,7 @@ def _unit_plan(raw: RawData, unit: Unit) -> list[Any]:
 
 def _read_plan(path: Path) -> dict[str, Any]:
     try:
-        plan = json.loads(path.read_text())
+        plan = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         plan = None
     if not isinstance(plan, dict):
@@ -337,7 +337,7 @@ def write_report(out: Path) -> Tally:
     """Write report.json, histograms.png and samples.png (random kept records) to `out`. Returns the total tally."""
     total = total_tally(out)
     with writing(out):
-        (out / "report.json").write_text(json.dumps(total.to_dict(), indent=1) + "\n")
+        (out / "report.json").write_text(json.dumps(total.to_dict(), indent=1) + "\n", encoding="utf-8")
         if total.kept:
             draw_histograms(total, out / "histograms.png")
             draw_samples(out, out / "samples.png")

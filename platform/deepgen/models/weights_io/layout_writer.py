@@ -443,4 +443,4 @@ def _cast(what: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
 def _write_json(path: Path, content: Mapping[str, Any], class_name: str = "") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     named = {"_class_name": class_name, **content} if class_name else content
-    path.write_text(json.dumps(named, indent=2) + "\n")
+    path.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
