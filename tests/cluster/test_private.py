@@ -45,6 +45,14 @@ def test_sessions_of_live_processes_stay_and_those_of_dead_ones_go(tmp_path: Pat
         os.close(descriptor)
 
 
+def test_a_session_that_another_start_is_just_removing_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(private, "_sessions", lambda folder: [folder / "s0000"])
+    assert own_session(tmp_path).is_dir()
+    os.close(private._held[0])
+
+
 @pytest.mark.processes
 def test_a_killed_process_lets_go_of_its_session(tmp_path: Path) -> None:
     code = "import time; from pathlib import Path; from deepgen.cluster.private import own_session\n"
