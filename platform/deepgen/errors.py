@@ -11,13 +11,21 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import NoReturn
 
+from deepgen.masking import masked
+
 USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
 TERMINATED_EXIT_CODE = 143
 
 
 class UserError(Exception):
-    """A mistake the user can fix. The message is one line: what is wrong, what was given, what is allowed."""
+    """A mistake the user can fix. The message is one line: what is wrong, what was given, what is allowed.
+
+    Secrets in it are hidden (`deepgen.masking`).
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(masked(str(message)))
 
 
 class Terminated(KeyboardInterrupt):
@@ -57,7 +65,7 @@ def run_program(main: Callable[[], int | None], *, resumes: bool = True) -> NoRe
     except KeyboardInterrupt as interrupt:
         arguments = [*(a for a in sys.argv if a != "--resume"), *(["--resume"] if resumes else [])]
         again = "" if resumes else ", run the same command again"
-        print(f"\nstopped; to continue{again}: {shlex.join(['python', *arguments])}", file=sys.stderr)
+        print(f"\nstopped; to continue{again}: {masked(shlex.join(['python', *arguments]))}", file=sys.stderr)
         sys.exit(TERMINATED_EXIT_CODE if isinstance(interrupt, Terminated) else INTERRUPTED_EXIT_CODE)
     sys.exit(code or 0)
 

@@ -30,7 +30,7 @@ KEYS = {
     "run": "name dir seed resume",
     "model": "preset weights padding precision gradient_checkpointing lora_rank lora_alpha lora_dropout fresh_bridge",
     "data": "train prompts heldout image_size edit_per_cycle t2i_per_cycle micro_batch caption_drop "
-    "temperature weights max_bad_share threads cache_dir",
+    "temperature weights max_bad_share threads allow cache_dir",
     "train": "steps learning_rate min_learning_rate beta1 beta2 weight_decay warmup_steps schedule grad_clip workers "
     "threads zero_stage offload_optimizer ema_decay checkpoint_every keep_checkpoints max_failures",
     "rollout": "sampler eta num_steps shift guidance_scale sde_steps sde_window group_size prompts_per_step actors "
