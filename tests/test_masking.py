@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 
 import pytest
 
@@ -80,6 +81,18 @@ def test_secrets_are_known_by_their_form(text: str) -> None:
 )
 def test_what_is_no_secret_stays(text: str) -> None:
     assert masked(text) == text
+
+
+@pytest.mark.parametrize("part", ["a", "a='", "http://", "http://u:p@h?a=b&", "iVBOR+/=", "token=", "eyJ", "a-"])
+def test_long_texts_take_no_time(part: str) -> None:
+    begun = time.monotonic()
+    masked(part * (300_000 // len(part)))
+    assert time.monotonic() - begun < 10  # a search from every letter on would take minutes
+
+
+def test_a_name_in_an_error_is_cut() -> None:
+    error = UriError("iVBOR" * 1_000_000, "no\tsuch\x1b[2Jfile")
+    assert len(str(error)) < 300 and "\x1b" not in str(error) and str(error).isprintable()
 
 
 def test_settings_are_hidden_by_their_keys() -> None:

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "***"
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s\"<>`]+)")
+# Names and schemes begin where no letter of theirs is before: a long word without an end is searched once.
+_ADDRESS = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z0-9+.-]+://)([^\s\"<>`]+)")
 _CLOSING = "'),;:.]}!"  # punctuation of the sentence around an address
 _HARMLESS = re.compile(  # parameters that are shown; the last ones are of MLflow's pages
     r"scheme|region|endpoint_override|w|h|width|height|size|format|fm|page|v|version|mode"
@@ -27,7 +28,8 @@ _SECRET_NAME = re.compile(
 )
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _ASSIGNED = re.compile(
-    r"(?P<name>[A-Za-z][\w.-]*)(?P<is>\s?=\s?|['\"]?: ?(?=['\"]))(?P<value>'[^']*'|\"[^\"]*\"|[^\s'\"&,;)}\]]+)"
+    r"(?<![\w.-])(?P<name>[\w.-]+)(?P<is>\s?=\s?|['\"]?: ?(?=['\"]))"
+    r"(?P<value>'[^']{0,5000}'|\"[^\"]{0,5000}\"|[^\s'\"&,;)}\]]+)"
 )
 _FORMS = re.compile(
     r"\b(?:sk-[\w-]{16,}|hf_\w{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abeoprs]-[\w-]{10,}"
