@@ -244,6 +244,21 @@ def _in(data: Path, name: str, allow: tuple[str, ...]) -> tuple[str, Reach]:
     return str(found.image), found.image.reach
 
 
+def test_a_download_from_hugging_face_is_read_through_its_links(tmp_path: Path) -> None:
+    snapshot, blobs = (
+        tmp_path / "datasets--me--cats" / "snapshots" / "0123abc",
+        tmp_path / "datasets--me--cats" / "blobs",
+    )
+    for folder in (snapshot / "data", blobs):
+        folder.mkdir(parents=True)
+    (blobs / "1").write_bytes(PICTURE)
+    (snapshot / "data" / "1.png").symlink_to("../../../blobs/1")
+    (tmp_path / "datasets--me--cats" / "other.png").write_bytes(PICTURE)
+    assert read_uri(DataUri(*_in(snapshot / "data", "1.png", ()))) == PICTURE
+    with pytest.raises(UriError, match="lies outside of"):
+        read_uri(DataUri(*_in(snapshot / "data", "../../../other.png", ())))
+
+
 def test_a_plain_text_is_no_permission_to_read_a_file(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(PICTURE)
     with pytest.raises(UriError, match="is a file, and no folder is known that it may lie in"):

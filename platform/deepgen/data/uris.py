@@ -51,7 +51,8 @@ def _uri_error(name: str, why: str, missing: bool) -> UriError:
 
 
 def _shown(text: str, most: int) -> str:
-    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(masked(text).split()))
+    text = " ".join(masked(text[: 10 * most]).split())
+    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
     return text if len(text) <= most else f"{text[:most]}..."
 
 
@@ -71,7 +72,14 @@ class DataUri(str):
 
 def reach_of(path: Path, allow: Sequence[str] = (), *more: Path) -> Reach:
     """What a data set at `path`, a file or a folder, may read: its folder and `more` folders, and what `allow` adds."""
-    return Reach.of([path if path.is_dir() else path.parent, *more], allow)
+    folder = path if path.is_dir() else path.parent
+    return Reach.of([folder, *_blobs(folder.absolute()), *more], allow)
+
+
+def _blobs(folder: Path) -> list[Path]:
+    """Where the files of a Hugging Face download are: those in .../snapshots/REVISION are links to .../blobs."""
+    revisions = [one for one in (folder, *folder.parents) if one.parent.name == "snapshots"]
+    return [found for one in revisions if (found := one.parent.parent / "blobs").is_dir()]
 
 
 def absolute(uri: str, folder: Path, reach: Reach | None = None) -> DataUri:
