@@ -198,7 +198,7 @@ def test_files_have_the_limit_of_everything_else(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("deepgen.data.uris.MAX_BYTES", 1000)
     with (tmp_path / "a.png").open("wb") as stream:
         stream.truncate(1 << 40)
-    with pytest.raises(UriError, match="1,099,511,627,776 bytes; allowed: at most 1,000"):
+    with pytest.raises(UriError, match="more than 1,000 bytes"):
         read_uri(DataUri(str(tmp_path / "a.png"), reach_of(tmp_path)))
 
 

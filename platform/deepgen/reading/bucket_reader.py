@@ -10,9 +10,11 @@ import re
 from functools import lru_cache
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
+import pyarrow as pa
 from pyarrow import fs
 
 from deepgen.reading.deadline import Deadline
+from deepgen.reading.file_reader import too_large
 from deepgen.reading.reach import Reach
 
 # What may follow a "?": everything else is part of the key.
@@ -36,7 +38,7 @@ def read_bucket(uri: str, reach: Reach, deadline: Deadline, limit: int) -> bytes
         for number, name in enumerate(keys, start=1):
             try:
                 with _system(base).open_input_file(f"{bucket}/{name}") as stream:
-                    return _read(stream, deadline, limit)
+                    return _read(stream, limit)
             except FileNotFoundError:
                 if number == len(keys):
                     raise
@@ -45,11 +47,10 @@ def read_bucket(uri: str, reach: Reach, deadline: Deadline, limit: int) -> bytes
     return deadline.call(read)
 
 
-def _read(stream: object, deadline: Deadline, limit: int) -> bytes:
-    size = stream.size()  # type: ignore[attr-defined]
-    if size > limit:
-        raise OSError(f"{size:,} bytes; allowed: at most {limit:,}")
-    data: bytes = stream.read(limit + 1)  # type: ignore[attr-defined]
+def _read(stream: pa.NativeFile, limit: int) -> bytes:
+    if stream.size() > limit:
+        raise too_large(limit)
+    data: bytes = stream.read(limit + 1)
     return data
 
 

@@ -22,10 +22,10 @@ def read_file(path: str, limit: int) -> bytes:
         found = os.fstat(stream.fileno())
         _check_kind(found.st_mode)
         if found.st_size > limit:
-            raise OSError(f"{found.st_size:,} bytes; allowed: at most {limit:,}")
+            raise too_large(limit)
         data = stream.read(limit + 1)
     if len(data) > limit:
-        raise OSError(f"more than {limit:,} bytes")
+        raise too_large(limit)
     return data
 
 
@@ -34,9 +34,14 @@ def check_regular(path: str | os.PathLike[str]) -> None:
     _check_kind(os.stat(path).st_mode)
 
 
+def too_large(limit: int) -> OSError:
+    """The error for more than `limit` bytes. Without the size, so that equal faults can be counted."""
+    return OSError(f"more than {limit:,} bytes")
+
+
 def _check_kind(mode: int) -> None:
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError("Is a directory; allowed: a file")
+        raise IsADirectoryError("Is a directory")
     if not stat.S_ISREG(mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "no regular file")
         raise OSError(f"is {kind}; allowed: a regular file")

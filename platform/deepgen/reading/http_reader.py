@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
 
 from deepgen.reading.deadline import Deadline
+from deepgen.reading.file_reader import too_large
 from deepgen.reading.reach import Reach
 
 MAX_REDIRECTS = 5
@@ -112,11 +113,11 @@ def _refuse(why: str) -> str:
 def _read_body(answer: http.client.HTTPResponse, data: bytearray, limit: int) -> None:
     expected = answer.length
     if expected is not None and expected > limit:
-        raise OSError(f"{expected:,} bytes; allowed: at most {limit:,}")
+        raise too_large(limit)
     while len(data) <= limit and (piece := answer.read1(_PIECE)):  # read() would block until it has all bytes
         data += piece
     if len(data) > limit:
-        raise OSError(f"more than {limit:,} bytes")
+        raise too_large(limit)
     if expected is not None and len(data) < expected:
         raise OSError(f"ends after {len(data):,} of {expected:,} bytes")
 

@@ -56,7 +56,7 @@ class Reach:
         if any(_lies_in(real, os.path.realpath(folder)) for folder in self.folders):
             return real
         own = " or ".join(self.folders)
-        link = "" if real == os.path.abspath(path) else f" (it is {real})"
+        link = "" if real == os.path.abspath(path) else f" (it is {real!r})"
         raise PermissionError(f"lies outside of {own}{link}; allowed: files in there, or in a folder of data.allow")
 
     def check_address(self, host: str, address: str) -> None:
@@ -65,7 +65,7 @@ class Reach:
         if self.allows_host(host) or is_public(found) or any(found in network for network in self.networks):
             return
         raise PermissionError(
-            f"leads to {found}, which is no public address; allowed: public ones, or a host, address or network that "
+            f"leads to '{found}', which is no public address; allowed: public ones, or a host, address or network that "
             "data.allow lists"
         )
 
