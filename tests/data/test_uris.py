@@ -125,6 +125,24 @@ def test_keys_of_buckets_are_written_as_they_are(name: str, monkeypatch: pytest.
     assert set(asked) == {f"/bucket/{decoded}", f"/bucket/{name}"}
 
 
+@pytest.mark.parametrize("secret", ["plain", "a/b+c=", "a%2Fb%2Bc%3D"])
+def test_a_secret_of_a_bucket_is_used_as_it_is(secret: str) -> None:
+    signed: list[str] = []
+
+    class Asked(Storage):
+        def _answer(self, body: bool) -> None:
+            signed.append(self.headers["Authorization"])
+            self.path = "/fine" if unquote(self.path) == "/bucket/a@b:c.png" else "/gone"
+            super()._answer(body)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Asked) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        options = f"scheme=http&region=us-east-1&endpoint_override=127.0.0.1:{server.server_port}"
+        assert read_uri(DataUri(f"s3://AKID:{secret}@bucket/a@b:c.png?{options}", LOCAL)) == PICTURE
+        server.shutdown()
+    assert all("Credential=AKID/" in one for one in signed)
+
+
 def test_a_key_that_looks_encoded_and_is_not(tmp_path: Path) -> None:
     """Of two readings of a name the decoded one is tried first, as in every URI, then the name as it is."""
     tried: list[str] = []

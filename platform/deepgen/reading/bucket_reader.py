@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -58,8 +58,12 @@ def _parts(uri: str) -> tuple[str, str, str, str, dict[str, str]]:
     """Scheme (s3 or gs), "user:password@" or "", bucket, key, options. Raises ValueError."""
     scheme, _, rest = uri.partition("://")
     scheme = "s3" if scheme.lower() == "s3" else "gs"
-    authority, _, key = rest.partition("/")
-    user, at, bucket = authority.rpartition("@")
+    user, at, after = rest.partition("@")
+    if at and (":" in user.partition("/")[0] or "/" not in user):  # secrets of AWS often have a "/"
+        user, rest = quote(user, safe=":%") + "@", after
+    else:
+        user = ""
+    bucket, _, key = rest.partition("/")
     path, mark, query = key.rpartition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     if mark and options and options.keys() <= _OPTIONS[scheme]:
@@ -68,7 +72,7 @@ def _parts(uri: str) -> tuple[str, str, str, str, dict[str, str]]:
         options = {}
     if not _BUCKET.fullmatch(bucket) or not key:
         raise ValueError(f"names no {'key' if _BUCKET.fullmatch(bucket) else 'bucket'}; allowed: {scheme}://BUCKET/KEY")
-    return scheme, user + at, bucket, key, options
+    return scheme, user, bucket, key, options
 
 
 def _check(options: dict[str, str], reach: Reach) -> None:
