@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 from urllib.parse import quote, unquote
 
 import pyarrow as pa
@@ -24,7 +24,7 @@ from deepgen.data.loading.dataset import TrainingSet
 from deepgen.data.loading.parquet_store import ParquetStore
 from deepgen.data.parquet import SCHEMA, read_records, write_records
 from deepgen.data.records import RecordError
-from deepgen.data.uris import DataUri, UriError, reach_of, read_uri, version_of
+from deepgen.data.uris import DataUri, UriError, absolute, reach_of, read_uri, version_of
 from deepgen.reading.reach import Reach
 from tests.data.test_records import EDIT, GOOD, PICTURE, PIXELS
 from tests.helpers.servers import endless
@@ -171,6 +171,8 @@ def test_a_key_that_looks_encoded_and_is_not(tmp_path: Path) -> None:
         ),
         ("s3://bucket/a.png?endpoint_override=http://169.254.169.254", "has the endpoint '169.254.169.254'"),
         ("gs://bucket/a.png?endpoint_override=localhost:9&scheme=http", "has the endpoint 'localhost'"),
+        ("s3://bucket/a.png?endpoint_override=evil.test%5C@127.0.0.1", "has the endpoint "),
+        ("s3://bucket/a.png?endpoint_override=127.0.0.1:9%23@evil.test", "has the endpoint "),
         ("s3://bucket/a.png?region=evil.test/&scheme=http", "region 'evil.test/'; allowed: letters"),
         ("s3://bucket/a.png?scheme=file", "scheme file; allowed: http and https"),
         ("s3://169.254.169.254:80/a.png", "names no bucket; allowed: s3://BUCKET/KEY"),
@@ -180,7 +182,7 @@ def test_a_key_that_looks_encoded_and_is_not(tmp_path: Path) -> None:
 )
 def test_an_address_of_a_bucket_leads_to_no_other_server(given: str, says: str) -> None:
     with pytest.raises(UriError, match=says):
-        read_uri(DataUri(given, Reach()))
+        read_uri(DataUri(given, Reach() if "evil" not in given else LOCAL))
 
 
 def test_a_bucket_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +212,13 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     for device in ("/dev/zero", "/dev/stdin", "/dev/full"):
         with pytest.raises(UriError, match=r"device|FIFO|Is a directory|outside"):
             read_uri(DataUri(device, Reach.of([Path("/dev")])))
+
+
+def test_a_picture_in_base64_is_a_long_name(tmp_path: Path) -> None:
+    begun = monotonic()
+    with pytest.raises(UriError, match="File name too long") as caught:
+        read_uri(absolute("iVBOR+/=" * 1_000_000, tmp_path))
+    assert monotonic() - begun < 30 and len(str(caught.value)) < 1000
 
 
 def test_files_have_the_limit_of_everything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 import pyarrow as pa
 from pyarrow import fs
@@ -21,6 +21,8 @@ from deepgen.reading.reach import Reach
 _OPTIONS = {"s3": {"region", "scheme", "endpoint_override"}, "gs": {"scheme", "endpoint_override"}}
 _BUCKET, _REGION = re.compile(r"[\w.-]+", re.ASCII), re.compile(r"[\w-]+", re.ASCII)
 
+_ENDPOINT = re.compile(r"(?:https?://)?(?P<host>[\w.-]+|\[[0-9a-f:.]+\])(?::\d+)?/?", re.ASCII | re.IGNORECASE)
+
 
 def read_bucket(uri: str, reach: Reach, deadline: Deadline, limit: int) -> bytes:
     """The object at an address, at most `limit` bytes. Its key is written as it is, or percent-encoded.
@@ -30,7 +32,7 @@ def read_bucket(uri: str, reach: Reach, deadline: Deadline, limit: int) -> bytes
     scheme, user, bucket, key, options = _parts(uri)
     _check(options, reach)
     if scheme == "gs":
-        options["retry_limit_seconds"] = f"{deadline.seconds:g}"
+        options["retry_limit_seconds"] = f"{0.8 * deadline.seconds:g}"  # so that its own error comes first
     base = f"{scheme}://{user}{bucket}/?{urlencode(options)}"
     keys = list(dict.fromkeys([unquote(key), key]))
 
@@ -84,8 +86,9 @@ def _check(options: dict[str, str], reach: Reach) -> None:
     endpoint = options.get("endpoint_override")
     if endpoint is None:
         return
-    host = urlsplit(endpoint if "://" in endpoint else f"//{endpoint}").hostname or ""
-    if not reach.allows_host(host):
+    found = _ENDPOINT.fullmatch(endpoint)
+    if found is None or not reach.allows_host(found["host"]):
+        host = found["host"] if found else endpoint
         raise PermissionError(f"has the endpoint {host!r}; allowed: hosts and networks that data.allow lists")
 
 

@@ -6,6 +6,7 @@ symbolic link), or to a server that only this machine reaches (loopback, a priva
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 ALLOWED = "absolute folders, host names, IP addresses and networks, as in [/mnt/images, minio.internal, 10.0.0.0/8]"
+_LONGEST = 4096  # bytes of a path in Linux
 _HOST = re.compile(r"(?!-)[\w-]+(\.[\w-]+)*\.?")
 # Metadata of Azure and Oracle: `is_global` counts these as public.
 _NOT_PUBLIC = (ipaddress.ip_network("168.63.129.16/32"), ipaddress.ip_network("192.0.0.0/24"))
@@ -52,6 +54,8 @@ class Reach:
         """The path with all symbolic links resolved. Raises PermissionError if it is not in one of the folders."""
         if not self.folders:
             raise PermissionError("is a file, and no folder is known that it may lie in")
+        if len(os.fsencode(path)) > _LONGEST:  # a picture in base64 has thousands of "/" to resolve
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         real = os.path.realpath(path)
         if any(_lies_in(real, os.path.realpath(folder)) for folder in self.folders):
             return real
