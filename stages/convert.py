@@ -28,6 +28,7 @@ from deepgen.data.conversion import convert_units as convert  # noqa: E402
 from deepgen.data.conversion.convert_units import Limits, Tally  # noqa: E402
 from deepgen.data.conversion.raw_data import FORMS, RawData, Unit, guess_form, plan_units  # noqa: E402
 from deepgen.data.images import MAX_ASPECT, MAX_PIXELS  # noqa: E402
+from deepgen.reading.reach import check_allowed  # noqa: E402
 
 LOOK_AFTER = 200  # the share of bad samples is checked only after this many
 
@@ -61,6 +62,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--task", choices=TASKS, default="t2i", help="of these samples")
     parser.add_argument("--name", help="of the data set, for the column source; default: SOURCE's")
     parser.add_argument("--images", type=argument, help="folder that relative image paths start from")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PLACE",
+        help="folder, host, address or network that its images may be read from, besides files under SOURCE and "
+        "--images and public addresses; as in data.allow, can be repeated",
+    )
     parser.add_argument("--caption-key", default="caption", help="key of the caption in annotations and tar JSON")
     parser.add_argument(
         "--column", action="append", default=[], metavar="ROLE=NAME", help="hf: image, prompt or references"
@@ -96,6 +105,7 @@ def main() -> int:
         args.caption_key,
         columns(args.column),
         args.name or args.source.resolve().stem,
+        allowed(args.allow),
     )
     limits = convert.Limits(args.min_side, args.max_aspect, args.max_pixels)
     units = plan_units(raw, args.rows)
@@ -129,6 +139,15 @@ def columns(given: Sequence[str]) -> dict[str, str]:
     if wrong := set(pairs) - {"image", "prompt", "references"}:
         raise UserError(f"--column {sorted(wrong)[0]}=...: allowed are image, prompt and references")
     return pairs
+
+
+def allowed(given: Sequence[str]) -> tuple[str, ...]:
+    for entry in given:
+        try:
+            check_allowed(entry)
+        except ValueError as error:
+            raise UserError(f"--allow: {error}") from error
+    return tuple(given)
 
 
 def run(raw: RawData, units: Sequence[Unit], out: Path, limits: Limits, args: argparse.Namespace) -> None:

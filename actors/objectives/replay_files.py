@@ -26,7 +26,7 @@ import yaml
 from actors.learner.checkpoints.checkpoint_store import STATE
 from actors.learner.protocols import Replayed
 from actors.messages import Arrays, Group
-from deepgen.config import Settings, UserError, stage_command
+from deepgen.config import Settings, UserError, shown_settings, stage_command
 from deepgen.config.schema.sections import MAX_NAME
 from deepgen.data.records import Record
 from deepgen.fingerprint import file_checksum, fingerprint
@@ -96,8 +96,8 @@ def write_step(
 
 
 def write_recipe(folder: Path, settings: Settings) -> str:
-    """Write the run's settings beside its steps, and return the command that trains from these."""
-    content = settings.model_dump()
+    """Write the run's settings beside its steps, without secrets, and return the command that trains from these."""
+    content = shown_settings(settings)
     content["run"] |= {"name": f"{settings.run.name[: MAX_NAME - len(_REPLAY)]}{_REPLAY}", "resume": False}
     (folder / RECIPE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return stage_command("rl", "--recipe", folder / RECIPE, "--train-only", folder)

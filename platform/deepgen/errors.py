@@ -6,7 +6,6 @@ import difflib
 import errno
 import io
 import os
-import re
 import shlex
 import signal
 import sys
@@ -15,17 +14,24 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from deepgen.masking import masked
+
 USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
 TERMINATED_EXIT_CODE = 143
 # Options of the stages that leave nothing to continue, or refuse to (`deepgen.config.cli`).
 _NOT_CONTINUED = ("--help", "-h", "--plan", "--print-config", "--status", "--rollout-only", "--train-only")
 SUBMITTED_COPY = "_ray_pkg_" in __file__  # Ray's name of the folder for the files of a job
-_SECRET = re.compile(r"(://[^:/@\s]*:)[^@/\s]+@")  # the password in an address
 
 
 class UserError(Exception):
-    """A mistake the user can fix. The message is one line: what is wrong, what was given, what is allowed."""
+    """A mistake the user can fix. The message is one line: what is wrong, what was given, what is allowed.
+
+    Secrets in it are hidden (`deepgen.masking`).
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(masked(str(message)))
 
 
 class Terminated(KeyboardInterrupt):
@@ -81,8 +87,8 @@ def _how_to_continue(resumes: bool) -> str:
         return ""
     given = [argument for argument in sys.argv[1:] if not resumes or argument != "--resume"]
     line = command(sys.argv[0], *given, *(["--resume"] if resumes else []))
-    shown = _SECRET.sub(r"\1***@", line)
-    note = " (with the password in the place of ***)" if shown != line else ""
+    shown = masked(line)
+    note = " (with what is secret in the place of ***)" if shown != line else ""
     again = "" if resumes else ", run the same command again"
     return f"; to continue{again}{note}: {shown}"
 

@@ -12,7 +12,15 @@ from typing import get_args
 import pytest
 import yaml
 
-from deepgen.config import Settings, UserError, load_settings, parse_command_line, settings_from_dict, settings_hash
+from deepgen.config import (
+    Settings,
+    UserError,
+    load_settings,
+    parse_command_line,
+    settings_from_dict,
+    settings_hash,
+    shown_settings,
+)
 from deepgen.config.cli import WIDTH
 from deepgen.config.recipes import find_recipe, parse_value
 from deepgen.config.schema.paths import CHECKOUT
@@ -30,7 +38,7 @@ KEYS = {
     "run": "name dir seed resume",
     "model": "preset weights padding precision gradient_checkpointing lora_rank lora_alpha lora_dropout fresh_bridge",
     "data": "train prompts heldout image_size edit_per_cycle t2i_per_cycle micro_batch caption_drop "
-    "temperature weights max_bad_share threads cache_dir",
+    "temperature weights max_bad_share threads allow cache_dir",
     "train": "steps learning_rate min_learning_rate beta1 beta2 weight_decay warmup_steps schedule grad_clip workers "
     "threads zero_stage offload_optimizer ema_decay checkpoint_every keep_checkpoints max_failures",
     "rollout": "sampler eta num_steps shift guidance_scale sde_steps sde_window group_size prompts_per_step actors "
@@ -465,3 +473,35 @@ def test_user_error_of_a_ray_actor_is_still_one_line() -> None:
     )
     done = run_python(PROGRAM.format(f"(_ for _ in ()).throw({remote})"))
     assert (done.returncode, done.stderr) == (2, "error: data.train: row 3\n")
+
+
+# ---- Secrets ----
+
+
+def test_settings_are_shown_without_secrets_and_say_so_when_read_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = "tracking.uri=http://user:hunter2@host:5000/?token=hunter2"
+    with pytest.raises(SystemExit):
+        parse_command_line("sft", [secret, "--print-config"])
+    shown = capsys.readouterr().out
+    assert "uri: http://user:***@host:5000/?token=***" in shown and "hunter2" not in shown
+    settings = load_settings(None, [secret])
+    assert shown_settings(settings)["tracking"]["uri"] == "http://user:***@host:5000/?token=***"
+    assert settings.tracking.uri.endswith("token=hunter2")
+    path = recipe_file(tmp_path, shown)
+    assert message_of([], path) == (
+        "tracking.uri: got 'http://user:***@host:5000/?token=***' in mine.yaml, whose secret was hidden when it was "
+        "written; give it again"
+    )
+    assert load_settings(path, [secret]).tracking.uri == settings.tracking.uri
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["tracking.urii=http://u:hunter2@h", "train.steps=http://u:hunter2@h", "http://u:hunter2@h"],
+)
+def test_what_is_wrong_with_a_setting_is_said_without_secrets(given: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_command_line("sft", [given])
+    assert "hunter2" not in str(caught.value)

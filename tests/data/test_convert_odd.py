@@ -187,8 +187,8 @@ def test_odd_rows_of_a_list_stop_nothing(tmp_path):
         "caption: not valid text",
         "target: cannot be read (File name too long)",
         "target: cannot be read (dict; allowed: bytes, a name or a struct of bytes and path)",
+        "target: cannot be read (embedded null byte)",
         "target: cannot be read (list; allowed: bytes, a name or a struct of bytes and path)",
-        "target: file missing",
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,61 @@ def test_bad_rows_are_left_out_with_their_reasons(
 
     monkeypatch.setattr("deepgen.data.usable.usable_image", lambda *_: pytest.fail("judged before"))
     assert [record for _, record in usable_records(run, "data.prompts")] == usable
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_another_checkout_of_the_same_data_is_not_judged_again(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """In a submitted job every node has its own copy of the data, with another path and other file times."""
+    found = []
+    for node in ("one", "two"):
+        path = tmp_path / node / "data" / "x.parquet"
+        write_records(path, [*prompts(5), *(record for record, _ in BAD), EDIT])
+        os.utime(path, (1, 1 if node == "one" else 2))
+        given = path if form == "file" else path.parent
+        run = settings(tmp_path, weights, "data.max_bad_share=1", f"data.prompts={given}")
+        found.append([record for _, record in usable_records(run, "data.prompts")])
+        monkeypatch.setattr("deepgen.data.usable.usable_image", lambda *_: pytest.fail("judged again"))
+    assert found[0] == found[1]
+    lines = [json.loads(line) for line in (tmp_path / "runs/a/quarantine-prompts.jsonl").read_text().splitlines()]
+    assert {line["file"] for line in lines} == {"x.parquet"} and len(lines) == len(BAD)
+
+
+def test_data_that_changed_in_place_is_judged_again(tmp_path: Path, weights: Path) -> None:
+    write_records(tmp_path / "x.parquet", [*prompts(2), replace(PROMPT, id="b", prompt="a <|im_end|>")])
+    assert len(usable_records(settings(tmp_path, weights), "data.prompts")) == 2
+    write_records(tmp_path / "x.parquet", [*prompts(2), replace(PROMPT, id="b", prompt="a <|im_edn|>")])
+    os.utime(tmp_path / "x.parquet", (1, 1))
+    assert len(usable_records(settings(tmp_path, weights), "data.prompts")) == 3
+
+
+def test_prompts_name_no_file_outside_of_their_folder(tmp_path: Path, weights: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.png").write_bytes(PICTURE)
+    edit = replace(EDIT, id="e", image=None, references=(str(tmp_path / "elsewhere" / "a.png"),))
+    (tmp_path / "set").mkdir()
+    write_records(tmp_path / "set" / "a.parquet", prompts(2))
+    write_records(tmp_path / "set" / "b.parquet", [edit])
+    own = f"data.prompts={tmp_path / 'set'}"
+    assert len(usable_records(settings(tmp_path, weights, own), "data.prompts")) == 2
+    (line,) = map(json.loads, (tmp_path / "runs/a/quarantine-prompts.jsonl").read_text().splitlines())
+    assert (
+        f"lies outside of {tmp_path / 'set'}; allowed: files in there, or in a folder of data.allow" in line["reason"]
+    )
+    allow = f"data.allow=[{tmp_path / 'elsewhere'}]"
+    assert len(usable_records(settings(tmp_path, weights, own, allow), "data.prompts")) == 3
+
+
+def test_no_secret_of_an_address_is_in_the_quarantine(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = "http://user:hunter2@127.0.0.1:9/a.png?sig=hunter2"
+    write_records(tmp_path / "x.parquet", [*prompts(1), replace(EDIT, id=address, image=None, references=(address,))])
+    usable_records(settings(tmp_path, weights), "data.prompts")
+    written = [file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()]
+    assert len(written) == 2 and not any(b"hunter2" in data for data in written)
+    assert "user:***@127.0.0.1:9/a.png?sig=***" in capsys.readouterr().out
 
 
 def test_the_share_is_that_of_training_data(tmp_path: Path, weights: Path) -> None:

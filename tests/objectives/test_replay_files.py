@@ -167,6 +167,16 @@ def test_the_recipe_is_the_run_under_another_name(tmp_path: Path, settings: Sett
     assert again.model_copy(update={"run": settings.run}) == settings
 
 
+def test_no_secret_is_written(tmp_path: Path, settings: Settings) -> None:
+    tracking = settings.tracking.model_copy(update={"uri": "http://user:hunter2@host"})
+    settings = settings.model_copy(update={"tracking": tracking})
+    write(tmp_path / "steps", settings, 3)
+    write_recipe(tmp_path, settings)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"hunter2" in file.read_bytes()]
+    again = load_settings(tmp_path / "recipe.yaml", ["tracking.uri=http://user:hunter2@host"])
+    assert again.tracking == settings.tracking
+
+
 def test_what_is_not_finite_is_named() -> None:
     good = group(0, 7)
     assert not_finite([good], REWARDS) == ""  # a missing score is none

@@ -5,7 +5,7 @@ from deepgen.config.schema.choices import Share
 from deepgen.config.schema.paths import InputPath, resolve_path
 from deepgen.config.schema.pools import PoolSettings
 from deepgen.config.schema.section import setting
-from deepgen.config.settings import Settings, load_settings, settings_from_dict, settings_hash
+from deepgen.config.settings import Settings, load_settings, settings_from_dict, settings_hash, shown_settings
 from deepgen.errors import UserError, run_program
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "setting",
     "settings_from_dict",
     "settings_hash",
+    "shown_settings",
     "stage_command",
 ]

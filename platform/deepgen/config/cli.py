@@ -24,6 +24,7 @@ from deepgen.config.settings import (
     load_settings,
     merge_settings,
     sections,
+    shown_settings,
 )
 from deepgen.config.stage_rules import check_inputs, check_stage
 from deepgen.errors import SUBMITTED_COPY, UserError, command, nearest
@@ -48,7 +49,8 @@ options:
   KEY=VALUE               sets one key; --KEY VALUE and --KEY=VALUE do the same. It wins over the
                           recipe; of two for one key the last wins. Values are written as in YAML.
   --resume                continue run.name from its last checkpoint (run.resume=true)
-  --print-config          print all settings as YAML, which is itself a recipe, and start nothing
+  --print-config          print all settings as YAML, which is itself a recipe, and start nothing;
+                          *** stands for a secret
   --plan                  print the memory this run needs on each GPU and the smallest clusters that
                           have it, and start nothing; weights and data need not be there
 {more}  --help                  this text
@@ -94,7 +96,7 @@ def parse_command_line(
     settings = load_settings(find_recipe(arguments.recipe), arguments.overrides)
     check_stage(settings, stage)
     if arguments.print_config:
-        print(yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(shown_settings(settings), sort_keys=False, allow_unicode=True), end="")
         sys.exit(0)
     if arguments.plan:
         if plan is None:

@@ -39,6 +39,7 @@ from deepgen.config.schema.sections import (
     TrainSettings,
 )
 from deepgen.errors import UserError, nearest
+from deepgen.masking import HIDDEN, is_secret, masked_value
 from deepgen.registry import REWARDS
 
 _NO_HINT = "; --help lists all keys"
@@ -87,7 +88,21 @@ def load_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> 
     Raises UserError with one line: the key, the given value and its place, the allowed values, the nearest spelling.
     """
     content, origin = merge_settings(recipe, overrides)
+    _require_secrets(content, "", origin)
     return _validate(content, origin, from_user=True)
+
+
+def _require_secrets(value: Any, key: str, origin: Mapping[str, str]) -> None:
+    """Raise UserError if a value was written by `shown_settings`, which hid the secret in it."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _require_secrets(inner, f"{key}.{name}" if key else str(name), origin)
+    elif isinstance(value, list):
+        for inner in value:
+            _require_secrets(inner, key, origin)
+    elif isinstance(value, str) and (value == HIDDEN or ("://" in value and HIDDEN in value)):
+        place = f" {origin[key]}" if key in origin else ""
+        raise UserError(f"{key}: got {value!r}{place}, whose secret was hidden when it was written; give it again")
 
 
 def merge_settings(recipe: Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -134,6 +149,12 @@ def is_pool_class(key: str) -> bool:
 def settings_from_dict(content: Mapping[str, Any]) -> Settings:
     """The settings whose `model_dump()` is `content`, with paths resolved in this process. Raises UserError."""
     return _validate(content, {}, from_user=False)
+
+
+def shown_settings(settings: Settings) -> dict[str, Any]:
+    """`model_dump()` with secrets hidden: for everything that is printed or written. Secrets are in memory only."""
+    shown: dict[str, Any] = masked_value("", settings.model_dump(mode="json"))
+    return shown
 
 
 def settings_hash(settings: Settings) -> str:
@@ -237,7 +258,7 @@ def _describe(error: ValidationError, origin: Mapping[str, str], leaves: Mapping
         else:
             key = dotted if leaf.endswith(".weights") else leaf
             given = None if problem["type"] == "missing" else problem["input"]
-            said = "nothing" if given is None else repr(given)
+            said = "nothing" if given is None else HIDDEN if is_secret(key) else repr(given)
             said = said if len(said) <= _SHOWN else f"{said[:_SHOWN]}… ({len(said)} letters)"
             if problem["type"] == "no_path":
                 lines.setdefault(key, f"{key}: got {said}{place}, {problem['msg']}")

@@ -16,7 +16,10 @@ import pyarrow.parquet as pq
 
 from deepgen.data.images import header_size
 from deepgen.data.records import NOT_UTF8, Record, RecordError, check_row, read_prompt_lines
+from deepgen.data.uris import reach_of
 from deepgen.errors import UserError
+from deepgen.reading.file_reader import check_regular
+from deepgen.reading.reach import Reach
 
 SCHEMA = pa.schema(
     [
@@ -45,20 +48,22 @@ class Row:
     record: Record | RecordError
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path, allow: Sequence[str] = ()) -> list[Record]:
     """Records of a parquet file, of all ``*.parquet`` in a folder (by name), or of a ``.txt`` with one prompt a line.
+
+    allow: what their images may be read from besides the folder of `path` and public addresses, as data.allow.
 
     Raises UserError naming file and row (counted from 1) of the first row that does not fit the schema.
     """
     records = []
-    for row in read_rows(path):
+    for row in read_rows(path, allow):
         if isinstance(row.record, RecordError):
             raise row.record
         records.append(row.record)
     return records
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, allow: Sequence[str] = ()) -> list[Row]:
     """Like `read_records`, but returns a RecordError for a parquet row that misfits the schema or repeats an id.
 
     Raises UserError for faults outside single rows: an unreadable file, a missing column, an empty line in a .txt.
@@ -67,10 +72,12 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; allowed: parquet, a folder of it, or a .txt of prompts")
     files = parquet_files(path) if path.is_dir() else [path]
+    require_regular(files)
+    reach = reach_of(path, allow)
     rows: list[Row] = []
     first_seen: dict[str, str] = {}
     for file in files:
-        found = read_prompt_lines(file) if file.suffix == ".txt" else _read_parquet(file)
+        found = read_prompt_lines(file) if file.suffix == ".txt" else _read_parquet(file, reach)
         for number, record in enumerate(found, start=1):
             place = f"{file}, row {number}"
             if isinstance(record, Record) and record.id in first_seen:
@@ -93,6 +100,15 @@ def parquet_files(folder: Path) -> list[Path]:
     if inner is not None:
         raise UserError(f"{inner}: is a folder; allowed in {folder.name}/ under such a name: parquet files")
     return files
+
+
+def require_regular(files: Sequence[Path]) -> None:
+    """Raise UserError if one is no regular file: reading a FIFO would wait for ever."""
+    for file in files:
+        try:
+            check_regular(file)
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror or error}") from error
 
 
 def write_records(path: Path, records: list[Record], *, row_group_size: int | None = None) -> None:
@@ -213,7 +229,7 @@ def _image_type(given: pa.DataType) -> pa.DataType:
     return pa.string() if any(is_kind(given) for is_kind in text) else pa.binary()
 
 
-def _read_parquet(file: Path) -> list[Record | RecordError]:
+def _read_parquet(file: Path, reach: Reach) -> list[Record | RecordError]:
     try:
         table = pq.read_table(file)
     except PARQUET_ERRORS as error:
@@ -221,7 +237,7 @@ def _read_parquet(file: Path) -> list[Record | RecordError]:
     found: list[Record | RecordError] = []
     for number, row in enumerate(to_rows(table, file), start=1):
         try:
-            found.append(check_row(row, f"{file}, row {number}", file.parent))
+            found.append(check_row(row, f"{file}, row {number}", file.parent, reach))
         except RecordError as error:
             found.append(error)
     return found

@@ -15,6 +15,8 @@ from deepgen.config.settings import TASKS
 from deepgen.data.quotes import quoted_words
 from deepgen.data.uris import absolute
 from deepgen.errors import UserError
+from deepgen.masking import masked
+from deepgen.reading.reach import Reach
 
 _TEXT_COLUMNS = ("id", "task", "prompt", "answer", "source")
 NOT_UTF8 = object()  # replaces a row's text that is not UTF-8
@@ -28,7 +30,7 @@ class Record:
     task: str  # one of TASKS
     prompt: str  # caption, riddle or edit instruction, as the user types it
     answer: str  # plain description of what the target shows; judges compare against it
-    image: bytes | str | None  # target image: encoded bytes (`images.FORMATS`), or its absolute path or URI
+    image: bytes | str | None  # target image: encoded bytes (`images.FORMATS`), or its path or URI (`uris.DataUri`)
     references: tuple[bytes | str, ...]  # source images in the same form, () unless task == "edit"
     source: str  # name of the data set the record came from; data.weights weights these
 
@@ -38,7 +40,7 @@ class RecordError(UserError):
 
     def __init__(self, place: str, reason: str, id: str = "") -> None:
         super().__init__(f"{place}: {reason}")
-        self.place, self.reason, self.id = place, reason, id
+        self.place, self.reason, self.id = place, masked(reason), id
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Ray pickles errors between processes. By default pickle would call __init__ with the message alone.
@@ -60,8 +62,11 @@ def first_reserved(text: str, reserved: Sequence[str]) -> str:
     return next((token for token in reserved if token in text), "")
 
 
-def check_row(row: dict[str, Any], place: str, folder: Path) -> Record:
-    """The record in a row of the schema; relative image paths start at `folder`. Raises RecordError if unusable."""
+def check_row(row: dict[str, Any], place: str, folder: Path, reach: Reach) -> Record:
+    """The record in a row of the schema; relative image paths start at `folder`. Raises RecordError if unusable.
+
+    reach: what its images may be read from.
+    """
     name = row["id"] if isinstance(row["id"], str) else ""
 
     def wrong(reason: str) -> RecordError:
@@ -87,7 +92,7 @@ def check_row(row: dict[str, Any], place: str, folder: Path) -> Record:
         raise wrong("an image of no bytes; allowed: an encoded image, or null for no target")
 
     def found(image: Any) -> Any:
-        return absolute(image, folder) if isinstance(image, str) else image
+        return absolute(image, folder, reach) if isinstance(image, str) else image
 
     return Record(**(row | {"image": found(row["image"]), "references": tuple(found(image) for image in references)}))
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from deepgen.masking import masked
+
 logger = logging.getLogger(__name__)
 
 WARN_EVERY = 20  # failed attempts between two warnings
@@ -145,4 +147,4 @@ class Sender:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {masked(lines[0])[:300]}" if lines else type(error).__name__

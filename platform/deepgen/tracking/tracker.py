@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shlex
 import socket
 import sys
@@ -26,7 +25,9 @@ import yaml
 from PIL import Image
 
 from deepgen.config.schema.paths import CHECKOUT
+from deepgen.config.settings import shown_settings
 from deepgen.errors import UserError
+from deepgen.masking import masked, masked_value
 from deepgen.tracking.journal import Entry, Journal, make_entry, read_entries
 from deepgen.tracking.mlflow_page import (
     EXPERIMENT_TAGS,
@@ -103,7 +104,7 @@ class Tracker:
             raise UserError(f"run.dir: cannot write the run folder {self.folder}: {error.strerror or error}") from error
         _quiet_mlflow()
         key = _uri_key(self._settings)
-        about, history = _call_with_deadline(self._open_run, self._start_deadline_s, key, _shown(self.uri))
+        about, history = _call_with_deadline(self._open_run, self._start_deadline_s, key, masked(self.uri))
         hint = f"Every number is kept in {self._journal.path}."
         self._sender = Sender(_is_refusal, hint)
         for item in about:
@@ -160,17 +161,17 @@ class Tracker:
         if undelivered:
             message = "TRACKING: %d records did not reach %s (%s). Every number is kept in %s."
             error = sender.counts().last_error or f"not within {deadline_s:.0f} s"
-            logger.warning(message, undelivered, _shown(self.uri), error, self.folder / "metrics.jsonl")
+            logger.warning(message, undelivered, masked(self.uri), error, self.folder / "metrics.jsonl")
 
     def where(self) -> str:
         """One line that tells a person how to open the page of the run and those beside it."""
         page = page_address(self.experiment_id, self._stage)
         if self.uri.startswith("sqlite:"):
             here = CHECKOUT is not None and self.uri == f"sqlite:///{CHECKOUT / 'runs' / 'mlflow.db'}"
-            server = shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", self.uri])
+            server = shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", masked(self.uri)])
             serve = f"{'make ui   or: ' if here else ''}{server}"
             return f"{serve}   then: {_LOCAL_SERVER}/{page}"
-        return f"{_shown(self.uri).rstrip('/')}/{page}"
+        return f"{masked(self.uri).rstrip('/')}/{page}"
 
     def __enter__(self) -> Tracker:
         return self.start()
@@ -211,7 +212,7 @@ class Tracker:
             return [*about, *self._about(client.get_run(known).data.params)], []
         if known:
             message = "the MLflow run %s is not at %s: a new run takes over the history from metrics.jsonl"
-            logger.warning(message, known, _shown(self.uri))
+            logger.warning(message, known, masked(self.uri))
         run = client.create_run(self.experiment_id, run_name=self._settings.run.name)
         self.run_id = run.info.run_id
         _write_atomically(id_file, self.run_id + "\n")
@@ -251,7 +252,7 @@ class Tracker:
             usual = flatten(default_settings(self._settings))
             for key, value in flatten(self._settings.model_dump()).items():
                 then = before.get(mlflow_name(key), usual.get(key))
-                if key != "run.resume" and then != _shown_value(value):
+                if key != "run.resume" and then != _shown_value(key, value):
                     tags[f"resumed.{key}"] = value
             params = {}
         # Apart, so that a server that refuses one takes the other.
@@ -300,16 +301,17 @@ def check_tracking(settings: Settings) -> None:
     uri, key = tracking_uri(settings), _uri_key(settings)
     parts = urlsplit(uri)
     if parts.scheme.partition("+")[0] not in _SCHEMES:
-        raise UserError(f"{key}: got {_shown(uri)!r}; allowed: an address that begins with {', '.join(_SCHEMES)}")
+        raise UserError(f"{key}: got {masked(uri)!r}; allowed: an address that begins with {', '.join(_SCHEMES)}")
     if parts.scheme not in ("http", "https"):
         return
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         socket.create_connection((parts.hostname or "", port), timeout=_REACH_DEADLINE_S).close()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        # A ValueError is about the port, and could show a part of a password.
+        reason = "no valid port" if isinstance(error, ValueError) else error.strerror or str(error)
         raise UserError(
-            f"{key}: no answer from {_shown(uri)} ({reason}); allowed: a server that runs, or none for a file"
+            f"{key}: no answer from {masked(uri)} ({reason}); allowed: a server that runs, or none for a file"
         ) from error
 
 
@@ -464,7 +466,7 @@ def _call_with_deadline(function: Callable[[], _Result], deadline_s: float, key:
         raise UserError(f"{key}: no answer from {server} within {deadline_s:.0f} s; {instead}")
     if isinstance(errors[0], UserError):
         raise errors[0]
-    reason = _mask(str(errors[0]).strip().splitlines()[0][:200] if str(errors[0]).strip() else repr(errors[0]))
+    reason = masked(str(errors[0]).strip().splitlines()[0] if str(errors[0]).strip() else repr(errors[0]))[:200]
     if _is_refusal(errors[0]):
         raise UserError(f"{key}: {server} refuses the run: {reason}") from errors[0]
     raise UserError(f"{key}: no answer from {server}: {reason}; {instead}") from errors[0]
@@ -509,28 +511,19 @@ def _write_atomically(path: Path, text: str) -> None:
 
 def _shown_settings(settings: Mapping[str, str]) -> dict[str, str]:
     """Settings as parameters or tags, with names and values that MLflow takes."""
-    return {mlflow_name(key): _shown_value(value) for key, value in settings.items()}
+    return {mlflow_name(key): _shown_value(key, value) for key, value in settings.items()}
 
 
-def _shown_value(value: str) -> str:
-    """A setting's value without passwords, cut to what MLflow takes."""
-    return _mask(value)[:_MAX_PARAM_LENGTH]
+def _shown_value(key: str, value: str) -> str:
+    """A setting's value without secrets, cut to what MLflow takes."""
+    return str(masked_value(key, value))[:_MAX_PARAM_LENGTH]
 
 
 def _as_recipe(settings: Settings) -> str:
-    """All settings as a recipe, without passwords."""
-    content = settings.model_dump()
+    """All settings as a recipe, without secrets."""
+    content = shown_settings(settings)
     del content["run"]["resume"]  # how a run was started, not what it is
-    return _mask(yaml.safe_dump(content, allow_unicode=True, sort_keys=False))
-
-
-def _shown(uri: str) -> str:
-    return _mask(uri)
-
-
-def _mask(text: str) -> str:
-    """Hide the passwords in addresses, for messages."""
-    return re.sub(r"(://[^:/@\s]+:)[^@/\s]+@", r"\1***@", text)
+    return yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
 
 
 def _milliseconds(seconds: float) -> int:

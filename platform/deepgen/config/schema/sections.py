@@ -27,6 +27,7 @@ from deepgen.config.schema.pools import PoolSettings, make_pools
 from deepgen.config.schema.section import Section, setting
 from deepgen.errors import nearest
 from deepgen.models.presets import PADDINGS, PRESETS
+from deepgen.reading import reach
 from deepgen.registry import ADVANTAGES, KL_FORMS, POLICY_LOSSES, REWARDS, SAMPLERS, SDE_WINDOWS
 
 TASKS = ("t2i", "reasoning", "text", "edit")
@@ -122,6 +123,12 @@ class DataSettings(Section):
     threads: int = setting(
         2, "Threads of a learner rank that read the next step's records during this one; 0 reads when needed.", ge=0
     )
+    allow: list[str] = setting(
+        [],
+        "What records may name besides files in the folder of their data and public addresses: folders, and hosts, "
+        "addresses or networks that are private or are the endpoint of a bucket.",
+        allowed=f"a list of {reach.ALLOWED}",
+    )
     cache_dir: OptionalOutputPath = setting(
         "",
         "Folder that keeps what VAE and visual tower make of the images, for all ranks and later runs; empty keeps "
@@ -132,6 +139,11 @@ class DataSettings(Section):
     def _check(self) -> Self:
         if self.edit_per_cycle + self.t2i_per_cycle == 0:
             raise ValueError("data.edit_per_cycle and data.t2i_per_cycle: got 0 and 0; allowed: at least one above 0")
+        for entry in self.allow:
+            try:
+                reach.check_allowed(entry)
+            except ValueError as error:
+                raise ValueError(f"data.allow: {error}") from error
         if self.weights and self.temperature != 1:
             raise ValueError(f"data.temperature: got {self.temperature:g} beside data.weights; allowed: one of the two")
         return self

@@ -30,6 +30,7 @@ from deepgen.data.parquet import read_records, write_records
 from deepgen.data.records import Record
 from deepgen.data.uris import UriError
 from deepgen.errors import UserError
+from deepgen.masking import masked_value
 
 ROW_GROUP = 64  # rows that training reads together
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")  # names in error messages; with them, equal reasons would count separately
@@ -213,7 +214,7 @@ def _convert_unit(raw: RawData, unit: Unit, out: Path, limits: Limits, seed: int
             if record is None:
                 tally.dropped[reason.partition(":")[0] if sample.fault else reason] += 1
                 line = {"place": sample.place, "id": str(sample.id), "reason": reason} | _unread(sample)
-                bad.write(json.dumps(line) + "\n")
+                bad.write(json.dumps(masked_value("", line)) + "\n")
                 continue
             seen.add(record.id)
             kept.append(record)
@@ -266,6 +267,7 @@ def write_plan(out: Path, raw: RawData, limits: Limits, rows: int, seed: int, un
         "images": str(raw.images.resolve()) if raw.images else None,
         "caption_key": raw.caption_key,
         "columns": dict(raw.columns),
+        "allow": list(raw.allow),
         "limits": vars(limits),
         "rows": rows,
         "seed": seed,

@@ -31,9 +31,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deepgen.data.parquet import decoded_rows
-from deepgen.data.uris import UriError, absolute, read_uri
+from deepgen.data.parquet import decoded_rows, require_regular
+from deepgen.data.uris import UriError, absolute, reach_of, read_uri
 from deepgen.errors import UserError
+from deepgen.reading.reach import Reach
 
 FORMS = ("records", "hf", "webdataset", "captions", "blip3o", "edits")
 FILE_SUFFIX = {"records": ".parquet", "hf": ".parquet", "webdataset": ".tar"}  # all other forms: .json
@@ -50,7 +51,8 @@ class RawData:
     """The data to read and how.
 
     `columns` names the columns of `hf` (image, prompt, references). `name`: the data set's name for the column source;
-    `records` keep their own.
+    `records` keep their own. `allow`: what its files may name besides files under `path` (or its folder, if it is a
+    file) and under `images`, and public addresses; as data.allow.
     """
 
     path: Path
@@ -60,6 +62,11 @@ class RawData:
     caption_key: str = "caption"
     columns: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
+    allow: tuple[str, ...] = ()
+
+    def reach(self) -> Reach:
+        """What the data set may read."""
+        return reach_of(self.path, self.allow, *([self.images] if self.images else []))
 
 
 @dataclass(frozen=True)
@@ -122,9 +129,12 @@ def _files(path: Path, suffixes: Sequence[str] = (".parquet", ".tar", ".json")) 
     """A folder's files with one of the suffixes, at any depth. If `path` is a file: that file, whatever its name."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    if path.is_file():
+    if not path.is_dir():
+        require_regular([path])
         return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and not file.is_dir())
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and not file.is_dir())
+    require_regular(files)
+    return files
 
 
 # ---------------------------------------------------------------- units
@@ -233,22 +243,11 @@ def _records_row(row: dict[str, Any], name: str, place: str, raw: RawData) -> Ra
     folder = Path(place.rpartition(", row ")[0]).parent
     given = row.get("references")
     values = given if isinstance(given, list) else [] if given is None else [given]
-    references = tuple(_record_image(value, folder) for value in values)
-    image = _record_image(row.get("image"), folder)
+    references = tuple(_image_bytes(_unpacked(value), folder, raw) for value in values)
+    image = _image_bytes(_unpacked(row.get("image")), folder, raw)
     own = str(row.get("source") or raw.name)
     id = name if row.get("id") in (None, "") else str(row["id"])
     return RawSample(id, str(row.get("task")), row.get("prompt"), row.get("answer"), image, references, place, own)
-
-
-def _record_image(value: Any, folder: Path) -> bytes | UriError | None:
-    """Image bytes, given as they are, by path or URI, or in a struct as in `hf`; or the error from reading them."""
-    value = _unpacked(value)
-    if not isinstance(value, str):
-        return _image_bytes(value, folder)
-    try:
-        return read_uri(absolute(value, folder))
-    except UriError as error:
-        return error
 
 
 def _hf_picker(raw: RawData, names: list[str], file: Path) -> Any:
@@ -262,9 +261,9 @@ def _hf_picker(raw: RawData, names: list[str], file: Path) -> Any:
     def pick(row: dict[str, Any], name: str, place: str, raw: RawData) -> RawSample:
         values = row[reference_column] if reference_column else []
         references = tuple(
-            _image_bytes(_unpacked(v), file.parent) for v in (values if isinstance(values, list) else [values])
+            _image_bytes(_unpacked(v), file.parent, raw) for v in (values if isinstance(values, list) else [values])
         )
-        text, target = row[prompt], _image_bytes(_unpacked(row[image]), file.parent)
+        text, target = row[prompt], _image_bytes(_unpacked(row[image]), file.parent, raw)
         return RawSample(name, raw.task, text, text, target, references, place, raw.name)
 
     return pick
@@ -283,13 +282,19 @@ def _unpacked(value: Any) -> Any:
     return value.get("bytes") or value.get("path") if isinstance(value, Mapping) else value
 
 
-def _image_bytes(value: Any, folder: Path) -> bytes | UriError | None:
-    """Image bytes, given as they are or by file name; None if there is no name or no such file."""
+def _image_bytes(value: Any, folder: Path, raw: RawData) -> bytes | UriError | None:
+    """Image bytes, given as they are or by path or URI, or the error from reading them; None if there is no name.
+
+    None also for a missing file, except in `records`.
+    """
     if value is None or isinstance(value, bytes):
         return value
     if not isinstance(value, str):
         return UriError("image", f"{type(value).__name__}; allowed: bytes, a name or a struct of bytes and path")
-    return _file_bytes(folder, value)
+    try:
+        return read_uri(absolute(value, folder, raw.reach())) if value else None
+    except UriError as error:
+        return None if error.missing and raw.form != "records" else error
 
 
 def _read_entry(raw: RawData, file: Path, row: int, entry: Any) -> RawSample:
@@ -299,21 +304,21 @@ def _read_entry(raw: RawData, file: Path, row: int, entry: Any) -> RawSample:
     entry = entry if isinstance(entry, Mapping) else {}
     if raw.form == "edits":
         given = entry.get("input_image") or []
-        references = tuple(_image_bytes(v, root) for v in (given if isinstance(given, list) else [given]))
+        references = tuple(_image_bytes(v, root, raw) for v in (given if isinstance(given, list) else [given]))
         text, image = entry.get("instruction"), entry.get("output_image")
-        return RawSample(name, "edit", text, text, _image_bytes(image, root), references, place, raw.name)
+        return RawSample(name, "edit", text, text, _image_bytes(image, root, raw), references, place, raw.name)
     if raw.form == "blip3o":
         text, image = entry.get("txt"), entry.get("image") or entry.get("image_path")
     else:
-        text, image = _annotation(root, entry.get("annotation"), raw.caption_key), entry.get("image")
-    return RawSample(name, raw.task, text, text, _image_bytes(image, root), (), place, raw.name)
+        text, image = _annotation(root, entry.get("annotation"), raw), entry.get("image")
+    return RawSample(name, raw.task, text, text, _image_bytes(image, root, raw), (), place, raw.name)
 
 
-def _annotation(root: Path, name: Any, key: str) -> Any:
+def _annotation(root: Path, name: Any, raw: RawData) -> Any:
     """The caption in an annotation file; None if the file or the caption is missing."""
-    data = _image_bytes(name, root)
+    data = _image_bytes(name, root, raw)
     content = _json_or_none(data) if isinstance(data, bytes) else None
-    return content.get(key) if isinstance(content, Mapping) else None
+    return content.get(raw.caption_key) if isinstance(content, Mapping) else None
 
 
 def _json_or_none(data: bytes) -> Any:
@@ -321,15 +326,6 @@ def _json_or_none(data: bytes) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError):
         return None
-
-
-def _file_bytes(root: Path, name: str) -> bytes | UriError | None:
-    """A file's content, or None if the file is missing: the tally counts it, and the conversion continues."""
-    path = root / name
-    try:
-        return path.read_bytes() if name and path.is_file() else None
-    except OSError as error:  # for example, no permission or a name of over 255 bytes
-        return UriError(str(path), str(error.strerror))
 
 
 # ---------------------------------------------------------------- tars
