@@ -1,12 +1,14 @@
 """Convert a data set to parquet shards that the stages read.
 
     python stages/convert.py SOURCE OUT [--form FORM] [--task TASK]
+    python stages/convert.py --check SOURCE
 
-SOURCE: a file or folder of our parquet, Hugging Face parquet, WebDataset tars, or the JSON lists of captions, blip3o
-and edits. The form is guessed unless --form gives it. Every image is decoded once. Unusable samples (truncated, too
-small, absurd shape, empty caption, ...) go to OUT/quarantine with the reason, and above --max-bad-share the conversion
-stops. The same command continues a conversion that was stopped. OUT/report.json has the counts; histograms.png and
-samples.png show the result.
+SOURCE: a file or folder in one of the forms of docs/own-data.md: parquet or Arrow, WebDataset tars, JSON, JSON lines or
+CSV, pictures with captions, prompts. The form is guessed unless --form gives it. --check says from a sample, within
+seconds, which form it is and what would be kept and dropped, and writes nothing. Every image is decoded once. Unusable
+samples (truncated, too small, absurd shape, empty caption, ...) go to OUT/quarantine with the reason, and above
+--max-bad-share the conversion stops. The same command continues a conversion that was stopped. OUT/report.json has the
+counts; histograms.png and samples.png show the result.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from deepgen.config.schema.paths import argument  # noqa: E402
 from deepgen.config.settings import TASKS  # noqa: E402
 from deepgen.data.conversion import convert_units as convert  # noqa: E402
 from deepgen.data.conversion.convert_units import Limits, Tally  # noqa: E402
-from deepgen.data.conversion.raw_data import FORMS, RawData, Unit, guess_form, plan_units  # noqa: E402
+from deepgen.data.conversion.look import look  # noqa: E402
+from deepgen.data.conversion.raw_data import FORMS, guess_form, notes_of, plan_units  # noqa: E402
+from deepgen.data.conversion.readers.raw_sample import RawData, Unit  # noqa: E402
 from deepgen.data.images import MAX_ASPECT, MAX_PIXELS  # noqa: E402
 from deepgen.reading.reach import check_allowed  # noqa: E402
 
@@ -57,9 +61,10 @@ def number(kind: type[int] | type[float], low: float, high: float = float("inf")
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=argument)
-    parser.add_argument("out", type=argument)
-    parser.add_argument("--form", choices=FORMS)
-    parser.add_argument("--task", choices=TASKS, default="t2i", help="of these samples")
+    parser.add_argument("out", type=argument, nargs="?")
+    parser.add_argument("--check", action="store_true", help="say what would be kept and dropped; OUT is not needed")
+    parser.add_argument("--form", choices=list(FORMS))
+    parser.add_argument("--task", choices=TASKS, help="of these samples; default: t2i")
     parser.add_argument("--name", help="of the data set, for the column source; default: SOURCE's")
     parser.add_argument("--images", type=argument, help="folder that relative image paths start from")
     parser.add_argument(
@@ -70,9 +75,13 @@ def parse() -> argparse.Namespace:
         help="folder, host, address or network that its images may be read from, besides files under SOURCE and "
         "--images and public addresses; as in data.allow, can be repeated",
     )
-    parser.add_argument("--caption-key", default="caption", help="key of the caption in annotations and tar JSON")
+    parser.add_argument("--caption-key", help="of captions in JSON; default: caption")
     parser.add_argument(
-        "--column", action="append", default=[], metavar="ROLE=NAME", help="hf: image, prompt or references"
+        "--column",
+        action="append",
+        default=[],
+        metavar="ROLE=NAME",
+        help="hf, pairs: image, prompt or references; prompts: prompt",
     )
     parser.add_argument("--min-side", type=number(int, 1), default=Limits.min_side, help="pixels, both sides")
     parser.add_argument(
@@ -91,23 +100,23 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order within shards")
     parser.add_argument("--address", default="auto-local", help="Ray cluster, as cluster.address")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # OUT may stand behind options
 
 
 def main() -> int:
     args = parse()
-    convert.check_folders(args.source, args.out)
-    raw = RawData(
-        args.source,
-        args.form or guess_form(args.source),
-        args.task,
-        args.images,
-        args.caption_key,
-        columns(args.column),
-        args.name or args.source.resolve().stem,
-        allowed(args.allow),
-    )
+    if bool(args.out) == args.check:
+        raise UserError("--check writes nothing; leave OUT out" if args.check else "give the folder OUT, or --check")
+    if args.out:
+        convert.check_folders(args.source, args.out)
+    raw = raw_data(args)
     limits = convert.Limits(args.min_side, args.max_aspect, args.max_pixels)
+    if args.check:
+        for line in look(raw, limits, args.max_bad_share):
+            print(line, flush=True)
+        return 0
+    for note in notes_of(raw):
+        print(note, flush=True)
     units = plan_units(raw, args.rows)
     convert.write_plan(args.out, raw, limits, args.rows, args.seed, units)
     todo = convert.unfinished(args.out, units)
@@ -120,8 +129,38 @@ def main() -> int:
     check_share(total, args, least=0)
     if not total.kept:
         raise UserError(f"{args.source}: not one of {total.total:,} samples can be used; see {args.out / 'quarantine'}")
-    print(f"the stages take data.train={args.out}; look at {args.out / 'samples.png'} and histograms.png")
+    key = "data.prompts" if raw.form == "prompts" else "data.train"
+    sheets = f"; look at {args.out / 'samples.png'} and histograms.png" if total.sides else ""
+    print(f"the stages take {key}={args.out}{sheets}")
     return 0
+
+
+def raw_data(args: argparse.Namespace) -> RawData:
+    """What the arguments ask for. Raises UserError for an option that would have no effect on this form."""
+    form = args.form or guess_form(args.source)
+    used_by = {
+        "--images": (args.images, set(FORMS) - {"webdataset", "folder"}),
+        "--allow": (args.allow, set(FORMS) - {"webdataset"}),
+        "--column": (args.column, {"hf", "pairs", "prompts"}),
+        "--caption-key": (args.caption_key, {"captions", "webdataset", "folder"}),
+        "--task": (args.task, set(FORMS) - {"records", "edits"}),
+    }
+    for option, (given, forms) in used_by.items():
+        if given and form not in forms:
+            useful = ", ".join(name for name in FORMS if name in forms)
+            raise UserError(f"{option}: has no effect on form {form}; allowed with: {useful}")
+    if args.images and not args.images.is_dir():
+        raise UserError(f"--images: {args.images} is no folder")
+    return RawData(
+        args.source,
+        form,
+        args.task or ("" if form == "prompts" else "t2i"),
+        args.images,
+        args.caption_key or "caption",
+        columns(args.column, form),
+        args.name or args.source.resolve().stem,
+        allowed(args.allow),
+    )
 
 
 def check_share(total: Tally, args: argparse.Namespace, least: int) -> None:
@@ -134,10 +173,11 @@ def check_share(total: Tally, args: argparse.Namespace, least: int) -> None:
         )
 
 
-def columns(given: Sequence[str]) -> dict[str, str]:
+def columns(given: Sequence[str], form: str) -> dict[str, str]:
     pairs = dict(pair.partition("=")[::2] for pair in given)
-    if wrong := set(pairs) - {"image", "prompt", "references"}:
-        raise UserError(f"--column {sorted(wrong)[0]}=...: allowed are image, prompt and references")
+    roles = ("prompt",) if form == "prompts" else ("image", "prompt", "references")
+    if wrong := set(pairs) - set(roles):
+        raise UserError(f"--column {sorted(wrong)[0]}=...: allowed with form {form}: {', '.join(roles)}")
     return pairs
 
 

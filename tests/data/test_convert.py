@@ -24,7 +24,8 @@ from deepgen.data.conversion.convert_units import (
     write_plan,
     write_report,
 )
-from deepgen.data.conversion.raw_data import RawData, guess_form, plan_units
+from deepgen.data.conversion.raw_data import guess_form, plan_units
+from deepgen.data.conversion.readers.raw_sample import RawData
 from deepgen.data.parquet import read_records, write_records
 from deepgen.data.records import Record
 from deepgen.data.uris import UriError
@@ -213,12 +214,12 @@ def test_the_reason_of_an_unreadable_uri_is_kept(tmp_path):
         write_records(tmp_path / "in" / f"{number}.parquet", [Record(f"r{number}", "t2i", "a", "a", image, (), "here")])
     assert len(convert(tmp_path / "in", tmp_path / "out")) == 2
     dropped = write_report(tmp_path / "out").dropped
-    assert dropped["target: cannot be read (No such file or directory)"] == 2
+    assert dropped["target: file missing"] == 2
     assert dropped["target: cannot be read (Is a directory)"] == 1
     assert len(dropped) == 3  # one for each kind, not for each name
     lines = [json.loads(file.read_text()) for file in sorted((tmp_path / "out" / "quarantine").glob("*.jsonl"))]
-    assert lines[1]["reason"] == "target: cannot be read (No such file or directory)"
-    assert lines[1]["unread"] == [f"{tmp_path / 'in' / 'also_gone.png'}: No such file or directory"]
+    assert lines[1]["reason"] == "target: file missing"
+    assert lines[1]["unread"] == [f"{tmp_path / 'in' / 'also_gone.png'}: file missing"]
     assert "unknown scheme ftp://" in lines[3]["reason"] and lines[3]["unread"][0].startswith("ftp://host/a.png: ")
     assert image_fault(UriError("s3://b/a", "Path does not exist 'b/a'"), LIMITS).endswith("(Path does not exist ...)")
     sized = [row for shard in (tmp_path / "out").glob("shard-*") for row in pq.read_table(shard).to_pylist()]
@@ -233,7 +234,7 @@ def test_the_reason_of_an_unreadable_uri_is_kept(tmp_path):
         ("x.json", b'{"a": 1}', "expected a list"),
         ("x.json", b'[{"what": 1}]', "a list of unknown form"),
         ("x.parquet", b"PAR1 nothing", "can't be read as parquet"),
-        ("x.txt", b"hello", r"no \.parquet, \.tar or \.json"),
+        ("x.docx", b"hello", r"nothing in it that can be read; allowed: \.parquet, \.arrow, \.tar"),
     ],
 )
 def test_sources_that_cannot_be_read(tmp_path, name, content, message):

@@ -29,7 +29,8 @@ from deepgen.data.conversion.convert_units import (
     image_fault,
     write_plan,
 )
-from deepgen.data.conversion.raw_data import RawData, guess_form, plan_units
+from deepgen.data.conversion.raw_data import guess_form, plan_units
+from deepgen.data.conversion.readers.raw_sample import RawData
 from deepgen.data.uris import UriError
 from deepgen.errors import UserError
 from tests.data.test_convert import LIMITS, ROOT, convert, picture, reasons
@@ -209,7 +210,7 @@ def test_own_parquet_with_numbers_as_ids_and_structs_as_images(tmp_path):
     convert(parquet(tmp_path / "y.parquet", [ROW | {"image": 3}]), tmp_path / "out2")
     assert reasons(tmp_path / "out2")[0].startswith("target: cannot be read (int; allowed")
     convert(parquet(tmp_path / "z.parquet", [ROW | {"references": "a.png", "task": "edit"}]), tmp_path / "out3")
-    assert reasons(tmp_path / "out3") == ["source: cannot be read (No such file or directory)"]
+    assert reasons(tmp_path / "out3") == ["source: file missing"]
 
 
 def test_text_of_a_parquet_that_is_not_utf8_costs_its_row(tmp_path):
@@ -320,7 +321,9 @@ def test_a_folder_of_several_kinds_asks_which(tmp_path):
         guess_form(tmp_path / "in")
     assert len(convert(tmp_path / "in", tmp_path / "out", form="webdataset")) == 3
     assert len(convert(tmp_path / "in", tmp_path / "out2", form="hf")) == 1
-    with pytest.raises(UserError, match=r"nothing to convert in it \(form edits: no samples in \.json files\)"):
+    with pytest.raises(
+        UserError, match=r"nothing to convert in it \(form edits: no samples in \.json, .*\.tsv files\)"
+    ):
         convert(tmp_path / "in", tmp_path / "out3", form="edits")
 
 

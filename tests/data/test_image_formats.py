@@ -17,7 +17,7 @@ from PIL import Image
 
 from deepgen.config import load_settings
 from deepgen.data.conversion.convert_units import image_fault
-from deepgen.data.conversion.raw_data import IMAGE_SUFFIXES
+from deepgen.data.conversion.readers.raw_sample import IMAGE_SUFFIXES
 from deepgen.data.images import FORMATS, decode_image, header_size
 from deepgen.data.loading.dataset import TrainingSet
 from deepgen.data.loading.parquet_store import ParquetStore

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +19,8 @@ from deepgen.config import UserError
 from deepgen.data.images import decode_image, header_size
 from deepgen.data.loading.buckets import fixed_area_size
 from deepgen.data.loading.dataset import TrainingSet, image_to_tensor
-from deepgen.data.loading.parquet_store import ListStore
-from deepgen.data.parquet import read_records, write_records
+from deepgen.data.loading.parquet_store import ListStore, ParquetStore
+from deepgen.data.parquet import read_records, read_rows, write_records
 from deepgen.data.records import Record, RecordError
 
 
@@ -211,3 +213,62 @@ def test_training_set_names_the_record_it_cannot_use() -> None:
         data.sample(2)
     with pytest.raises(RecordError, match="row 4: no target image"):
         data.sample(3)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".csv", ".tsv", ".TXT"])
+def test_prompt_lists_of_every_kind(tmp_path: Path, suffix: str) -> None:
+    rows = [{"prompt": "a cat"}, {"prompt": 'a "HI"', "task": "reasoning", "answer": "hi", "id": "x", "tag": "two"}]
+    file = tmp_path / f"prompts{suffix}"
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if suffix == ".json":
+        text = json.dumps(rows)
+    elif suffix in (".csv", ".tsv"):
+        comma = "," if suffix == ".csv" else "\t"
+        text = comma.join(["prompt", "task", "answer", "id"]) + "\n" + f"a cat{comma * 3}\n"
+        text += comma.join(['"a ""HI"""', "reasoning", "hi", "x"]) + "\n"
+    elif suffix == ".TXT":
+        text = "a cat\na dog\n"
+    file.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
+    found = read_records(file)
+    assert found[0] == Record("prompts-1", "t2i", "a cat", "a cat", None, (), file.name)
+    if suffix != ".TXT":
+        assert found[1] == Record("x", "reasoning", 'a "HI"', "hi", None, (), file.name)
+
+
+def test_lists_of_edits_and_of_plain_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "edits.jsonl"
+    edit = {"input_image": ["a.png"], "output_image": "b.png", "instruction": "make it blue"}
+    file.write_text(json.dumps(edit) + "\n" + json.dumps("a cat") + "\n")
+    found = read_records(file)
+    assert [(r.task, r.prompt, r.references) for r in found] == [
+        ("edit", "make it blue", (str(tmp_path / "a.png"),)),
+        ("t2i", "a cat", ()),
+    ]
+
+
+def test_a_row_of_a_prompt_list_that_cannot_be_used_is_a_bad_row(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a cat"}\n{"promt": "b"}\n{"prompt": "c", "task": "draw"}\n{"prompt"\n{"prompt": 5}\n')
+    reasons = [row.record.reason for row in read_rows(file) if isinstance(row.record, RecordError)]
+    assert reasons == [
+        "prompt is empty",
+        "task 'draw'; allowed: t2i, reasoning, text, edit",
+        "not JSON",
+        "prompt is int; allowed: text",
+    ]
+
+
+def test_data_in_another_form_is_told_how_to_convert_it(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"x")
+    for path in (tmp_path, tmp_path / "a.tar"):
+        for read in (read_rows, ParquetStore):
+            with pytest.raises(UserError, match=rf"python stages/convert.py {path} OUT"):
+                read(path)
+
+
+def test_hidden_files_in_a_folder_of_parquet_are_no_data(tmp_path: Path) -> None:
+    write_records(tmp_path / "a.parquet", [GOOD])
+    (tmp_path / "._a.parquet").write_bytes(b"from a Mac")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    assert read_records(tmp_path) == [GOOD]
+    assert len(ParquetStore(tmp_path).tasks) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import os
 from dataclasses import replace
@@ -128,6 +130,49 @@ def test_no_secret_of_an_address_is_in_the_quarantine(
     written = [file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()]
     assert len(written) == 2 and not any(b"hunter2" in data for data in written)
     assert "user:***@127.0.0.1:9/a.png?sig=***" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv"])
+def test_lists_of_prompts_follow_the_rules_of_parquet(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """What they name stays in their folder, secrets are hidden, and they are judged again when they change."""
+    (tmp_path / "set").mkdir()
+    for place in (tmp_path / "set" / "a.png", tmp_path / "private.png"):
+        place.write_bytes(PICTURE)
+    (tmp_path / "set" / "link.png").symlink_to(tmp_path / "private.png")
+    inline = f"data:image/png;base64,{base64.b64encode(PICTURE).decode()}"
+    secret = "http://user:hunter2@127.0.0.1:9/a.png?sig=hunter2"
+    names = ["a.png", f"file://{tmp_path}/set/a.png", inline, "../private.png", str(tmp_path / "private.png")]
+    names += ["link.png", "/etc/passwd", secret]
+    path = tmp_path / "set" / f"x.{kind}"
+    write_list(path, names)
+    own = [f"data.prompts={path}", "data.max_bad_share=1"]
+    run = settings(tmp_path, weights, *own)
+    usable = usable_records(run, "data.prompts")
+    assert [record.id for _, record in usable] == ["x-1", "x-2", "x-3"]
+    text = (tmp_path / "runs/a/quarantine-prompts.jsonl").read_text()
+    reasons = [json.loads(line)["reason"] for line in text.splitlines()]
+    assert [f"lies outside of {tmp_path / 'set'}" in reason for reason in reasons] == [True] * 4 + [False]
+    assert "http://user:***@127.0.0.1:9/a.png?sig=***: leads to '127.0.0.1'" in reasons[-1]
+    assert "hunter2" not in text + capsys.readouterr().out
+    os.utime(path, (1, 1))
+    assert usable_records(run, "data.prompts") == usable
+    write_list(path, names[::-1])
+    assert [record.id for _, record in usable_records(run, "data.prompts")] == ["x-6", "x-7", "x-8"]
+    allowed = settings(tmp_path, weights, *own, f"data.allow=[{tmp_path}]")
+    assert [record.id for _, record in usable_records(allowed, "data.prompts")] == [f"x-{i}" for i in range(3, 9)]
+
+
+def write_list(path: Path, names: list[str]) -> None:
+    """Edits, each with one source image."""
+    rows = [{"prompt": "p", "references": [name]} for name in names]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".json":
+        text = json.dumps(rows)
+    elif path.suffix == ".csv":
+        text = "prompt,references\n" + "".join(f'p,"{name}"\n' for name in names)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
 def test_the_share_is_that_of_training_data(tmp_path: Path, weights: Path) -> None:

@@ -53,6 +53,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_STRIP = 1 << 20  # pixels
+# Bytes of memory that decoding takes for each pixel, as measured, in formats that need more than the 4 of the result.
+_DECODING = {"WEBP": 16, "AVIF": 10, "JPEG2000": 20, "progressive JPEG": 10}
+_MAX_DECODING = 640_000_000  # bytes of memory for one image
 _EXIF = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow stores EXIF in `Image.info`
 
 
@@ -71,8 +75,22 @@ def open_image(data: bytes | str) -> Image.Image:
     try:
         return _upright_rgb(read_header(read_uri(data) if isinstance(data, str) else data))
     except DECODE_ERRORS as error:
-        why = " ".join(str(error).split())[:400] or type(error).__name__  # a MemoryError has no message
-        raise ValueError(f"not a readable image ({why})") from error
+        raise _unreadable(error) from error
+
+
+def check_pixels(data: bytes) -> None:
+    """Decode an image and drop it. Raises ValueError as `open_image` does, but holds only one copy of the pixels."""
+    try:
+        image = read_header(data)
+        _load(image)
+        _upright_rgb(_rows_of(image, 0))
+    except DECODE_ERRORS as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> ValueError:
+    why = " ".join(str(error).split())[:400] or type(error).__name__  # a MemoryError has no message
+    return ValueError(f"not a readable image ({why})")
 
 
 def read_header(data: bytes) -> Image.Image:
@@ -85,10 +103,7 @@ def read_header(data: bytes) -> Image.Image:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     """The decoded image, upright, transparent parts on white. Raises one of DECODE_ERRORS, by the header if it can."""
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} px; allowed: at most {MAX_PIXELS:,} pixels")
-    _check_white(image)
-    image.load()
+    _load(image)
     turn, profile = _TURNS.get(_orientation(image)), image.info.get("icc_profile")
     if image.mode.startswith("I"):
         image = _from_16_bits(image)
@@ -101,6 +116,26 @@ def _on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
     alpha = image.convert("RGBA").getchannel("A")
     white = Image.new("RGB", image.size, (255, 255, 255))
     return Image.composite(to_srgb(image, profile), white, alpha)
+
+
+def _load(image: Image.Image) -> None:
+    """Decode the pixels, unless the header tells that they are too many or without a known white."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} px; allowed: at most {MAX_PIXELS:,} pixels")
+    kind = "progressive JPEG" if image.info.get("progressive") else image.format or ""
+    most = _MAX_DECODING // _DECODING.get(kind, 4)
+    if image.width * image.height > most:
+        raise Image.DecompressionBombError(f"{image.width}x{image.height} px; allowed: at most {most:,} as {kind}")
+    _check_white(image)
+    image.load()
+
+
+def _rows_of(image: Image.Image, first: int) -> Image.Image:
+    """Some rows of a decoded image, about _STRIP pixels, as an image of the same kind."""
+    rows = max(1, _STRIP // image.width)
+    part = image.crop((0, first, image.width, min(first + rows, image.height)))
+    part.format = image.format
+    return part
 
 
 def _check_white(image: Image.Image) -> None:

@@ -6,20 +6,22 @@ Training reads rows on demand by the same rules (``loading.parquet_store``).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from deepgen.data.images import header_size
-from deepgen.data.records import NOT_UTF8, Record, RecordError, check_row, read_prompt_lines
+from deepgen.data.records import NOT_UTF8, Record, RecordError, check_row, read_prompts
 from deepgen.data.uris import reach_of
 from deepgen.errors import UserError
 from deepgen.reading.file_reader import check_regular
 from deepgen.reading.reach import Reach
+from deepgen.reading.tables import TABLES, suffix_of
 
 SCHEMA = pa.schema(
     [
@@ -35,6 +37,9 @@ SCHEMA = pa.schema(
 # Optional columns, may be null: sizes in pixels of the target and of the references (width, height, width, ...). They
 # tell training which records share a bucket (``deepgen.data.loading.buckets``) without opening an image.
 SIZES = pa.schema([("width", pa.int32()), ("height", pa.int32()), ("reference_sizes", pa.list_(pa.int32()))])
+HELD_BYTES, GROUP_BYTES = 128 << 20, 64 << 20  # images that `RecordWriter` holds, and of one row group
+PROMPT_LISTS = (".txt", *TABLES)
+CONVERT = "data in another form: python stages/convert.py {} OUT"
 # Errors from reading a damaged parquet file. UnicodeDecodeError comes from column names.
 PARQUET_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 
@@ -49,7 +54,7 @@ class Row:
 
 
 def read_records(path: Path, allow: Sequence[str] = ()) -> list[Record]:
-    """Records of a parquet file, of all ``*.parquet`` in a folder (by name), or of a ``.txt`` with one prompt a line.
+    """Records of a parquet file, of all ``*.parquet`` in a folder (by name), or of a prompt list (`read_prompts`).
 
     allow: what their images may be read from besides the folder of `path` and public addresses, as data.allow.
 
@@ -66,18 +71,19 @@ def read_records(path: Path, allow: Sequence[str] = ()) -> list[Record]:
 def read_rows(path: Path, allow: Sequence[str] = ()) -> list[Row]:
     """Like `read_records`, but returns a RecordError for a parquet row that misfits the schema or repeats an id.
 
-    Raises UserError for faults outside single rows: an unreadable file, a missing column, an empty line in a .txt.
+    The same for a row of a prompt list in JSON or CSV. Raises UserError for faults outside single rows: an unreadable
+    file, a missing column, an empty line in a .txt.
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder; allowed: parquet, a folder of it, or a .txt of prompts")
+        raise UserError(f"{path}: no such file or folder; allowed: parquet, a folder of it, or a list of prompts")
     files = parquet_files(path) if path.is_dir() else [path]
     require_regular(files)
     reach = reach_of(path, allow)
     rows: list[Row] = []
     first_seen: dict[str, str] = {}
     for file in files:
-        found = read_prompt_lines(file) if file.suffix == ".txt" else _read_parquet(file, reach)
+        found = read_prompts(file, reach) if suffix_of(file) in PROMPT_LISTS else _read_parquet(file, reach)
         for number, record in enumerate(found, start=1):
             place = f"{file}, row {number}"
             if isinstance(record, Record) and record.id in first_seen:
@@ -92,10 +98,13 @@ def read_rows(path: Path, allow: Sequence[str] = ()) -> list[Row]:
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """The ``*.parquet`` files in a folder, sorted by name. Raises UserError if there are none or one is a folder."""
-    files = sorted(folder.glob("*.parquet"))
+    """The ``*.parquet`` files in a folder, sorted by name, without hidden ones.
+
+    Raises UserError if there are none or one is a folder.
+    """
+    files = sorted(file for file in folder.glob("*.parquet") if not file.name.startswith("."))
     if not files:
-        raise UserError(f"{folder}: no *.parquet in this folder")
+        raise UserError(f"{folder}: no *.parquet in this folder; {CONVERT.format(folder)}")
     inner = next((file for file in files if file.is_dir()), None)
     if inner is not None:
         raise UserError(f"{inner}: is a folder; allowed in {folder.name}/ under such a name: parquet files")
@@ -119,14 +128,102 @@ def write_records(path: Path, records: list[Record], *, row_group_size: int | No
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [asdict(record) | {"references": list(record.references)} | _sizes(record) for record in records]
     temporary = path.with_name(path.name + ".tmp")
     images = [r.image for r in records if r.image is not None]
     references = [reference for r in records for reference in r.references]
     schema = _schema(_kind(path, "image", images), _kind(path, "references", references))
-    table = pa.Table.from_pylist(rows, schema=pa.schema([*schema, *SIZES]))
-    pq.write_table(table, temporary, compression="zstd", row_group_size=row_group_size)
+    pq.write_table(_table(records, schema), temporary, compression="zstd", row_group_size=row_group_size)
     temporary.replace(path)
+
+
+def _table(records: Sequence[Record], schema: pa.Schema) -> pa.Table:
+    rows = [asdict(record) | {"references": list(record.references)} | _sizes(record) for record in records]
+    return pa.Table.from_pylist(rows, schema=pa.schema([*schema, *SIZES]))
+
+
+def _table_of_bytes(records: Sequence[Record]) -> pa.Table:
+    """Like `_table` for images held as bytes; a single large image is not copied."""
+    table = _table([replace(record, image=None, references=()) for record in records], SCHEMA)
+    sizes = [_sizes(record) for record in records]
+    for field in SIZES:
+        column = pa.array([size[field.name] for size in sizes], field.type)
+        table = table.set_column(table.column_names.index(field.name), field, column)
+    ends = np.cumsum([0, *(len(record.references) for record in records)], dtype=np.int32)
+    references = pa.ListArray.from_arrays(pa.array(ends), _binary([one for r in records for one in r.references]))
+    table = table.set_column(SCHEMA.names.index("references"), SCHEMA.field("references"), references)
+    return table.set_column(SCHEMA.names.index("image"), SCHEMA.field("image"), _binary([r.image for r in records]))
+
+
+def _binary(values: Sequence[bytes | str | None]) -> pa.Array:
+    data = [value for value in values if isinstance(value, bytes)]
+    if len(data) < len(values):
+        return pa.array(values, pa.binary())
+    ends = pa.py_buffer(np.cumsum([0, *map(len, data)], dtype=np.int32))
+    content = pa.py_buffer(data[0] if len(data) == 1 else b"".join(data))
+    return pa.Array.from_buffers(pa.binary(), len(data), [None, ends, content])
+
+
+class RecordWriter:
+    """Writes a file of records that hold their images as bytes while they come, a context manager.
+
+    Some records are held, at most HELD_BYTES of images, so that `shuffle` can mix them. The file
+    gets its name when the context ends without an error. Without records, there is none.
+    """
+
+    def __init__(self, path: Path, row_group_size: int, shuffle: Callable[[list[Record]], None]) -> None:
+        self._path, self._rows, self._shuffle = path, row_group_size, shuffle
+        self._temporary = path.with_name(path.name + ".tmp")
+        self._schema = pa.schema([*SCHEMA, *SIZES])
+        self._writer: pq.ParquetWriter | None = None
+        self._held: list[Record] = []
+        self._bytes = 0
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def add(self, record: Record) -> None:
+        size = _bytes_of(record)
+        if self._held and self._bytes + size > HELD_BYTES:
+            self._write_held()
+        self._held.append(record)
+        self._bytes += size
+        if self._bytes > HELD_BYTES:
+            self._write_held()
+
+    def _write_held(self) -> None:
+        if self._writer is None:
+            images = ("image", "references.list.element")
+            texts = [name for name in SCHEMA.names if name not in ("image", "references")]
+            self._writer = pq.ParquetWriter(
+                self._temporary,
+                self._schema,
+                compression=dict.fromkeys(images, "none") | dict.fromkeys([*texts, *SIZES.names], "zstd"),
+                use_dictionary=texts,
+                write_statistics=texts,  # of images, they would be a whole one
+            )
+        self._shuffle(self._held)
+        group, size = list[Record](), 0
+        held, self._held, self._bytes = self._held[::-1], [], 0
+        while held:
+            record = held.pop()
+            if group and (len(group) == self._rows or size + _bytes_of(record) > GROUP_BYTES):
+                self._writer.write_table(_table_of_bytes(group))
+                group, size = [], 0
+            group.append(record)
+            size += _bytes_of(record)
+        self._writer.write_table(_table_of_bytes(group))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._held and kind is None:
+            self._write_held()
+        if self._writer is not None:
+            self._writer.close()
+            if kind is None:
+                self._temporary.replace(self._path)
+
+
+def _bytes_of(record: Record) -> int:
+    return sum(len(data) for data in (record.image, *record.references) if isinstance(data, bytes))
 
 
 def _sizes(record: Record) -> dict[str, Any]:
@@ -151,7 +248,8 @@ def _schema(image: pa.DataType, reference: pa.DataType) -> pa.Schema:
 
 def unreadable(file: Path, error: Exception) -> UserError:
     """The error for a file that is damaged or not parquet."""
-    return UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]})")
+    hint = "" if file.suffix.lower() == ".parquet" else f"; {CONVERT.format(file)}"
+    return UserError(f"{file}: can't be read as parquet ({' '.join(str(error).split())[:200]}){hint}")
 
 
 def conform(table: pa.Table, file: Path) -> pa.Table:

@@ -105,7 +105,8 @@ class Quarantine:
             return
         if not self._written:
             first = next(iter(new.values()))
-            self._say(f"{first.file}, row {first.row} is left out ({masked(first.reason)}); all such rows: {self.path}")
+            reason = masked(first.reason)[:_LONGEST]
+            self._say(f"{first.file}, row {first.row} is left out ({reason}); all such rows: {self.path}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(_line(row)) + "\n" for row in new.values())

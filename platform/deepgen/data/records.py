@@ -1,4 +1,4 @@
-"""The `Record` that every stage uses, the rules that turn a row into one, and prompt lists as plain text.
+"""The `Record` that every stage uses, the rules that turn a row into one, and prompt lists.
 
 A record is one training pair or one prompt. It holds its images as encoded bytes, or as paths and URIs that ``images``
 reads when it opens them. ``parquet`` reads and writes files of records.
@@ -6,7 +6,8 @@ reads when it opens them. ``parquet`` reads and writes files of records.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from deepgen.data.uris import absolute
 from deepgen.errors import UserError
 from deepgen.masking import masked
 from deepgen.reading.reach import Reach
+from deepgen.reading.tables import TABLES, Unreadable, read_table, suffix_of
 
 _TEXT_COLUMNS = ("id", "task", "prompt", "answer", "source")
+PROMPT_KEYS = ("prompt", "caption", "text", "instruction", "txt", "description")  # of prompts in JSON and CSV
 NOT_UTF8 = object()  # replaces a row's text that is not UTF-8
 
 
@@ -86,8 +89,8 @@ def check_row(row: dict[str, Any], place: str, folder: Path, reach: Reach) -> Re
     images = [*references, *([] if row["image"] is None else [row["image"]])]
     for image in images:
         if not isinstance(image, bytes | str):
-            what = "null; allowed: encoded bytes, or a path or URI" if image is None else "a path that is not UTF-8"
-            raise wrong(f"an image is {what}")
+            what = "a path that is not UTF-8" if image is NOT_UTF8 else _no_text(image)
+            raise wrong(f"an image is {what.replace('text', 'encoded bytes, or a path or URI')}")
     if not all(images):
         raise wrong("an image of no bytes; allowed: an encoded image, or null for no target")
 
@@ -97,30 +100,83 @@ def check_row(row: dict[str, Any], place: str, folder: Path, reach: Reach) -> Re
     return Record(**(row | {"image": found(row["image"]), "references": tuple(found(image) for image in references)}))
 
 
+def record_row(value: Any, name: str, source: str, prompt: str = "") -> dict[str, Any]:
+    """A row for `check_row` from a row of JSON or CSV, which may be a prompt alone.
+
+    What is absent gets its usual value.
+
+    name, source: the id and the source of a row without. prompt: the key of the prompt; "" for the usual ones.
+    """
+    row = {"prompt": value} if isinstance(value, str) else value if isinstance(value, Mapping) else {}
+    text = next((row[key] for key in ([prompt] if prompt else PROMPT_KEYS) if row.get(key)), "")
+    references = as_list(row.get("references") or row.get("input_image"))
+    references = references if isinstance(references, list) else [references] if references else []
+    usual = "edit" if references else "text" if isinstance(text, str) and quoted_words(text) else "t2i"
+    return {
+        "id": name if row.get("id") in (None, "") else str(row["id"]),
+        "task": row.get("task") or usual,
+        "prompt": text,
+        "answer": row.get("answer") or text,
+        "image": row.get("image") or None,
+        "references": references,
+        "source": row.get("source") or source,
+    }
+
+
+def as_list(value: Any) -> Any:
+    """A list that a CSV file gives as JSON text; any other value unchanged."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return found if isinstance(found, list) else value
+    return value
+
+
 def _no_text(value: Any) -> str:
     if value is NOT_UTF8:
         return "not UTF-8"
     return f"{'null' if value is None else type(value).__name__}; allowed: text"
 
 
-def read_prompt_lines(file: Path) -> list[Record]:
-    """One record per line of a text file: task text if the line has words to draw in quotes, otherwise t2i.
+def read_prompts(file: Path, reach: Reach) -> list[Record | RecordError]:
+    """Records of a prompt list: text with one prompt a line, JSON lines, a JSON list, CSV or TSV, gzipped or not.
 
-    Raises UserError naming the first row that is empty or not UTF-8.
+    A row of JSON or CSV is a prompt, or has the columns of a record, of which only `prompt` is needed; one of them that
+    cannot be used gives a RecordError. A line of text gets the task text if it has words to draw in quotes, otherwise
+    t2i. reach: what their images may be read from. Raises UserError naming the first line of text that is empty or not
+    UTF-8.
     """
+    found: list[Record | RecordError] = []
+    stem = Path(file.name.removesuffix(".gz")).stem
+    for row in read_table(file):
+        place, name = f"{file}, row {row.number}", f"{stem}-{row.number}"
+        try:
+            found.append(_listed_record(row.value, place, name, file, reach))
+        except RecordError as error:
+            if suffix_of(file) not in TABLES:
+                raise UserError(f"{place}: {error.reason}") from error
+            found.append(error)
+    return found
+
+
+def _listed_record(value: Any, place: str, name: str, file: Path, reach: Reach) -> Record:
+    if isinstance(value, Unreadable):
+        raise RecordError(place, value.reason)
+    if value == "":
+        raise RecordError(place, "empty line; allowed: one prompt a line")
+    row = record_row(value, name, file.name)
+    for column, text in row.items():
+        if isinstance(text, str) and not is_unicode(text):
+            raise RecordError(place, f"not UTF-8 text in {column}; allowed: a file saved as UTF-8", name)
+    return check_row(row, place, file.parent, reach)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can encode the text. Lone surrogates, for example from damaged JSON, cannot be encoded."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        row = file.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{file}, row {row}: not UTF-8 text ({error.reason}); allowed: a file saved as UTF-8"
-        ) from error
-    records = []
-    # Not splitlines(), which would also split a prompt at a form feed or a Unicode line separator.
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
-        prompt = line.strip()
-        if not prompt:
-            raise UserError(f"{file}, row {number}: empty line; allowed: one prompt a line")
-        task = "text" if quoted_words(prompt) else "t2i"
-        records.append(Record(f"{file.stem}-{number}", task, prompt, prompt, None, (), file.name))
-    return records
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

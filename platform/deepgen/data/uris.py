@@ -1,4 +1,4 @@
-"""Reads images that records give by path or URI instead of as bytes: file://, s3://, gs:// or http(s)://.
+"""Reads images that records give by path or URI instead of as bytes: file://, s3://, gs://, http(s):// or data:.
 
 What a name may lead to is decided where records are read, by the folder of their files and `data.allow`, and checked
 where it is opened (`deepgen.reading.reach`). All reads have one limit of bytes and one deadline.
@@ -20,6 +20,7 @@ from deepgen.reading.bucket_reader import read_bucket
 from deepgen.reading.deadline import Deadline
 from deepgen.reading.file_reader import read_file
 from deepgen.reading.http_reader import read_http
+from deepgen.reading.inline_images import inline_uri, is_inline, read_inline
 from deepgen.reading.reach import Reach
 
 MAX_BYTES = 256 << 20  # limit for one encoded image
@@ -85,27 +86,34 @@ def _blobs(folder: Path) -> list[Path]:
 def absolute(uri: str, folder: Path, reach: Reach | None = None) -> DataUri:
     """`uri` in a form that works from any folder: a relative path becomes absolute, starting at `folder`.
 
+    An image in base64 becomes a data: URI.
+
     reach: of its data set; None: of files in `folder`, with no permissions of the user.
     """
-    given = uri if _scheme(uri) else str((folder / uri).absolute())
+    given = inline_uri(uri) or (uri if _scheme(uri) else str((folder / uri).absolute()))
     return DataUri(given, Reach.of([folder]) if reach is None else reach)
 
 
-def read_uri(uri: str) -> bytes:
+def read_uri(uri: str, limit: int | None = None) -> bytes:
     """All bytes at a `DataUri`. Raises UriError with a short reason if it is unreadable.
+
+    limit: of bytes; None: MAX_BYTES.
 
     A plain `str` is read only from public addresses, as no folder is known that a file may lie in.
     """
     deadline, scheme, reach = Deadline(DEADLINE_S), _scheme(uri), _reach(uri)
+    limit = MAX_BYTES if limit is None else limit
     try:
         if scheme in ("http", "https"):
-            return read_http(uri, reach, deadline, MAX_BYTES)
+            return read_http(uri, reach, deadline, limit)
         if scheme in _REMOTE:
-            return read_bucket(uri, reach, deadline, MAX_BYTES)
+            return read_bucket(uri, reach, deadline, limit)
         if scheme in ("", "file"):
-            return read_file(reach.file(_local(uri)), MAX_BYTES)
+            return read_file(reach.file(_local(uri)), limit)
+        if scheme == "data":  # it leads nowhere
+            return read_inline(uri, limit)
         allowed = ", ".join(f"{name}://" for name in SCHEMES)
-        raise ValueError(f"unknown scheme {scheme}://; allowed: a path, {allowed}")
+        raise ValueError(f"unknown scheme {scheme}://; allowed: a path, {allowed}, data:")
     # ValueError: an invalid URI or path, for example with an unclosed bracket in the host or with a zero byte
     except (OSError, OverflowError, ValueError, pa.ArrowException, http.client.HTTPException) as error:
         why = str(getattr(error, "strerror", None) or error) or type(error).__name__
@@ -146,5 +154,7 @@ def _local(uri: str) -> str:
 
 
 def _scheme(uri: str) -> str:
+    if is_inline(uri):
+        return "data"
     scheme, separator, _ = uri.partition("://")
     return scheme.lower() if separator else ""

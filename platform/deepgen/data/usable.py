@@ -16,7 +16,7 @@ from pathlib import Path
 
 from deepgen.config import Settings, UserError
 from deepgen.data.images import FORMATS, usable_image
-from deepgen.data.parquet import read_rows
+from deepgen.data.parquet import parquet_files, read_rows
 from deepgen.data.quarantine import FILES, BadRow, Quarantine, place_of, rows_in
 from deepgen.data.records import Record, RecordError, check_texts
 from deepgen.fingerprint import file_checksum
@@ -70,7 +70,7 @@ def _state(settings: Settings, given: Path, ids: Sequence[str], reserved: Sequen
 
     Not with the folder or the files' times: both differ between the nodes of a cluster that have a checkout each.
     """
-    files = sorted(given.glob("*.parquet")) if given.is_dir() else [given]
+    files = parquet_files(given) if given.is_dir() else [given]
     facts = [(file.name, file_checksum(file)) for file in files]
     judged_by = [settings.data.max_bad_share, *settings.data.allow, *FORMATS, *reserved]
     return hashlib.blake2b(json.dumps([facts, list(ids), judged_by]).encode(), digest_size=16).hexdigest()

@@ -6,6 +6,7 @@ is written last. A unit that has one is done and never read again, so a stopped 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -21,18 +22,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
 from deepgen.config.settings import TASKS
-from deepgen.data.conversion.raw_data import RawData, RawSample, Unit, read_unit
-from deepgen.data.images import MAX_ASPECT, MAX_PIXELS, header_size, open_image
-from deepgen.data.parquet import read_records, write_records
-from deepgen.data.records import Record
+from deepgen.data.conversion.raw_data import read_unit
+from deepgen.data.conversion.readers.image_values import MAX_SAMPLE, MISSING, TOO_LARGE
+from deepgen.data.conversion.readers.raw_sample import RawData, RawSample, Unit
+from deepgen.data.images import MAX_ASPECT, MAX_PIXELS, check_pixels, header_size, open_image
+from deepgen.data.parquet import SCHEMA, RecordWriter, to_rows
+from deepgen.data.records import Record, check_row, is_unicode
 from deepgen.data.uris import UriError
 from deepgen.errors import UserError
-from deepgen.masking import masked_value
+from deepgen.masking import masked
+from deepgen.reading.reach import Reach
 
 ROW_GROUP = 64  # rows that training reads together
+MAX_TEXT = 100_000  # letters of one prompt
+_LONGEST = 1000  # letters of a text in the quarantine
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")  # names in error messages; with them, equal reasons would count separately
 _ASPECT_EDGES = [0.1, 0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0, 10.0]
 _SIDE_EDGES = [0, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192]
@@ -108,36 +115,43 @@ class Tally:
 
 def check_sample(sample: RawSample, limits: Limits) -> tuple[Record | None, str]:
     """The record made from a sample, or None and why it is unusable. Similar faults give the same reason."""
-    if sample.fault:
-        return None, sample.fault
-    if sample.task not in TASKS:
-        return None, f"task is not one of {', '.join(TASKS)}"
-    if not isinstance(sample.prompt, str) or not sample.prompt.strip():
-        return None, "empty caption" if sample.prompt is None or isinstance(sample.prompt, str) else "caption: no text"
-    if not _valid(sample.prompt) or (isinstance(sample.answer, str) and not _valid(sample.answer)):
-        return None, "caption: not valid text"
+    if reason := sample.fault or _text_fault(sample):
+        return None, reason
     if sample.task == "edit" and not sample.references:
         return None, "edit without source image"
     if sample.task != "edit" and sample.references:
         return None, "source images in a task that has none"
-    for what, data in (("target", sample.image), *(("source", data) for data in sample.references)):
-        reason = image_fault(data, limits)
-        if reason:
+    targets = () if sample.is_prompt else (sample.image,)
+    for what, data in (*(("target", data) for data in targets), *(("source", data) for data in sample.references)):
+        if reason := image_fault(data, limits):
             return None, f"{what}: {reason}"
-    assert isinstance(sample.image, bytes)  # `image_fault` has checked it
-    answer = sample.answer if isinstance(sample.answer, str) and sample.answer.strip() else sample.prompt
+    target, *_ = *(data for data in targets if isinstance(data, bytes)), None
     references = tuple(data for data in sample.references if isinstance(data, bytes))
+    if sum(map(len, (target or b"", *references))) > MAX_SAMPLE:
+        return None, f"images: {TOO_LARGE}"
+    answer = sample.answer if isinstance(sample.answer, str) and sample.answer.strip() else sample.prompt
     id, own = _cleaned(sample.id), _cleaned(sample.source)
-    return Record(id, sample.task, sample.prompt, answer, sample.image, references, own), ""
+    return Record(id, sample.task, sample.prompt, answer, target, references, own), ""
 
 
-def _valid(text: str) -> bool:
-    """Whether UTF-8 can encode the text. Lone surrogates, for example from damaged JSON, cannot be encoded."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _text_fault(sample: RawSample) -> str:
+    """Why the task, prompt or answer of a sample is unusable, or "" if they are usable."""
+    if sample.task not in TASKS:
+        return f"task is not one of {', '.join(TASKS)}"
+    if isinstance(sample.prompt, UriError):
+        return f"caption: cannot be read ({_why(sample.prompt)})"
+    if not isinstance(sample.prompt, str) or not sample.prompt.strip():
+        return "empty caption" if sample.prompt is None or isinstance(sample.prompt, str) else "caption: no text"
+    for text in (sample.prompt, sample.answer if isinstance(sample.answer, str) else ""):
+        if len(text) > MAX_TEXT:
+            return f"caption: more than {MAX_TEXT:,} letters"
+        if not is_unicode(text):
+            return "caption: not valid text"
+    return ""
+
+
+def _why(error: UriError) -> str:
+    return _QUOTED.sub("...", error.why)
 
 
 def _cleaned(name: str) -> str:
@@ -147,9 +161,9 @@ def _cleaned(name: str) -> str:
 def image_fault(data: bytes | UriError | None, limits: Limits) -> str:
     """Why an encoded image is unusable, or "" if it is usable. The header is checked before the pixels are decoded."""
     if isinstance(data, UriError):
-        return f"cannot be read ({_QUOTED.sub('...', data.why)})"
+        return MISSING if data.why == MISSING else f"cannot be read ({_why(data)})"
     if data is None:
-        return "file missing"
+        return MISSING
     if not data:
         return "no bytes"
     width, height = header_size(data)
@@ -161,7 +175,7 @@ def image_fault(data: bytes | UriError | None, limits: Limits) -> str:
         if max(width, height) > limits.max_aspect * min(width, height):
             return f"sides in a ratio above {limits.max_aspect:g}"
     try:
-        open_image(data)
+        check_pixels(data)
     except ValueError as error:
         if isinstance(error.__cause__, Image.DecompressionBombError):
             return "too many pixels"
@@ -201,45 +215,53 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def _convert_unit(raw: RawData, unit: Unit, out: Path, limits: Limits, seed: int) -> Tally:
-    tally, kept = Tally(), list[Record]()
+    tally = Tally()
     quarantine = out / "quarantine" / f"{unit.number:06d}.jsonl"
     quarantine.parent.mkdir(parents=True, exist_ok=True)
     (out / "tally").mkdir(exist_ok=True)
     seen: set[str] = set()
-    with quarantine.open("w", encoding="utf-8") as bad:
+    order = random.Random(f"{seed}/{unit.number}")
+    shard = RecordWriter(shard_path(out, unit.number), ROW_GROUP, order.shuffle)
+    with shard, quarantine.open("w", encoding="utf-8") as bad:
         for sample in read_unit(raw, unit):
             record, reason = check_sample(sample, limits)
             if record is not None and record.id in seen:
                 record, reason = None, "id used twice"
             if record is None:
                 tally.dropped[reason.partition(":")[0] if sample.fault else reason] += 1
-                line = {"place": sample.place, "id": str(sample.id), "reason": reason} | _unread(sample)
-                bad.write(json.dumps(masked_value("", line)) + "\n")
-                continue
-            seen.add(record.id)
-            kept.append(record)
-            _count(tally, record)
+                bad.write(json.dumps(_quarantined(sample, reason)) + "\n")
+            else:
+                seen.add(record.id)
+                shard.add(record)
+                _count(tally, record)
+            del sample, record  # before the next one is read: each may hold 160 MiB and more
     if not tally.dropped:
         quarantine.unlink()
-    if kept:
-        random.Random(f"{seed}/{unit.number}").shuffle(kept)
-        write_records(shard_path(out, unit.number), kept, row_group_size=ROW_GROUP)
     tally.save(tally_path(out, unit.number))
     return tally
 
 
-def _unread(sample: RawSample) -> dict[str, list[str]]:
-    """Entry for the quarantine: the name of each unreadable image, and why it is unreadable."""
-    found = [str(data) for data in (sample.image, *sample.references) if isinstance(data, UriError)]
-    return {"unread": found} if found else {}
+def _quarantined(sample: RawSample, reason: str) -> dict[str, Any]:
+    """The line of the quarantine: where the sample is, and the name of each unreadable file with the reason."""
+    names = {"place": sample.place, "id": str(sample.id), "reason": reason}
+    given = (sample.prompt, sample.image, *sample.references)
+    found = [str(data) for data in given if isinstance(data, UriError)]
+    return {key: _quarantined_text(value) for key, value in names.items()} | ({"unread": found} if found else {})
+
+
+def _quarantined_text(text: str) -> str:
+    """A text without secrets, and cut: ids and places have names from the data, which may hold anything."""
+    shown = masked(text[: 10 * _LONGEST])
+    return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}... ({len(text):,} letters)"
 
 
 def _count(tally: Tally, record: Record) -> None:
-    assert isinstance(record.image, bytes)  # `check_sample` has checked both
-    width, height = header_size(record.image)
-    assert width and height
     tally.kept += 1
     tally.tasks[record.task] += 1
+    if record.image is None:
+        return
+    width, height = header_size(record.image)
+    assert width and height  # `check_sample` has checked the image
     tally.sides[max(64, 64 * round(math.sqrt(width * height) / 64))] += 1
     tally.aspects[int(np.searchsorted(_ASPECT_EDGES, width / height))] += 1
 
@@ -288,8 +310,11 @@ def write_plan(out: Path, raw: RawData, limits: Limits, rows: int, seed: int, un
 
 
 def _unit_plan(raw: RawData, unit: Unit) -> list[Any]:
-    """Where a unit comes from: file, file size, first and last row."""
+    """Where a unit comes from: file, file size, first and last row. For pictures: their names."""
     file = Path(unit.file)
+    if unit.entries:
+        names = hashlib.blake2b("\n".join(unit.entries).encode(errors="surrogateescape"), digest_size=8).hexdigest()
+        return [f"{unit.entries[0]} and more (names {names})", len(unit.entries), unit.first, unit.last]
     name = file.relative_to(raw.path).as_posix() if raw.path.is_dir() else file.name
     try:
         return [name, file.stat().st_size, unit.first, unit.last]
@@ -317,7 +342,8 @@ def _compare_plans(out: Path, before: dict[str, Any], now: dict[str, Any]) -> No
         pairs = enumerate(itertools.zip_longest(was, new), start=1)
         number, was, new = next((number, was, new) for number, (was, new) in pairs if was != new)
         changed = f"SOURCE has changed, unit {number}"
-        was, new = (f"{unit[0]} of {unit[1]:,} bytes, {unit[2:]}" if unit else "none" for unit in (was, new))
+        size = "pictures" if now["form"] == "folder" else "bytes"
+        was, new = (f"{unit[0]} of {unit[1]:,} {size}, {unit[2:]}" if unit else "none" for unit in (was, new))
     raise UserError(f"{out} holds another conversion ({changed}: {was!r}, now {new!r}); give another folder")
 
 
@@ -336,11 +362,14 @@ def total_tally(out: Path) -> Tally:
 
 
 def write_report(out: Path) -> Tally:
-    """Write report.json, histograms.png and samples.png (random kept records) to `out`. Returns the total tally."""
+    """Write report.json to `out`, and histograms.png and samples.png (random kept records) if it has images.
+
+    Returns the total tally.
+    """
     total = total_tally(out)
     with writing(out):
         (out / "report.json").write_text(json.dumps(total.to_dict(), indent=1) + "\n", encoding="utf-8")
-        if total.kept:
+        if total.sides:  # prompts have no images
             draw_histograms(total, out / "histograms.png")
             draw_samples(out, out / "samples.png")
     return total
@@ -380,18 +409,32 @@ def draw_histograms(tally: Tally, path: Path) -> None:
 
 def draw_samples(out: Path, path: Path, count: int = 24) -> None:
     """Draw a sheet of random kept records with their prompts, and the references of edits beside them."""
-    from deepgen.data.images import decode_image
     from deepgen.tracking.grids import image_grid
 
     records = list(_some_records(out, count))
-    references = [decode_image(r.references[0]) if r.references else None for r in records]
-    images = [decode_image(r.image) for r in records if r.image is not None]
+    references = [_small(r.references[0]) if r.references else None for r in records]
+    images = [_small(r.image) for r in records if r.image is not None]
     image_grid(images, [r.prompt for r in records], columns=6, sources=references).save(path)
 
 
+def _small(data: bytes | str) -> np.ndarray:
+    """An image for the sheet: uint8 [H, W, 3], sides of at most 512."""
+    image = open_image(data)
+    image.thumbnail((512, 512))
+    return np.array(image)
+
+
 def _some_records(out: Path, count: int) -> Iterator[Record]:
+    """Records of some row groups, which are read one at a time."""
     shards = sorted(out.glob("shard-*.parquet"))
     chosen = random.Random(0).sample(shards, min(4, len(shards)))
     for shard in chosen:
-        records = read_records(shard)
-        yield from random.Random(0).sample(records, min(math.ceil(count / len(chosen)), len(records)))
+        left = math.ceil(count / len(chosen))
+        parquet = pq.ParquetFile(shard, pre_buffer=False)
+        groups = range(parquet.num_row_groups)
+        for group in random.Random(0).sample(groups, min(left, len(groups))):
+            table = parquet.read_row_group(group, columns=SCHEMA.names)
+            rows = random.Random(0).sample(range(table.num_rows), min(math.ceil(left / len(groups)), table.num_rows))
+            for row in rows:
+                (found,) = to_rows(table.slice(row, 1), shard)
+                yield check_row(found, f"{shard}, row group {group + 1}", out, Reach())

@@ -1,0 +1,204 @@
+"""Reads rows of parquet and Arrow files, one at a time, however large their row groups and batches are.
+
+Both are mapped into memory. The system counts the parts of a mapped file that were read as this process's memory until
+they are given back (`_Mapped.read`).
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deepgen.data.conversion.readers.raw_sample import RawData, RawSample, Unit, stem_of
+from deepgen.data.conversion.readers.row_forms import columns_of, sample_of
+from deepgen.data.conversion.readers.unpacked_sizes import batch_size, pages_of
+from deepgen.data.parquet import SCHEMA, decoded_rows
+from deepgen.errors import UserError
+
+# Arrow holds a page once while it reads it, and the values of a dictionary twice.
+MAX_PAGE, MAX_DICTIONARY = 448 << 20, 256 << 20
+MAX_BATCH = 256 << 20  # of a compressed Arrow file, unpacked
+_GIVE_BACK = 64 << 20  # bytes read from a mapped file until its parts are given back
+_ERRORS = (pa.ArrowException, OSError, ValueError)
+_FILE_MAGIC = b"ARROW1"
+
+
+class _Mapped:
+    """A file mapped into memory."""
+
+    def __init__(self, file: Path) -> None:
+        self._used = 0
+        try:
+            with file.open("rb") as opened:
+                self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: it is empty
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"{file}: cannot be read ({why})") from error
+        self.buffer, self.view = pa.py_buffer(self._map), memoryview(self._map)
+
+    def read(self, size: int) -> None:
+        """Note that `size` bytes were read. Their memory is given back from time to time; the file stays readable."""
+        self._used += size
+        if self._used > _GIVE_BACK:
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._used = 0
+
+
+def is_arrow(file: Path) -> bool:
+    """Whether a file is Arrow's, not parquet, by its name."""
+    return file.suffix.lower() in (".arrow", ".feather")
+
+
+def column_names(file: Path) -> list[str]:
+    if is_arrow(file):
+        return list(_arrow_schema(file, _Mapped(file)).names)
+    return list(_open_parquet(file, _Mapped(file)).schema_arrow.names)
+
+
+def is_prompts(file: Path) -> bool:
+    """Whether a file of records, by its first row group, has no target images."""
+    if is_arrow(file):
+        return False
+    meta = _open_parquet(file, _Mapped(file)).metadata
+    if not meta.num_row_groups:
+        return False
+    group = meta.row_group(0)
+    found = [group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == "image"]
+    return bool(found) and found[0].statistics is not None and found[0].statistics.null_count == group.num_rows
+
+
+def parts_of(file: Path, rows: int) -> list[tuple[int, int]]:
+    """Ranges [first, last) of row groups, or of Arrow's batches, with about `rows` rows each."""
+    mapped = _Mapped(file)
+    if is_arrow(file):
+        sizes = [batch.num_rows for batch in _batches(file, mapped)]
+    else:
+        metadata = _open_parquet(file, mapped).metadata
+        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    runs, first, count = [], 0, 0
+    for i, size in enumerate(sizes):
+        count += size
+        if count >= rows or i + 1 == len(sizes):
+            runs.append((first, i + 1))
+            first, count = i + 1, 0
+    return runs
+
+
+def read_columnar(raw: RawData, unit: Unit) -> Iterator[RawSample]:
+    """The samples in a unit of a parquet or an Arrow file."""
+    file = Path(unit.file)
+    names = column_names(file)
+    columns = columns_of(raw, names, file) if raw.form == "hf" else {}
+    wanted = list(columns.values()) if columns else [name for name in SCHEMA.names if name in names]
+    read = _arrow_rows if is_arrow(file) else _parquet_rows
+    for number, row in read(file, unit, wanted):
+        yield sample_of(row, raw, file, f"{stem_of(raw, file)}-{number}", f"{file}, row {number}", columns)
+
+
+# ---------------------------------------------------------------- parquet
+
+
+def _open_parquet(file: Path, mapped: _Mapped) -> pq.ParquetFile:
+    try:
+        # pre_buffer would read a whole row group in advance.
+        return pq.ParquetFile(pa.BufferReader(mapped.buffer), pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file}: can't be read as parquet ({_why(error)})") from error
+
+
+def _parquet_rows(file: Path, unit: Unit, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbers and rows of the row groups of a unit, some columns of them."""
+    mapped = _Mapped(file)
+    parquet = _open_parquet(file, mapped)
+    number = sum(parquet.metadata.row_group(i).num_rows for i in range(unit.first))
+    for group in range(unit.first, unit.last):
+        place = f"{file}: row group {group + 1} of {parquet.num_row_groups}"
+        try:
+            _check_pages(mapped, parquet.metadata.row_group(group), columns, place)
+            batches = parquet.iter_batches(1, row_groups=[group], columns=columns, use_threads=False)
+            for batch in batches:
+                number += 1
+                mapped.read(batch.nbytes)
+                yield number, _row(batch)
+        except (*_ERRORS, IndexError) as error:
+            raise UserError(f"{place} can't be read ({_why(error)}); fetch the file again") from error
+
+
+def _check_pages(mapped: _Mapped, group: pq.RowGroupMetaData, columns: list[str], place: str) -> None:
+    """Raise UserError if reading the columns would unpack a page that is too large."""
+    for column in (group.column(i) for i in range(group.num_columns)):
+        if column.path_in_schema.partition(".")[0] not in columns:
+            continue
+        for page in pages_of(mapped.view, column):
+            limit = MAX_DICTIONARY if page.is_dictionary else MAX_PAGE
+            if page.size > limit:
+                raise UserError(
+                    f"{place}: column {column.path_in_schema} has a {'dictionary' if page.is_dictionary else 'page'} "
+                    f"of {page.size >> 20:,} MiB; allowed: {limit >> 20} MiB; write the file again in pieces, as with "
+                    "pyarrow's write_table(..., write_batch_size=16, use_dictionary=False)"
+                )
+        mapped.read(_GIVE_BACK // 8)
+
+
+def _row(batch: pa.RecordBatch) -> dict[str, Any]:
+    """The only row of a batch. Text that is not UTF-8 gets lone surrogates, which mark it as invalid."""
+    table = pa.Table.from_batches([batch])
+    (row,) = decoded_rows(table, lambda text: text.decode("utf-8", "surrogateescape"))
+    return row
+
+
+def _why(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+# ---------------------------------------------------------------- Arrow
+
+
+def _arrow_stream(mapped: _Mapped) -> pa.NativeFile:
+    """The messages of an Arrow file of either kind: a stream, or one between a signature and an index."""
+    return pa.BufferReader(mapped.buffer.slice(8) if mapped.view[: len(_FILE_MAGIC)] == _FILE_MAGIC else mapped.buffer)
+
+
+def _arrow_schema(file: Path, mapped: _Mapped) -> pa.Schema:
+    try:
+        return pa.ipc.open_stream(_arrow_stream(mapped)).schema
+    except _ERRORS as error:
+        raise UserError(f"{file}: can't be read as Arrow ({_why(error)})") from error
+
+
+def _batches(file: Path, mapped: _Mapped) -> Iterator[pa.RecordBatch]:
+    _arrow_schema(file, mapped)
+    try:
+        for message in pa.ipc.MessageReader.open_stream(_arrow_stream(mapped)):
+            if (size := batch_size(message)) > MAX_BATCH:
+                raise UserError(
+                    f"{file}: has a batch of {size >> 20:,} MiB once it is unpacked; allowed: {MAX_BATCH >> 20} MiB; "
+                    "write it again in smaller batches"
+                )
+        yield from pa.ipc.open_stream(_arrow_stream(mapped))
+    except (*_ERRORS, struct.error) as error:
+        raise UserError(f"{file}: a batch can't be read ({_why(error)}); fetch the file again") from error
+
+
+def _arrow_rows(file: Path, unit: Unit, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbers and rows of the batches of a unit, some columns of them."""
+    mapped = _Mapped(file)
+    number = 0
+    for index, batch in enumerate(_batches(file, mapped)):
+        if index >= unit.last:
+            break
+        if index < unit.first:
+            number += batch.num_rows
+            continue
+        chosen = batch.select(columns)
+        for at in range(batch.num_rows):
+            row = chosen.slice(at, 1)
+            number += 1
+            mapped.read(row.nbytes)
+            yield number, _row(row)

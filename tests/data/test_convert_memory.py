@@ -1,0 +1,184 @@
+"""The memory of a conversion stays small, whatever archives and row groups hold. Measured in processes of its own."""
+
+import gzip
+import io
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from deepgen.data.conversion.readers.unpacked_sizes import batch_size, pages_of
+from deepgen.data.images import check_pixels
+from deepgen.errors import UserError
+from tests.data.test_convert import ROOT, convert, picture
+from tests.data.test_convert_forms import arrow, put
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from deepgen.data.conversion.convert_units import Limits, convert_unit, total_tally, write_plan
+from deepgen.data.conversion.raw_data import RawData, guess_form, plan_units
+from deepgen.errors import UserError
+
+path, out = map(Path, sys.argv[1:])
+said = ""
+try:
+    raw = RawData(path, guess_form(path))
+    units = plan_units(raw, 1000)
+    write_plan(out, raw, Limits(16), 1000, 0, units)
+    for unit in units:
+        convert_unit(raw, unit, out, Limits(16), 0)
+    total = total_tally(out)
+    said = f"kept {total.kept}, dropped {dict(total.dropped)}"
+except UserError as error:
+    said = str(error)
+# Not ru_maxrss, in which a new process begins with the peak of the one that started it.
+print(int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10, said)
+"""
+BASE = 150  # MiB of the process with its libraries, generously; 90 here
+
+
+def measured(path: Path, out: Path) -> tuple[int, str]:
+    """Convert in a process of its own: its peak memory in MiB beyond its libraries, and what it says."""
+    command = [sys.executable, "-c", MEASURE, str(path), str(out)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    peak, _, said = done.stdout.strip().partition(" ")
+    return int(peak) - BASE, said
+
+
+def table(rows: int, size: int) -> pa.Table:
+    """Image structs of random bytes, in pieces of 10 rows."""
+    data = np.random.default_rng(0).bytes(size)
+    images = [[{"bytes": bytes([k, i]) + data, "path": None} for i in range(10)] for k in range(rows // 10)]
+    return pa.table({"image": pa.chunked_array([pa.array(some) for some in images]), "text": ["a"] * rows})
+
+
+@pytest.mark.processes
+def test_a_row_group_much_larger_than_the_memory_it_takes(tmp_path):
+    pq.write_table(table(300, 1 << 20), tmp_path / "a.parquet", row_group_size=300, compression="none")
+    peak, said = measured(tmp_path / "a.parquet", tmp_path / "out")
+    assert said == "kept 0, dropped {'target: not an image': 300}"
+    assert peak < 200
+
+
+@pytest.mark.processes
+def test_a_batch_of_arrow_much_larger_than_the_memory_it_takes(tmp_path):
+    path = arrow(tmp_path / "a.arrow", table(300, 1 << 20).combine_chunks(), rows=300)
+    peak, said = measured(path, tmp_path / "out")
+    assert "'target: not an image': 300" in said
+    assert peak < 200
+
+
+def test_what_pages_and_batches_unpack_to_is_known_before(tmp_path, monkeypatch):
+    for name in ("MAX_PAGE", "MAX_DICTIONARY", "MAX_BATCH"):
+        monkeypatch.setattr(f"deepgen.data.conversion.readers.columnar.{name}", 2 << 20)
+    values = pa.table({"image": [bytes(3 << 20)] * 2, "text": ["a"] * 2})
+    pq.write_table(values, tmp_path / "a.parquet", compression="zstd")
+    pq.write_table(values, tmp_path / "b.parquet", compression="zstd", use_dictionary=False)
+    arrow(tmp_path / "c.arrow", values, compression="zstd")
+    assert all((tmp_path / name).stat().st_size < 10_000 for name in ("a.parquet", "b.parquet", "c.arrow"))
+    for name, message in (
+        ("a.parquet", "row group 1 of 1: column image has a dictionary of 3 MiB; allowed: 2 MiB; write the file again"),
+        ("b.parquet", "row group 1 of 1: column image has a page of 6 MiB; allowed: 2 MiB"),
+        ("c.arrow", "has a batch of 6 MiB once it is unpacked; allowed: 2 MiB"),
+    ):
+        with pytest.raises(UserError, match=rf"{name}: {message}"):
+            convert(tmp_path / name, tmp_path / "out" / name)
+
+
+@pytest.mark.processes
+def test_a_value_that_many_rows_share(tmp_path):
+    images = pa.DictionaryArray.from_arrays(pa.array([0] * 30, pa.int32()), pa.array([bytes(40 << 20)]))
+    pq.write_table(pa.table({"image": images, "text": ["a"] * 30}), tmp_path / "a.parquet", compression="zstd")
+    peak, said = measured(tmp_path / "a.parquet", tmp_path / "out")  # 1.2 GB, if all rows had their own
+    assert said == "kept 0, dropped {'target: not an image': 30}"
+    assert peak < 400
+
+
+@pytest.mark.processes
+def test_a_member_of_a_compressed_tar_much_larger_than_the_archive(tmp_path):
+    packed = gzip.open(tmp_path / "a.tar.gz", "wb", compresslevel=1)  # noqa: SIM115
+    with packed, tarfile.open(fileobj=packed, mode="w") as tar:
+        for name, size in (("0.jpg", 600 << 20), ("1.txt", 100 << 20)):
+            info = tarfile.TarInfo(name)
+            info.size = size
+            tar.addfile(info, io.BytesIO(bytes(size)))
+        for name, data in (("0.txt", b"a"), ("1.png", picture())):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    peak, said = measured(tmp_path / "a.tar.gz", tmp_path / "out")
+    assert "more than 160 MiB in one sample" in said and "more than 100,000 letters" in said
+    assert peak < 200
+
+
+@pytest.mark.processes
+def test_large_pictures_are_decoded_once_and_one_by_one(tmp_path):
+    for i in range(2):
+        stream = io.BytesIO()
+        Image.new("RGBA", (6000, 6000), (i, 2, 3, 100)).save(stream, "PNG", compress_level=1)
+        put(tmp_path / "in" / f"{i}.png", stream.getvalue())
+        put(tmp_path / "in" / f"{i}.txt", "a")
+    peak, said = measured(tmp_path / "in", tmp_path / "out")
+    assert said == "kept 2, dropped {}"
+    assert peak < 220  # 137 MiB of pixels in one picture
+
+
+@pytest.mark.processes
+def test_shards_are_written_while_samples_come(tmp_path):
+    data = picture(2000, 2000, "BMP")
+    for i in range(40):
+        put(tmp_path / "in" / f"{i}.bmp", data)
+        put(tmp_path / "in" / f"{i}.txt", "a")
+    peak, said = measured(tmp_path / "in", tmp_path / "out")
+    assert said == "kept 40, dropped {}"
+    assert peak < 400  # the pictures are 460 MiB, of which 128 MiB are held
+    groups = pq.ParquetFile(next((tmp_path / "out").glob("shard-*"))).metadata
+    assert max(groups.row_group(i).num_rows for i in range(groups.num_row_groups)) == 5  # 64 MiB
+
+
+@pytest.mark.processes
+def test_a_row_of_many_values(tmp_path):
+    put(tmp_path / "a.json", '[{"image": "0.png", "text": "a"}, [' + "[]," * (8 << 20))
+    peak, said = measured(tmp_path / "a.json", tmp_path / "out")
+    assert "row 2: more than 100,000 values" in said
+    assert peak < 300  # 600 MiB, if all lists were made
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '[{"image": "0.png", "text": "a"}, "' + "x" * (5 << 20), "row 2: more than 2 MiB, or never closed"),
+        ("a.csv", 'image,text\n0.png,"' + "x" * (5 << 20), r"not CSV \(field larger than field limit"),
+    ],
+)
+def test_rows_without_an_end(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.setattr("deepgen.reading.tables.MAX_ROW", 2 << 20)
+    with pytest.raises(UserError, match=rf"{name}.*{message}"):
+        convert(put(tmp_path / name, content), tmp_path / "out", form="pairs")
+
+
+@pytest.mark.parametrize(("kind", "most"), [("WEBP", 40_000_000), ("JPEG2000", 32_000_000), ("JPEG", 64_000_000)])
+def test_pixels_of_formats_that_take_more_memory(kind, most, monkeypatch):
+    monkeypatch.setattr("deepgen.data.images._MAX_DECODING", 640_000)  # a thousandth
+    stream = io.BytesIO()
+    side = int((most / 1000) ** 0.5) + 1
+    Image.new("RGB", (side, side)).save(stream, kind, **({"progressive": True} if kind == "JPEG" else {}))
+    with pytest.raises(ValueError, match=f"allowed: at most {most // 1000:,} as "):
+        check_pixels(stream.getvalue())
+
+
+def test_sizes_of_pages_and_batches_are_those_that_were_written(tmp_path):
+    pq.write_table(table(20, 1000), tmp_path / "a.parquet", row_group_size=20, compression="zstd", use_dictionary=False)
+    column = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0).column(0)
+    sizes = [page.size for page in pages_of(memoryview((tmp_path / "a.parquet").read_bytes()), column)]
+    assert 20 * 1000 < sum(sizes) < 21 * 1000
+    path = arrow(tmp_path / "a.arrow", pa.table({"a": [bytes(5000)] * 3}), compression="lz4", rows=3)
+    found = [batch_size(message) for message in pa.ipc.MessageReader.open_stream(pa.OSFile(str(path)))]
+    assert found[0] == 0 and 15_000 <= found[1] < 15_100
