@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from actors.learner.checkpoints.background import fail_together
 from actors.learner.checkpoints.checkpoint_shards import ENGINE, ShardReader
 from actors.learner.checkpoints.zero_layout import WEIGHT, Stretch, pieces, restore, stretch_of
 from actors.learner.collectives import gather
@@ -221,17 +223,24 @@ class TrainingEngine:
             parameter.data.copy_(safe_get_full_fp32_param(parameter))
 
     def export(self, folder: Path, replaced: Weights | None = None) -> None:
-        """Write a component folder, replacing an older one. Rank 0 may pass ``replaced``, weights to write instead."""
-        unfinished = folder.with_name(f".{folder.name}.writing")
+        """Write a component folder, replacing an older one. Rank 0 may pass ``replaced``, weights to write instead.
+
+        Raises UserError on all ranks if it cannot be written.
+        """
+        unfinished, failure = folder.with_name(f".{folder.name}.writing"), None
         with self._gathered(list(self.model.parameters())):
             if self.rank == 0:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                with _swapped(self.parameters, replaced or {}):
-                    self.model.save_folder(unfinished)
-                if folder.exists():
-                    shutil.rmtree(folder)
-                unfinished.rename(folder)
-        dist.barrier()
+                try:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    with _swapped(self.parameters, replaced or {}):
+                        self.model.save_folder(unfinished)
+                    if folder.exists():
+                        shutil.rmtree(folder)
+                    unfinished.rename(folder)
+                except (OSError, SafetensorError) as error:
+                    failure = error
+                    shutil.rmtree(unfinished, ignore_errors=True)  # half a result is of no use, and its room is
+        fail_together(failure, self.world, f"the result to {folder}")
 
     @contextmanager
     def split(self) -> Iterator[None]:
@@ -285,9 +294,11 @@ def _swapped(parameters: NamedParameters, replaced: Weights) -> Iterator[None]:
     by_name = dict(parameters)
     for name in own:
         by_name[name].data.copy_(replaced[name])
-    yield
-    for name, value in own.items():
-        by_name[name].data.copy_(value)
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            by_name[name].data.copy_(value)
 
 
 def _configuration(settings: Settings, device: torch.device) -> dict[str, Any]:

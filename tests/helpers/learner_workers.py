@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.forked import run_ranks
+from tests.helpers.small_disk import fill
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,8 +28,9 @@ def run_workers(folder: Path, runs: Sequence[dict[str, Any]], *, world: int = 1,
     "replays": (step, folder) trains on that step alone (toy), from the state in the folder.
     "die_after": n ends the worker abruptly in the step after n steps. "die_writing": n kills it (SIGKILL) when half of
     the n-th checkpoint shard is on disk; "slow_writing": s writes each shard s seconds after the step has ended;
-    "fail_writing": r lets rank r fail to write any. "measure": a file name; instead of the usual training, rank 0
-    writes its memory use there (``tests.helpers.memory_states``).
+    "fail_writing": r lets rank r fail to write any. "fill": (folder, "shard" or "result") lets rank 0 fill the disk of
+    a folder before it writes its first shard, or when the last checkpoint is complete. "measure": a file name; instead
+    of the usual training, rank 0 writes its memory use there (``tests.helpers.memory_states``).
     """
     folder.mkdir(parents=True, exist_ok=True)
     rendezvous = folder / f"rendezvous-{len(list(folder.glob('rendezvous-*')))}"
@@ -123,11 +125,16 @@ def _disturb_writing(run: dict[str, Any], rank: int) -> None:
     from actors.learner.checkpoints import checkpoint_shards as shards
 
     write, left = shards.save_file, run.get("die_writing", 0)
+    full, when = run.get("fill", ("", ""))
+    if when == "result" and rank == 0:
+        _fill_after_checkpoints(Path(full))
 
     def disturbed(tensors: dict[str, Any], file: Path) -> None:
         nonlocal left
         left -= 1
         time.sleep(run.get("slow_writing", 0.0))
+        if when == "shard" and rank == 0:
+            fill(Path(full))
         if run.get("fail_writing") == rank:
             raise OSError(f"no room for {file.name}")
         write(tensors, file)
@@ -136,6 +143,18 @@ def _disturb_writing(run: dict[str, Any], rank: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     shards.save_file = disturbed
+
+
+def _fill_after_checkpoints(folder: Path) -> None:
+    from actors.learner.checkpoints.checkpoint_store import CheckpointStore
+
+    finish = CheckpointStore.finish
+
+    def finish_and_fill(store: CheckpointStore) -> None:
+        finish(store)
+        fill(folder)
+
+    setattr(CheckpointStore, finish.__name__, finish_and_fill)  # the process ends with the run
 
 
 class _Dying:
