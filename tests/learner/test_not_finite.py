@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from actors.learner.checkpoints.checkpoint_shards import write_shard
 from deepgen.config import UserError, load_settings
 from tests.helpers.learner_workers import run_workers
 from tests.helpers.toy import FAILURES, STEPS, check_toy, plain_torch, toy_result, toy_run
@@ -173,6 +174,15 @@ def test_a_checkpoint_with_such_weights_is_not_resumed_from(tmp_path: Path) -> N
     run_workers(tmp_path, [again])
     said = (tmp_path / "a.0.error").read_text()
     assert said.startswith(f"{file.parent}: out.bias is not finite; remove this folder")
+
+
+def test_no_shard_is_written_with_such_a_number(tmp_path: Path) -> None:
+    """Averages and moments too, in whatever way they came to be so."""
+    for value in (math.nan, -math.inf):
+        pieces = [("exp_avg_sq:w", 0, torch.tensor([1.0, value]))]
+        with pytest.raises(UserError, match=r"exp_avg_sq:w@0 is not finite, so engine-0 is not written"):
+            write_shard(tmp_path, "engine", 0, pieces)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
