@@ -169,8 +169,8 @@ class TrainingLoop:
             note += f"; beside {made} updates that were made: only --resume gets to the same weights again"
         if engine.skipped_in_a_row >= self.most_skipped:
             raise UserError(
-                f"{said}; {engine.skipped_in_a_row} updates in a row could not be made; a smaller train.learning_rate "
-                f"may help, with --resume from the last checkpoint{note}"
+                f"{said}; updates left out in a row: {engine.skipped_in_a_row}, so the run ends; a smaller "
+                f"train.learning_rate may help, with --resume from the last checkpoint{note}"
             )
         self.context.say(f"{said}; updates: {counts}{note}")
 
@@ -387,6 +387,7 @@ def _restore(
         if replayed and replayed.state:
             check_shards(replayed.state, context.rank, context.world)
             engine.load(replayed.state, replayed.steps.start * context.settings.algorithm.updates_per_batch)
+            engine.skipped_in_a_row = 0  # it has counted the very step that is looked at
         if bad := engine.not_finite():
             raise UserError(f"model.weights: {bad} in {context.settings.model.weights} is not finite")
         return replayed.steps.start if replayed else 0

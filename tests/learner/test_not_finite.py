@@ -136,7 +136,7 @@ def test_a_run_without_updates_ends_with_one_line(tmp_path: Path) -> None:
         first, second = ((tmp_path / f"{name}.{rank}.error").read_text() for rank in (0, 1))
         assert first == second and "\n" not in first
         assert first.startswith(f"step {step}: the ")
-        assert f"; {count} updates in a row could not be made; a smaller train.learning_rate may help" in first
+        assert f"; updates left out in a row: {count}, so the run ends; a smaller train.learning_rate may help" in first
         assert not (tmp_path / name / "model").exists()
     steps = sorted(path.name for path in (tmp_path / "long" / "checkpoints").iterdir())
     assert steps == ["step-000002", "step-000004", "step-000006"]
