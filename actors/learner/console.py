@@ -22,8 +22,11 @@ def console(folder: Path) -> Callable[[str], None]:
     path = folder / FILE
 
     def say(line: str) -> None:
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+        try:
+            with path.open("a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+        except OSError as error:  # the disk is full; what ends the run for that comes up elsewhere
+            print(f"cannot write {path}: {error.strerror or error}: {line}", file=sys.stderr)
 
     return say
 

@@ -9,10 +9,13 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
+
+from safetensors import SafetensorError
 
 from deepgen.masking import masked
 
@@ -22,6 +25,8 @@ TERMINATED_EXIT_CODE = 143
 # Options of the stages that leave nothing to continue, or refuse to (`deepgen.config.cli`).
 _NOT_CONTINUED = ("--help", "-h", "--plan", "--print-config", "--status", "--rollout-only", "--train-only")
 SUBMITTED_COPY = "_ray_pkg_" in __file__  # Ray's name of the folder for the files of a job
+# No space, no quota, file too large for the limit, read-only: nothing that trying again would mend.
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 
 class UserError(Exception):
@@ -36,6 +41,32 @@ class UserError(Exception):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as sent by schedulers and `ray job stop`. Handled like Ctrl-C, except for the exit code."""
+
+
+@contextmanager
+def writing(what: str, where: Path, then: str = "continue with --resume") -> Iterator[None]:
+    """Around writing into the run's folder: its failure becomes a UserError that names the file or folder `where`.
+
+    then: what to do once there is room.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"run.dir: cannot write {what} to {where}: {said}; make room or let it be written, then {then}"
+        ) from error
+
+
+def disk_error(error: BaseException) -> OSError | None:
+    """The OSError of a full or read-only disk: the exception itself, one that Ray has carried, or one of its causes."""
+    while True:
+        inner = getattr(error, "cause", None) or error.__cause__
+        if isinstance(error, OSError) and error.errno in _DISK:
+            return error
+        if not isinstance(inner, BaseException):
+            return None
+        error = inner
 
 
 def stop_on_sigterm() -> None:
@@ -53,13 +84,19 @@ def run_program(main: Callable[[], int | None], *, resumes: bool = True) -> NoRe
     `UserError` exits with 2 and one line on stderr. Ctrl-C exits with 130 and SIGTERM with 143; both print the command
     that continues the run: the same one with --resume, or without it for a program that continues by itself
     (`resumes` False). A reader that closes the output early (`--help | head`) is no error, and a run goes on without
-    it. Any other exception is a bug and keeps its traceback.
+    it. A full or read-only disk is reported like a UserError. Any other exception is a bug and keeps its traceback.
     """
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background programs that ignore Ctrl-C
     stop_on_sigterm()
     try:
         code = main()
+    except OSError as error:
+        found = disk_error(error)
+        if found is None:
+            raise
+        print(f"error: cannot write {found.filename or 'a file'}: {found.strerror}; make room", file=sys.stderr)
+        sys.exit(USAGE_EXIT_CODE)
     except UserError as error:
         # Ray raises a subclass that carries the remote traceback as its text and the original as `cause`.
         message = str(getattr(error, "cause", None) or error)

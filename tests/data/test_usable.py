@@ -175,6 +175,18 @@ def write_list(path: Path, names: list[str]) -> None:
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
+def test_a_list_of_bad_rows_that_is_cut_is_made_again(tmp_path: Path, weights: Path) -> None:
+    """Else the row of a line that a crash has cut would be used."""
+    write_records(tmp_path / "x.parquet", [*prompts(5), *(record for record, _ in BAD)])
+    run = settings(tmp_path, weights, "data.max_bad_share=1")
+    usable, path = usable_records(run, "data.prompts"), tmp_path / "runs/a/quarantine-prompts.jsonl"
+    whole = path.read_bytes()
+    for kept in (whole[:-40], whole[: len(whole) // 2] + b"\n", b"\0" * 90, whole + b'{"file": 3, "row": "x"}\n'):
+        path.write_bytes(kept)
+        assert usable_records(run, "data.prompts") == usable
+        assert path.read_bytes() == whole
+
+
 def test_the_share_is_that_of_training_data(tmp_path: Path, weights: Path) -> None:
     """One bad prompt of a few does not stop a run, unless the allowed share is 0; more than 1 % of many does."""
     bad = replace(PROMPT, id="bad", prompt=" ")

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deepgen.errors import UserError
+from deepgen.errors import UserError, writing
+from deepgen.json_lines import drop_torn_end, read_lines
 from deepgen.masking import masked
 
 FILE = "quarantine.jsonl"
@@ -71,9 +72,12 @@ class Quarantine:
         self.path = folder / FILES[key]
         self.read, self.bad = 0, 0
         self._rows: set[tuple[str, int]] = set()  # different bad rows; no need to keep more than FEW_ROWS + 1
+        self._written: set[tuple[str, int]] = set()
         if self._writes and not resume:
             self.path.unlink(missing_ok=True)
-        self._written = rows_in(self.path) if self._writes else set()
+        elif self._writes and self.path.exists():
+            drop_torn_end(self.path)
+            self._written = rows_in(self.path)[0]
 
     def add(self, read: int, rows: Sequence[BadRow]) -> None:
         """Count `read` records of all ranks, of which `rows` are bad. Raises UserError if too many are bad."""
@@ -107,9 +111,10 @@ class Quarantine:
             first = next(iter(new.values()))
             reason = masked(first.reason)[:_LONGEST]
             self._say(f"{first.file}, row {first.row} is left out ({reason}); all such rows: {self.path}")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(_line(row)) + "\n" for row in new.values())
+        with writing("unusable records", self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(_line(row)) + "\n" for row in new.values())
         self._written |= new.keys()
 
 
@@ -121,13 +126,9 @@ def _line(row: BadRow) -> dict[str, Any]:
     }
 
 
-def rows_in(path: Path) -> set[tuple[str, int]]:
-    """File's name and row of every line. Removes an incomplete last line, which a killed process may leave."""
-    if not path.exists():
-        return set()
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    rows = [json.loads(line) for line in whole.splitlines()]
-    return {place_of(row["file"], row["row"]) for row in rows}
+def rows_in(path: Path) -> tuple[set[tuple[str, int]], bool]:
+    """File's name and row of every line, and whether all lines are as they were written."""
+    lines = list(read_lines(path)) if path.exists() else []
+    rows = [(line.get("file"), line.get("row")) for line in lines if line]
+    places = [place_of(file, row) for file, row in rows if isinstance(file, str) and isinstance(row, int)]
+    return set(places), len(places) == len(lines)

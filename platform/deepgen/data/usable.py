@@ -19,6 +19,7 @@ from deepgen.data.images import FORMATS, usable_image
 from deepgen.data.parquet import parquet_files, read_rows
 from deepgen.data.quarantine import FILES, BadRow, Quarantine, place_of, rows_in
 from deepgen.data.records import Record, RecordError, check_texts
+from deepgen.errors import writing
 from deepgen.fingerprint import file_checksum
 
 JUDGED = ".judged"  # suffix of a file beside the quarantine: a hash of what has been checked
@@ -47,8 +48,8 @@ def usable_records(
     path = settings.run.folder / FILES[key]
     reserved = _reserved_tokens(settings)
     marker, state = path.with_suffix(JUDGED), _state(settings, given, [record.id for _, record in chosen], reserved)
-    if marker.exists() and marker.read_text(encoding="utf-8") == state:
-        out = rows_in(path)
+    out, whole = rows_in(path)
+    if whole and marker.exists() and marker.read_text(encoding="utf-8") == state:
         return [(place, record) for place, record in chosen if place_of(*place) not in out]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         faults = list(pool.map(partial(_fault, reserved=reserved), (record for _, record in chosen)))
@@ -60,8 +61,9 @@ def usable_records(
     usable = [one for one, fault in judgement if not fault]
     if not usable:
         raise UserError(f"{key}: no record of {given} can be used; see {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    marker.write_text(state, encoding="utf-8")
+    with writing(f"that {key} is checked", marker):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        marker.write_text(state, encoding="utf-8")
     return usable
 
 
@@ -78,7 +80,7 @@ def _state(settings: Settings, given: Path, ids: Sequence[str], reserved: Sequen
 
 def left_out(settings: Settings, *keys: str) -> dict[str, float]:
     """Metrics: the number of records of each key that this run has left out. Keys with none are omitted."""
-    counts = {key: len(rows_in(settings.run.folder / FILES[key])) for key in keys}
+    counts = {key: len(rows_in(settings.run.folder / FILES[key])[0]) for key in keys}
     return {f"data/quarantined_{key.removeprefix('data.')}": float(count) for key, count in counts.items() if count}
 
 

@@ -26,9 +26,9 @@ from PIL import Image
 
 from deepgen.config.schema.paths import CHECKOUT
 from deepgen.config.settings import shown_settings
-from deepgen.errors import UserError
+from deepgen.errors import UserError, disk_error, writing
 from deepgen.masking import masked, masked_value
-from deepgen.tracking.journal import Entry, Journal, make_entry, read_entries
+from deepgen.tracking.journal import FILE_NAME, Entry, Journal, make_entry, read_entries
 from deepgen.tracking.mlflow_page import (
     EXPERIMENT_TAGS,
     changed_settings,
@@ -38,7 +38,7 @@ from deepgen.tracking.mlflow_page import (
     page_address,
 )
 from deepgen.tracking.provenance import run_tags
-from deepgen.tracking.sender import MAX_BATCH, Item, Sender, SenderCounts
+from deepgen.tracking.sender import MAX_BATCH, Item, Sender, SenderCounts, first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -82,7 +82,7 @@ class Tracker:
         self.run_id = ""
         self.experiment_id = ""
         self.skipped_values = 0  # metrics that had no finite value
-        self.journal_failures = 0  # lines of metrics.jsonl that could not be written
+        self.journal_failures = 0  # lines of metrics.jsonl that could not be written at once
         self._settings, self._stage, self._start_deadline_s = settings, stage, start_deadline_s
         self._attached, self._goes_on = attach, attach or settings.run.resume
         self._client: MlflowClient | None = None
@@ -100,11 +100,11 @@ class Tracker:
             self._journal = Journal(self.folder, resume=self._goes_on)
             if not self._attached:
                 _write_atomically(self.folder / SETTINGS_FILE, _as_recipe(self._settings))
+            _quiet_mlflow()
+            key = _uri_key(self._settings)
+            about, history = _call_with_deadline(self._open_run, self._start_deadline_s, key, masked(self.uri))
         except OSError as error:
             raise UserError(f"run.dir: cannot write the run folder {self.folder}: {error.strerror or error}") from error
-        _quiet_mlflow()
-        key = _uri_key(self._settings)
-        about, history = _call_with_deadline(self._open_run, self._start_deadline_s, key, masked(self.uri))
         hint = f"Every number is kept in {self._journal.path}."
         self._sender = Sender(_is_refusal, hint)
         for item in about:
@@ -150,18 +150,36 @@ class Tracker:
         return self._sender.flush(deadline_s) if self._sender else True
 
     def close(self, status: str = "FINISHED", *, deadline_s: float = CLOSE_DEADLINE_S) -> None:
-        """Deliver waiting records and end the MLflow run as FINISHED, FAILED or KILLED. A second call does nothing."""
+        """Deliver waiting records and end the MLflow run as FINISHED, FAILED or KILLED. A second call does nothing.
+
+        Raises UserError if numbers are lost because metrics.jsonl could not be written to the end, but not for a run
+        that has failed otherwise.
+        """
         if self._sender is None:
             return
-        self._sender.put(_EndItem(self._mlflow, self.run_id, status))
+        lost = self._close_journal()
+        self._sender.put(_EndItem(self._mlflow, self.run_id, "FAILED" if lost else status))
         sender, self._sender = self._sender, None
         undelivered = sender.close(deadline_s)
-        if self._journal is not None:
-            self._journal.close()
         if undelivered:
-            message = "TRACKING: %d records did not reach %s (%s). Every number is kept in %s."
             error = sender.counts().last_error or f"not within {deadline_s:.0f} s"
-            logger.warning(message, undelivered, masked(self.uri), error, self.folder / "metrics.jsonl")
+            kept = "Numbers were lost, see below" if lost else f"Every number is kept in {self.folder / FILE_NAME}"
+            message = "TRACKING: %d records did not reach %s (%s). %s."
+            logger.warning(message, undelivered, masked(self.uri), error, kept)
+        if lost and status == "FINISHED":
+            raise lost
+        if lost:
+            logger.warning("TRACKING: %s", lost)
+
+    def _close_journal(self) -> UserError | None:
+        """What is lost of the numbers, if anything is."""
+        try:
+            if self._journal is not None:
+                with writing("the numbers", self._journal.path):
+                    self._journal.close()
+        except UserError as error:
+            return error
+        return None
 
     def where(self) -> str:
         """One line that tells a person how to open the page of the run and those beside it."""
@@ -269,7 +287,7 @@ class Tracker:
             raise RuntimeError("Tracker.log before start()")
         try:
             self._journal.append(entry)
-        except (OSError, ValueError) as error:  # disk full, or closed: the numbers still go to the server
+        except (OSError, ValueError) as error:  # disk full (then it keeps them for the next try), or closed
             self.journal_failures += 1
             if self.journal_failures == 1:
                 logger.warning("TRACKING: cannot write %s: %s", self._journal.path, error)
@@ -466,9 +484,14 @@ def _call_with_deadline(function: Callable[[], _Result], deadline_s: float, key:
         raise UserError(f"{key}: no answer from {server} within {deadline_s:.0f} s; {instead}")
     if isinstance(errors[0], UserError):
         raise errors[0]
-    reason = masked(str(errors[0]).strip().splitlines()[0] if str(errors[0]).strip() else repr(errors[0]))[:200]
+    if isinstance(errors[0], OSError) and (disk_error(errors[0]) or errors[0].filename):
+        raise errors[0]  # not of the server, but of the run's folder
+    reason = first_line(errors[0])[:200]
     if _is_refusal(errors[0]):
         raise UserError(f"{key}: {server} refuses the run: {reason}") from errors[0]
+    if server.startswith("sqlite:"):
+        file, then = server.partition("///")[2], "make room or let it be written, or give another address"
+        raise UserError(f"{key}: cannot read or write {file}: {reason}; {then}") from errors[0]
     raise UserError(f"{key}: no answer from {server}: {reason}; {instead}") from errors[0]
 
 

@@ -31,7 +31,7 @@ from deepgen.reading import reach
 from deepgen.registry import ADVANTAGES, KL_FORMS, POLICY_LOSSES, REWARDS, SAMPLERS, SDE_WINDOWS
 
 TASKS = ("t2i", "reasoning", "text", "edit")
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]  # times a score it stays finite in fp32
 MAX_NAME = 100  # files and folders have up to 255 bytes, and longer names are made of this one
 _TAKEN = ("mlflow.db", "mlflow.db-journal", "mlflow.db-shm", "mlflow.db-wal", "mlartifacts")
 _DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # no folder can be called so over SMB
@@ -112,7 +112,7 @@ class DataSettings(Section):
     weights: dict[str, Weight] = setting(
         {},
         "How often each source is drawn instead, as {name: weight} with every source; empty is by temperature.",
-        allowed="a weight >= 0 for each source, as in {photos: 2, posters: 1}",
+        allowed="a weight >= 0, at most 1e6, for each source, as in {photos: 2, posters: 1}",
     )
     max_bad_share: float = setting(
         0.01,
@@ -299,7 +299,7 @@ class RewardSettings(Section):
         {"t2i": _GENERAL, "reasoning": _GENERAL, "text": _TEXT, "edit": _GENERAL},
         "Weight of each pool's reward for the prompts of each task; absent or 0 is never called. A recipe replaces "
         "whole tasks; one weight is set as rewards.weights.text.ocr=0.5.",
-        allowed=f"a weight >= 0 for each pool ({', '.join(REWARDS)}, or one of your own) of a task "
+        allowed=f"a weight >= 0, at most 1e6, for each pool ({', '.join(REWARDS)}, or one of your own) of a task "
         f"({', '.join(TASKS)})",
     )
     pools: dict[str, SerializeAsAny[PoolSettings]] = Field(default_factory=dict)  # filled by `_gather_pools`
@@ -398,7 +398,7 @@ class TrackingSettings(Section):
         {},
         "Limits of alarms in rl that replace the defaults "
         f"{{{', '.join(f'{name}: {limit:g}' for name, limit in ALARMS.items())}}}; null turns one off.",
-        allowed=f"a number >= 0 or null for {', '.join(ALARMS)}, as in {{clip_share: 0.9, kl: null}}",
+        allowed=f"a number >= 0, at most 1e6, or null for {', '.join(ALARMS)}, as in {{clip_share: 0.9, kl: null}}",
     )
 
     @model_validator(mode="after")
