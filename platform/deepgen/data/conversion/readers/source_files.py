@@ -84,17 +84,20 @@ def find_files(path: Path, kinds: Collection[str] = ()) -> Found:
 
 
 def _walk(top: Path, found: Found) -> list[Path]:
-    """All files below a folder that are not hidden, real ones before links. Enters every folder once, links last."""
-    entered: set[str] = set()
+    """All files below a folder that are not hidden, real ones before links. Enters every folder once, links last.
+
+    A link to a folder around it, such as `/`, is not entered: it would lead to all the rest of the disk.
+    """
+    whole, entered = Path(os.path.realpath(top)), set[str]()
     folders, links, files = [top], list[Path](), list[Path]()
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         real = os.path.realpath(folder)
-        if real in entered:
+        if real in entered or (folder != top and whole.is_relative_to(real)):
             found.repeated.append(folder)
             continue
         entered.add(real)
-        if folder.is_symlink() and folder != top and not Path(real).is_relative_to(os.path.realpath(top)):
+        if folder.is_symlink() and not Path(real).is_relative_to(whole):
             found.outward.append(folder)
         try:
             for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -112,7 +115,8 @@ def _walk(top: Path, found: Found) -> list[Path]:
 
 def _data_in(hidden: Path) -> list[Path]:
     """The files at or below a hidden path that could have been meant as data."""
-    within = sorted(Path(folder) / name for folder, _, names in os.walk(hidden) for name in names)
+    folders = () if hidden.is_symlink() else os.walk(hidden)
+    within = sorted(Path(folder) / name for folder, _, names in folders for name in names)
     return [file for file in (within or [hidden]) if kind_of(file)]
 
 
