@@ -9,14 +9,15 @@ PORT ?= 5000
 # The first experiment in the view that every run writes; without the rest of the address MLflow shows other things first.
 PAGE := \#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=rl
 ARGS ?=
-VENV := $(CURDIR)/.venv
+# Relative, because make cannot hold a path with a space; a recipe's folder is always the checkout.
+VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 PYTEST := -n 3 --dist loadfile --no-loadscope-reorder
 
 export PYTHON
-export VIRTUAL_ENV := $(VENV)
-export PATH := $(VENV)/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)
 unexport PYTHONHOME
 
@@ -24,8 +25,7 @@ unexport PYTHONHOME
 ifeq ($(shell grep -qs "^cuda.*= None" $(VENV)/lib/python3.11/site-packages/torch/version.py || test ! -e $(VENV) && echo cpu),cpu)
 export DS_ACCELERATOR := cpu
 endif
-export TORCH_EXTENSIONS_DIR := $(VENV)/torch_extensions
-export RAY_AUTH_MODE ?= token
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export RAY_USAGE_STATS_ENABLED ?= 0
 export VLLM_NO_USAGE_STATS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -43,7 +43,7 @@ $(STAMP): requirements-cpu.lock pyproject.toml tools/setup.sh tools/repair_cpu_s
 	@tools/setup.sh
 
 # A copied or moved checkout: the stamp names the place it was made for.
-ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+ifneq "$(shell cat $(STAMP) 2>/dev/null)" "$(CURDIR)"
 .PHONY: $(STAMP)
 endif
 
@@ -79,4 +79,4 @@ bench: setup  ## the benchmarks
 ui: setup  ## the pages of all runs (MLflow)
 	@mkdir -p runs
 	@echo "MLflow: http://127.0.0.1:$(PORT)/$(PAGE)  (Ctrl-C ends it)"
-	$(VENV)/bin/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(PORT)
+	$(RUN) -m mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(PORT)

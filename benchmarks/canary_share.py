@@ -12,6 +12,7 @@ from pathlib import Path
 from actors.experience.policy.canary import take_canary
 from actors.experience.policy.weight_sync import fetch_weights, load_weights, publish_weights, verify_weights
 from benchmarks.timing import Result, compare, recipe
+from deepgen.cluster.private import start_private
 from deepgen.models.unified import UnifiedModel
 
 DEADLINE_S = 60.0
@@ -37,7 +38,7 @@ def run(weights: Path, repeats: int, threads: int) -> list[Result]:
         load_weights(trained, fetch_weights(published, DEADLINE_S), published)
         verify_weights(trained, published)
 
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    start_private(1, log_to_driver=False)
     try:
         size = sum(parameter.numel() for parameter in trained.values()) / 1e6
         return [compare("canary of a sync", f"{size:.1f} M parameters", 1, both, sync, repeats)]

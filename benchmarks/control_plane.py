@@ -22,7 +22,6 @@ import asyncio
 import functools
 import itertools
 import os
-import secrets
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -40,6 +39,7 @@ from actors.experience.rollout_actor import Pictures
 from actors.experience.rollout_fleet import WEIGHTS_GROUP
 from actors.messages import Arrays, Canary, Group, PolicyWeights, RankBatch
 from actors.start import Rollouts, start_stream
+from deepgen.cluster.private import start_private
 from deepgen.config import PoolSettings, Settings
 from deepgen.config.settings import TASKS
 from deepgen.data.records import Record
@@ -198,15 +198,8 @@ def _ms(cpu: Sequence[float], groups: float) -> str:
 @contextmanager
 def own_ray(num_cpus: int, object_store_bytes: int = 1 << 30) -> Iterator[None]:
     """A local Ray for as long as the context lasts."""
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray keeps the first one that it has seen
     os.environ |= {"RAY_worker_niceness": "0"}  # not 15: anything else on this machine would starve them
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=object_store_bytes,
-    )
+    start_private(num_cpus, log_to_driver=False, object_store_memory=object_store_bytes)
     try:
         yield
     finally:

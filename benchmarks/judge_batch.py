@@ -8,8 +8,6 @@ come in another batch.
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import ray
 from actors.experience.reward_pool import RewardPool
 from actors.experience.reward_requests import request_key
 from benchmarks.timing import Result, compare, recipe
+from deepgen.cluster.private import start_private
 from deepgen.config.schema.pools import make_pool
 from deepgen.data.images import decode_image
 from deepgen.data.parquet import read_records
@@ -29,8 +28,7 @@ IMAGES = 64
 
 def run(weights: Path, repeats: int, threads: int) -> list[Result]:
     """One result. Starts a local Ray for its two pools; vLLM uses one thread whatever `threads` says."""
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # of this cluster only
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    start_private(2, log_to_driver=False)
     try:
         return [asyncio.run(_measure(weights, repeats))]
     finally:

@@ -46,7 +46,9 @@ class AestheticHead(nn.Module):
         """Write weights and config; `clip` is the CLIP folder relative to `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({key: value.contiguous() for key, value in self.state_dict().items()}, folder / "head.safetensors")
-        (folder / "config.json").write_text(json.dumps({"clip": clip, **self.config}, indent=2) + "\n")
+        (folder / "config.json").write_text(
+            json.dumps({"clip": clip, **self.config}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def load_head(path: str | Path, *, key: str = "aesthetic head") -> tuple[AestheticHead, Path]:
@@ -58,7 +60,7 @@ def load_head(path: str | Path, *, key: str = "aesthetic head") -> tuple[Aesthet
         UserError: a file is missing, or the weights do not fit the config.
     """
     folder = existing_folder(key, path, "head.safetensors", "config.json")
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "clip" not in config:
         raise UserError(f'{key}: {str(folder / "config.json")!r} does not say which "clip" it uses')
     clip = (folder / config.pop("clip")).resolve()

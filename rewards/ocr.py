@@ -34,8 +34,10 @@ class OcrReward:
     """
 
     def __init__(self) -> None:
+        import onnxruntime
         from rapidocr import RapidOCR
 
+        onnxruntime.disable_telemetry_events()  # on by default in its wheels
         # Detection at 192 px takes 25 ms per image, at the default 736 px it takes 154. The angle classifier is off:
         # it would turn upside-down words the right way up before reading them.
         self._engine = RapidOCR(

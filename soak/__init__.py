@@ -2,4 +2,4 @@
 
 import os
 
-os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported; `make` sets it too
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from deepgen.cluster.private import start_private
 from deepgen.config import Settings, load_settings
 from deepgen.config.recipes import find_recipe
 from deepgen.data.parquet import read_records
@@ -62,7 +63,7 @@ def try_schedules(count: int) -> int:
     """Print the table of schedules. Returns how many ended differently."""
     import ray
 
-    ray.init(address="local", num_cpus=ACTORS, include_dashboard=False, log_to_driver=False)
+    start_private(ACTORS, log_to_driver=False)
     schedules = draw_schedules(count, ACTORS, LONGEST_S)
     different = 0
     print(HEADER, flush=True)

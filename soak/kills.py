@@ -173,12 +173,12 @@ class Runner:
 
     def failures(self) -> list[str]:
         """Why the learner was restarted where nobody had died: failures of its own, which a kill must not cause."""
-        lines = (self.folder / CONSOLE).read_text(errors="replace").splitlines()
+        lines = (self.folder / CONSOLE).read_text(errors="replace", encoding="utf-8").splitlines()
         return [line for line in lines if line.startswith("starting the workers again") and "died" not in line]
 
     def tail(self) -> str:
         """The last lines of the run's output."""
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-30:])
+        return "\n".join(self._log.read_text(errors="replace", encoding="utf-8").splitlines()[-30:])
 
     def wait(self, until: Callable[[], bool]) -> None:
         """Wait until something holds or the run ends. Raises TimeoutError if the run stands still."""
@@ -249,7 +249,7 @@ def result(folder: Path) -> tuple[bytes, list[dict[str, Any]]]:
     """The bits that a run has ended with: its weights, and every step's loss and rewards."""
     weights = (folder / "model" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
     steps: dict[int, dict[str, Any]] = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         kept = {k: v for k, v in entry["metrics"].items() if k.startswith(("loss/", "reward/", "policy/"))}
         steps[entry["step"]] = steps.get(entry["step"], {}) | kept

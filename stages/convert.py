@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
 from deepgen.config import UserError, load_settings, run_program  # noqa: E402
+from deepgen.config.schema.paths import argument  # noqa: E402
 from deepgen.config.settings import TASKS  # noqa: E402
 from deepgen.data.conversion import convert_units as convert  # noqa: E402
 from deepgen.data.conversion.convert_units import Limits, Tally  # noqa: E402
@@ -31,6 +32,7 @@ from deepgen.data.conversion.look import look  # noqa: E402
 from deepgen.data.conversion.raw_data import FORMS, guess_form, notes_of, plan_units  # noqa: E402
 from deepgen.data.conversion.readers.raw_sample import RawData, Unit  # noqa: E402
 from deepgen.data.images import MAX_ASPECT, MAX_PIXELS  # noqa: E402
+from deepgen.reading.reach import check_allowed  # noqa: E402
 
 LOOK_AFTER = 200  # the share of bad samples is checked only after this many
 
@@ -58,13 +60,21 @@ def number(kind: type[int] | type[float], low: float, high: float = float("inf")
 
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("source", type=argument)
+    parser.add_argument("out", type=argument, nargs="?")
     parser.add_argument("--check", action="store_true", help="say what would be kept and dropped; OUT is not needed")
     parser.add_argument("--form", choices=list(FORMS))
     parser.add_argument("--task", choices=TASKS, help="of these samples; default: t2i")
     parser.add_argument("--name", help="of the data set, for the column source; default: SOURCE's")
-    parser.add_argument("--images", type=Path, help="folder that relative image paths start from")
+    parser.add_argument("--images", type=argument, help="folder that relative image paths start from")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PLACE",
+        help="folder, host, address or network that its images may be read from, besides files under SOURCE and "
+        "--images and public addresses; as in data.allow, can be repeated",
+    )
     parser.add_argument("--caption-key", help="of captions in JSON; default: caption")
     parser.add_argument(
         "--column",
@@ -130,14 +140,15 @@ def raw_data(args: argparse.Namespace) -> RawData:
     form = args.form or guess_form(args.source)
     used_by = {
         "--images": (args.images, set(FORMS) - {"webdataset", "folder"}),
+        "--allow": (args.allow, set(FORMS) - {"webdataset"}),
         "--column": (args.column, {"hf", "pairs", "prompts"}),
         "--caption-key": (args.caption_key, {"captions", "webdataset", "folder"}),
         "--task": (args.task, set(FORMS) - {"records", "edits"}),
     }
     for option, (given, forms) in used_by.items():
         if given and form not in forms:
-            allowed = ", ".join(name for name in FORMS if name in forms)
-            raise UserError(f"{option}: has no effect on form {form}; allowed with: {allowed}")
+            useful = ", ".join(name for name in FORMS if name in forms)
+            raise UserError(f"{option}: has no effect on form {form}; allowed with: {useful}")
     if args.images and not args.images.is_dir():
         raise UserError(f"--images: {args.images} is no folder")
     return RawData(
@@ -148,6 +159,7 @@ def raw_data(args: argparse.Namespace) -> RawData:
         args.caption_key or "caption",
         columns(args.column, form),
         args.name or args.source.resolve().stem,
+        allowed(args.allow),
     )
 
 
@@ -167,6 +179,15 @@ def columns(given: Sequence[str], form: str) -> dict[str, str]:
     if wrong := set(pairs) - set(roles):
         raise UserError(f"--column {sorted(wrong)[0]}=...: allowed with form {form}: {', '.join(roles)}")
     return pairs
+
+
+def allowed(given: Sequence[str]) -> tuple[str, ...]:
+    for entry in given:
+        try:
+            check_allowed(entry)
+        except ValueError as error:
+            raise UserError(f"--allow: {error}") from error
+    return tuple(given)
 
 
 def run(raw: RawData, units: Sequence[Unit], out: Path, limits: Limits, args: argparse.Namespace) -> None:

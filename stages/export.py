@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
 from deepgen.config import UserError, run_program  # noqa: E402
+from deepgen.config.schema.paths import argument  # noqa: E402
 from stages.export_run import find_source, is_checkpoint, read_checkpoint  # noqa: E402
 
 if TYPE_CHECKING:
@@ -29,12 +30,12 @@ TARGETS = ("components", "diffusers", "native")
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path, help="a folder that does not exist yet")
+    parser.add_argument("source", type=argument)
+    parser.add_argument("out", type=argument, help="a folder that does not exist yet")
     parser.add_argument("--layout", choices=TARGETS, default="components")
-    parser.add_argument("--base", type=Path, help="component folder that supplies what SOURCE lacks")
-    parser.add_argument("--vlm", type=Path, help="Qwen2.5-VL as published")
-    parser.add_argument("--dit", type=Path, help="folder with transformer/ and vae/, as UniPic2 is published")
+    parser.add_argument("--base", type=argument, help="component folder that supplies what SOURCE lacks")
+    parser.add_argument("--vlm", type=argument, help="Qwen2.5-VL as published")
+    parser.add_argument("--dit", type=argument, help="folder with transformer/ and vae/, as UniPic2 is published")
     parser.add_argument(
         "--preset", choices=("tiny", "deepgen-5b"), default="deepgen-5b", help="bridge sizes, if no file has them"
     )
@@ -80,4 +81,4 @@ def lora_line(weights: Weights) -> str:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, resumes=False)

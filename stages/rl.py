@@ -47,6 +47,8 @@ from deepgen.data.loading.mixture import check_training_data  # noqa: E402
 from deepgen.data.records import Record  # noqa: E402
 from deepgen.evaluation.choose import heldout_records  # noqa: E402
 from deepgen.planning.plan import plan_text  # noqa: E402
+from deepgen.tracking.alarms import last_words  # noqa: E402
+from deepgen.tracking.journal import FILE_NAME, read_steps  # noqa: E402
 from stages.rl_prompts import check_prompts  # noqa: E402
 from stages.rl_replay import rollout_only, train_only  # noqa: E402
 from stages.rl_report import BeforeAfter, record_timeline, say  # noqa: E402
@@ -67,6 +69,8 @@ def main() -> int:
         settings = prepare_run(settings, "rl")
         wire(settings, run)
         record_timeline(settings)
+        for line in last_words(read_steps(settings.run.folder / FILE_NAME, settings.train.steps)):
+            say(line)
     return 0
 
 

@@ -19,10 +19,13 @@ from actors.messages import LearnerJob
 from deepgen.cluster.connect import connect
 from deepgen.cluster.resources import learner_needs
 from deepgen.config import Settings, UserError
+from deepgen.config.schema.paths import given_path
 from deepgen.config.stage_rules import check_inputs
 from deepgen.data.loading.mixture import check_training_data
+from deepgen.errors import writing
 from stages.rl_report import say
 
+START_AGAIN = "remove it and start again"
 MARGIN_S = 60.0  # lets an actor's own error, which says more, arrive first
 # (settings, body): start rollout actors, rewards and stream, and call body(settings, stream, ...); `stages.rl.wire`
 Wire = Callable[[Settings, Callable[..., None]], None]
@@ -58,7 +61,7 @@ def _quiet(settings: Settings, steps: int) -> Settings:
 def train_only(root: Path, settings: Settings, text: str) -> None:
     """Train on the steps in a folder. root: the checkout; text: the folder."""
     _check_starts("--train-only", settings)
-    folder = Path(text).resolve()
+    folder = given_path("--train-only", text).resolve()
     if folder.is_relative_to(settings.run.folder.resolve()):
         raise UserError(
             f"--train-only: {folder} lies in the folder of run {settings.run.name!r}, where the results go; allowed: "
@@ -108,7 +111,8 @@ def _write_steps(settings: Settings, quiet: Settings, stream: Any, *_: Any) -> N
     from actors.objectives.replay_files import StoredGroup, write_recipe, write_step
 
     folder, world = settings.run.folder / REPLAY, settings.train.workers
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing("the steps", folder, START_AGAIN):
+        folder.mkdir(parents=True, exist_ok=True)
     client = StreamClient(stream, settings.experience.deadline_s + MARGIN_S)
     client.ask("begin")
     for step in range(quiet.train.steps):
@@ -116,6 +120,9 @@ def _write_steps(settings: Settings, quiet: Settings, stream: Any, *_: Any) -> N
         drawn = [(rank + i * world, group) for rank, b in enumerate(batches) for i, group in enumerate(b.groups)]
         arrays = ray.get([group.trajectory for _, group in drawn], timeout=settings.experience.deadline_s)
         stored = [StoredGroup(at, replace(g, trajectory=a)) for (at, g), a in zip(drawn, arrays, strict=True)]
-        write_step(folder, settings, step, stored, batches[0].metrics)
+        with writing(f"step {step}", folder, START_AGAIN):
+            write_step(folder, settings, step, stored, batches[0].metrics)
         say(f"step {step} of {quiet.train.steps}: {len(stored)} groups in {folder}")
-    say(f"to train on them: {write_recipe(folder, settings)}")
+    with writing("the recipe", folder, START_AGAIN):
+        command = write_recipe(folder, settings)
+    say(f"to train on them: {command}")

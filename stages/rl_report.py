@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from actors.learner.checkpoints.checkpoint_store import AVERAGED
 from deepgen.config import Settings
 from deepgen.data.records import Record
+from deepgen.errors import writing
 from deepgen.evaluation.pictures import grid_rows
 from deepgen.evaluation.results import Evaluation
 
@@ -47,7 +48,8 @@ class BeforeAfter:
         def finish() -> None:
             try:
                 evaluation: Evaluation = self._client.wait(drawn)
-                evaluation.save(path)
+                with writing("the evaluation", path):
+                    evaluation.save(path)
                 say("held-out before: " + means_text(evaluation))
                 self._before.set_result(evaluation)
             except Exception as error:  # noqa: BLE001  # carried to the main thread, which raises it
@@ -61,7 +63,8 @@ class BeforeAfter:
             return
         steps = self._settings.train.steps
         after = self._client.wait(self._order(steps, result))
-        after.save(self._folder / AFTER)
+        with writing("the evaluation", self._folder / AFTER):
+            after.save(self._folder / AFTER)
         averaged = None
         if self._settings.train.ema_decay:
             averaged = self._client.wait(self._order(steps, result.with_name(AVERAGED), averaged=True))
@@ -86,9 +89,10 @@ def write_report(settings: Settings, before: Evaluation, after: Evaluation, aver
     table = paired_table(
         before.columns(), after.columns(), before.sample_weights(), prompt_ids=before.sample_ids(), seed=seed
     )
-    table.save_json(folder / "report.json")
     subtitle = f"{settings.run.name}: {after.version} steps; same prompts, seeds and sampler"
-    before_after_grid(folder / "before-after.png", grid_rows(before, after), subtitle=subtitle)
+    with writing("the report", folder):
+        table.save_json(folder / "report.json")
+        before_after_grid(folder / "before-after.png", grid_rows(before, after), subtitle=subtitle)
     with Tracker(settings, "rl", attach=True) as tracker:  # the learner's run, which has ended
         for evaluation in (before, after):
             tracker.log(evaluation.version, {f"eval/{name}": mean for name, mean in evaluation.means().items()})

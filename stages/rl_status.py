@@ -10,6 +10,7 @@ from pathlib import Path
 from actors.learner.checkpoints.checkpoint_store import CheckpointStore
 from actors.learner.run_control import Holder, lock_holder
 from deepgen.config import Settings, UserError
+from deepgen.config.schema.paths import exists, given_path
 from deepgen.errors import nearest
 from deepgen.tracking.journal import FILE_NAME, Entry, read_entries
 from deepgen.tracking.progress import format_duration, format_value
@@ -41,9 +42,9 @@ def status_text(settings: Settings, run: str) -> str:
 
 
 def _folder(settings: Settings, run: str) -> Path:
-    named = settings.run.dir / run
-    for folder in (named, Path(run)):
-        if folder.is_dir():
+    given = given_path("--status", run)
+    for folder in (settings.run.dir / given, given):
+        if exists(folder) and folder.is_dir():
             return folder.resolve()
     runs = sorted(path.parent.name for path in settings.run.dir.glob(f"*/{STATUS}"))
     hint = nearest(run, runs) if runs else ""

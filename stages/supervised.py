@@ -31,8 +31,12 @@ def train(settings: Settings, stage: Stage) -> None:
         gpus = connect(settings, code_root=Path(__file__).resolve().parents[1])
     from actors.objectives.build import build_flow_matching  # late: --help needs no torch
     from actors.start import start_learner
+    from deepgen.tracking.alarms import last_words
     from deepgen.tracking.curves import record_curves
+    from deepgen.tracking.journal import FILE_NAME, read_steps
 
     result = start_learner(LearnerJob(stage, settings, build_flow_matching, gpus))
     print(record_curves(settings, stage))
     print(f"done; the next stage takes model.weights={result}")
+    for line in last_words(read_steps(settings.run.folder / FILE_NAME, settings.train.steps)):
+        print(line)

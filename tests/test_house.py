@@ -167,6 +167,40 @@ def too_long(name: str, source: str) -> list[str]:
     return [f"{what}: {length} lines" for what, length in lines.items()]
 
 
+@pytest.mark.parametrize("package", ["platform", "actors", "rewards", "stages"])
+def test_text_files_are_utf8_whatever_the_locale_is(root: Path, package: str) -> None:
+    files = {str(file): file.read_text(encoding="utf-8") for file in sources(root, package)}
+    assert [line for name, source in files.items() for line in without_encoding(name, source)] == []
+
+
+def without_encoding(name: str, source: str) -> list[str]:
+    """Calls that read or write text in the locale's encoding. Of `open`, those with no mode or a mode of text."""
+    found = []
+    for call in ast.walk(ast.parse(source)):
+        if not isinstance(call, ast.Call) or any(keyword.arg == "encoding" for keyword in call.keywords):
+            continue
+        method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        plain_open = isinstance(call.func, ast.Name) and call.func.id == "open" and not _binary(call.args[1:])
+        path_open = method == "open" and len(call.args) == 1 and not call.keywords and _text(call.args[0])
+        if method in ("read_text", "write_text") or plain_open or path_open:
+            found.append(f"{name}:{call.lineno}")
+    return found
+
+
+def _binary(mode: list[ast.expr]) -> bool:
+    return bool(mode) and isinstance(mode[0], ast.Constant) and "b" in str(mode[0].value)
+
+
+def _text(mode: ast.expr) -> bool:
+    return isinstance(mode, ast.Constant) and set(str(mode.value)) <= set("rwax+t")
+
+
+def test_a_file_in_the_encoding_of_the_locale_is_found() -> None:
+    wrong = "p.read_text()\np.write_text(x)\nopen(p)\nopen(p, 'w')\np.open('a')\n"
+    right = "p.read_text('utf-8', encoding='utf-8')\nopen(p, 'rb')\np.open('wb')\ntarfile.open(p)\nx.open()\n"
+    assert without_encoding("x", wrong + right) == [f"x:{line}" for line in range(1, 6)]
+
+
 def test_folders_of_tests_are_those_of_the_source(root: Path) -> None:
     folders = [path.relative_to(root / "tests") for path in (root / "tests").rglob("*") if path.is_dir()]
     tested = [path for path in folders if path.parts[0] not in ("helpers", "golden") and path.name != "__pycache__"]

@@ -185,9 +185,11 @@ def test_wheel_holds_the_packages_and_not_the_shim(root: Path, tmp_path: Path) -
 # --- the set-up script and the Makefile ------------------------------------------------------------------------------
 
 
-def run_setup(root: Path, tmp_path: Path, programs: list[str]) -> subprocess.CompletedProcess[str]:
+def run_setup(
+    root: Path, tmp_path: Path, programs: list[str], name: str = "checkout"
+) -> subprocess.CompletedProcess[str]:
     """Run the set-up script of a checkout without .venv, with only `programs` on the PATH."""
-    checkout, binaries = tmp_path / "checkout", tmp_path / "bin"
+    checkout, binaries = tmp_path / name, tmp_path / "bin"
     (checkout / "tools").mkdir(parents=True)
     shutil.copy(root / "tools" / "setup.sh", checkout / "tools")
     shutil.copy(root / "requirements-cpu.lock", checkout)
@@ -220,11 +222,45 @@ def test_setup_without_compiler(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.processes
 def test_makefile_uses_the_environment_of_the_checkout(root: Path) -> None:
-    """Another active environment has no effect, as the Makefile calls programs by their full path."""
+    """Another active environment has no effect, as the Makefile calls the programs of the checkout's own."""
     other = {"VIRTUAL_ENV": "/somewhere/else", "PATH": "/somewhere/else/bin:/usr/bin:/bin", "HOME": os.environ["HOME"]}
     for target, program in (("rl", "stages/rl.py --recipe tiny-rl"), ("test", "-m pytest"), ("base", "-m stages.base")):
         done = subprocess.run(["make", "-n", target], cwd=root, env=other, capture_output=True, text=True, check=True)
-        assert f"{root}/.venv/bin/python {program}" in done.stdout
+        assert f"\n.venv/bin/python {program}" in f"\n{done.stdout}"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", ["my checkout", "a  b (1), it's", "Ünïcode 图片"])
+def test_a_checkout_under_any_path(root: Path, tmp_path: Path, name: str) -> None:
+    """Set-up runs once, and every target then calls the checkout's own Python, whatever is in its path."""
+    checkout = tmp_path / name / "deepgen"
+    (checkout / "tools").mkdir(parents=True)
+    for file in ("Makefile", "requirements-cpu.lock", "pyproject.toml", "tools/repair_cpu_stack.py"):
+        shutil.copy(root / file, checkout / file)
+    shutil.copy(root / "tools" / "cpu_stack_hook.py", checkout / "tools")
+    setup = checkout / "tools" / "setup.sh"
+    setup.write_text(
+        "#!/bin/bash\nset -eu\necho setting up\nmkdir -p .venv/bin\n"
+        'printf \'#!/bin/bash\\nprintf "%%s|" "$VIRTUAL_ENV" "$PYTHONPATH" "$@"\\n\' >.venv/bin/python\n'
+        'chmod +x .venv/bin/python\nprintf %s "$PWD" >.venv/.setup-done\n'
+    )
+    setup.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    command = ["make", "rl", "ARGS=run.name=x 'run.dir=a b'"]
+    first, again = (
+        subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    )
+    called = f"{checkout}/.venv|{checkout}|stages/rl.py|--recipe|tiny-rl|run.name=x|run.dir=a b|"
+    assert first.stdout.count("setting up") == 1 and first.stdout.endswith(called)
+    assert "setting up" not in again.stdout and again.stdout.endswith(called)
+
+
+@pytest.mark.processes
+def test_setup_under_a_path_with_a_colon_is_refused(root: Path, tmp_path: Path) -> None:
+    done = run_setup(root, tmp_path, [], "a:b")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path}/a:b has a colon in it")
 
 
 @pytest.mark.processes

@@ -19,6 +19,7 @@ fail() { printf 'error: %s\n' "$1" >&2; shift; [ $# -eq 0 ] || printf '       %s
 say() { printf '[setup %3ds] %s\n' "$SECONDS" "$*"; }
 
 check_machine() {
+    case $root in *:*) fail "$root has a colon in it, which separates folders on the PATH; rename it" ;; esac
     [ "$(uname -s)" = Linux ] || fail "the CPU environment is locked for Linux; this is $(uname -s)"
     command -v "$python" >/dev/null || fail \
         "$python is not on the PATH; install Python 3.11 (Debian, Ubuntu: apt install python3.11 python3.11-venv" \
@@ -29,7 +30,7 @@ check_machine() {
     "$python" -c 'import venv, ensurepip' 2>/dev/null || fail \
         "$python can't make virtual environments; install its venv module (Debian, Ubuntu: apt install python3.11-venv)"
     command -v g++ >/dev/null || fail \
-        "g++ is not on the PATH; DeepSpeed compiles a small extension with it (Debian, Ubuntu: apt install g++)"
+        "g++ is not on the PATH; torch compiles what vLLM runs with it (Debian, Ubuntu: apt install g++)"
     "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' \
         || fail "the headers of $python (Python.h) are missing (Debian, Ubuntu: apt install python3.11-dev)"
     if [ ! -e "$venv/bin/ray" ]; then
@@ -77,20 +78,9 @@ install_packages() {
     add_quietly --no-build-isolation --editable .
 }
 
-prebuild_extension() {
-    say "compiling DeepSpeed's shared-memory communication (about half a minute, once)"
-    local log=$venv/prebuild.log
-    # The PATH carries ninja, which is looked up there.
-    PATH=$venv/bin:$PATH DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$venv/torch_extensions MAX_JOBS=2 \
-        "$venv/bin/python" -c 'import sys; from deepspeed.comm.torch import build_shm_op; sys.exit(build_shm_op() is None)' \
-        >"$log" 2>&1 \
-        || { tail -n 20 "$log" >&2; fail "it did not compile; the whole log is $log"; }
-}
-
 check_machine
 make_venv
 install_packages
 "$venv/bin/python" tools/repair_cpu_stack.py
-prebuild_extension
 printf '%s' "$root" >"$stamp"
 say "done: $venv"

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 COUNTERS = ("calls", "retries", "timeouts", "missing", "cache_hits", "restarts", "unwritten", "seconds")
 NOT_APPLICABLE = "the reward does not apply to this prompt"
 MAX_BACKOFF_S = 10.0
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class CallTimeout(TimeoutError):
@@ -94,9 +95,7 @@ class RewardActor:
             return BatchReply([], str(error) or "unavailable")
         if len(values) != len(requests):
             raise ValueError(f"{self._settings.class_} returned {len(values)} scores for {len(requests)} requests")
-        # NaN counts as missing: it must not reach the cache or the mean of a group. An infinite score goes on to the
-        # learner, which stops the run.
-        return BatchReply([None if value is None or math.isnan(value) else float(value) for value in values])
+        return BatchReply([_finite(value) for value in values])
 
 
 @dataclass(eq=False)
@@ -383,7 +382,7 @@ class RewardPool:
         replica.failures = 0
         values = iter(reply.values)
         for part in batch:
-            part.settle([next(values) for _ in part.indices], f"{replica.label}: the reward gave no score")
+            part.settle([next(values) for _ in part.indices], f"{replica.label}: the reward gave no finite score")
         return None
 
     def _raise(self, batch: list[_Part], error: RayError) -> None:
@@ -449,6 +448,14 @@ class RewardPool:
         self._broken = self._broken or error
         for call in list(self._open):
             call.fail(error)
+
+
+def _finite(value: float | None) -> float | None:
+    """A score as it is, or None for one that fp32, in which scores travel on, cannot hold as a finite number.
+
+    NaN or infinity must not reach the cache or the mean of a group.
+    """
+    return float(value) if value is not None and abs(value) <= _LARGEST else None
 
 
 async def _answer(reference: ray.ObjectRef, actor: str, call: str, deadline_s: float) -> Any:

@@ -38,22 +38,18 @@ def factor_and_clamped(settings: Settings, advantages: np.ndarray, factor: float
 
 
 def _advantages(settings: Settings, groups: Sequence[Group], whiten: str, clip: float | None) -> AdvantageResult:
-    """An infinite score makes the advantage of its sample NaN, so that the learner saves the batch and stops."""
     import torch
 
     from deepgen.algorithms.advantages import group_advantages
 
     scores = stacked_scores(groups)  # [groups, G, K]
     size, rewards = scores.shape[1:]
-    infinite = np.isinf(scores)
-    result = group_advantages(
+    return group_advantages(
         settings.algorithm.advantage,
-        torch.from_numpy(np.where(infinite, np.float32(np.nan), scores).reshape(-1, rewards)),
+        torch.from_numpy(scores.reshape(-1, rewards)),
         torch.from_numpy(np.repeat(np.stack([group.reward_weights for group in groups]), size, axis=0)),
         torch.arange(len(groups)).repeat_interleave(size),
         whiten=whiten,
         rank_ids=(torch.arange(len(groups)) % settings.train.workers).repeat_interleave(size),
         clip=clip,
     )
-    result.advantages[torch.from_numpy(infinite.any(axis=-1).reshape(-1))] = torch.nan
-    return result

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from deepgen.errors import output_lost
+
 FILE = "console.log"
 _POLL_S = 0.2
 
@@ -20,8 +22,11 @@ def console(folder: Path) -> Callable[[str], None]:
     path = folder / FILE
 
     def say(line: str) -> None:
-        with path.open("a") as stream:
-            stream.write(line + "\n")
+        try:
+            with path.open("a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+        except OSError as error:  # the disk is full; what ends the run for that comes up elsewhere
+            print(f"cannot write {path}: {error.strerror or error}: {line}", file=sys.stderr)
 
     return say
 
@@ -32,16 +37,21 @@ def silent(line: str) -> None:
 
 @contextmanager
 def shown(folder: Path) -> Iterator[None]:
-    """While the context is open, print the lines that are added to the run's console file."""
+    """While the context is open, print the lines that are added to the run's console file.
+
+    When nobody reads the output any more (`| head`, a closed terminal), the run goes on.
+    """
     done = threading.Event()
+    path = folder / FILE
 
     def follow() -> None:
-        while not done.wait(_POLL_S):
+        while not (output_lost() or done.wait(_POLL_S)):
             _copy_lines(lines)
+        if output_lost():
+            print(f"nobody reads the output any more; the run goes on, its lines are in {path}", file=sys.stderr)
 
-    path = folder / FILE
     path.touch()
-    with path.open() as lines:
+    with path.open(encoding="utf-8") as lines:
         lines.seek(0, os.SEEK_END)
         follower = threading.Thread(target=follow, daemon=True)
         follower.start()

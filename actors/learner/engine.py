@@ -22,15 +22,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from actors.learner.checkpoints.background import fail_together
 from actors.learner.checkpoints.checkpoint_shards import ENGINE, ShardReader
-from actors.learner.checkpoints.zero_layout import Stretch, pieces, restore, stretch_of
-from actors.learner.protocols import NamedParameters, NonFiniteError, Weights
+from actors.learner.checkpoints.zero_layout import WEIGHT, Stretch, pieces, restore, stretch_of
+from actors.learner.collectives import gather
+from actors.learner.protocols import NamedParameters, Weights
 
 if TYPE_CHECKING:
     from deepgen.config.settings import Settings
     from deepgen.models.unified import UnifiedModel
+
+_COUNTS = "counts"  # key of a piece that every rank saves: optimizer steps taken, and left out in a row
 
 
 def parameter_groups(parameters: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
@@ -39,6 +44,15 @@ def parameter_groups(parameters: NamedParameters, weight_decay: float) -> list[d
     plain = [parameter for _, parameter in parameters if parameter.dim() < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+class _AdamW(torch.optim.AdamW):
+    """AdamW that asks before each step whether to take it. DeepSpeed clears up after it in either case."""
+
+    wanted: Callable[[], bool]
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure) if self.wanted() else None
 
 
 class _Computed(nn.Module):
@@ -72,17 +86,16 @@ class TrainingEngine:
         self.model = model
         self.parameters = trainable
         # DeepSpeed's AdamW for offloading compiles an extension; torch's fused AdamW is vectorised on the CPU too.
-        self._adam = optimizer = torch.optim.AdamW(
+        self._adam = optimizer = _AdamW(
             parameter_groups(trainable, train.weight_decay),
             lr=train.learning_rate,
             betas=(train.beta1, train.beta2),
             fused=train.offload_optimizer or None,
         )
-        self._plain_norm = 0.0
+        optimizer.wanted = self._wanted
+        self._grad_clip, self._plain_norm, self._leave_out = train.grad_clip, 0.0, False
+        self.steps, self.skipped, self.skipped_in_a_row = 0, 0, 0  # optimizer steps taken, and left out
         self._held: dict[str, Tensor] = {}  # gradients held back, by parameter
-        if self.zero_stage == 0:
-            # Without ZeRO, DeepSpeed clips but does not report the norm, so we clip here.
-            optimizer.register_step_pre_hook(lambda *_: self._clip(train.grad_clip))
         if self.zero_stage == 3:
             _keep_whole(model, "vae")
         module = _Computed(model, device, settings.model.precision == "bf16")
@@ -131,18 +144,34 @@ class TrainingEngine:
         if pairs:
             self.backward(self.run(_inner_product, pairs))
 
-    def step(self, rate: float) -> float:
+    def step(self, rate: float, *, leave_out: bool = False) -> float:
         """Average gradients over workers, clip, take one optimizer step, clear. Returns the norm before clipping.
 
-        Raises NonFiniteError on all ranks if that norm is not finite; nothing has changed then. Stages 1 to 3 see it
-        themselves: they leave out the step and report infinity.
+        If that norm is not finite, or with ``leave_out``, the gradients are dropped and `skipped` counts the step, on
+        all ranks alike; weights and moments, AdamW's count of steps included, stay as they were.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        self._engine.step()
+        self._leave_out = leave_out
+        self._engine.step()  # stages 1 to 3 see by themselves what is not finite, and report infinity
         norm = self._plain_norm if self.zero_stage == 0 else float(self._engine.get_global_grad_norm())
-        _check_norm(norm)
+        if leave_out or not math.isfinite(norm):
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        else:
+            self.steps += 1
+            self.skipped_in_a_row = 0
         return norm
+
+    def not_finite(self) -> str:
+        """Name of a trained weight with an element that is not finite; "" if there is none. The same on all ranks."""
+        found = ""
+        mine = [(key, values) for key, _, values in self.pieces() if key.startswith(WEIGHT) and values.numel()]
+        if mine:
+            peaks = torch.stack([torch.linalg.vector_norm(values, math.inf) for _, values in mine])
+            bad = (~peaks.isfinite()).nonzero()
+            found = mine[int(bad[0])][0].removeprefix(f"{WEIGHT}:") if len(bad) else ""
+        return next((name for name in gather(found, self.world) if name), "")
 
     def weights(self) -> Weights:
         """Full trainable parameters by name on rank 0, {} elsewhere. They are copies only under ZeRO-3."""
@@ -157,6 +186,7 @@ class TrainingEngine:
         """Views of the weights and moments that this worker saves: those it updates. Frozen weights are not saved."""
         if self.zero_stage == 0 and self.rank > 0:
             return  # all ranks hold the same state; rank 0 writes it
+        yield _COUNTS, 0, torch.tensor([float(self.steps), float(self.skipped_in_a_row)])
         for name, parameter in self.parameters:
             stretch = stretch_of(parameter, self._engine.optimizer, self.zero_stage)
             if stretch:
@@ -165,15 +195,21 @@ class TrainingEngine:
     def load(self, folder: Path, step: int) -> None:
         """Restore the ``pieces`` saved after ``step`` optimizer steps, by any number of workers at any ZeRO stage.
 
+        ``step`` counts those left out, too.
+
         A worker reads the elements it updates. If the layout has not changed, its own file has them, bit for bit.
         Raises UserError if some are missing.
         """
         reader, zero = ShardReader(folder, ENGINE, self.rank), self._engine.optimizer
+        self.steps, self.skipped_in_a_row = step, 0
+        if reader.has(_COUNTS):  # else it is from before steps were left out
+            self.steps, self.skipped_in_a_row = (int(count) for count in reader.read(_COUNTS, 0, 2))
+        self.skipped = step - self.steps
         with self.split():
             for name, parameter in self.parameters:
                 stretch = stretch_of(parameter, zero, self.zero_stage)
                 if stretch:
-                    restore(reader.read, name, stretch, self._adam.state[stretch.owner], step)
+                    restore(reader.read, name, stretch, self._adam.state[stretch.owner], self.steps)
                 self._show(parameter, stretch)
 
     def _show(self, parameter: nn.Parameter, stretch: Stretch | None) -> None:
@@ -187,17 +223,24 @@ class TrainingEngine:
             parameter.data.copy_(safe_get_full_fp32_param(parameter))
 
     def export(self, folder: Path, replaced: Weights | None = None) -> None:
-        """Write a component folder, replacing an older one. Rank 0 may pass ``replaced``, weights to write instead."""
-        unfinished = folder.with_name(f".{folder.name}.writing")
+        """Write a component folder, replacing an older one. Rank 0 may pass ``replaced``, weights to write instead.
+
+        Raises UserError on all ranks if it cannot be written.
+        """
+        unfinished, failure = folder.with_name(f".{folder.name}.writing"), None
         with self._gathered(list(self.model.parameters())):
             if self.rank == 0:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                with _swapped(self.parameters, replaced or {}):
-                    self.model.save_folder(unfinished)
-                if folder.exists():
-                    shutil.rmtree(folder)
-                unfinished.rename(folder)
-        dist.barrier()
+                try:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    with _swapped(self.parameters, replaced or {}):
+                        self.model.save_folder(unfinished)
+                    if folder.exists():
+                        shutil.rmtree(folder)
+                    unfinished.rename(folder)
+                except (OSError, SafetensorError) as error:
+                    failure = error
+                    shutil.rmtree(unfinished, ignore_errors=True)  # half a result is of no use, and its room is
+        fail_together(failure, self.world, f"the result to {folder}")
 
     @contextmanager
     def split(self) -> Iterator[None]:
@@ -219,15 +262,14 @@ class TrainingEngine:
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
             yield
 
-    def _clip(self, limit: float) -> None:
-        norm = nn.utils.clip_grad_norm_([parameter for _, parameter in self.parameters], limit)
-        self._plain_norm = float(norm)
-        _check_norm(self._plain_norm)  # the optimizer's step comes next
-
-
-def _check_norm(norm: float) -> None:
-    if not math.isfinite(norm):
-        raise NonFiniteError(f"the norm of the gradient is {norm}")
+    def _wanted(self) -> bool:
+        """Whether AdamW shall take its step. With ZeRO it asks once for each group of parameters."""
+        if self.zero_stage == 0:
+            # Without ZeRO, DeepSpeed clips but does not report the norm, so we clip here.
+            parameters = [parameter for _, parameter in self.parameters]
+            self._plain_norm = float(nn.utils.clip_grad_norm_(parameters, self._grad_clip))
+            return not self._leave_out and math.isfinite(self._plain_norm)
+        return not self._leave_out
 
 
 def _inner_product(model: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -252,9 +294,11 @@ def _swapped(parameters: NamedParameters, replaced: Weights) -> Iterator[None]:
     by_name = dict(parameters)
     for name in own:
         by_name[name].data.copy_(replaced[name])
-    yield
-    for name, value in own.items():
-        by_name[name].data.copy_(value)
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            by_name[name].data.copy_(value)
 
 
 def _configuration(settings: Settings, device: torch.device) -> dict[str, Any]:

@@ -6,6 +6,10 @@ metrics) is written here once for pretrain, sft and rl. One optimizer step follo
 micro-batches (method 3.7: the reference takes 61 steps a batch; we do not), unless the objective splits it into
 mini-batches (`algorithm.updates_per_batch`). For everything else a batch is one step.
 
+An update whose loss or gradient is not finite on any rank is left out on all of them. Its batch still counts as a step:
+learning rate, averages, versions and checkpoints go on as if it had changed nothing, which is so. Only AdamW counts the
+updates it has made.
+
 Left out on purpose: how the processes start (``actors.learner.ray_train``) and what a batch contains.
 """
 
@@ -30,7 +34,6 @@ from actors.learner.protocols import (
     Arriving,
     HeldLoss,
     Metrics,
-    NonFiniteError,
     Objective,
     Parts,
     StepContext,
@@ -47,6 +50,7 @@ from deepgen.tracking.timeline import LEARNER, Recorder, Span
 if TYPE_CHECKING:
     from deepgen.config.settings import Settings
 
+MOST_SKIPPED = 5  # updates left out in a row that end the run
 _SAY_EVERY_S = 1.0
 _RL_FIGURES = {"policy/kl": "kl", "policy/clip_share": "clipped"}
 _RL_PHASES = {"time/rollout_s": "rollout", "time/reward_s": "scoring", "time/update_s": "update", "time/sync_s": "sync"}
@@ -107,6 +111,9 @@ class TrainingLoop:
         self.phases = Phases(clock=self.recorder.clock, ended=self._record)
         self.step = start
         self.end = replayed.steps.stop if replayed else context.settings.train.steps
+        self.updates = context.settings.algorithm.updates_per_batch if context.stage == "rl" else 1  # a batch
+        steps = self.end - (replayed.steps.start if replayed else 0)
+        self.most_skipped = min(MOST_SKIPPED, steps * self.updates)  # a run without any update has failed
         self.progress = Progress(self.end, start)
         self.last_said = -math.inf
         self.alarms = Alarms(context.settings.tracking.alarms) if context.stage == "rl" and context.tracker else None
@@ -127,10 +134,9 @@ class TrainingLoop:
         if isinstance(batch, Arriving):
             batch.pieces = self._waited_for(batch.pieces)
         with self.phases("update"):
-            try:
-                metrics = update(self.engine, self.objective, batch, self._step_context(step), context.settings)
-            except NonFiniteError as error:
-                raise self._kept(error) from None
+            metrics, faults = update(self.engine, self.objective, batch, self._step_context(step), context.settings)
+            if faults:
+                self._left_out(faults)
             if self.ema:
                 self.ema.update(self.engine.parameters, step)
         with self.phases("publish"):
@@ -148,16 +154,25 @@ class TrainingLoop:
         self.recorder.flush()
         return last or not stop
 
-    def _kept(self, error: NonFiniteError) -> NonFiniteError:
-        """What to raise in the place of the error: it says where the batch has been saved, and how to replay it."""
-        # Before the first update ever, the state is that of model.weights. After one on this batch, its start is lost.
-        state = self.engine if self.step and not error.update else None
+    def _left_out(self, faults: Mapping[int, str]) -> None:
+        """Say which updates of the batch are left out, and save it. UserError if there were too many in a row.
+
+        ``faults``: what was not finite, by the update's number in the batch.
+        """
+        engine, made = self.engine, self.updates - len(faults)
+        # Before the first step, the state is that of model.weights. After an update on this batch, its start is lost.
+        state = engine if self.step and not made else None
         note = keep_failed(self.source, state, self.checkpoints.run_folder, self._step_context(self.step))
-        said = f"step {self.step}: {error}{note}"
-        if self.step and error.update:
-            said += f"; it came after {error.update} updates on the batch: only --resume gets to the same weights again"
-        self.context.say(said)
-        return NonFiniteError(said)
+        said = f"step {self.step}: {'; '.join(dict.fromkeys(faults.values()))}"
+        counts = f"{len(faults)} left out, {engine.skipped_in_a_row} in a row, {engine.skipped} in all"
+        if note and self.step and made:
+            note += f"; beside {made} updates that were made: only --resume gets to the same weights again"
+        if engine.skipped_in_a_row >= self.most_skipped:
+            raise UserError(
+                f"{said}; updates left out in a row: {engine.skipped_in_a_row}, so the run ends; a smaller "
+                f"train.learning_rate may help, with --resume from the last checkpoint{note}"
+            )
+        self.context.say(f"{said}; updates: {counts}{note}")
 
     def _waited_for(self, pieces: Iterator[Any]) -> Iterator[Any]:
         """The pieces of a batch; the time until each comes counts as waiting."""
@@ -217,23 +232,29 @@ class TrainingLoop:
 
 def update(
     engine: TrainingEngine, objective: Objective, batch: Any, context: StepContext, settings: Settings
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[int, str]]:
     """Take one optimizer step for each mini-batch (usually one), with the same learning rate.
 
     Returns the batch's metrics, reduced over all its micro-batches and ranks, plus the mean gradient norm of the steps
-    and the learning rate.
+    and the learning rate; and for each step that was left out, by its number, what was not finite, the same on all
+    ranks. Raises UserError on all ranks if a step has made a weight that is not finite.
     """
     rate, numbers = learning_rate(settings, context.step), itertools.count()
-    reported, norms = list[Metrics](), list[float]()
-    for micros in _mini_batches(engine, objective, batch, context):
-        try:
-            reported += _accumulate(engine, objective, micros, numbers, batch, context)
-            norms.append(engine.step(rate))
-        except NonFiniteError as error:
-            error.update = len(norms)
-            raise
-    reduced = reduce_metrics(reported, context.world)
-    return reduced | {"train/grad_norm": sum(norms) / len(norms), "train/learning_rate": rate}
+    reported, norms, faults = list[Metrics](), list[float](), dict[int, str]()
+    for number, micros in enumerate(_mini_batches(engine, objective, batch, context)):
+        metrics, fault = _accumulate(engine, objective, micros, numbers, batch, context)
+        norm = engine.step(rate, leave_out=bool(fault))
+        reported += metrics
+        norms.append(norm)
+        if fault or not math.isfinite(norm):
+            faults[number] = fault or f"the norm of the gradient is {norm}"
+    if bad := engine.not_finite():
+        raise UserError(
+            f"step {context.step}: {bad} is no longer finite after the update, of which nothing is kept; lower "
+            "train.learning_rate or train.weight_decay, then continue from the last checkpoint with --resume"
+        )
+    own = {"train/grad_norm": sum(norms) / len(norms), "train/skipped_updates": float(engine.skipped)}
+    return reduce_metrics(reported, context.world) | own | {"train/learning_rate": rate}, faults
 
 
 def _accumulate(
@@ -243,8 +264,11 @@ def _accumulate(
     numbers: Iterator[int],
     batch: Any,
     context: StepContext,
-) -> list[Metrics]:
-    """Add up the gradients of the micro-batches of one optimizer step. ``numbers``: theirs in the batch."""
+) -> tuple[list[Metrics], str]:
+    """Add up the gradients of the micro-batches of one optimizer step. ``numbers``: theirs in the batch.
+
+    Returns their metrics, and which ranks' loss is not finite, "" if all are.
+    """
     reported: list[Metrics] = []
     held: list[Metrics] = []
     total, held_total = 0.0, 0.0
@@ -265,9 +289,8 @@ def _accumulate(
         total += held_total * batch.factor
         reported += [{name: value * batch.factor for name, value in metrics.items()} for metrics in held]
     losses = gather(total, context.world)  # every rank says the same, and none waits for one that is gone
-    if bad := [f"{loss} on rank {rank}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]:
-        raise NonFiniteError(f"the loss is {', '.join(bad)}")
-    return [*reported, {"loss/total": total}]
+    bad = [f"{loss} on rank {rank}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+    return [*reported, {"loss/total": total}], f"the loss is {', '.join(bad)}" if bad else ""
 
 
 def _mini_batches(
@@ -323,12 +346,19 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, float | str]:
         shown: dict[str, float | str] = {"loss": metrics["loss/total"], "grad": metrics["train/grad_norm"]}
         if "throughput/images_per_s" in metrics:
             shown["images/s"] = metrics["throughput/images_per_s"]
-        return shown
+        return shown | _skipped(metrics)
     shown = {"reward": metrics.get("reward/total", math.nan)}
     rewards = sorted(key for key in metrics if key.startswith("reward/") and key != "reward/total")
     shown |= {key.removeprefix("reward/"): metrics[key] for key in rewards}
     shown |= {label: metrics[key] for key, label in _RL_FIGURES.items() if key in metrics}
+    shown |= _skipped(metrics)
     return shown | {label: f"{metrics[key]:.1f} s" for key, label in _RL_PHASES.items() if key in metrics}
+
+
+def _skipped(metrics: Mapping[str, float]) -> dict[str, float | str]:
+    """Updates of the run that were left out, if there are any."""
+    count = int(metrics["train/skipped_updates"])
+    return {"skipped": str(count)} if count else {}
 
 
 def _seed(context: StepContext, part: int | str) -> None:
@@ -357,8 +387,16 @@ def _restore(
         if replayed and replayed.state:
             check_shards(replayed.state, context.rank, context.world)
             engine.load(replayed.state, replayed.steps.start * context.settings.algorithm.updates_per_batch)
+            engine.skipped_in_a_row = 0  # it has counted the very step that is looked at
+        if bad := engine.not_finite():
+            raise UserError(f"model.weights: {bad} in {context.settings.model.weights} is not finite")
         return replayed.steps.start if replayed else 0
     checkpoints.load(manifest, engine, ema)
+    if bad := engine.not_finite():
+        raise UserError(
+            f"{checkpoints.path(manifest.step)}: {bad} is not finite; remove this folder to go on from the checkpoint "
+            "before, then continue with --resume"
+        )
     source.load_state_dict(manifest.source)
     source.load(checkpoints.path(manifest.step))
     context.say(

@@ -87,15 +87,6 @@ class HeldLoss(NamedTuple):
     held: Held
 
 
-class NonFiniteError(ArithmeticError):
-    """A loss or a gradient that is not finite. Raised on all ranks, before the optimizer applies it.
-
-    ``update``: optimizer steps on the same batch before it.
-    """
-
-    update = 0
-
-
 class TrainedModel(Protocol):
     """The part of the engine that a source may use to publish. Both methods are collective: on all ranks or on none."""
 

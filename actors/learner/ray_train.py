@@ -73,9 +73,11 @@ def _fit(trainer: Any) -> bool:
 
 def _make_trainer(job: LearnerJob, work: Callable[[dict[str, Any]], None], attempt: str) -> Any:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    from actors.learner.rendezvous import torch_config
 
     settings, limit = job.settings, job.settings.train.max_failures
 
@@ -100,7 +102,7 @@ def _make_trainer(job: LearnerJob, work: Callable[[dict[str, Any]], None], attem
     return LeanTrainer(
         work,
         train_loop_config={"job": job, "attempt": attempt},
-        torch_config=TorchConfig(backend="nccl" if job.gpus else "gloo"),
+        torch_config=torch_config(gpus=job.gpus),
         scaling_config=ScalingConfig(
             num_workers=settings.train.workers,
             use_gpu=job.gpus,

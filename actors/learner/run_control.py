@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from deepgen.config import Settings, UserError
-from deepgen.errors import Terminated
+from deepgen.errors import Terminated, writing
 
 STOP = "stop-requested"  # file in the run's folder that asks the learner to stop after its step
 
@@ -31,7 +31,7 @@ def run_lock(settings: Settings) -> Iterator[None]:
     path = lock_file(settings)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"run.dir: cannot write the run folder {path.parent}: {error.strerror or error}") from error
     with file:
@@ -43,10 +43,11 @@ def run_lock(settings: Settings) -> Iterator[None]:
                 f"run.name: {settings.run.name!r} in {settings.run.dir} is running already, {file.read().strip()}; "
                 "allowed: another run.name, or this one after that process has ended"
             ) from error
-        file.truncate(0)
         now = datetime.now().astimezone()
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now:%Y-%m-%d %H:%M:%S %z}\n")
-        file.flush()
+        with writing("who has the run", path, "start again"):
+            os.ftruncate(file.fileno(), 0)
+            holder = f"process {os.getpid()} on {socket.gethostname()} since {now:%Y-%m-%d %H:%M:%S %z}\n"
+            os.write(file.fileno(), holder.encode())  # by no buffer, which closing the file would try to write again
         yield
 
 
@@ -66,7 +67,7 @@ class Holder:
 def lock_holder(settings: Settings) -> Holder | None:
     """The last process of a run; None if nobody has ever started it. On another host, see `run_lock`."""
     try:
-        file = lock_file(settings).open()
+        file = lock_file(settings).open(encoding="utf-8")
     except FileNotFoundError:
         return None
     with file:
@@ -91,7 +92,10 @@ def stops_after_a_step(settings: Settings) -> Iterator[None]:
     def ask(number: int, frame: FrameType | None) -> None:
         if file.exists():
             raise Terminated
-        file.touch()
+        try:
+            file.touch()
+        except OSError as error:  # the learner cannot be asked
+            raise Terminated from error
         print("stopping after this step and its checkpoint; a second signal ends at once", flush=True)
 
     numbers = [signal.SIGTERM, *([] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP])]

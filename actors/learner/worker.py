@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from actors.learner.loop import train
 from actors.learner.protocols import WorkerContext
 from actors.messages import LearnerJob
 from deepgen.config import Settings
+from deepgen.errors import disk_error, writing
 
 if TYPE_CHECKING:
     from deepgen.models.unified import UnifiedModel
@@ -63,12 +65,25 @@ def run_worker(job: LearnerJob, attempt: str, rank: int, world: int) -> None:
     device = torch.device("cuda", torch.cuda.current_device()) if job.gpus else torch.device("cpu")
     say(f"loading {settings.model.weights}")
     model = load_model(settings, job.stage).to(device)
-    with ExitStack() as stack:
+    with _full_disk_is_final(settings), ExitStack() as stack:
         tracker = stack.enter_context(Tracker(settings, job.stage)) if rank == 0 else None
         context = WorkerContext(job.stage, settings, model, rank, world, device, tracker, say)
         if not train(context, job.build, store, resume) and tracker:
             log_timeline(tracker, settings.run.name)  # at the end of a whole run its report does this
             tracker.close("KILLED")
+
+
+@contextmanager
+def _full_disk_is_final(settings: Settings) -> Iterator[None]:
+    """A full or read-only disk becomes a UserError, wherever it was met: a restart would meet it again."""
+    try:
+        yield
+    except OSError as error:
+        found = disk_error(error)
+        if found is None:
+            raise
+        with writing("the run", settings.run.folder if found.filename is None else Path(found.filename)):
+            raise found from error
 
 
 def _resumes(settings: Settings, newest: Manifest | None, attempt: str) -> bool:

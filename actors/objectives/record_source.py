@@ -96,4 +96,5 @@ def size_note(mixture: Mixture) -> str:
 def open_training_set(context: WorkerContext) -> TrainingSet:
     """Open data.train for this model. Raises UserError if a file cannot be read or lacks a column."""
     data = context.settings.data
-    return TrainingSet(ParquetStore(data.train), data.image_size, context.model.tokenizer.all_special_tokens)
+    store = ParquetStore(data.train, allow=data.allow)
+    return TrainingSet(store, data.image_size, context.model.tokenizer.all_special_tokens)

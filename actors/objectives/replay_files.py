@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,12 +26,14 @@ import yaml
 from actors.learner.checkpoints.checkpoint_store import STATE
 from actors.learner.protocols import Replayed
 from actors.messages import Arrays, Group
-from deepgen.config import Settings, UserError
+from deepgen.config import Settings, UserError, shown_settings, stage_command
+from deepgen.config.schema.sections import MAX_NAME
 from deepgen.data.records import Record
 from deepgen.fingerprint import file_checksum, fingerprint
 
 FORMAT = 1
 RECIPE = "recipe.yaml"
+_REPLAY = "-replay"  # ends the name of a run on the steps
 _ARRAYS = ("reward_weights", "scores", "advantages")
 _TEXTS = ("id", "task", "prompt", "answer", "source")
 _KEYS = {"format", "step", "part", "parts", "settings", "groups", "metrics", "arrays"}
@@ -95,11 +96,11 @@ def write_step(
 
 
 def write_recipe(folder: Path, settings: Settings) -> str:
-    """Write the run's settings beside its steps, and return the command that trains from these."""
-    content = settings.model_dump()
-    content["run"] |= {"name": f"{settings.run.name}-replay", "resume": False}
+    """Write the run's settings beside its steps, without secrets, and return the command that trains from these."""
+    content = shown_settings(settings)
+    content["run"] |= {"name": f"{settings.run.name[: MAX_NAME - len(_REPLAY)]}{_REPLAY}", "resume": False}
     (folder / RECIPE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return shlex.join(["python", "stages/rl.py", "--recipe", str(folder / RECIPE), "--train-only", str(folder)])
+    return stage_command("rl", "--recipe", folder / RECIPE, "--train-only", folder)
 
 
 def not_finite(groups: Sequence[Group], rewards: Sequence[str]) -> str:

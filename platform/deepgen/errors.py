@@ -3,25 +3,70 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import io
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from safetensors import SafetensorError
+
+from deepgen.masking import masked
 
 USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
 TERMINATED_EXIT_CODE = 143
+# Options of the stages that leave nothing to continue, or refuse to (`deepgen.config.cli`).
+_NOT_CONTINUED = ("--help", "-h", "--plan", "--print-config", "--status", "--rollout-only", "--train-only")
+SUBMITTED_COPY = "_ray_pkg_" in __file__  # Ray's name of the folder for the files of a job
+# No space, no quota, file too large for the limit, read-only: nothing that trying again would mend.
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 
 class UserError(Exception):
-    """A mistake the user can fix. The message is one line: what is wrong, what was given, what is allowed."""
+    """A mistake the user can fix. The message is one line: what is wrong, what was given, what is allowed.
+
+    Secrets in it are hidden (`deepgen.masking`).
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(masked(str(message)))
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as sent by schedulers and `ray job stop`. Handled like Ctrl-C, except for the exit code."""
+
+
+@contextmanager
+def writing(what: str, where: Path, then: str = "continue with --resume") -> Iterator[None]:
+    """Around writing into the run's folder: its failure becomes a UserError that names the file or folder `where`.
+
+    then: what to do once there is room.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"run.dir: cannot write {what} to {where}: {said}; make room or let it be written, then {then}"
+        ) from error
+
+
+def disk_error(error: BaseException) -> OSError | None:
+    """The OSError of a full or read-only disk: the exception itself, one that Ray has carried, or one of its causes."""
+    while True:
+        inner = getattr(error, "cause", None) or error.__cause__
+        if isinstance(error, OSError) and error.errno in _DISK:
+            return error
+        if not isinstance(inner, BaseException):
+            return None
+        error = inner
 
 
 def stop_on_sigterm() -> None:
@@ -38,28 +83,85 @@ def run_program(main: Callable[[], int | None], *, resumes: bool = True) -> NoRe
 
     `UserError` exits with 2 and one line on stderr. Ctrl-C exits with 130 and SIGTERM with 143; both print the command
     that continues the run: the same one with --resume, or without it for a program that continues by itself
-    (`resumes` False). A reader that closes the output early (`--help | head`) is no error. Any other exception is a
-    bug and keeps its traceback.
+    (`resumes` False). A reader that closes the output early (`--help | head`) is no error, and a run goes on without
+    it. A full or read-only disk is reported like a UserError. Any other exception is a bug and keeps its traceback.
     """
+    sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background programs that ignore Ctrl-C
     stop_on_sigterm()
     try:
         code = main()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's flush at exit must not fail either
-        code = 0
+    except OSError as error:
+        found = disk_error(error)
+        if found is None:
+            raise
+        print(f"error: cannot write {found.filename or 'a file'}: {found.strerror}; make room", file=sys.stderr)
+        sys.exit(USAGE_EXIT_CODE)
     except UserError as error:
         # Ray raises a subclass that carries the remote traceback as its text and the original as `cause`.
         message = str(getattr(error, "cause", None) or error)
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(USAGE_EXIT_CODE)
     except KeyboardInterrupt as interrupt:
-        arguments = [*(a for a in sys.argv if a != "--resume"), *(["--resume"] if resumes else [])]
-        again = "" if resumes else ", run the same command again"
-        print(f"\nstopped; to continue{again}: {shlex.join(['python', *arguments])}", file=sys.stderr)
+        print(f"\nstopped{_how_to_continue(resumes)}", file=sys.stderr)
         sys.exit(TERMINATED_EXIT_CODE if isinstance(interrupt, Terminated) else INTERRUPTED_EXIT_CODE)
     sys.exit(code or 0)
+
+
+def command(program: str | Path, *arguments: str | Path) -> str:
+    """A line for a shell that runs a Python program: with this very interpreter, from any folder.
+
+    In the copy of a checkout that Ray unpacked (`ray job submit`) both are as in the line that is submitted.
+    """
+    python = [sys.executable, os.path.abspath(program)]
+    if SUBMITTED_COPY:
+        python = ["python", str(program)]
+    return shlex.join([*python, *map(str, arguments)])
+
+
+def _how_to_continue(resumes: bool) -> str:
+    if any(argument.partition("=")[0] in _NOT_CONTINUED for argument in sys.argv[1:]):
+        return ""
+    given = [argument for argument in sys.argv[1:] if not resumes or argument != "--resume"]
+    line = command(sys.argv[0], *given, *(["--resume"] if resumes else []))
+    shown = masked(line)
+    note = " (with what is secret in the place of ***)" if shown != line else ""
+    again = "" if resumes else ", run the same command again"
+    return f"; to continue{again}{note}: {shown}"
+
+
+class _Lasting(io.FileIO):
+    """A console stream that outlives its reader: when that has gone (a closed pipe or terminal), lines go nowhere."""
+
+    lost = False
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+        self.lost = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())  # also for this process's children
+        os.close(nowhere)
+        return len(data)
+
+
+def _lasting(stream: Any) -> Any:
+    """The same console stream, but no write fails: not for a reader that has gone, nor for letters it cannot show."""
+    if stream is None or stream not in (sys.__stdout__, sys.__stderr__):
+        return stream  # closed from the start, or a caller's own
+    stream.flush()
+    raw = _Lasting(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding=stream.encoding, errors="backslashreplace", line_buffering=True
+    )
+
+
+def output_lost() -> bool:
+    """Whether the reader of this program's output has gone."""
+    return getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", False)
 
 
 def nearest(given: str, names: Iterable[str]) -> str:

@@ -122,7 +122,7 @@ def main() -> None:
         "clip": retrieval(clip, AutoTokenizer.from_pretrained(REWARDS / "clip"), "heldout"),
         "ocr": ocr_rate(sampler),
     }
-    (args.docs / "base_figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (args.docs / "base_figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(figures, indent=2))
 
 

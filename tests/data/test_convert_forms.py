@@ -54,6 +54,22 @@ def test_linked_folders_are_followed_once(tmp_path):
     assert any("passed over 3 links to what is read already, the first " in note for note in found.notes())
 
 
+def test_links_to_folders_around_the_source_are_not_entered(tmp_path, monkeypatch):
+    pack(tmp_path / "in" / "a.tar", samples(1))
+    for name, target in (("up", ".."), ("root", "/"), (".hidden", "/"), ("outer", tmp_path)):
+        (tmp_path / "in" / name).symlink_to(target)
+    scan, seen = os.scandir, list[str]()
+
+    def scanned(folder):
+        seen.append(str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr("os.scandir", scanned)
+    found = find_files(tmp_path / "in")
+    assert seen == [str(tmp_path / "in")]
+    assert [file.name for file in found.files] == ["a.tar"] and len(found.repeated) == 3 and not found.hidden
+
+
 def test_a_picture_may_have_two_names_and_two_captions(tmp_path):
     put(tmp_path / "in" / "a.png", picture())
     (tmp_path / "in" / "b.png").symlink_to("a.png")
@@ -78,7 +94,7 @@ def test_hidden_files_are_passed_over_and_told(tmp_path):
 def test_what_is_no_file_is_named_and_nothing_waits_for_it(tmp_path):
     pack(tmp_path / "in" / "a.tar", samples(1))
     os.mkfifo(tmp_path / "in" / "b.tar")
-    with pytest.raises(UserError, match=r"b\.tar: neither a file nor a folder"):
+    with pytest.raises(UserError, match=r"b\.tar: is a FIFO; allowed: a regular file"):
         guess_form(tmp_path / "in")
     (tmp_path / "in" / "b.tar").unlink()
     (tmp_path / "in" / "b.tar").symlink_to("gone")

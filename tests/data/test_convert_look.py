@@ -85,6 +85,23 @@ def test_a_check_of_what_cannot_be_used_is_an_error(tmp_path, monkeypatch, capsy
         check(monkeypatch, capsys, "--check", path)
 
 
+def test_a_check_shows_no_secrets_and_takes_permissions(tmp_path, monkeypatch, capsys):
+    put(tmp_path / "disk" / "0.png", picture())
+    put(tmp_path / "in" / "0.png", picture())
+    address = "http://user:hunter2@127.0.0.1:9/a.png?sig=hunter2"
+    rows = [
+        {"id": f"{address}{name}", "task": "t2i", "prompt": f"p {address}", "image": name}
+        for name in ("0.png", f"{tmp_path}/disk/0.png", address)
+    ]
+    path = put(tmp_path / "in" / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    _, lines = check(monkeypatch, capsys, "--check", path, "--min-side", 16)
+    assert "of 3 samples looked at, 1 would be kept (1 t2i)" in lines
+    assert "user:***@127.0.0.1:9/a.png" in str(lines) and "hunter2" not in str(lines)
+    assert "lies outside of" in str(lines) and "which is no public address" in str(lines)
+    _, lines = check(monkeypatch, capsys, "--check", path, "--min-side", 16, "--allow", tmp_path / "disk")
+    assert "of 3 samples looked at, 2 would be kept (2 t2i)" in lines
+
+
 def test_a_check_reads_no_large_source_to_its_end(tmp_path):
     put(tmp_path / "0.png", picture())
     path = put(
@@ -107,6 +124,7 @@ def test_the_beginning_of_a_tar_shows_whole_samples_only(tmp_path, members):
     ("form", "option", "value"),
     [
         ("webdataset", "--images", "."),
+        ("webdataset", "--allow", "/mnt"),
         ("folder", "--images", "."),
         ("edits", "--column", "image=a"),
         ("records", "--column", "image=a"),

@@ -23,10 +23,13 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from deepgen.data.conversion.convert_units import Limits, convert_unit, total_tally, write_plan
+from deepgen.data import parquet
 from deepgen.data.conversion.raw_data import RawData, guess_form, plan_units
 from deepgen.errors import UserError
 
-path, out = map(Path, sys.argv[1:])
+path, out = map(Path, sys.argv[1:3])
+parquet.HELD_BYTES //= int(sys.argv[3])
+parquet.GROUP_BYTES //= int(sys.argv[3])
 said = ""
 try:
     raw = RawData(path, guess_form(path))
@@ -44,9 +47,12 @@ print(int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[
 BASE = 150  # MiB of the process with its libraries, generously; 90 here
 
 
-def measured(path: Path, out: Path) -> tuple[int, str]:
-    """Convert in a process of its own: its peak memory in MiB beyond its libraries, and what it says."""
-    command = [sys.executable, "-c", MEASURE, str(path), str(out)]
+def measured(path: Path, out: Path, shrunk: int = 1) -> tuple[int, str]:
+    """Convert in a process of its own: its peak memory in MiB beyond its libraries, and what it says.
+
+    shrunk: how many times less a writer of records holds than it usually does.
+    """
+    command = [sys.executable, "-c", MEASURE, str(path), str(out), str(shrunk)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200, cwd=ROOT)
     peak, _, said = done.stdout.strip().partition(" ")
     return int(peak) - BASE, said
@@ -61,18 +67,18 @@ def table(rows: int, size: int) -> pa.Table:
 
 @pytest.mark.processes
 def test_a_row_group_much_larger_than_the_memory_it_takes(tmp_path):
-    pq.write_table(table(300, 1 << 20), tmp_path / "a.parquet", row_group_size=300, compression="none")
+    pq.write_table(table(200, 1 << 20), tmp_path / "a.parquet", row_group_size=200, compression="none")
     peak, said = measured(tmp_path / "a.parquet", tmp_path / "out")
-    assert said == "kept 0, dropped {'target: not an image': 300}"
-    assert peak < 200
+    assert said == "kept 0, dropped {'target: not an image': 200}"
+    assert peak < 130
 
 
 @pytest.mark.processes
 def test_a_batch_of_arrow_much_larger_than_the_memory_it_takes(tmp_path):
-    path = arrow(tmp_path / "a.arrow", table(300, 1 << 20).combine_chunks(), rows=300)
+    path = arrow(tmp_path / "a.arrow", table(200, 1 << 20).combine_chunks(), rows=200)
     peak, said = measured(path, tmp_path / "out")
-    assert "'target: not an image': 300" in said
-    assert peak < 200
+    assert "'target: not an image': 200" in said
+    assert peak < 130
 
 
 def test_what_pages_and_batches_unpack_to_is_known_before(tmp_path, monkeypatch):
@@ -94,18 +100,18 @@ def test_what_pages_and_batches_unpack_to_is_known_before(tmp_path, monkeypatch)
 
 @pytest.mark.processes
 def test_a_value_that_many_rows_share(tmp_path):
-    images = pa.DictionaryArray.from_arrays(pa.array([0] * 30, pa.int32()), pa.array([bytes(40 << 20)]))
+    images = pa.DictionaryArray.from_arrays(pa.array([0] * 30, pa.int32()), pa.array([bytes(20 << 20)]))
     pq.write_table(pa.table({"image": images, "text": ["a"] * 30}), tmp_path / "a.parquet", compression="zstd")
-    peak, said = measured(tmp_path / "a.parquet", tmp_path / "out")  # 1.2 GB, if all rows had their own
+    peak, said = measured(tmp_path / "a.parquet", tmp_path / "out")  # 600 MB, if all rows had their own
     assert said == "kept 0, dropped {'target: not an image': 30}"
-    assert peak < 400
+    assert peak < 250
 
 
 @pytest.mark.processes
 def test_a_member_of_a_compressed_tar_much_larger_than_the_archive(tmp_path):
     packed = gzip.open(tmp_path / "a.tar.gz", "wb", compresslevel=1)  # noqa: SIM115
     with packed, tarfile.open(fileobj=packed, mode="w") as tar:
-        for name, size in (("0.jpg", 600 << 20), ("1.txt", 100 << 20)):
+        for name, size in (("0.jpg", 300 << 20), ("1.txt", 150 << 20)):
             info = tarfile.TarInfo(name)
             info.size = size
             tar.addfile(info, io.BytesIO(bytes(size)))
@@ -115,14 +121,14 @@ def test_a_member_of_a_compressed_tar_much_larger_than_the_archive(tmp_path):
             tar.addfile(info, io.BytesIO(data))
     peak, said = measured(tmp_path / "a.tar.gz", tmp_path / "out")
     assert "more than 160 MiB in one sample" in said and "more than 100,000 letters" in said
-    assert peak < 200
+    assert peak < 130
 
 
 @pytest.mark.processes
 def test_large_pictures_are_decoded_once_and_one_by_one(tmp_path):
+    stream = io.BytesIO()
+    Image.new("RGBA", (6000, 6000), (1, 2, 3, 100)).save(stream, "PNG", compress_level=1)
     for i in range(2):
-        stream = io.BytesIO()
-        Image.new("RGBA", (6000, 6000), (i, 2, 3, 100)).save(stream, "PNG", compress_level=1)
         put(tmp_path / "in" / f"{i}.png", stream.getvalue())
         put(tmp_path / "in" / f"{i}.txt", "a")
     peak, said = measured(tmp_path / "in", tmp_path / "out")
@@ -132,15 +138,15 @@ def test_large_pictures_are_decoded_once_and_one_by_one(tmp_path):
 
 @pytest.mark.processes
 def test_shards_are_written_while_samples_come(tmp_path):
-    data = picture(2000, 2000, "BMP")
-    for i in range(40):
+    data = picture(1000, 1000, "BMP")
+    for i in range(80):
         put(tmp_path / "in" / f"{i}.bmp", data)
         put(tmp_path / "in" / f"{i}.txt", "a")
-    peak, said = measured(tmp_path / "in", tmp_path / "out")
-    assert said == "kept 40, dropped {}"
-    assert peak < 400  # the pictures are 460 MiB, of which 128 MiB are held
+    peak, said = measured(tmp_path / "in", tmp_path / "out", shrunk=4)
+    assert said == "kept 80, dropped {}"
+    assert peak < 130  # the pictures are 229 MiB, of which 32 MiB are held
     groups = pq.ParquetFile(next((tmp_path / "out").glob("shard-*"))).metadata
-    assert max(groups.row_group(i).num_rows for i in range(groups.num_row_groups)) == 5  # 64 MiB
+    assert max(groups.row_group(i).num_rows for i in range(groups.num_row_groups)) == 5  # 16 MiB
 
 
 @pytest.mark.processes

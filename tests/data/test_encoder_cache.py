@@ -29,6 +29,7 @@ from deepgen.data.loading.mixture import Mixture
 from deepgen.data.loading.parquet_store import ParquetStore
 from deepgen.data.parquet import write_records
 from deepgen.data.quarantine import Quarantine
+from deepgen.data.uris import DataUri, reach_of
 from deepgen.models.presets import DEEPGEN_5B
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings, add_lora
@@ -244,13 +245,15 @@ def test_a_changed_shard_or_image_is_never_served(tmp_path: Path, shard: str) ->
 def test_images_that_stay_where_they_are(tmp_path: Path, shard: str) -> None:
     store, image = DiskStore(tmp_path / "cache", ABOUT), tmp_path / "a picture.png"
     image.write_bytes(b"first")
-    for uri in (str(image), f"file://{str(image).replace(' ', '%20')}"):
+    path = DataUri(str(image), reach_of(tmp_path))
+    for uri in (path, DataUri(f"file://{str(image).replace(' ', '%20')}", path.reach)):
         put(store, shard, uri, value(1))
         assert lookup(store, shard, uri) is not None
     image.write_bytes(b"later one")
-    assert lookup(store, shard, str(image)) is None
+    assert lookup(store, shard, path) is None
+    assert store.key((shard, 1, 0), str(image)) is None  # of no data set; the decoder reports the fault
     image.unlink()
-    assert store.key((shard, 1, 0), str(image)) is None  # the decoder reports the fault
+    assert store.key((shard, 1, 0), path) is None
     put(store, shard, "s3://bucket/image.png", value(2))
     assert lookup(store, shard, "s3://bucket/image.png") is not None
 

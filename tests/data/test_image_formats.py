@@ -87,10 +87,11 @@ def test_postscript_in_training_records(tmp_path: Path, eps: bytes, name: str, s
 @each_eps
 @pytest.mark.parametrize("key", ["data.prompts", "data.heldout"])
 def test_postscript_in_references_of_prompts(tmp_path: Path, eps: bytes, key: str) -> None:
-    (tmp_path / "picture.png").write_bytes(eps)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "picture.png").write_bytes(eps)
     bad = [replace(EDIT, id="b0", image=None, references=(PICTURE, eps))]
     write_records(tmp_path / "x" / "bytes.parquet", [PROMPT, *bad])
-    named = replace(EDIT, id="b1", image=None, references=(str(tmp_path / "picture.png"),))
+    named = replace(EDIT, id="b1", image=None, references=(str(tmp_path / "x" / "picture.png"),))
     write_records(tmp_path / "x" / "named.parquet", [named])
     settings = load_settings(None, [f"run.dir={tmp_path}", "run.name=a", f"{key}={tmp_path / 'x'}"])
     assert [record.id for _, record in usable_records(settings, key)] == [PROMPT.id]

@@ -116,7 +116,10 @@ def test_a_resume_on_another_number_of_ranks_skips_and_repeats_nothing() -> None
         ("data.weights={photos: 1, edits: 1}", r"data\.weights: no weight for 'posters'; allowed: one for each"),
         ("data.weights={photos: 0, posters: 0, edits: 1}", r"all 0 for the t2i records of 'photos', 'posters'"),
         ("data.weights={photos: -1}", r"data\.weights\.photos: got -1 on the command line; allowed: a weight >= 0"),
-        ("data.weights=3", r"data\.weights: got 3 on the command line; allowed: a weight >= 0 for each source"),
+        (
+            "data.weights=3",
+            r"data\.weights: got 3 on the command line; allowed: a weight >= 0, at most 1e6, for",
+        ),
         ("data.temperature=0.5", r"data\.temperature: got 0\.5"),
     ],
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +75,116 @@ def test_bad_rows_are_left_out_with_their_reasons(
 
     monkeypatch.setattr("deepgen.data.usable.usable_image", lambda *_: pytest.fail("judged before"))
     assert [record for _, record in usable_records(run, "data.prompts")] == usable
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_another_checkout_of_the_same_data_is_not_judged_again(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """In a submitted job every node has its own copy of the data, with another path and other file times."""
+    found = []
+    for node in ("one", "two"):
+        path = tmp_path / node / "data" / "x.parquet"
+        write_records(path, [*prompts(5), *(record for record, _ in BAD), EDIT])
+        os.utime(path, (1, 1 if node == "one" else 2))
+        given = path if form == "file" else path.parent
+        run = settings(tmp_path, weights, "data.max_bad_share=1", f"data.prompts={given}")
+        found.append([record for _, record in usable_records(run, "data.prompts")])
+        monkeypatch.setattr("deepgen.data.usable.usable_image", lambda *_: pytest.fail("judged again"))
+    assert found[0] == found[1]
+    lines = [json.loads(line) for line in (tmp_path / "runs/a/quarantine-prompts.jsonl").read_text().splitlines()]
+    assert {line["file"] for line in lines} == {"x.parquet"} and len(lines) == len(BAD)
+
+
+def test_data_that_changed_in_place_is_judged_again(tmp_path: Path, weights: Path) -> None:
+    write_records(tmp_path / "x.parquet", [*prompts(2), replace(PROMPT, id="b", prompt="a <|im_end|>")])
+    assert len(usable_records(settings(tmp_path, weights), "data.prompts")) == 2
+    write_records(tmp_path / "x.parquet", [*prompts(2), replace(PROMPT, id="b", prompt="a <|im_edn|>")])
+    os.utime(tmp_path / "x.parquet", (1, 1))
+    assert len(usable_records(settings(tmp_path, weights), "data.prompts")) == 3
+
+
+def test_prompts_name_no_file_outside_of_their_folder(tmp_path: Path, weights: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.png").write_bytes(PICTURE)
+    edit = replace(EDIT, id="e", image=None, references=(str(tmp_path / "elsewhere" / "a.png"),))
+    (tmp_path / "set").mkdir()
+    write_records(tmp_path / "set" / "a.parquet", prompts(2))
+    write_records(tmp_path / "set" / "b.parquet", [edit])
+    own = f"data.prompts={tmp_path / 'set'}"
+    assert len(usable_records(settings(tmp_path, weights, own), "data.prompts")) == 2
+    (line,) = map(json.loads, (tmp_path / "runs/a/quarantine-prompts.jsonl").read_text().splitlines())
+    assert (
+        f"lies outside of {tmp_path / 'set'}; allowed: files in there, or in a folder of data.allow" in line["reason"]
+    )
+    allow = f"data.allow=[{tmp_path / 'elsewhere'}]"
+    assert len(usable_records(settings(tmp_path, weights, own, allow), "data.prompts")) == 3
+
+
+def test_no_secret_of_an_address_is_in_the_quarantine(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = "http://user:hunter2@127.0.0.1:9/a.png?sig=hunter2"
+    write_records(tmp_path / "x.parquet", [*prompts(1), replace(EDIT, id=address, image=None, references=(address,))])
+    usable_records(settings(tmp_path, weights), "data.prompts")
+    written = [file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()]
+    assert len(written) == 2 and not any(b"hunter2" in data for data in written)
+    assert "user:***@127.0.0.1:9/a.png?sig=***" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv"])
+def test_lists_of_prompts_follow_the_rules_of_parquet(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """What they name stays in their folder, secrets are hidden, and they are judged again when they change."""
+    (tmp_path / "set").mkdir()
+    for place in (tmp_path / "set" / "a.png", tmp_path / "private.png"):
+        place.write_bytes(PICTURE)
+    (tmp_path / "set" / "link.png").symlink_to(tmp_path / "private.png")
+    inline = f"data:image/png;base64,{base64.b64encode(PICTURE).decode()}"
+    secret = "http://user:hunter2@127.0.0.1:9/a.png?sig=hunter2"
+    names = ["a.png", f"file://{tmp_path}/set/a.png", inline, "../private.png", str(tmp_path / "private.png")]
+    names += ["link.png", "/etc/passwd", secret]
+    path = tmp_path / "set" / f"x.{kind}"
+    write_list(path, names)
+    own = [f"data.prompts={path}", "data.max_bad_share=1"]
+    run = settings(tmp_path, weights, *own)
+    usable = usable_records(run, "data.prompts")
+    assert [record.id for _, record in usable] == ["x-1", "x-2", "x-3"]
+    text = (tmp_path / "runs/a/quarantine-prompts.jsonl").read_text()
+    reasons = [json.loads(line)["reason"] for line in text.splitlines()]
+    assert [f"lies outside of {tmp_path / 'set'}" in reason for reason in reasons] == [True] * 4 + [False]
+    assert "http://user:***@127.0.0.1:9/a.png?sig=***: leads to '127.0.0.1'" in reasons[-1]
+    assert "hunter2" not in text + capsys.readouterr().out
+    os.utime(path, (1, 1))
+    assert usable_records(run, "data.prompts") == usable
+    write_list(path, names[::-1])
+    assert [record.id for _, record in usable_records(run, "data.prompts")] == ["x-6", "x-7", "x-8"]
+    allowed = settings(tmp_path, weights, *own, f"data.allow=[{tmp_path}]")
+    assert [record.id for _, record in usable_records(allowed, "data.prompts")] == [f"x-{i}" for i in range(3, 9)]
+
+
+def write_list(path: Path, names: list[str]) -> None:
+    """Edits, each with one source image."""
+    rows = [{"prompt": "p", "references": [name]} for name in names]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".json":
+        text = json.dumps(rows)
+    elif path.suffix == ".csv":
+        text = "prompt,references\n" + "".join(f'p,"{name}"\n' for name in names)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+
+
+def test_a_list_of_bad_rows_that_is_cut_is_made_again(tmp_path: Path, weights: Path) -> None:
+    """Else the row of a line that a crash has cut would be used."""
+    write_records(tmp_path / "x.parquet", [*prompts(5), *(record for record, _ in BAD)])
+    run = settings(tmp_path, weights, "data.max_bad_share=1")
+    usable, path = usable_records(run, "data.prompts"), tmp_path / "runs/a/quarantine-prompts.jsonl"
+    whole = path.read_bytes()
+    for kept in (whole[:-40], whole[: len(whole) // 2] + b"\n", b"\0" * 90, whole + b'{"file": 3, "row": "x"}\n'):
+        path.write_bytes(kept)
+        assert usable_records(run, "data.prompts") == usable
+        assert path.read_bytes() == whole
 
 
 def test_the_share_is_that_of_training_data(tmp_path: Path, weights: Path) -> None:

@@ -27,6 +27,7 @@ from actors.experience.reward_requests import request_key
 from deepgen.config.schema.pools import make_pool as make_pool_settings
 from deepgen.errors import UserError
 from rewards.base import RewardRequest
+from tests.helpers.fake_rewards import SPECIAL
 from tests.helpers.lost_objects import lost_reference
 from tests.helpers.pool_calls import score
 
@@ -181,7 +182,7 @@ def test_missing_scores_are_none_with_reason_and_counter(shared: Shared) -> None
     async def scenario(pool: RewardPool) -> tuple[RewardScores, RewardScores]:
         return (
             await score(pool, [request(21, "unavailable"), request(22, "unavailable")]),
-            await score(pool, [request(21, "none"), request(22, "nan"), request(23, "skip"), request(24)]),
+            await score(pool, [request(23, "skip"), request(24), *(request(21, prompt) for prompt in SPECIAL)]),
         )
 
     down, odd = shared.run(scenario)
@@ -189,9 +190,10 @@ def test_missing_scores_are_none_with_reason_and_counter(shared: Shared) -> None
     assert down.reasons[0] is not None
     assert "the service is down (attempt 3, the last)" in down.reasons[0]
     assert (down.counters["missing"], down.counters["calls"]) == (2, 3)
-    assert levels(odd) == [None, None, None, 24]
-    assert odd.reasons[2] == NOT_APPLICABLE
-    assert odd.counters["missing"] == 2  # a request that is never sent does not count
+    assert levels(odd) == [None, 24, *[None] * len(SPECIAL)]
+    assert odd.reasons[0] == NOT_APPLICABLE
+    assert all(reason is not None and "the reward gave no finite score" in reason for reason in odd.reasons[2:])
+    assert odd.counters["missing"] == len(SPECIAL)  # a request that is never sent does not count
 
 
 def test_hanging_replica_is_replaced_and_its_request_scored(ray_local: ModuleType, tmp_path: Path) -> None:

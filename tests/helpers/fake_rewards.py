@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -9,12 +10,20 @@ from collections.abc import Sequence
 from deepgen.errors import UserError
 from rewards import InputPath, PoolSettings, RewardRequest, RewardUnavailable, setting
 
+SPECIAL: dict[str, float | None] = {
+    "none": None,
+    "nan": math.nan,
+    "inf": math.inf,
+    "-inf": -math.inf,
+    "1e39": 1e39,  # infinite as fp32
+}
+
 
 class FakeReward:
     """Scores an image by its first pixel / 255. Files in the folder `path` control how often it misbehaves.
 
     The prompts "hang", "die" and "unavailable" cause that mishap once for each of its files (`hang-0`, `hang-1` ...).
-    The prompt "bug" always raises, "none" always scores None, and "nan" always scores NaN.
+    The prompt "bug" always raises; those in SPECIAL always have the score that it says.
     """
 
     class Options(PoolSettings):
@@ -41,8 +50,7 @@ class FakeReward:
             raise RewardUnavailable("the service is down")
         if "bug" in prompts:
             raise ZeroDivisionError("a bug in the reward")
-        special: dict[str, float | None] = {"none": None, "nan": float("nan")}
-        return [special.get(r.prompt, float(r.image[0, 0, 0]) / 255) for r in requests]
+        return [SPECIAL.get(r.prompt, float(r.image[0, 0, 0]) / 255) for r in requests]
 
     def _take(self, mishap: str) -> bool:
         """Delete one of the mishap's files. Returns whether there was one."""

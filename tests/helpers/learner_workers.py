@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.forked import run_ranks
+from tests.helpers.small_disk import fill
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,12 +23,14 @@ def run_workers(folder: Path, runs: Sequence[dict[str, Any]], *, world: int = 1,
 
     A run is {"overrides": [...]} plus optional keys: "recipe", "stage" (default: the toy model), "noise" and "pieces"
     (both toy; pieces: batches arrive in pieces, with losses held back).
-    "fails": (step, "loss" or "gradient") lets it end there with NonFiniteError (toy), whose text goes to NAME.error.
+    "fails": (steps, what) lets their updates fail as `ToyFailing` says (toy). "ends": a folder: the run ends with
+    UserError (toy), whose text each rank writes to NAME.RANK.error there.
     "replays": (step, folder) trains on that step alone (toy), from the state in the folder.
     "die_after": n ends the worker abruptly in the step after n steps. "die_writing": n kills it (SIGKILL) when half of
     the n-th checkpoint shard is on disk; "slow_writing": s writes each shard s seconds after the step has ended;
-    "fail_writing": r lets rank r fail to write any. "measure": a file name; instead of the usual training, rank 0
-    writes its memory use there (``tests.helpers.memory_states``).
+    "fail_writing": r lets rank r fail to write any. "fill": (folder, "shard" or "result") lets rank 0 fill the disk of
+    a folder before it writes its first shard, or when the last checkpoint is complete. "measure": a file name; instead
+    of the usual training, rank 0 writes its memory use there (``tests.helpers.memory_states``).
     """
     folder.mkdir(parents=True, exist_ok=True)
     rendezvous = folder / f"rendezvous-{len(list(folder.glob('rendezvous-*')))}"
@@ -81,7 +84,8 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
 
     from actors.learner.checkpoints.checkpoint_store import CheckpointStore
     from actors.learner.loop import train
-    from actors.learner.protocols import NonFiniteError, Parts, Replayed, WorkerContext
+    from actors.learner.protocols import Parts, Replayed, WorkerContext
+    from deepgen.errors import UserError
     from tests.helpers.toy import ToyFailing, ToyHeld, ToyModel, ToyObjective, ToyPieces, ToySource
 
     class Log:
@@ -94,7 +98,8 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
     context = WorkerContext("rl", settings, model, rank, world, torch.device("cpu"), tracker, print)
     pieces = run.get("pieces", False)
     toy = (ToyHeld if pieces else ToyObjective)(run.get("noise", 0.0), settings.algorithm.updates_per_batch)
-    toy = ToyFailing(*run["fails"]) if "fails" in run else toy
+    failing, what = run.get("fails", ((), ""))
+    toy = ToyFailing(failing, what, settings.algorithm.updates_per_batch) if failing else toy
     step, state = run.get("replays", (0, None))
     replayed = Replayed(range(step, step + 1), Path(state)) if state else None
     parts = Parts(ToyPieces() if pieces else ToySource(), toy, toy, replayed)
@@ -102,12 +107,12 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
     _disturb_writing(run, rank)
     try:
         train(context, build, CheckpointStore(settings, "rl"), settings.run.resume)
-    except NonFiniteError as error:
-        if "fails" not in run:
+    except UserError as error:
+        if "ends" not in run:
             raise
-        (settings.run.dir / f"{settings.run.name}.error").write_text(str(error))
+        (Path(run["ends"]) / f"{settings.run.name}.{rank}.error").write_text(str(error))
     else:
-        assert "fails" not in run
+        assert "ends" not in run
 
 
 def _build(build: Callable[[Any], Any], die_after: int, context: Any) -> Any:
@@ -120,11 +125,16 @@ def _disturb_writing(run: dict[str, Any], rank: int) -> None:
     from actors.learner.checkpoints import checkpoint_shards as shards
 
     write, left = shards.save_file, run.get("die_writing", 0)
+    full, when = run.get("fill", ("", ""))
+    if when == "result" and rank == 0:
+        _fill_after_checkpoints(Path(full))
 
     def disturbed(tensors: dict[str, Any], file: Path) -> None:
         nonlocal left
         left -= 1
         time.sleep(run.get("slow_writing", 0.0))
+        if when == "shard" and rank == 0:
+            fill(Path(full))
         if run.get("fail_writing") == rank:
             raise OSError(f"no room for {file.name}")
         write(tensors, file)
@@ -133,6 +143,18 @@ def _disturb_writing(run: dict[str, Any], rank: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     shards.save_file = disturbed
+
+
+def _fill_after_checkpoints(folder: Path) -> None:
+    from actors.learner.checkpoints.checkpoint_store import CheckpointStore
+
+    finish = CheckpointStore.finish
+
+    def finish_and_fill(store: CheckpointStore) -> None:
+        finish(store)
+        fill(folder)
+
+    setattr(CheckpointStore, finish.__name__, finish_and_fill)  # the process ends with the run
 
 
 class _Dying:

@@ -146,17 +146,24 @@ class ToyObjective:
 
 
 class ToyFailing(ToyObjective):
-    """In step `at`, rank 1 (or the only one) has a loss that is not finite, or one whose gradient alone is not."""
+    """In these steps, something is not finite on the last rank alone: see `FAILURES`."""
 
-    def __init__(self, at: int, what: str) -> None:
-        super().__init__()
-        self.at, self.what = at, what
+    def __init__(self, steps: Sequence[int], what: str, updates: int = 1) -> None:
+        super().__init__(updates=updates)
+        self.steps, self.what = steps, what
 
     def loss(self, model: Any, micro: tuple[Tensor, Tensor], context: Any) -> tuple[Tensor, dict[str, Any]]:
         loss, metrics = super().loss(model, micro, context)
-        if context.step == self.at and context.rank == context.world - 1:
-            loss = loss * torch.nan if self.what == "loss" else loss + (0 * loss).sqrt()  # 0, with slope 0 / 0
-        return loss, metrics
+        failing = context.step in self.steps and context.rank == context.world - 1
+        return FAILURES[self.what](loss) if failing else loss, metrics
+
+
+FAILURES = {
+    "loss": lambda loss: loss * torch.nan,
+    "only the loss": lambda loss: loss + torch.nan,  # with the right gradient
+    "gradient": lambda loss: loss + (0 * loss).sqrt(),  # a finite loss, with slope 0 / 0
+    "norm": lambda loss: loss + 1e30 * (loss - loss.detach()),  # each element is finite, but not its square
+}
 
 
 class ToyHeld(ToyObjective):
@@ -194,7 +201,8 @@ class Expected:
     evaluations: list[dict[str, float]]  # figures of `ToyObjective.evaluation` after every other step, from 0
 
 
-def plain_torch(overrides: Sequence[str] = ()) -> Expected:
+def plain_torch(overrides: Sequence[str] = (), left_out: Sequence[int] = ()) -> Expected:
+    """The run with these settings. left_out: steps whose updates are not made."""
     from actors.learner.engine import parameter_groups
     from actors.learner.lr_schedule import learning_rate
 
@@ -219,7 +227,8 @@ def plain_torch(overrides: Sequence[str] = ()) -> Expected:
             for parameter in model.unused.parameters():
                 parameter.grad = torch.zeros_like(parameter)  # DeepSpeed's view of a parameter without gradient
             norms[-1] += float(torch.nn.utils.clip_grad_norm_([p for _, p in parameters], 0.5)) / updates
-            optimizer.step()
+            if step not in left_out:
+                optimizer.step()
             optimizer.zero_grad()
         decay = min(0.9, (1 + step) / (10 + step))
         for name, p in parameters:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from rewards import RewardRequest
+
+HUGE = 2.0**100
 
 
 class Brightness:
@@ -16,11 +19,19 @@ class Brightness:
 
 
 class Exploding(Brightness):
-    """Brightness, but infinite for prompts that ask for it."""
+    """Brightness, but huge for prompts that ask for it."""
 
     def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
         pairs = zip(requests, super().score(requests), strict=True)
-        return [math.inf if "exploding" in request.prompt else value for request, value in pairs]
+        return [HUGE if "exploding" in request.prompt else value for request, value in pairs]
+
+
+def exploding(scores: Any) -> Any:
+    """An advantage that cannot cope with such a score: NaN."""
+    from deepgen.algorithms.advantages import gdpo
+
+    combined, advantages = gdpo(scores)
+    return combined, advantages.masked_fill((scores.rewards == HUGE).any(dim=1), math.nan)
 
 
 class Redness:

@@ -119,35 +119,6 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
         assert steps == ["step-000002", "step-000004", "step-000006"]
 
 
-@pytest.mark.processes
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_what_is_not_finite_is_never_applied(tmp_path: Path, world: int) -> None:
-    """Every ZeRO stage ends before the step, keeps the state that it began with, and can train from there again."""
-    kinds = [(stage, what) for stage in range(4) for what in ("loss", "gradient")]
-    runs, whole = [], toy_run(tmp_path, "whole", f"train.workers={world}")
-    for stage, what in kinds:
-        options = (f"train.zero_stage={stage}", f"train.workers={world}")
-        name = f"{what}{stage}"
-        state = tmp_path / name / "replay" / "failed-step-000003" / "state"
-        runs.append(toy_run(tmp_path, name, *options, fails=(3, what)))
-        runs.append(toy_run(tmp_path, f"{name}-replay", *options, replays=(3, str(state))))
-    run_workers(tmp_path, [whole, *runs], world=world)
-    log = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
-    for stage, what in kinds:
-        name = f"{what}{stage}"
-        said = {"loss": f"the loss is nan on rank {world - 1}", "gradient": "the norm of the gradient is "}[what]
-        assert (tmp_path / f"{name}.error").read_text().startswith(f"step 3: {said}")
-        assert (tmp_path / f"{name}.error").read_text().endswith("; kept")
-        published = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-        assert [entry["step"] for entry in published] == [0, 1, 2, 3]
-        assert not (tmp_path / name / "model").exists()
-        (again,) = [json.loads(line) for line in (tmp_path / f"{name}-replay.jsonl").read_text().splitlines()]
-        assert again["step"] == 4
-        for key in ("loss/total", "train/grad_norm", "train/learning_rate", "heldout/error"):
-            assert again[key] == pytest.approx(log[4][key], rel=1e-5)
-
-
 def test_learning_rate() -> None:
     settings = load_settings(None, [*TOY, "train.min_learning_rate=0.001", "train.steps=12"])
     rates = [learning_rate(settings, step) for step in range(12)]

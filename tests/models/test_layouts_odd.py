@@ -1,6 +1,7 @@
 """Checkpoints as found in practice: logs beside the tensors, odd names, damaged files, parts in other folders."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -216,6 +217,17 @@ def test_values_too_large_for_fp16(model, folder, tmp_path):
         convert(tmp_path / "a.pt", tmp_path / "out", bases=Bases(base=folder), dtype="fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
     convert(tmp_path / "a.pt", tmp_path / "out", bases=Bases(base=folder), dtype="bf16")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_exported(model, folder, tmp_path, value):
+    state = native_state(model)
+    state["transformer.proj_out.bias"][0] = value
+    torch.save(state, tmp_path / "a.pt")
+    for target in ("components", "native"):
+        with pytest.raises(UserError, match=r"proj_out\.bias is not finite"):
+            convert(tmp_path / "a.pt", tmp_path / "out", target, bases=Bases(base=folder))
+        assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- tensors that share memory

@@ -105,6 +105,18 @@ def test_each_row_is_written_once_also_after_a_resume(tmp_path: Path) -> None:
     assert not (tmp_path / FILE).exists()  # a new run
 
 
+def test_a_row_is_the_same_on_every_node(tmp_path: Path) -> None:
+    """Nodes with a checkout each read the same file under different paths; so may a resume."""
+    first = Quarantine(0.01, tmp_path, say=lambda _: None)
+    for node in range(20):
+        first.add(50, [BadRow(f"/node-{node}/data/a.parquet", 3, "id", "truncated")])
+    assert len((tmp_path / FILE).read_text().splitlines()) == 1
+    resumed = Quarantine(0.01, tmp_path, resume=True, say=lambda _: pytest.fail("told before"))
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    resumed.add(50, [BadRow("/another/data/a.parquet", 3, "id", "truncated")])
+    assert len((tmp_path / FILE).read_text().splitlines()) == 1
+
+
 def test_too_many_bad_records_end_the_run(tmp_path: Path) -> None:
     few = Quarantine(0.01, tmp_path)
     for _ in range(30):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -157,10 +159,22 @@ def test_other_weights_and_a_gap_are_refused(tmp_path: Path, settings: Settings)
 
 def test_the_recipe_is_the_run_under_another_name(tmp_path: Path, settings: Settings) -> None:
     command = write_recipe(tmp_path, settings)
-    assert command == f"python stages/rl.py --recipe {tmp_path / 'recipe.yaml'} --train-only {tmp_path}"
+    program = Path(__file__).resolve().parents[2] / "stages" / "rl.py"
+    given = ["--recipe", tmp_path / "recipe.yaml", "--train-only", tmp_path]
+    assert shlex.split(command) == [sys.executable, str(program), *map(str, given)]
     again = load_settings(tmp_path / "recipe.yaml")
     assert again.run.name == "mine-replay"
     assert again.model_copy(update={"run": settings.run}) == settings
+
+
+def test_no_secret_is_written(tmp_path: Path, settings: Settings) -> None:
+    tracking = settings.tracking.model_copy(update={"uri": "http://user:hunter2@host"})
+    settings = settings.model_copy(update={"tracking": tracking})
+    write(tmp_path / "steps", settings, 3)
+    write_recipe(tmp_path, settings)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"hunter2" in file.read_bytes()]
+    again = load_settings(tmp_path / "recipe.yaml", ["tracking.uri=http://user:hunter2@host"])
+    assert again.tracking == settings.tracking
 
 
 def test_what_is_not_finite_is_named() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from actors.experience.prompt_order import PromptOrder
-from deepgen.config import Settings, UserError
+from deepgen.config import Settings, UserError, stage_command
 from deepgen.data.parquet import write_records
 from stages.rl_replay import rollout_only, train_only
 from tests.helpers.rl_world import PROMPTS, make_records, make_settings, make_world
@@ -86,30 +86,36 @@ def test_recorded_steps_train_as_they_do_on_line(world: Path) -> None:
 
 @marked
 def test_a_step_that_fails_can_be_trained_on_alone(world: Path) -> None:
-    """A reward says infinity in step 1; the learner saves its batch and weights, stops, and fails again on them."""
+    """An advantage is NaN in step 1; the learner saves its batch and weights and goes on. Alone it fails again."""
     records = make_records(PROMPTS, "rl")
     _, second = PromptOrder(records, seed=3).at(2)  # two prompts a step
     bad = [replace(record, prompt=f"{record.prompt}, exploding") if record == second else record for record in records]
     write_records(world / "exploding.parquet", bad)
     settings = (
-        "train.steps=4",
+        "train.steps=3",
         "train.learning_rate=1e-3",
         "evaluation.prompts=0",
         f"data.prompts={world / 'exploding.parquet'}",
         "rewards.aesthetic.class=tests.helpers.visible_rewards:Exploding",
+        "algorithm.advantage=tests.helpers.visible_rewards:exploding",
     )
-    failed = start(world, "run.name=failed", *settings)
-    output, _ = failed.communicate(timeout=600)
-    assert failed.returncode == 1, output[-4000:]
+    output = finish(start(world, "run.name=failed", *settings))
     folder = world / "runs" / "failed" / "replay" / "failed-step-000001"
-    said = "step 1: the loss is nan on rank 0; not finite: the reward aesthetic of group "
-    command = f"python stages/rl.py --recipe {folder / 'recipe.yaml'} --train-only {folder}"
+    said = (
+        "step 1: the loss is nan on rank 0; updates: 1 left out, 1 in a row, 1 in all; not finite: the advantages of "
+    )
+    command = stage_command("rl", "--recipe", folder / "recipe.yaml", "--train-only", folder)
     (line,) = {line for line in output.splitlines() if line.startswith(said)}
     assert line.endswith(f"; to train on its batch alone: {command}")
-    assert sorted(metrics(world / "runs" / "failed")) == [1]
+    log = metrics(world / "runs" / "failed")
+    assert [log[step]["train/skipped_updates"] for step in (1, 2, 3)] == [0, 1, 1]
+    assert "loss/total" not in log[2]
     assert (folder / "state" / "engine-0.safetensors").exists()
 
     alone = start(world, "run.name=failed-alone", *settings, "--train-only", str(folder))
     output, _ = alone.communicate(timeout=600)
-    assert alone.returncode == 1, output[-4000:]
-    assert "step 1: the loss is nan on rank 0" in output.splitlines()
+    assert alone.returncode == 2, output[-4000:]
+    assert output.splitlines()[-1].startswith(
+        "error: step 1: the loss is nan on rank 0; updates left out in a row: 1, so"
+    )
+    assert "Traceback" not in output

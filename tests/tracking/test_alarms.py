@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deepgen.config.schema.sections import ALARMS
-from deepgen.tracking.alarms import BASE_STEPS, PATIENCE, RULES, Alarms
+from deepgen.tracking.alarms import BASE_STEPS, EXPLODED, PATIENCE, RULES, Alarms, last_words
 from deepgen.tracking.journal import read_steps
 
 HEALTHY = {
@@ -108,3 +108,25 @@ def test_a_resumed_run_knows_its_first_steps_and_what_is_on(tmp_path: Path) -> N
     alarms = Alarms({})
     alarms.resume(read_steps(path, 7))  # the eighth step is done again
     assert feed(alarms, [{"rollout/diversity": 0.4}] * PATIENCE, 8)[0].startswith("alarm diversity is over")
+
+
+def losses(*values: float, name: str = "loss/flow_matching") -> list[tuple[int, dict[str, float]]]:
+    return [(step, {name: value}) for step, value in enumerate(values, 1)]
+
+
+def test_a_run_whose_loss_exploded_says_so_at_its_end() -> None:
+    (line,) = last_words(losses(0.3, 0.31, 4.0, 6.6e13))
+    assert line.startswith("WARNING: loss/flow_matching was 0.305 in the first steps and is 3.3e+13 in the last")
+    assert len(last_words(losses(*[0.3] * 20, *[0.3 * EXPLODED + 0.1] * 5))) == 1
+    assert len(last_words(losses(*[0.01] * 10, *[-80.0] * 10, name="loss/total"))) == 1
+
+
+def test_a_healthy_end_says_nothing() -> None:
+    assert last_words([]) == last_words(losses(0.3)) == last_words(losses(0.3, 0.29, 0.1, 0.05)) == []
+    assert last_words(losses(*[0.3] * 20, 50.0, 0.3, 0.3)) == []  # one odd step
+    assert last_words(losses(1e-9, -0.4, 0.02, 0.9, name="loss/total")) == []  # a policy loss
+
+
+def test_updates_that_were_left_out_are_said_at_the_end() -> None:
+    steps = [(1, {"train/skipped_updates": 0.0}), (2, {"train/skipped_updates": 3.0}), (3, {"eval/total": 0.5})]
+    assert last_words(steps) == ["WARNING: 3 updates were left out, because they were not finite"]

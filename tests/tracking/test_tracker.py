@@ -259,13 +259,19 @@ def test_all_settings_are_a_recipe_beside_the_run_and_in_mlflow(runs: Path, root
 
 @pytest.mark.processes
 def test_passwords_are_in_no_parameter_and_no_file(runs: Path) -> None:
-    model = runs / "mlflow.db"
-    settings = settings_in(runs, f"tracking.uri=sqlite:///{model}", "cluster.address=ray://me:secret@head:10001")
-    with Tracker(settings, "rl") as tracker:
-        pass
+    own = [f"tracking.uri=sqlite:///{runs / 'mlflow.db'}", "evaluation.guidance_scale=2"]
+    own += ["evaluation.negative_prompt=like https://store/a.png?X-Amz-Signature=hunter2 api_key=hunter2"]
+    with Tracker(settings_in(runs, *own, "cluster.address=ray://me:hunter2@head:1"), "rl") as tracker:
+        tracker.log(1, {"loss/total": 1.0})
     params = mlflow_client(tracker).get_run(tracker.run_id).data.params
-    assert params["cluster.address"] == "ray://me:***@head:10001"
-    assert "secret" not in (tracker.folder / "settings.yaml").read_text()
+    assert params["cluster.address"] == "ray://me:***@head:1"
+    resumed = [*own, "run.resume=true", "run.seed=7", "cluster.address=ray://me:hunter2-new@head:1"]
+    with Tracker(settings_in(runs, *resumed), "rl"):
+        pass
+    tags = mlflow_client(tracker).get_run(tracker.run_id).data.tags
+    assert tags["resumed.run.seed"] == "7" and "resumed.cluster.address" not in tags  # the same but for its password
+    written = {file: file.read_bytes() for file in runs.rglob("*") if file.is_file()}
+    assert len(written) >= 3 and not [file for file, data in written.items() if b"hunter2" in data]
 
 
 @pytest.mark.processes

@@ -96,7 +96,7 @@ def known_kernels(device: torch.device) -> str | None:
     """
     if device.type != "cpu":
         return None
-    about = _CPU.read_text().splitlines() if _CPU.exists() else []
+    about = _CPU.read_text(encoding="utf-8").splitlines() if _CPU.exists() else []
     names = (line.partition(":")[2] for line in about if line.startswith("model name"))
     model = next(names, platform.machine())
     return f"{model.strip()}, {torch.backends.cpu.get_cpu_capability()}, {torch.nn.functional.linear.__name__}"

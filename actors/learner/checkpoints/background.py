@@ -145,7 +145,7 @@ def _write(place: Place, shards: Mapping[str, Pieces], write_more: Callable[[Pat
     sizes = {file.name: file.stat().st_size for file in files}
     done = _list(place.folder, place.rank)
     part = done.with_suffix(".part")
-    part.write_text(json.dumps(sizes))
+    part.write_text(json.dumps(sizes), encoding="utf-8")
     part.rename(done)
 
 
@@ -156,7 +156,7 @@ def _list(folder: Path, rank: int) -> Path:
 def _listed(folder: Path, rank: int) -> dict[str, int] | None:
     """Names and sizes of a rank's files, or None until all of them are seen here: they may be another host's."""
     try:
-        sizes: dict[str, int] = json.loads(_list(folder, rank).read_text())
+        sizes: dict[str, int] = json.loads(_list(folder, rank).read_text(encoding="utf-8"))
         return sizes if all((folder / name).stat().st_size == size for name, size in sizes.items()) else None
     except FileNotFoundError:
         return None

@@ -9,6 +9,7 @@ care which rank wrote an element, and no process ever holds the whole model to f
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,15 +32,21 @@ ENGINE, AVERAGES = "engine", "ema"  # names of shards: what the engine updates, 
 def write_shard(folder: Path, name: str, rank: int, pieces: Pieces) -> list[Path]:
     """Write this rank's pieces. Returns the files, flushed to disk; without pieces there are none.
 
-    Raises OSError or SafetensorError if the file cannot be written.
+    Raises OSError or SafetensorError if the file cannot be written, UserError for a number that is not finite.
     """
     tensors = {f"{key}@{start}": values.detach() for key, start, values in pieces if values.numel()}
     if not tensors:
         return []
+    for key, values in tensors.items():
+        if not torch.linalg.vector_norm(values, math.inf).isfinite():
+            raise UserError(
+                f"{folder}: {key} is not finite, so {name}-{rank} is not written; lower train.learning_rate, then "
+                "continue from the last checkpoint with --resume"
+            )
     file = folder / f"{name}-{rank}.safetensors"
     save_file(tensors, file)
     checksum = file.with_suffix(CHECKSUM)
-    checksum.write_text(file_checksum(file))
+    checksum.write_text(file_checksum(file), encoding="utf-8")
     flush(file)
     flush(checksum)
     return [file, checksum]
@@ -92,6 +99,12 @@ class ShardReader:
                 )
         return result
 
+    def has(self, key: str) -> bool:
+        """Whether a file has elements of this key."""
+        while key not in self._pieces and self._unopened:
+            self._open(self._unopened.pop(0))
+        return key in self._pieces
+
     def _open(self, file: Path) -> None:
         opened = safe_open(file, framework="pt")
         for name in opened.keys():  # noqa: SIM118  # not a dict: it has no iterator
@@ -103,7 +116,7 @@ class ShardReader:
 
 def is_as_written(file: Path) -> bool:
     try:
-        return file.with_suffix(CHECKSUM).read_text() == file_checksum(file)
+        return file.with_suffix(CHECKSUM).read_text(encoding="utf-8") == file_checksum(file)
     except OSError:
         return False
 

@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deepgen.config.settings import shown_settings
 from deepgen.errors import UserError
 from deepgen.fingerprint import fingerprint
 
@@ -197,12 +198,12 @@ class CheckpointStore:
             ema=has_ema,
             attempt=self._attempt,
             weights=self._weights_fingerprint(),
-            settings=settings.model_dump(mode="json"),
+            settings=shown_settings(settings),  # `check_fits` compares none that could hold a secret
             versions={package: version(package) for package in _PACKAGES},
             source=source,
             files=sizes,
         )
-        (unfinished / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+        (unfinished / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
         for entry in [unfinished / MANIFEST, *{file.parent for file in here}, unfinished]:
             flush(entry)  # the files were flushed by those who wrote them
         final = self.path(step)

@@ -56,10 +56,13 @@ def stretch_of(parameter: nn.Parameter, optimizer: Any, zero_stage: int) -> Stre
 
 
 def pieces(name: str, stretch: Stretch, state: dict[str, Any]) -> Iterator[tuple[str, int, Tensor]]:
-    """Weight and moments of a stretch, as ``write_shard`` takes them. ``state``: the optimizer's, of the owner."""
+    """Weight and moments of a stretch, as ``write_shard`` takes them. ``state``: the optimizer's, of the owner.
+
+    Before the first step, the optimizer has no moments yet: they are 0.
+    """
     yield f"{WEIGHT}:{name}", stretch.start, stretch.of(stretch.owner)
     for key in MOMENTS:
-        yield f"{key}:{name}", stretch.start, stretch.of(state[key])
+        yield f"{key}:{name}", stretch.start, stretch.of(state[key]) if key in state else torch.zeros(stretch.count)
 
 
 def restore(read: Read, name: str, stretch: Stretch, state: dict[str, Any], step: int) -> None:

@@ -1,31 +1,25 @@
 """Joins a Ray cluster, or starts one on this machine.
 
 A submitted job (`ray job submit`) and a shell with RAY_ADDRESS join that cluster. Otherwise a private cluster starts
-and ends with the program. Left out: Ray Client (`ray://`), which Ray Train does not support.
+and ends with the program (`deepgen.cluster.private`). Left out: Ray Client (`ray://`); Ray Train does not support it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import socket
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from deepgen.cluster.authentication import check_reachable, use_what_it_takes
+from deepgen.cluster.private import start_private
 from deepgen.cluster.resources import Need, check_capacity, cluster_capacity, learner_needs
 from deepgen.config import Settings, UserError
 from deepgen.errors import stop_on_sigterm
+from deepgen.machine import prepare_process, reach_directly
 
 AUTO_LOCAL = "auto-local"
-# Ray puts sockets under its temporary folder; Linux allows 107 characters for a socket's whole path.
-MAX_TEMP_DIR = 40
-REACH_DEADLINE_S = 10.0
-
 QUIET_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",  # token authentication stays on, for our clusters and for those we join
     "RAY_DEDUP_LOGS": "0",  # lines of different actors look alike but are all wanted
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about CUDA_VISIBLE_DEVICES
@@ -63,19 +57,19 @@ def connect(
 
 
 def _join_or_start(settings: Settings, code_root: Path | None) -> None:
+    prepare_process()
+    address = _address(settings)
     import ray
 
-    address = _address(settings)
-    _check_reachable(address)
-    options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-    if address == "local":
-        options |= _local_options(settings, code_root)
-    elif code_root is not None and not _submitted():
-        options["runtime_env"] = {"env_vars": {"PYTHONPATH": str(code_root)}}
     try:
-        ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"cluster.address: cannot join a Ray cluster at {address}: {_first_line(error)}") from error
+        if address == "local":
+            _prepare_private(settings, code_root)
+            start_private(settings.cluster.num_cpus, log_to_driver=True)
+        else:
+            _join(address, code_root)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        what = "start a Ray cluster here" if address == "local" else f"join a Ray cluster at {address}"
+        raise UserError(f"cluster.address: cannot {what}: {_first_line(error)}") from error
 
 
 def _address(settings: Settings) -> str:
@@ -84,20 +78,16 @@ def _address(settings: Settings) -> str:
     return os.environ.get("RAY_ADDRESS") or "local"
 
 
-def _check_reachable(address: str) -> None:
-    """Raise UserError unless a server listens at host:port. Ray itself would end the process, without an exception."""
-    if address in ("local", "auto"):
-        return
-    host, _, port = address.rpartition(":")
-    if "//" in address or not host or not port.isdigit():
-        raise UserError(
-            f"cluster.address: got {address!r}; allowed: auto-local, local, auto, or HOST:PORT of a head node"
-        )
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_DEADLINE_S).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cluster.address: no Ray cluster answers at {address} ({reason})") from error
+def _join(address: str, code_root: Path | None) -> None:
+    import ray
+
+    if address != "auto":
+        reach_directly([check_reachable(address)])
+        use_what_it_takes(address)
+    environment = {}
+    if code_root is not None and not _submitted():
+        environment = {"runtime_env": {"env_vars": {"PYTHONPATH": str(code_root)}}}
+    ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING, **environment)
 
 
 def _submitted() -> bool:
@@ -105,31 +95,16 @@ def _submitted() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def _local_options(settings: Settings, code_root: Path | None) -> dict[str, Any]:
-    """Options of a private cluster on this machine."""
+def _prepare_private(settings: Settings, code_root: Path | None) -> None:
+    """Set what the processes of a private cluster inherit."""
     if code_root is not None:
-        # Ray's processes inherit the environment, so workers find the checkout whatever the working folder is.
+        # So workers find the checkout whatever the working folder is.
         paths = [str(code_root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     if settings.experience.max_staleness or settings.overlap().pieces:
         # The learner shares cores with actors that work at the same time. A thread that spins while it waits for its
         # siblings takes the core that they need. (Where it has the cores for itself, spinning is faster.)
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    options: dict[str, Any] = {"include_dashboard": False, "_temp_dir": _temp_dir()}
-    if settings.cluster.num_cpus:
-        options["num_cpus"] = settings.cluster.num_cpus
-    return options
-
-
-def _temp_dir() -> str:
-    """Folder for Ray's sockets and logs: RAY_TMPDIR, or one per user, so that users do not collide."""
-    folder = os.environ.get("RAY_TMPDIR") or str(Path(tempfile.gettempdir()) / f"deepgen-ray-{os.getuid()}")
-    if len(folder) > MAX_TEMP_DIR and sys.platform != "win32":
-        raise UserError(
-            f"RAY_TMPDIR: {folder} has {len(folder)} characters, but Ray's sockets leave room for {MAX_TEMP_DIR}; "
-            "set RAY_TMPDIR to a shorter folder, e.g. /tmp/ray"
-        )
-    return folder
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from deepgen.config.recipes import find_recipe, read_recipe
+from deepgen.config.schema.paths import CHECKOUT
 from deepgen.config.schema.pools import about_pool, own_keys, pool_keys, pool_type
 from deepgen.config.settings import (
     ANY_POOL,
@@ -23,9 +24,11 @@ from deepgen.config.settings import (
     load_settings,
     merge_settings,
     sections,
+    shown_settings,
 )
 from deepgen.config.stage_rules import check_inputs, check_stage
-from deepgen.errors import UserError, nearest
+from deepgen.errors import SUBMITTED_COPY, UserError, command, nearest
+from deepgen.machine import prepare_process
 from deepgen.models.stage_parts import Stage
 from deepgen.registry import REWARDS
 
@@ -46,7 +49,8 @@ options:
   KEY=VALUE               sets one key; --KEY VALUE and --KEY=VALUE do the same. It wins over the
                           recipe; of two for one key the last wins. Values are written as in YAML.
   --resume                continue run.name from its last checkpoint (run.resume=true)
-  --print-config          print all settings as YAML, which is itself a recipe, and start nothing
+  --print-config          print all settings as YAML, which is itself a recipe, and start nothing;
+                          *** stands for a secret
   --plan                  print the memory this run needs on each GPU and the smallest clusters that
                           have it, and start nothing; weights and data need not be there
 {more}  --help                  this text
@@ -92,13 +96,14 @@ def parse_command_line(
     settings = load_settings(find_recipe(arguments.recipe), arguments.overrides)
     check_stage(settings, stage)
     if arguments.print_config:
-        print(yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(shown_settings(settings), sort_keys=False, allow_unicode=True), end="")
         sys.exit(0)
     if arguments.plan:
         if plan is None:
             raise UserError(f"--plan: {stage} has none; allowed: pretrain.py, sft.py and rl.py in stages/")
         print(plan(settings, stage))
         sys.exit(0)
+    prepare_process()
     option, value = arguments.instead
     if option:
         if instead is None:
@@ -107,6 +112,12 @@ def parse_command_line(
         sys.exit(0)
     check_inputs(settings, stage)
     return settings
+
+
+def stage_command(stage: Stage, *arguments: str | Path) -> str:
+    """A line for a shell that runs a stage: this interpreter and this checkout's program, from any folder."""
+    program = f"stages/{stage}.py"
+    return command(program if CHECKOUT is None or SUBMITTED_COPY else CHECKOUT / program, *arguments)
 
 
 def _read_arguments(stage: Stage, argv: Sequence[str]) -> _Arguments:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from deepgen.config.schema.paths import CHECKOUT, exists, expanded
+from deepgen.config.schema.paths import CHECKOUT, exists, given_path
 from deepgen.errors import UserError, nearest
 
 _SCALARS = (
@@ -57,7 +57,7 @@ def parse_value(text: str) -> Any:
 def find_recipe(name_or_path: str | Path) -> Path:
     """Path of a recipe: `tiny-rl` is stages/recipes/tiny-rl.yaml, other values are paths. UserError if missing."""
     folder = (CHECKOUT or Path.cwd()) / "stages" / "recipes"
-    given = expanded(name_or_path)
+    given = given_path("--recipe", name_or_path)
     candidates = [given, folder / given.name, folder / f"{name_or_path}.yaml"]
     if CHECKOUT:
         candidates.insert(1, CHECKOUT / given)

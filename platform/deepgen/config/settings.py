@@ -39,9 +39,11 @@ from deepgen.config.schema.sections import (
     TrainSettings,
 )
 from deepgen.errors import UserError, nearest
+from deepgen.masking import HIDDEN, is_secret, masked_value
 from deepgen.registry import REWARDS
 
 _NO_HINT = "; --help lists all keys"
+_SHOWN = 200  # letters of a wrong value in an error
 ANY_POOL = "rewards.<name>"  # stands for every reward pool in lists of keys
 
 
@@ -86,7 +88,21 @@ def load_settings(recipe: Path | None = None, overrides: Sequence[str] = ()) -> 
     Raises UserError with one line: the key, the given value and its place, the allowed values, the nearest spelling.
     """
     content, origin = merge_settings(recipe, overrides)
+    _require_secrets(content, "", origin)
     return _validate(content, origin, from_user=True)
+
+
+def _require_secrets(value: Any, key: str, origin: Mapping[str, str]) -> None:
+    """Raise UserError if a value was written by `shown_settings`, which hid the secret in it."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _require_secrets(inner, f"{key}.{name}" if key else str(name), origin)
+    elif isinstance(value, list):
+        for inner in value:
+            _require_secrets(inner, key, origin)
+    elif isinstance(value, str) and (value == HIDDEN or ("://" in value and HIDDEN in value)):
+        place = f" {origin[key]}" if key in origin else ""
+        raise UserError(f"{key}: got {value!r}{place}, whose secret was hidden when it was written; give it again")
 
 
 def merge_settings(recipe: Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -133,6 +149,12 @@ def is_pool_class(key: str) -> bool:
 def settings_from_dict(content: Mapping[str, Any]) -> Settings:
     """The settings whose `model_dump()` is `content`, with paths resolved in this process. Raises UserError."""
     return _validate(content, {}, from_user=False)
+
+
+def shown_settings(settings: Settings) -> dict[str, Any]:
+    """`model_dump()` with secrets hidden: for everything that is printed or written. Secrets are in memory only."""
+    shown: dict[str, Any] = masked_value("", settings.model_dump(mode="json"))
+    return shown
 
 
 def settings_hash(settings: Settings) -> str:
@@ -236,7 +258,11 @@ def _describe(error: ValidationError, origin: Mapping[str, str], leaves: Mapping
         else:
             key = dotted if leaf.endswith(".weights") else leaf
             given = None if problem["type"] == "missing" else problem["input"]
-            said = "nothing" if given is None else repr(given)
+            said = "nothing" if given is None else HIDDEN if is_secret(key) else repr(given)
+            said = said if len(said) <= _SHOWN else f"{said[:_SHOWN]}… ({len(said)} letters)"
+            if problem["type"] == "no_path":
+                lines.setdefault(key, f"{key}: got {said}{place}, {problem['msg']}")
+                continue
             options = [str(o) for o in _options(leaves[leaf])]
             hint = nearest(given, options) if isinstance(given, str) else ""
             lines.setdefault(key, f"{key}: got {said}{place}; allowed: {allowed_values(leaves[leaf])}{hint}")
@@ -328,10 +354,8 @@ def _allowed(kind: Any, limits: Sequence[Any]) -> str:
 
 
 def _limits(limits: Sequence[Any]) -> Iterator[str]:
-    names = ("pattern", "min_length", "ge", "gt", "le", "lt", "multiple_of")
+    names = ("min_length", "ge", "gt", "le", "lt", "multiple_of")
     found = {n: getattr(limit, n) for limit in limits for n in names if getattr(limit, n, None) is not None}
-    if "pattern" in found:
-        yield "of letters, digits, dot, dash and underscore"
     if "min_length" in found:
         yield "that is not empty"
     if "ge" in found and "le" in found:

@@ -1,4 +1,6 @@
-"""Decodes the images of records, turns them upright and checks them. ``loading.dataset`` resizes them.
+"""Decodes the images of records, converts them to sRGB, turns them upright and checks them.
+
+``loading.dataset`` resizes them.
 
 `read_header` is the only function in this repository that opens image bytes from outside (``tests/test_house.py``). By
 default Pillow tries every format it knows, whatever the file's name. For EPS it starts Ghostscript, which executes the
@@ -16,6 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from deepgen.data.color_profiles import to_srgb
 from deepgen.data.uris import read_uri
 
 # Accepted formats. Pillow decodes all of them within this process. JPEG includes MPO, which some cameras write.
@@ -58,7 +61,9 @@ _EXIF = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where P
 
 
 def decode_image(data: bytes | str) -> np.ndarray:
-    """Encoded image, or its path or URI -> uint8 [H, W, 3] RGB, upright by EXIF; transparent parts become white.
+    """Encoded image, or its path or URI -> uint8 [H, W, 3] sRGB, upright by EXIF; transparent parts become white.
+
+    An embedded colour profile is applied; without one, or with a damaged one, the values count as sRGB.
 
     Raises ValueError if the image is unreadable.
     """
@@ -84,7 +89,7 @@ def check_pixels(data: bytes) -> None:
 
 
 def _unreadable(error: Exception) -> ValueError:
-    why = " ".join(str(error).split())[:200] or type(error).__name__  # a MemoryError has no message
+    why = " ".join(str(error).split())[:400] or type(error).__name__  # a MemoryError has no message
     return ValueError(f"not a readable image ({why})")
 
 
@@ -99,15 +104,18 @@ def read_header(data: bytes) -> Image.Image:
 def _upright_rgb(image: Image.Image) -> Image.Image:
     """The decoded image, upright, transparent parts on white. Raises one of DECODE_ERRORS, by the header if it can."""
     _load(image)
-    turn = _TURNS.get(_orientation(image))
+    turn, profile = _TURNS.get(_orientation(image)), image.info.get("icc_profile")
     if image.mode.startswith("I"):
         image = _from_16_bits(image)
-    if "A" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, rgba)
-    image = image if image.mode == "RGB" else image.convert("RGB")
-    return image if turn is None else image.transpose(turn)
+    upright = _on_white(image, profile) if image.has_transparency_data else to_srgb(image, profile)
+    return upright if turn is None else upright.transpose(turn)
+
+
+def _on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An image with transparency, in sRGB on white."""
+    alpha = image.convert("RGBA").getchannel("A")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    return Image.composite(to_srgb(image, profile), white, alpha)
 
 
 def _load(image: Image.Image) -> None:

@@ -17,7 +17,10 @@ import pyarrow.parquet as pq
 
 from deepgen.data.images import header_size
 from deepgen.data.records import NOT_UTF8, Record, RecordError, check_row, read_prompts
+from deepgen.data.uris import reach_of
 from deepgen.errors import UserError
+from deepgen.reading.file_reader import check_regular
+from deepgen.reading.reach import Reach
 from deepgen.reading.tables import TABLES, suffix_of
 
 SCHEMA = pa.schema(
@@ -50,20 +53,22 @@ class Row:
     record: Record | RecordError
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path, allow: Sequence[str] = ()) -> list[Record]:
     """Records of a parquet file, of all ``*.parquet`` in a folder (by name), or of a prompt list (`read_prompts`).
+
+    allow: what their images may be read from besides the folder of `path` and public addresses, as data.allow.
 
     Raises UserError naming file and row (counted from 1) of the first row that does not fit the schema.
     """
     records = []
-    for row in read_rows(path):
+    for row in read_rows(path, allow):
         if isinstance(row.record, RecordError):
             raise row.record
         records.append(row.record)
     return records
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, allow: Sequence[str] = ()) -> list[Row]:
     """Like `read_records`, but returns a RecordError for a parquet row that misfits the schema or repeats an id.
 
     The same for a row of a prompt list in JSON or CSV. Raises UserError for faults outside single rows: an unreadable
@@ -73,10 +78,12 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; allowed: parquet, a folder of it, or a list of prompts")
     files = parquet_files(path) if path.is_dir() else [path]
+    require_regular(files)
+    reach = reach_of(path, allow)
     rows: list[Row] = []
     first_seen: dict[str, str] = {}
     for file in files:
-        found = read_prompts(file) if suffix_of(file) in PROMPT_LISTS else _read_parquet(file)
+        found = read_prompts(file, reach) if suffix_of(file) in PROMPT_LISTS else _read_parquet(file, reach)
         for number, record in enumerate(found, start=1):
             place = f"{file}, row {number}"
             if isinstance(record, Record) and record.id in first_seen:
@@ -102,6 +109,15 @@ def parquet_files(folder: Path) -> list[Path]:
     if inner is not None:
         raise UserError(f"{inner}: is a folder; allowed in {folder.name}/ under such a name: parquet files")
     return files
+
+
+def require_regular(files: Sequence[Path]) -> None:
+    """Raise UserError if one is no regular file: reading a FIFO would wait for ever."""
+    for file in files:
+        try:
+            check_regular(file)
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror or error}") from error
 
 
 def write_records(path: Path, records: list[Record], *, row_group_size: int | None = None) -> None:
@@ -311,7 +327,7 @@ def _image_type(given: pa.DataType) -> pa.DataType:
     return pa.string() if any(is_kind(given) for is_kind in text) else pa.binary()
 
 
-def _read_parquet(file: Path) -> list[Record | RecordError]:
+def _read_parquet(file: Path, reach: Reach) -> list[Record | RecordError]:
     try:
         table = pq.read_table(file)
     except PARQUET_ERRORS as error:
@@ -319,7 +335,7 @@ def _read_parquet(file: Path) -> list[Record | RecordError]:
     found: list[Record | RecordError] = []
     for number, row in enumerate(to_rows(table, file), start=1):
         try:
-            found.append(check_row(row, f"{file}, row {number}", file.parent))
+            found.append(check_row(row, f"{file}, row {number}", file.parent, reach))
         except RecordError as error:
             found.append(error)
     return found

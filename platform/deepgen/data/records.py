@@ -16,6 +16,8 @@ from deepgen.config.settings import TASKS
 from deepgen.data.quotes import quoted_words
 from deepgen.data.uris import absolute
 from deepgen.errors import UserError
+from deepgen.masking import masked
+from deepgen.reading.reach import Reach
 from deepgen.reading.tables import TABLES, Unreadable, read_table, suffix_of
 
 _TEXT_COLUMNS = ("id", "task", "prompt", "answer", "source")
@@ -31,7 +33,7 @@ class Record:
     task: str  # one of TASKS
     prompt: str  # caption, riddle or edit instruction, as the user types it
     answer: str  # plain description of what the target shows; judges compare against it
-    image: bytes | str | None  # target image: encoded bytes (`images.FORMATS`), or its absolute path or URI
+    image: bytes | str | None  # target image: encoded bytes (`images.FORMATS`), or its path or URI (`uris.DataUri`)
     references: tuple[bytes | str, ...]  # source images in the same form, () unless task == "edit"
     source: str  # name of the data set the record came from; data.weights weights these
 
@@ -41,7 +43,7 @@ class RecordError(UserError):
 
     def __init__(self, place: str, reason: str, id: str = "") -> None:
         super().__init__(f"{place}: {reason}")
-        self.place, self.reason, self.id = place, reason, id
+        self.place, self.reason, self.id = place, masked(reason), id
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Ray pickles errors between processes. By default pickle would call __init__ with the message alone.
@@ -63,8 +65,11 @@ def first_reserved(text: str, reserved: Sequence[str]) -> str:
     return next((token for token in reserved if token in text), "")
 
 
-def check_row(row: dict[str, Any], place: str, folder: Path) -> Record:
-    """The record in a row of the schema; relative image paths start at `folder`. Raises RecordError if unusable."""
+def check_row(row: dict[str, Any], place: str, folder: Path, reach: Reach) -> Record:
+    """The record in a row of the schema; relative image paths start at `folder`. Raises RecordError if unusable.
+
+    reach: what its images may be read from.
+    """
     name = row["id"] if isinstance(row["id"], str) else ""
 
     def wrong(reason: str) -> RecordError:
@@ -90,7 +95,7 @@ def check_row(row: dict[str, Any], place: str, folder: Path) -> Record:
         raise wrong("an image of no bytes; allowed: an encoded image, or null for no target")
 
     def found(image: Any) -> Any:
-        return absolute(image, folder) if isinstance(image, str) else image
+        return absolute(image, folder, reach) if isinstance(image, str) else image
 
     return Record(**(row | {"image": found(row["image"]), "references": tuple(found(image) for image in references)}))
 
@@ -135,19 +140,20 @@ def _no_text(value: Any) -> str:
     return f"{'null' if value is None else type(value).__name__}; allowed: text"
 
 
-def read_prompts(file: Path) -> list[Record | RecordError]:
+def read_prompts(file: Path, reach: Reach) -> list[Record | RecordError]:
     """Records of a prompt list: text with one prompt a line, JSON lines, a JSON list, CSV or TSV, gzipped or not.
 
     A row of JSON or CSV is a prompt, or has the columns of a record, of which only `prompt` is needed; one of them that
     cannot be used gives a RecordError. A line of text gets the task text if it has words to draw in quotes, otherwise
-    t2i. Raises UserError naming the first line of text that is empty or not UTF-8.
+    t2i. reach: what their images may be read from. Raises UserError naming the first line of text that is empty or not
+    UTF-8.
     """
     found: list[Record | RecordError] = []
     stem = Path(file.name.removesuffix(".gz")).stem
     for row in read_table(file):
         place, name = f"{file}, row {row.number}", f"{stem}-{row.number}"
         try:
-            found.append(_listed_record(row.value, place, name, file))
+            found.append(_listed_record(row.value, place, name, file, reach))
         except RecordError as error:
             if suffix_of(file) not in TABLES:
                 raise UserError(f"{place}: {error.reason}") from error
@@ -155,7 +161,7 @@ def read_prompts(file: Path) -> list[Record | RecordError]:
     return found
 
 
-def _listed_record(value: Any, place: str, name: str, file: Path) -> Record:
+def _listed_record(value: Any, place: str, name: str, file: Path, reach: Reach) -> Record:
     if isinstance(value, Unreadable):
         raise RecordError(place, value.reason)
     if value == "":
@@ -164,7 +170,7 @@ def _listed_record(value: Any, place: str, name: str, file: Path) -> Record:
     for column, text in row.items():
         if isinstance(text, str) and not is_unicode(text):
             raise RecordError(place, f"not UTF-8 text in {column}; allowed: a file saved as UTF-8", name)
-    return check_row(row, place, file.parent)
+    return check_row(row, place, file.parent, reach)
 
 
 def is_unicode(text: str) -> bool:

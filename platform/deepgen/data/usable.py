@@ -17,8 +17,10 @@ from pathlib import Path
 from deepgen.config import Settings, UserError
 from deepgen.data.images import FORMATS, usable_image
 from deepgen.data.parquet import parquet_files, read_rows
-from deepgen.data.quarantine import FILES, BadRow, Quarantine, rows_in
+from deepgen.data.quarantine import FILES, BadRow, Quarantine, place_of, rows_in
 from deepgen.data.records import Record, RecordError, check_texts
+from deepgen.errors import writing
+from deepgen.fingerprint import file_checksum
 
 JUDGED = ".judged"  # suffix of a file beside the quarantine: a hash of what has been checked
 Place = tuple[str, int]  # file and row, from 1
@@ -39,16 +41,16 @@ def usable_records(
     cannot be read as records.
     """
     given: Path = getattr(settings.data, key.removeprefix("data."))
-    rows = read_rows(given)
+    rows = read_rows(given, settings.data.allow)
     found = [((row.file, row.number), row.record) for row in rows if isinstance(row.record, Record)]
     wanted = {record.id for record in choose([record for _, record in found])} if choose else None
     chosen = [(place, record) for place, record in found if wanted is None or record.id in wanted]
     path = settings.run.folder / FILES[key]
     reserved = _reserved_tokens(settings)
     marker, state = path.with_suffix(JUDGED), _state(settings, given, [record.id for _, record in chosen], reserved)
-    if marker.exists() and marker.read_text() == state:
-        out = rows_in(path)
-        return [(place, record) for place, record in chosen if place not in out]
+    out, whole = rows_in(path)
+    if whole and marker.exists() and marker.read_text(encoding="utf-8") == state:
+        return [(place, record) for place, record in chosen if place_of(*place) not in out]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         faults = list(pool.map(partial(_fault, reserved=reserved), (record for _, record in chosen)))
     bad = [BadRow(r.file, r.number, r.record.id, r.record.reason) for r in rows if isinstance(r.record, RecordError)]
@@ -59,22 +61,26 @@ def usable_records(
     usable = [one for one, fault in judgement if not fault]
     if not usable:
         raise UserError(f"{key}: no record of {given} can be used; see {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    marker.write_text(state)
+    with writing(f"that {key} is checked", marker):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        marker.write_text(state, encoding="utf-8")
     return usable
 
 
 def _state(settings: Settings, given: Path, ids: Sequence[str], reserved: Sequence[str]) -> str:
-    """A hash that changes with the files, the chosen records or the rules that judge them."""
+    """A hash that changes with the files, the chosen records or the rules that judge them.
+
+    Not with the folder or the files' times: both differ between the nodes of a cluster that have a checkout each.
+    """
     files = parquet_files(given) if given.is_dir() else [given]
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    judged_by = [settings.data.max_bad_share, *FORMATS, *reserved]
-    return hashlib.blake2b(json.dumps([str(given), facts, list(ids), judged_by]).encode(), digest_size=16).hexdigest()
+    facts = [(file.name, file_checksum(file)) for file in files]
+    judged_by = [settings.data.max_bad_share, *settings.data.allow, *FORMATS, *reserved]
+    return hashlib.blake2b(json.dumps([facts, list(ids), judged_by]).encode(), digest_size=16).hexdigest()
 
 
 def left_out(settings: Settings, *keys: str) -> dict[str, float]:
     """Metrics: the number of records of each key that this run has left out. Keys with none are omitted."""
-    counts = {key: len(rows_in(settings.run.folder / FILES[key])) for key in keys}
+    counts = {key: len(rows_in(settings.run.folder / FILES[key])[0]) for key in keys}
     return {f"data/quarantined_{key.removeprefix('data.')}": float(count) for key, count in counts.items() if count}
 
 

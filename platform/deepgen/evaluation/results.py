@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -69,13 +71,16 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: Path, records: Sequence[Record]) -> Evaluation | None:
-        """Read what `save` wrote, or None if it belongs to other prompts."""
-        with np.load(path, allow_pickle=False) as saved:
-            if saved["ids"].tolist() != [record.id for record in records]:
-                return None
-            images = tuple(saved[f"image/{i}"] for i in range(len(records)))
-            names = tuple(str(name) for name in saved["names"])
-            return cls(tuple(records), images, names, saved["scores"], saved["weights"], int(saved["version"]))
+        """Read what `save` wrote, or None if it belongs to other prompts or is damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                if saved["ids"].tolist() != [record.id for record in records]:
+                    return None
+                images = tuple(saved[f"image/{i}"] for i in range(len(records)))
+                names = tuple(str(name) for name in saved["names"])
+                return cls(tuple(records), images, names, saved["scores"], saved["weights"], int(saved["version"]))
+        except (BadZipFile, zlib.error, ValueError, EOFError, KeyError):
+            return None
 
 
 def weighted_total(scores: np.ndarray, reward_weights: np.ndarray) -> np.ndarray:

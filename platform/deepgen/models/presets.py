@@ -240,7 +240,7 @@ def check_width(preset: str, folder: Path) -> None:
     """
     path = folder / "transformer" / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"model.weights: {path} is not the configuration of a DiT ({error!r})") from error

@@ -6,6 +6,8 @@ import base64
 import re
 from urllib.parse import unquote
 
+from deepgen.reading.file_reader import too_large
+
 _DATA = "data:"
 # How the formats that have a signature begin in base64: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, PPM, QOI. No
 # file name looks like this for so long, without a dot.
@@ -26,15 +28,12 @@ def is_inline(uri: str) -> bool:
     return uri[: len(_DATA)].lower() == _DATA
 
 
-def read_inline(uri: str) -> bytes:
-    """The bytes in a data: URI. Raises ValueError if they are not in base64."""
+def read_inline(uri: str, limit: int) -> bytes:
+    """The bytes in a data: URI, at most `limit`. Raises ValueError if they are not in base64, OSError if too many."""
     head, comma, text = uri.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise ValueError("data: without base64; allowed: data:image/...;base64,...")
     text = "".join(unquote(text).split() if "%" in text else text.split()).translate({45: "+", 95: "/"})
+    if len(text) // 4 * 3 > limit:
+        raise too_large(limit)
     return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-
-
-def shortened(name: str, longest: int = 200) -> str:
-    """A name that is short enough for a message or a line of a file."""
-    return name if len(name) <= longest else f"{name[:longest]}... ({len(name):,} letters)"

@@ -19,6 +19,7 @@ slash, the curves select them by name):
 | data/quarantined_sum, data/quarantined_{prompts,heldout} | bad training records of the step, prompts left out |
 | data/cut_prompts_sum                         | training prompts of the step that are longer than the policy reads |
 | train/grad_norm, train/learning_rate         | optimizer; the norm is the mean over the updates of a batch |
+| train/skipped_updates                        | updates of the run so far left out because they were not finite |
 | time/<phase>_s                               | seconds per phase; reward: the wait after the last image |
 | throughput/images_per_s, throughput/rollout_images_per_s | images per second, trained on and drawn |
 | idle/<role>                                  | share of the time from the learner's batch before to this one in |

@@ -1,5 +1,7 @@
 """Alarms of an rl run: rules on the metrics of its steps that say when something has gone wrong quietly.
 
+At the end of a run of any stage, `last_words` says what its result should not be trusted for.
+
 Pure: metrics in, news out. An alarm begins when its value has been out of range in PATIENCE steps in a row, and ends
 when it has been in range in as many. A metric that a step does not have changes nothing: missing is neither good nor
 bad.
@@ -8,13 +10,18 @@ bad.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from deepgen.config.schema.sections import ALARMS
 
 PATIENCE = 3  # steps; one odd batch is no alarm
+EXPLODED = 10.0  # times the loss of the first steps
+_ENDS = 5  # steps at either end of a run whose median loss is compared
+# The policy loss is about 0 at any time, so the sum with it is compared with 1 at least.
+_LOSSES = {"loss/flow_matching": 0.0, "loss/sft": 0.0, "loss/total": 1.0}
 BASE_STEPS = 3  # first steps of a run, whose mean is what later steps are compared with
 
 
@@ -82,6 +89,25 @@ class Alarms:
         """Take up the steps of the run so far, in order, without news."""
         for step, metrics in steps:
             self.step(step, metrics)
+
+
+def last_words(steps: Sequence[tuple[int, Mapping[str, float]]]) -> list[str]:
+    """What a person should know of a run that has ended, a line each. steps: (step, metrics) in order."""
+    found = []
+    skipped = max((metrics.get("train/skipped_updates", 0.0) for _, metrics in steps), default=0.0)
+    if skipped:
+        found.append(f"{skipped:.0f} updates were left out, because they were not finite")
+    for name, least in _LOSSES.items():
+        values = [abs(metrics[name]) for _, metrics in steps if name in metrics]
+        ends = min(_ENDS, len(values) // 2)
+        if not ends:
+            continue
+        first, last = statistics.median(values[:ends]), statistics.median(values[-ends:])
+        if last > EXPLODED * max(first, least):
+            rise = f"{name} was {first:.3g} in the first steps and is {last:.3g} in the last"
+            found.append(f"{rise}: the training has exploded; a smaller train.learning_rate may help")
+            break
+    return [f"WARNING: {line}" for line in found]
 
 
 def _value(rule: Rule, metrics: Mapping[str, float], state: _State) -> float | None:

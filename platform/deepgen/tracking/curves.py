@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from deepgen.errors import writing
 from deepgen.tracking.journal import FILE_NAME, read_series
 from deepgen.tracking.tracker import Tracker
 
@@ -60,7 +61,7 @@ def draw_curves(metrics: Path, output: Path, *, title: str = "", panels: tuple[P
     """Draw the panels that have data from `metrics` (metrics.jsonl) into `output` (PNG).
 
     Thin lines are the values, thick lines their exponential average. Returns False, and writes nothing, if there is
-    nothing to draw.
+    nothing to draw. Raises UserError if the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display, no global state
     from matplotlib.figure import Figure
@@ -77,8 +78,9 @@ def draw_curves(metrics: Path, output: Path, *, title: str = "", panels: tuple[P
         figure.suptitle(title, fontsize=13, fontweight="bold")
     for index, (panel, found) in enumerate(chosen):
         _draw_panel(figure.add_subplot(rows, columns, index + 1), panel, found)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output)
+    with writing("the curves", output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output)
     return True
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepgen.json_lines import drop_torn_end, read_lines
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -40,37 +42,44 @@ def make_entry(step: int, time: float, values: Mapping[str, Any]) -> Entry:
 
 
 class Journal:
-    """Appends entries to `<folder>/metrics.jsonl`. Without `resume`, an older file is moved, never overwritten."""
+    """Appends entries to `<folder>/metrics.jsonl`. Without `resume`, an older file is moved, never overwritten.
+
+    What a full disk does not take stays in memory, in order, and is tried again with the next entry and in `close`.
+    """
 
     def __init__(self, folder: Path, *, resume: bool) -> None:
         self.path = folder / FILE_NAME
         if self.path.exists() and not resume:
             self.path.rename(_free_name(self.path))
-        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-        self._file = self.path.open("a", encoding="utf-8")
-        if torn:  # killed in the middle of a line: begin a new one
-            self._file.write("\n")
+        if self.path.exists():
+            drop_torn_end(self.path)
+        self._file = self.path.open("ab", buffering=0)
+        self._waiting = b""
 
     def append(self, entry: Entry) -> None:
-        """Write one line and hand it to the operating system. Raises OSError (disk full, folder gone)."""
+        """Hand one line to the operating system. Raises OSError if it does not take all of it, ValueError if closed."""
         record: dict[str, Any] = {"step": entry.step, "time": round(entry.time, 3), "metrics": entry.metrics}
         if entry.skipped:
             record["skipped"] = entry.skipped
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps(record).encode() + b"\n"
+        self._write()
 
     def close(self) -> None:
-        self._file.close()
+        """Raises OSError if some lines are lost, because they still cannot be written."""
+        try:
+            self._write()
+        finally:
+            self._file.close()
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 def read_entries(path: Path) -> Iterator[Entry]:
     """Entries in the order written. A line torn by a kill is skipped; only a process's last line can be torn."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
+    for record in read_lines(path):
+        if record and {"step", "time", "metrics"} <= record.keys():
             yield Entry(record["step"], record["time"], record["metrics"], record.get("skipped", []))
 
 

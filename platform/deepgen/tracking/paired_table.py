@@ -85,7 +85,7 @@ class Table:
         return {"level": self.level, "seed": self.seed, "bootstrap_samples": self.bootstrap_samples, "rows": rows}
 
     def save_json(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def paired_table(
@@ -160,7 +160,7 @@ def seeds_table(tables: Mapping[str, Table]) -> str:
 def load_table(path: Path) -> Table:
     """Read what `save_json` wrote. Raises UserError naming the file if it is missing or is something else."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         return Table(
             tuple(_read_row(row) for row in data["rows"]), data["level"], data["seed"], data["bootstrap_samples"]
         )

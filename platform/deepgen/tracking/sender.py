@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from deepgen.masking import masked
+
 logger = logging.getLogger(__name__)
 
 WARN_EVERY = 20  # failed attempts between two warnings
+_NO_CAUSE = "(raised as a result of "  # SQLAlchemy's remark on where it was, before the line that says what
 MAX_BATCH = 1000  # metrics in one request: MLflow's limit
 _RETRY_S = (1.0, 5.0, 15.0, 60.0)  # waits after the first, second, ... failure in a row
 
@@ -131,18 +134,24 @@ class Sender:
             refused = self._counts.refused
         if refused % WARN_EVERY == 1:
             message = "TRACKING: the server refused a record for good (%d so far): %s. %s"
-            logger.warning(message, refused, _first_line(error), self._hint)
+            logger.warning(message, refused, _named(error), self._hint)
 
     def _note_failure(self, error: Exception) -> None:
         with self._lock:
             self._counts.failed += 1
-            self._counts.last_error = _first_line(error)
+            self._counts.last_error = _named(error)
             counts = SenderCounts(**vars(self._counts))
         if counts.failed % WARN_EVERY == 1:
             message = "TRACKING: the server cannot be reached (attempt %d failed, %d records wait): %s. %s"
             logger.warning(message, counts.failed, counts.pending, counts.last_error, self._hint)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+def first_line(error: Exception) -> str:
+    """The first line of what an error says that tells the cause, without secrets; its type if it says nothing."""
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith(_NO_CAUSE)]
+    return masked(lines[0])[:300] if lines else type(error).__name__
+
+
+def _named(error: Exception) -> str:
+    said, kind = first_line(error), type(error).__name__
+    return said if said == kind else f"{kind}: {said}"

@@ -72,14 +72,14 @@ def write_status(folder: Path, text: str) -> None:
     """Replace the file in one go: a reader sees the old or the new one."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{STATUS}.partial"
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(folder / STATUS)
 
 
 def read_status(folder: Path) -> Status | None:
     """The run's last status, or None if its stream has not written any."""
     try:
-        content: dict[str, Any] = json.loads((folder / STATUS).read_text())
+        content: dict[str, Any] = json.loads((folder / STATUS).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     content["calls"] = tuple(Call(**call) for call in content["calls"])

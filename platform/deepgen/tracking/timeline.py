@@ -23,6 +23,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from deepgen.json_lines import read_lines
+
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 16 << 20  # about 80,000 spans
@@ -142,12 +144,7 @@ def read_spans(folder: Path) -> list[Span]:
     """All spans in a run's folder by their begin. Lines that a kill has cut are left out."""
     spans = []
     for file in folder.glob("timeline-*.jsonl"):
-        with file.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    spans.append(Span(**json.loads(line)))
-                except json.JSONDecodeError:
-                    continue
+        spans += [Span(**line) for line in read_lines(file) if line]
     return sorted(spans, key=lambda span: span.begin)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deepgen.errors import writing
 from deepgen.tracking.timeline import (
     LEARNER,
     Span,
@@ -50,8 +51,9 @@ def write_timeline(folder: Path, title: str) -> list[Path]:
     if not spans:
         return []
     trace, picture = folder / TRACE, folder / PICTURE
-    trace.write_text(json.dumps(chrome_trace(newest_steps(spans, _TRACE_STEPS))))
-    draw_timeline(spans, picture, title=title)
+    with writing("the timeline", folder):
+        trace.write_text(json.dumps(chrome_trace(newest_steps(spans, _TRACE_STEPS))), encoding="utf-8")
+        draw_timeline(spans, picture, title=title)
     return [trace, picture]
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-import re
+import shlex
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,8 +25,10 @@ import yaml
 from PIL import Image
 
 from deepgen.config.schema.paths import CHECKOUT
-from deepgen.errors import UserError
-from deepgen.tracking.journal import Entry, Journal, make_entry, read_entries
+from deepgen.config.settings import shown_settings
+from deepgen.errors import UserError, disk_error, writing
+from deepgen.masking import masked, masked_value
+from deepgen.tracking.journal import FILE_NAME, Entry, Journal, make_entry, read_entries
 from deepgen.tracking.mlflow_page import (
     EXPERIMENT_TAGS,
     changed_settings,
@@ -35,7 +38,7 @@ from deepgen.tracking.mlflow_page import (
     page_address,
 )
 from deepgen.tracking.provenance import run_tags
-from deepgen.tracking.sender import MAX_BATCH, Item, Sender, SenderCounts
+from deepgen.tracking.sender import MAX_BATCH, Item, Sender, SenderCounts, first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -79,7 +82,7 @@ class Tracker:
         self.run_id = ""
         self.experiment_id = ""
         self.skipped_values = 0  # metrics that had no finite value
-        self.journal_failures = 0  # lines of metrics.jsonl that could not be written
+        self.journal_failures = 0  # lines of metrics.jsonl that could not be written at once
         self._settings, self._stage, self._start_deadline_s = settings, stage, start_deadline_s
         self._attached, self._goes_on = attach, attach or settings.run.resume
         self._client: MlflowClient | None = None
@@ -97,11 +100,11 @@ class Tracker:
             self._journal = Journal(self.folder, resume=self._goes_on)
             if not self._attached:
                 _write_atomically(self.folder / SETTINGS_FILE, _as_recipe(self._settings))
+            _quiet_mlflow()
+            key = _uri_key(self._settings)
+            about, history = _call_with_deadline(self._open_run, self._start_deadline_s, key, masked(self.uri))
         except OSError as error:
             raise UserError(f"run.dir: cannot write the run folder {self.folder}: {error.strerror or error}") from error
-        _quiet_mlflow()
-        key = _uri_key(self._settings)
-        about, history = _call_with_deadline(self._open_run, self._start_deadline_s, key, _shown(self.uri))
         hint = f"Every number is kept in {self._journal.path}."
         self._sender = Sender(_is_refusal, hint)
         for item in about:
@@ -147,27 +150,46 @@ class Tracker:
         return self._sender.flush(deadline_s) if self._sender else True
 
     def close(self, status: str = "FINISHED", *, deadline_s: float = CLOSE_DEADLINE_S) -> None:
-        """Deliver waiting records and end the MLflow run as FINISHED, FAILED or KILLED. A second call does nothing."""
+        """Deliver waiting records and end the MLflow run as FINISHED, FAILED or KILLED. A second call does nothing.
+
+        Raises UserError if numbers are lost because metrics.jsonl could not be written to the end, but not for a run
+        that has failed otherwise.
+        """
         if self._sender is None:
             return
-        self._sender.put(_EndItem(self._mlflow, self.run_id, status))
+        lost = self._close_journal()
+        self._sender.put(_EndItem(self._mlflow, self.run_id, "FAILED" if lost else status))
         sender, self._sender = self._sender, None
         undelivered = sender.close(deadline_s)
-        if self._journal is not None:
-            self._journal.close()
         if undelivered:
-            message = "TRACKING: %d records did not reach %s (%s). Every number is kept in %s."
             error = sender.counts().last_error or f"not within {deadline_s:.0f} s"
-            logger.warning(message, undelivered, _shown(self.uri), error, self.folder / "metrics.jsonl")
+            kept = "Numbers were lost, see below" if lost else f"Every number is kept in {self.folder / FILE_NAME}"
+            message = "TRACKING: %d records did not reach %s (%s). %s."
+            logger.warning(message, undelivered, masked(self.uri), error, kept)
+        if lost and status == "FINISHED":
+            raise lost
+        if lost:
+            logger.warning("TRACKING: %s", lost)
+
+    def _close_journal(self) -> UserError | None:
+        """What is lost of the numbers, if anything is."""
+        try:
+            if self._journal is not None:
+                with writing("the numbers", self._journal.path):
+                    self._journal.close()
+        except UserError as error:
+            return error
+        return None
 
     def where(self) -> str:
         """One line that tells a person how to open the page of the run and those beside it."""
         page = page_address(self.experiment_id, self._stage)
         if self.uri.startswith("sqlite:"):
             here = CHECKOUT is not None and self.uri == f"sqlite:///{CHECKOUT / 'runs' / 'mlflow.db'}"
-            serve = f"{'make ui   or: ' if here else ''}mlflow ui --backend-store-uri {self.uri}"
+            server = shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", masked(self.uri)])
+            serve = f"{'make ui   or: ' if here else ''}{server}"
             return f"{serve}   then: {_LOCAL_SERVER}/{page}"
-        return f"{_shown(self.uri).rstrip('/')}/{page}"
+        return f"{masked(self.uri).rstrip('/')}/{page}"
 
     def __enter__(self) -> Tracker:
         return self.start()
@@ -199,7 +221,7 @@ class Tracker:
             for key, value in EXPERIMENT_TAGS.items()
             if experiment.tags.get(key) != value
         ]
-        known = id_file.read_text().strip() if self._goes_on and id_file.exists() else ""
+        known = id_file.read_text(encoding="utf-8").strip() if self._goes_on and id_file.exists() else ""
         if known and _run_exists(client, known):
             self.run_id = known
             client.update_run(known, status="RUNNING")
@@ -208,7 +230,7 @@ class Tracker:
             return [*about, *self._about(client.get_run(known).data.params)], []
         if known:
             message = "the MLflow run %s is not at %s: a new run takes over the history from metrics.jsonl"
-            logger.warning(message, known, _shown(self.uri))
+            logger.warning(message, known, masked(self.uri))
         run = client.create_run(self.experiment_id, run_name=self._settings.run.name)
         self.run_id = run.info.run_id
         _write_atomically(id_file, self.run_id + "\n")
@@ -248,7 +270,7 @@ class Tracker:
             usual = flatten(default_settings(self._settings))
             for key, value in flatten(self._settings.model_dump()).items():
                 then = before.get(mlflow_name(key), usual.get(key))
-                if key != "run.resume" and then != _shown_value(value):
+                if key != "run.resume" and then != _shown_value(key, value):
                     tags[f"resumed.{key}"] = value
             params = {}
         # Apart, so that a server that refuses one takes the other.
@@ -265,7 +287,7 @@ class Tracker:
             raise RuntimeError("Tracker.log before start()")
         try:
             self._journal.append(entry)
-        except (OSError, ValueError) as error:  # disk full, or closed: the numbers still go to the server
+        except (OSError, ValueError) as error:  # disk full (then it keeps them for the next try), or closed
             self.journal_failures += 1
             if self.journal_failures == 1:
                 logger.warning("TRACKING: cannot write %s: %s", self._journal.path, error)
@@ -297,16 +319,17 @@ def check_tracking(settings: Settings) -> None:
     uri, key = tracking_uri(settings), _uri_key(settings)
     parts = urlsplit(uri)
     if parts.scheme.partition("+")[0] not in _SCHEMES:
-        raise UserError(f"{key}: got {_shown(uri)!r}; allowed: an address that begins with {', '.join(_SCHEMES)}")
+        raise UserError(f"{key}: got {masked(uri)!r}; allowed: an address that begins with {', '.join(_SCHEMES)}")
     if parts.scheme not in ("http", "https"):
         return
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         socket.create_connection((parts.hostname or "", port), timeout=_REACH_DEADLINE_S).close()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        # A ValueError is about the port, and could show a part of a password.
+        reason = "no valid port" if isinstance(error, ValueError) else error.strerror or str(error)
         raise UserError(
-            f"{key}: no answer from {_shown(uri)} ({reason}); allowed: a server that runs, or none for a file"
+            f"{key}: no answer from {masked(uri)} ({reason}); allowed: a server that runs, or none for a file"
         ) from error
 
 
@@ -461,9 +484,14 @@ def _call_with_deadline(function: Callable[[], _Result], deadline_s: float, key:
         raise UserError(f"{key}: no answer from {server} within {deadline_s:.0f} s; {instead}")
     if isinstance(errors[0], UserError):
         raise errors[0]
-    reason = _mask(str(errors[0]).strip().splitlines()[0][:200] if str(errors[0]).strip() else repr(errors[0]))
+    if isinstance(errors[0], OSError) and (disk_error(errors[0]) or errors[0].filename):
+        raise errors[0]  # not of the server, but of the run's folder
+    reason = first_line(errors[0])[:200]
     if _is_refusal(errors[0]):
         raise UserError(f"{key}: {server} refuses the run: {reason}") from errors[0]
+    if server.startswith("sqlite:"):
+        file, then = server.partition("///")[2], "make room or let it be written, or give another address"
+        raise UserError(f"{key}: cannot read or write {file}: {reason}; {then}") from errors[0]
     raise UserError(f"{key}: no answer from {server}: {reason}; {instead}") from errors[0]
 
 
@@ -500,34 +528,25 @@ def _is_refusal(error: Exception) -> bool:
 
 def _write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def _shown_settings(settings: Mapping[str, str]) -> dict[str, str]:
     """Settings as parameters or tags, with names and values that MLflow takes."""
-    return {mlflow_name(key): _shown_value(value) for key, value in settings.items()}
+    return {mlflow_name(key): _shown_value(key, value) for key, value in settings.items()}
 
 
-def _shown_value(value: str) -> str:
-    """A setting's value without passwords, cut to what MLflow takes."""
-    return _mask(value)[:_MAX_PARAM_LENGTH]
+def _shown_value(key: str, value: str) -> str:
+    """A setting's value without secrets, cut to what MLflow takes."""
+    return str(masked_value(key, value))[:_MAX_PARAM_LENGTH]
 
 
 def _as_recipe(settings: Settings) -> str:
-    """All settings as a recipe, without passwords."""
-    content = settings.model_dump()
+    """All settings as a recipe, without secrets."""
+    content = shown_settings(settings)
     del content["run"]["resume"]  # how a run was started, not what it is
-    return _mask(yaml.safe_dump(content, allow_unicode=True, sort_keys=False))
-
-
-def _shown(uri: str) -> str:
-    return _mask(uri)
-
-
-def _mask(text: str) -> str:
-    """Hide the passwords in addresses, for messages."""
-    return re.sub(r"(://[^:/@\s]+:)[^@/\s]+@", r"\1***@", text)
+    return yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
 
 
 def _milliseconds(seconds: float) -> int:

@@ -121,9 +121,9 @@ class Icons:
 
     def __init__(self, packages: Path):
         flat, base = packages / "fluent-emoji-flat", packages / "emojibase-data"
-        self._svg = json.loads((flat / "icons.json").read_text())
-        self._name = json.loads((flat / "chars.json").read_text())
-        data = json.loads((base / "en" / "data.json").read_text())
+        self._svg = json.loads((flat / "icons.json").read_text(encoding="utf-8"))
+        self._name = json.loads((flat / "chars.json").read_text(encoding="utf-8"))
+        data = json.loads((base / "en" / "data.json").read_text(encoding="utf-8"))
         self.entry = {e["label"]: e for e in data}
 
     @cache  # noqa: B019  (the only instance lives as long as the program)

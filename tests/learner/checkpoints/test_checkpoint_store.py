@@ -56,6 +56,15 @@ def test_a_damaged_later_one_takes_no_place(save: Callable[..., CheckpointStore]
     assert names(save(5, 6, keep=2)) == ["step-000005", "step-000006", "unused-step-000100"]
 
 
+def test_a_password_is_not_written_and_may_change(save: Callable[..., CheckpointStore]) -> None:
+    store = save(1, more=("tracking.uri=http://user:hunter2@host",))
+    written = [file.read_bytes() for file in store.folder.rglob("*") if file.is_file()]
+    assert len(written) >= 2 and not any(b"hunter2" in data for data in written)
+    manifest = store.newest()
+    assert manifest is not None and manifest.settings["tracking"]["uri"] == "http://user:***@host"
+    save(more=("tracking.uri=http://user:another@elsewhere",)).check_fits(manifest)
+
+
 def test_steps_are_numbers(save: Callable[..., CheckpointStore]) -> None:
     store = save(999998, 999999, 1000000, 1000001, keep=2)
     assert names(store) == ["step-1000000", "step-1000001"]

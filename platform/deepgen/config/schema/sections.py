@@ -6,6 +6,7 @@ Left out on purpose: facts that the weights folder holds, such as widths, layers
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -26,22 +27,40 @@ from deepgen.config.schema.pools import PoolSettings, make_pools
 from deepgen.config.schema.section import Section, setting
 from deepgen.errors import nearest
 from deepgen.models.presets import PADDINGS, PRESETS
+from deepgen.reading import reach
 from deepgen.registry import ADVANTAGES, KL_FORMS, POLICY_LOSSES, REWARDS, SAMPLERS, SDE_WINDOWS
 
 TASKS = ("t2i", "reasoning", "text", "edit")
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]  # times a score it stays finite in fp32
+MAX_NAME = 100  # files and folders have up to 255 bytes, and longer names are made of this one
+_TAKEN = ("mlflow.db", "mlflow.db-journal", "mlflow.db-shm", "mlflow.db-wal", "mlartifacts")
+_DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # no folder can be called so over SMB
 
 
 class RunSettings(Section):
     about: ClassVar[str] = "one run and its folder"
     name: str = setting(
-        "deepgen", "Name of the run and of its folder under run.dir.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+        "deepgen",
+        "Name of the run and of its folder under run.dir.",
+        pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$",
+        max_length=MAX_NAME,
+        allowed=f"letters, digits, dots, dashes and underscores, {MAX_NAME} at most, with a letter or digit first and "
+        "no dot last",
     )
     dir: OutputPath = setting(
         "runs", "Folder of all runs; on a cluster a folder every node sees. Relative to the current folder."
     )
     seed: int = setting(42, "Seed of everything random: data order, noise, dropout.", ge=0, lt=2**31)
     resume: bool = setting(False, "Continue run.name from its last checkpoint; the flag --resume sets it.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.name.lower() in _TAKEN or _DEVICE.fullmatch(self.name):
+            raise ValueError(
+                f"run.name: got {self.name!r}, which is the name of a file in run.dir or of a device on a network "
+                "folder; allowed: another name"
+            )
+        return self
 
     @property
     def folder(self) -> Path:
@@ -93,7 +112,7 @@ class DataSettings(Section):
     weights: dict[str, Weight] = setting(
         {},
         "How often each source is drawn instead, as {name: weight} with every source; empty is by temperature.",
-        allowed="a weight >= 0 for each source, as in {photos: 2, posters: 1}",
+        allowed="a weight >= 0, at most 1e6, for each source, as in {photos: 2, posters: 1}",
     )
     max_bad_share: float = setting(
         0.01,
@@ -103,6 +122,12 @@ class DataSettings(Section):
     )
     threads: int = setting(
         2, "Threads of a learner rank that read the next step's records during this one; 0 reads when needed.", ge=0
+    )
+    allow: list[str] = setting(
+        [],
+        "What records may name besides files in the folder of their data and public addresses: folders, and hosts, "
+        "addresses or networks that are private or are the endpoint of a bucket.",
+        allowed=f"a list of {reach.ALLOWED}",
     )
     cache_dir: OptionalOutputPath = setting(
         "",
@@ -114,6 +139,11 @@ class DataSettings(Section):
     def _check(self) -> Self:
         if self.edit_per_cycle + self.t2i_per_cycle == 0:
             raise ValueError("data.edit_per_cycle and data.t2i_per_cycle: got 0 and 0; allowed: at least one above 0")
+        for entry in self.allow:
+            try:
+                reach.check_allowed(entry)
+            except ValueError as error:
+                raise ValueError(f"data.allow: {error}") from error
         if self.weights and self.temperature != 1:
             raise ValueError(f"data.temperature: got {self.temperature:g} beside data.weights; allowed: one of the two")
         return self
@@ -269,7 +299,7 @@ class RewardSettings(Section):
         {"t2i": _GENERAL, "reasoning": _GENERAL, "text": _TEXT, "edit": _GENERAL},
         "Weight of each pool's reward for the prompts of each task; absent or 0 is never called. A recipe replaces "
         "whole tasks; one weight is set as rewards.weights.text.ocr=0.5.",
-        allowed=f"a weight >= 0 for each pool ({', '.join(REWARDS)}, or one of your own) of a task "
+        allowed=f"a weight >= 0, at most 1e6, for each pool ({', '.join(REWARDS)}, or one of your own) of a task "
         f"({', '.join(TASKS)})",
     )
     pools: dict[str, SerializeAsAny[PoolSettings]] = Field(default_factory=dict)  # filled by `_gather_pools`
@@ -368,7 +398,7 @@ class TrackingSettings(Section):
         {},
         "Limits of alarms in rl that replace the defaults "
         f"{{{', '.join(f'{name}: {limit:g}' for name, limit in ALARMS.items())}}}; null turns one off.",
-        allowed=f"a number >= 0 or null for {', '.join(ALARMS)}, as in {{clip_share: 0.9, kl: null}}",
+        allowed=f"a number >= 0, at most 1e6, or null for {', '.join(ALARMS)}, as in {{clip_share: 0.9, kl: null}}",
     )
 
     @model_validator(mode="after")

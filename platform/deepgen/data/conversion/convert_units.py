@@ -34,10 +34,12 @@ from deepgen.data.parquet import SCHEMA, RecordWriter, to_rows
 from deepgen.data.records import Record, check_row, is_unicode
 from deepgen.data.uris import UriError
 from deepgen.errors import UserError
-from deepgen.reading.inline_images import shortened
+from deepgen.masking import masked
+from deepgen.reading.reach import Reach
 
 ROW_GROUP = 64  # rows that training reads together
 MAX_TEXT = 100_000  # letters of one prompt
+_LONGEST = 1000  # letters of a text in the quarantine
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")  # names in error messages; with them, equal reasons would count separately
 _ASPECT_EDGES = [0.1, 0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0, 10.0]
 _SIDE_EDGES = [0, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192]
@@ -78,7 +80,7 @@ class Tally:
 
     def save(self, path: Path) -> None:
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,7 +105,7 @@ class Tally:
     @classmethod
     def load(cls, path: Path) -> Tally:
         try:
-            return cls.from_dict(json.loads(path.read_text()))
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: damaged; delete it, and the same command converts its unit again") from error
 
@@ -137,7 +139,7 @@ def _text_fault(sample: RawSample) -> str:
     if sample.task not in TASKS:
         return f"task is not one of {', '.join(TASKS)}"
     if isinstance(sample.prompt, UriError):
-        return f"caption: cannot be read ({sample.prompt.why})"
+        return f"caption: cannot be read ({_why(sample.prompt)})"
     if not isinstance(sample.prompt, str) or not sample.prompt.strip():
         return "empty caption" if sample.prompt is None or isinstance(sample.prompt, str) else "caption: no text"
     for text in (sample.prompt, sample.answer if isinstance(sample.answer, str) else ""):
@@ -148,6 +150,10 @@ def _text_fault(sample: RawSample) -> str:
     return ""
 
 
+def _why(error: UriError) -> str:
+    return _QUOTED.sub("...", error.why)
+
+
 def _cleaned(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
@@ -155,7 +161,7 @@ def _cleaned(name: str) -> str:
 def image_fault(data: bytes | UriError | None, limits: Limits) -> str:
     """Why an encoded image is unusable, or "" if it is usable. The header is checked before the pixels are decoded."""
     if isinstance(data, UriError):
-        return MISSING if data.why == MISSING else f"cannot be read ({_QUOTED.sub('...', data.why)})"
+        return MISSING if data.why == MISSING else f"cannot be read ({_why(data)})"
     if data is None:
         return MISSING
     if not data:
@@ -236,10 +242,17 @@ def _convert_unit(raw: RawData, unit: Unit, out: Path, limits: Limits, seed: int
 
 
 def _quarantined(sample: RawSample, reason: str) -> dict[str, Any]:
-    """The line of the quarantine: where the sample is, and the name of each unreadable image with the reason."""
+    """The line of the quarantine: where the sample is, and the name of each unreadable file with the reason."""
     names = {"place": sample.place, "id": str(sample.id), "reason": reason}
-    found = [shortened(str(data), 1000) for data in (sample.image, *sample.references) if isinstance(data, UriError)]
-    return {key: shortened(value, 1000) for key, value in names.items()} | ({"unread": found} if found else {})
+    given = (sample.prompt, sample.image, *sample.references)
+    found = [str(data) for data in given if isinstance(data, UriError)]
+    return {key: _quarantined_text(value) for key, value in names.items()} | ({"unread": found} if found else {})
+
+
+def _quarantined_text(text: str) -> str:
+    """A text without secrets, and cut: ids and places have names from the data, which may hold anything."""
+    shown = masked(text[: 10 * _LONGEST])
+    return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}... ({len(text):,} letters)"
 
 
 def _count(tally: Tally, record: Record) -> None:
@@ -276,6 +289,7 @@ def write_plan(out: Path, raw: RawData, limits: Limits, rows: int, seed: int, un
         "images": str(raw.images.resolve()) if raw.images else None,
         "caption_key": raw.caption_key,
         "columns": dict(raw.columns),
+        "allow": list(raw.allow),
         "limits": vars(limits),
         "rows": rows,
         "seed": seed,
@@ -291,7 +305,7 @@ def write_plan(out: Path, raw: RawData, limits: Limits, rows: int, seed: int, un
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in plan.items())
-        partial.write_text("{\n" + lines + "\n}\n")
+        partial.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
         partial.replace(path)
 
 
@@ -310,7 +324,7 @@ def _unit_plan(raw: RawData, unit: Unit) -> list[Any]:
 
 def _read_plan(path: Path) -> dict[str, Any]:
     try:
-        plan = json.loads(path.read_text())
+        plan = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         plan = None
     if not isinstance(plan, dict):
@@ -354,7 +368,7 @@ def write_report(out: Path) -> Tally:
     """
     total = total_tally(out)
     with writing(out):
-        (out / "report.json").write_text(json.dumps(total.to_dict(), indent=1) + "\n")
+        (out / "report.json").write_text(json.dumps(total.to_dict(), indent=1) + "\n", encoding="utf-8")
         if total.sides:  # prompts have no images
             draw_histograms(total, out / "histograms.png")
             draw_samples(out, out / "samples.png")
@@ -423,4 +437,4 @@ def _some_records(out: Path, count: int) -> Iterator[Record]:
             rows = random.Random(0).sample(range(table.num_rows), min(math.ceil(left / len(groups)), table.num_rows))
             for row in rows:
                 (found,) = to_rows(table.slice(row, 1), shard)
-                yield check_row(found, f"{shard}, row group {group + 1}", out)
+                yield check_row(found, f"{shard}, row group {group + 1}", out, Reach())

@@ -17,6 +17,7 @@ from deepgen.data.conversion.readers.source_files import ARROW, PARQUET, kind_of
 from deepgen.data.images import header_size
 from deepgen.data.records import Record
 from deepgen.errors import UserError
+from deepgen.masking import masked
 
 SAMPLES = 100
 SECONDS = 5.0  # for all samples; no sample is begun later
@@ -40,7 +41,7 @@ def look(raw: RawData, limits: Limits, max_bad_share: float) -> Iterator[str]:
             continue
         reason = reason.partition(":")[0] if sample.fault else reason
         dropped[reason] += 1
-        first.setdefault(reason, sample.place)
+        first.setdefault(reason, masked(sample.place))
     total = len(kept) + dropped.total()
     tasks = ", ".join(f"{count:,} {task}" for task, count in Counter(record.task for record in kept).most_common())
     yield f"of {total:,} samples looked at, {len(kept):,} would be kept{f' ({tasks})' if tasks else ''}"
@@ -90,5 +91,5 @@ def _shown(record: Record) -> str:
     size = header_size(record.image) if isinstance(record.image, bytes) else (None, None)
     pixels = f", {size[0]} x {size[1]} px" if size[0] else ""
     sources = f", {len(record.references)} source images" if record.references else ""
-    prompt = record.prompt if len(record.prompt) <= 100 else f"{record.prompt[:100]}..."
-    return f"{record.id} ({record.task}{pixels}{sources}): {prompt!r}"
+    id, prompt = (masked(text[:1000])[:100] + ("..." if len(text) > 100 else "") for text in (record.id, record.prompt))
+    return f"{id} ({record.task}{pixels}{sources}): {prompt!r}"

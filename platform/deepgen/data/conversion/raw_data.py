@@ -29,7 +29,7 @@ from typing import Any
 from deepgen.data.conversion.readers.columnar import column_names, is_prompts, parts_of, read_columnar
 from deepgen.data.conversion.readers.picture_folder import CAPTIONS, picture_sample
 from deepgen.data.conversion.readers.raw_sample import RawData, RawSample, Unit, stem_of
-from deepgen.data.conversion.readers.row_forms import columns_of, form_of, sample_of
+from deepgen.data.conversion.readers.row_forms import columns_of, form_of, listed, sample_of
 from deepgen.data.conversion.readers.source_files import ARROW, PARQUET, PICTURE, TAR, TEXT, Found, find_files, kind_of
 from deepgen.data.conversion.readers.tars import read_tar
 from deepgen.errors import UserError
@@ -70,7 +70,7 @@ def guess_form(path: Path) -> str:
         row = _first_row(files[0])
         if form := form_of(row):
             return form
-        seen = f"has the keys {', '.join(map(str, row))}" if isinstance(row, Mapping) else "has no row that can be read"
+        seen = f"has the keys {listed(row)}" if isinstance(row, Mapping) else "has no row that can be read"
         raise UserError(f"{files[0]}: a list of unknown form ({seen}); give --form (one of {', '.join(FORMS)})")
     if kind in (TEXT, PICTURE):
         return "prompts" if kind == TEXT else "folder"

@@ -20,7 +20,7 @@ from deepgen.data.loading.parquet_store import RecordStore
 from deepgen.data.records import RecordError, check_texts
 
 # Bump when preprocessing yields different pixels, for the VAE or the VLM, or rejects different images.
-PREPARATION = 4
+PREPARATION = 5
 LATENT, FEATURES = "latent", "features"  # encodings of an image by the VAE and by the VLM's visual tower
 Place = tuple[str, int, int]  # a record's file and row (from 1), then 0 for its target or n for its n-th reference
 Key = tuple[str, bytes]  # the parquet file that holds the image's record, and an id of the image within that file

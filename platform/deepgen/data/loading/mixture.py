@@ -177,7 +177,8 @@ class Mixture:
 
 def check_training_data(settings: Settings) -> None:
     """Raise UserError if data.train does not fit the keys that mix it. Call it before the workers start."""
-    Mixture.from_settings(settings, ParquetStore(settings.data.train), settings.data.micro_batch)
+    data = settings.data
+    Mixture.from_settings(settings, ParquetStore(data.train, allow=data.allow), data.micro_batch)
 
 
 def fingerprint(store: RecordStore, parts: Mapping[str, Sequence[Part]]) -> dict[str, Any]:

@@ -15,8 +15,19 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from deepgen.config.settings import TASKS
-from deepgen.data.parquet import PARQUET_ERRORS, SCHEMA, SIZES, as_type, conform, parquet_files, to_rows, unreadable
+from deepgen.data.parquet import (
+    PARQUET_ERRORS,
+    SCHEMA,
+    SIZES,
+    as_type,
+    conform,
+    parquet_files,
+    require_regular,
+    to_rows,
+    unreadable,
+)
 from deepgen.data.records import Record, check_row
+from deepgen.data.uris import reach_of
 from deepgen.errors import UserError
 
 CACHE_BYTES = 1 << 30  # encoded images per process; a block that is evicted too early is read again (epoch_order)
@@ -70,12 +81,15 @@ class ListStore:
 class ParquetStore:
     """A parquet file or a folder of them. Only the tasks are always in memory; row groups are read on demand.
 
+    allow: what images may be read from besides the folder of `path` and public addresses, as data.allow.
+
     Raises UserError naming file and row if a file is unreadable, a column is missing or a task is unknown.
     """
 
-    def __init__(self, path: Path, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, path: Path, cache_bytes: int = CACHE_BYTES, *, allow: Sequence[str] = ()) -> None:
         self.name = f"data.train {path}"
         self._files = _files(path)
+        self._reach = reach_of(path, allow)
         self._groups: list[tuple[Path, int, int]] = []  # file, row group, first row in the file
         sizes, tasks = [], []
         self._fragments = _fragments(self._files)
@@ -97,7 +111,8 @@ class ParquetStore:
     def read(self, index: int) -> Record:
         block = self._block_of(index)
         file, row = self.locate(index)
-        return check_row(self._rows(block)[index - int(self.starts[block])], f"{file}, row {row}", Path(file).parent)
+        values = self._rows(block)[index - int(self.starts[block])]
+        return check_row(values, f"{file}, row {row}", Path(file).parent, self._reach)
 
     def locate(self, index: int) -> tuple[str, int]:
         block = self._block_of(index)
@@ -151,7 +166,9 @@ class ParquetStore:
 def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; allowed: parquet or a folder of it")
-    return parquet_files(path) if path.is_dir() else [path]
+    files = parquet_files(path) if path.is_dir() else [path]
+    require_regular(files)
+    return files
 
 
 def _fragments(files: Sequence[Path]) -> list[ds.ParquetFileFragment]:

@@ -144,7 +144,7 @@ def _check_files(folder: Path, stem: str) -> None:
     """Open the header of every weights file, to name a missing or truncated one before anything is built."""
     index = folder / f"{stem}.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     else:
         names = [f"{stem}.safetensors"]
     for name in names:
@@ -247,13 +247,13 @@ def save_transformer(transformer: DeepGenTransformer, folder: Path) -> None:
     """Write a diffusers folder that diffusers' own class can open too."""
     transformer.save_pretrained(folder)
     path = folder / "config.json"
-    config = json.loads(path.read_text()) | {"_class_name": "SD3Transformer2DModel"}
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    config = json.loads(path.read_text(encoding="utf-8")) | {"_class_name": "SD3Transformer2DModel"}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def save_bridge(bridge: Bridge, architecture: Architecture, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(architecture.bridge_config(), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(architecture.bridge_config(), indent=2) + "\n", encoding="utf-8")
     save_file(_plain(bridge.bridge_state()), folder / BRIDGE_WEIGHTS)
 
 

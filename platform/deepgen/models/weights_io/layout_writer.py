@@ -408,6 +408,9 @@ def _write_state(
     for file, keys in plan.filename_to_tensors.items():
         # Copies, because tensors of a torch file may share memory, which safetensors refuses to write.
         tensors = {key: state[key].read().clone(memory_format=torch.contiguous_format) for key in keys}
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise UserError(f"{key} is not finite; allowed: weights of a training that went well")
         save_file(tensors, folder / file, metadata={"format": "pt", **(metadata or {})})
     if plan.is_sharded:
         _write_json(
@@ -443,4 +446,4 @@ def _cast(what: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
 def _write_json(path: Path, content: Mapping[str, Any], class_name: str = "") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     named = {"_class_name": class_name, **content} if class_name else content
-    path.write_text(json.dumps(named, indent=2) + "\n")
+    path.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")

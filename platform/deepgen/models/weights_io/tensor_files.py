@@ -53,7 +53,7 @@ State = dict[str, LazyTensor]
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
@@ -197,7 +197,7 @@ def read_deepspeed(path: Path) -> State:
     folder, tag = (real, None) if (real / "latest").exists() else (real.parent, real.name)
     try:
         with _only_tensors():
-            module, partitioned = _module(folder / (tag or (folder / "latest").read_text().strip()))
+            module, partitioned = _module(folder / (tag or (folder / "latest").read_text(encoding="utf-8").strip()))
             gathered: Mapping[str, Any] = {}
             if partitioned:
                 gathered = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=True)

@@ -9,26 +9,29 @@ from typing import Any
 from deepgen.data.conversion.readers.raw_sample import RawData
 from deepgen.data.uris import UriError, absolute, read_uri
 
+MISSING = "file missing"
+MAX_SAMPLE = 160 << 20  # bytes of the images of one sample: writing them to parquet takes 4 to 5 times as much memory
+TOO_LARGE = f"more than {MAX_SAMPLE >> 20} MiB in one sample"
 
-def image_bytes(value: Any, raw: RawData, file: Path) -> bytes | UriError | None:
-    """The image that a row of `file` gives, None if it gives none, or why it cannot be read."""
+
+def image_bytes(value: Any, raw: RawData, file: Path, limit: int = MAX_SAMPLE) -> bytes | UriError | None:
+    """The image that a row of `file` gives, None if it gives none, or why it cannot be read. limit: of bytes.
+
+    This is the only place where a name in raw data is opened, so no name leads out of what the data may read.
+    """
     if isinstance(value, Mapping) and not value.keys().isdisjoint(("bytes", "path")):
         value = value.get("bytes") or value.get("path")
     if value is None or isinstance(value, bytes):
         return value
     if not isinstance(value, str):
         return UriError("image", f"{type(value).__name__}; allowed: bytes, a name or a struct of bytes and path")
-    uri = absolute(value, raw.images or root_of(raw, file))
+    if not value:
+        return None
+    uri = absolute(value, raw.images or root_of(raw, file), raw.reach(file))
     try:
-        if not value:
-            return None
-        if "://" not in uri and not uri.startswith("data:") and not Path(uri).exists():
-            return UriError(uri, MISSING)
-        return read_uri(uri)
-    except OSError as error:  # for example, a name of over 255 bytes
-        return UriError(value, str(error.strerror))
+        return read_uri(uri, limit)
     except UriError as error:
-        return error
+        return UriError(uri, MISSING, missing=True) if error.missing else error
 
 
 def images_bytes(values: Any, raw: RawData, file: Path) -> tuple[bytes | UriError | None, ...]:
@@ -41,11 +44,6 @@ def images_bytes(values: Any, raw: RawData, file: Path) -> tuple[bytes | UriErro
         room -= len(data) if isinstance(data, bytes) else 0
         found.append(data)
     return tuple(found)
-
-
-MISSING = "file missing"
-MAX_SAMPLE = 160 << 20  # bytes of the images of one sample: writing them to parquet takes 4 to 5 times as much memory
-TOO_LARGE = f"more than {MAX_SAMPLE >> 20} MiB in one sample"
 
 
 def root_of(raw: RawData, file: Path) -> Path:

@@ -19,9 +19,8 @@ def picture_sample(raw: RawData, folder: Path, name: str) -> RawSample:
     text: Any = None
     fault = "" if captions else f"no caption beside the picture: {' or '.join(file.stem + s for s in CAPTIONS)}"
     if captions:
-        with captions[0].open("rb") as opened:
-            data = opened.read(JSON_BYTES + 1)
-        text = caption_text(data, captions[0].suffix.lower(), raw.caption_key)
+        data = image_bytes(str(captions[0].absolute()), raw, file, JSON_BYTES)
+        text = caption_text(data, captions[0].suffix.lower(), raw.caption_key) if isinstance(data, bytes) else data
     image = image_bytes(str(file.absolute()), raw, file)
     return RawSample(name, raw.task, text, text, image, (), str(file), raw.name, fault)
 

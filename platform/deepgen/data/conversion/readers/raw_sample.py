@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deepgen.data.uris import UriError
+from deepgen.data.uris import UriError, reach_of
+from deepgen.reading.reach import Reach
 
 IMAGE_SUFFIXES = (
     *(".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
@@ -20,7 +21,8 @@ class RawData:
     """The data to read and how.
 
     `columns` names the columns of `hf` (image, prompt, references). `name`: the data set's name for the column source;
-    `records` keep their own.
+    `records` keep their own. `allow`: what its files may name besides files under `path` (or its folder, if it is a
+    file) and under `images`, and public addresses; as data.allow.
     """
 
     path: Path
@@ -30,6 +32,16 @@ class RawData:
     caption_key: str = "caption"
     columns: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
+    allow: tuple[str, ...] = ()
+
+    def reach(self, file: Path) -> Reach:
+        """What may be read by the names in a file of the data, and by its own name.
+
+        If the file was found behind a link to a folder, the folder that the link leads to belongs to the data. It does
+        so for the files in it only: any other file could name whatever lies behind some link.
+        """
+        behind = [one for one in file.parents if self.path in one.parents and one.is_symlink()][:1]
+        return reach_of(self.path, self.allow, *([self.images] if self.images else []), *behind)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ IMAGE_NAMES = (
 )
 TEXT_NAMES = ("caption", "text", "prompt", "txt", "instruction", "description")  # of the caption of a picture
 JSON_BYTES = 4 << 20  # of one file of captions; as objects in memory, JSON takes up to 25 times as much
+_SHOWN = 500  # letters of the names of columns in a message
 # Keys that tell the form of a row, beside those of our records.
 _KEYS = {"annotation": "captions", "txt": "blip3o", "input_image": "edits"}
 
@@ -45,16 +46,22 @@ def columns_of(raw: RawData, names: Iterable[str], file: Path) -> dict[str, str]
     found["prompt"] = _column(raw, "prompt", TEXT_NAMES, names, file)
     if references := raw.columns.get("references"):
         if references not in names:
-            raise UserError(f"{file}: no column {references!r}; it has: {', '.join(names)}")
+            raise UserError(f"{file}: no column {references!r}; it has: {listed(names)}")
         found["references"] = references
     return found
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names of columns for a message. In a table without a header they are the first row, however long that is."""
+    text = ", ".join(map(str, names))
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _column(raw: RawData, role: str, usual: tuple[str, ...], names: list[str], file: Path) -> str:
     given = raw.columns.get(role)
     found = given if given in names else next((n for n in usual if n in names), None) if given is None else None
     if found is None:
-        raise UserError(f"{file}: which column is the {role}? It has: {', '.join(names)}; say --column {role}=NAME")
+        raise UserError(f"{file}: which column is the {role}? It has: {listed(names)}; say --column {role}=NAME")
     return found
 
 
@@ -96,9 +103,11 @@ def _prompt(row: Any, raw: RawData, file: Path, name: str, place: str) -> RawSam
 
 
 def _annotation(name: Any, raw: RawData, file: Path) -> Any:
-    """The caption in an annotation file; None if the file or the caption is missing."""
-    data = image_bytes(name, raw, file)
-    content = json_or_none(data) if isinstance(data, bytes) else None
+    """The caption in an annotation file, None if there is none, or why the file cannot be read."""
+    data = image_bytes(name, raw, file, JSON_BYTES)
+    if not isinstance(data, bytes):
+        return data
+    content = json_or_none(data)
     return content.get(raw.caption_key) if isinstance(content, Mapping) else None
 
 

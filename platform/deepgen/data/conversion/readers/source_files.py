@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deepgen.data.conversion.readers.raw_sample import IMAGE_SUFFIXES
+from deepgen.data.parquet import require_regular
 from deepgen.errors import UserError
 from deepgen.reading.tables import TABLES, suffix_of
 
@@ -25,14 +26,18 @@ class Found:
     hidden: list[Path] = field(default_factory=list)  # their names, or a folder's, begin with a dot
     repeated: list[Path] = field(default_factory=list)  # links to what has been found elsewhere
     others: list[Path] = field(default_factory=list)  # of no kind, or of another one
+    outward: list[Path] = field(default_factory=list)  # links that were followed out of the folder
 
     def notes(self) -> list[str]:
-        """Lines that say what was passed over, and why."""
+        """Lines that say what was passed over, and why, and what lies elsewhere."""
         why = {
             "hidden files": self.hidden,
             "links to what is read already": self.repeated,
         }
-        return [f"passed over {len(paths):,} {what}, the first {paths[0]}" for what, paths in why.items() if paths]
+        lines = [f"passed over {len(paths):,} {what}, the first {paths[0]}" for what, paths in why.items() if paths]
+        if self.outward:
+            lines.append(f"follows {len(self.outward):,} links out of the folder, the first {self.outward[0]}")
+        return lines
 
 
 def kind_of(path: Path) -> str:
@@ -58,7 +63,7 @@ def find_files(path: Path, kinds: Collection[str] = ()) -> Found:
         _check_regular(path)
         return Found([path])
     found = Found()
-    targets: set[str] = set()
+    top, targets = Path(os.path.realpath(path)), set[str]()
     for file in _walk(path, found):
         kind = kind_of(file)
         if not kind or (kinds and kind not in kinds):
@@ -71,22 +76,29 @@ def find_files(path: Path, kinds: Collection[str] = ()) -> Found:
                 found.repeated.append(file)
                 continue
             targets.add(target)
+            if file.is_symlink() and not Path(target).is_relative_to(top):
+                found.outward.append(file)
         found.files.append(file)
     found.files.sort()
     return found
 
 
 def _walk(top: Path, found: Found) -> list[Path]:
-    """All files below a folder that are not hidden, real ones before links. Enters every folder once, links last."""
-    entered: set[str] = set()
+    """All files below a folder that are not hidden, real ones before links. Enters every folder once, links last.
+
+    A link to a folder around it, such as `/`, is not entered: it would lead to all the rest of the disk.
+    """
+    whole, entered = Path(os.path.realpath(top)), set[str]()
     folders, links, files = [top], list[Path](), list[Path]()
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         real = os.path.realpath(folder)
-        if real in entered:
+        if real in entered or (folder != top and whole.is_relative_to(real)):
             found.repeated.append(folder)
             continue
         entered.add(real)
+        if folder.is_symlink() and not Path(real).is_relative_to(whole):
+            found.outward.append(folder)
         try:
             for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
                 here = folder / entry.name
@@ -103,11 +115,12 @@ def _walk(top: Path, found: Found) -> list[Path]:
 
 def _data_in(hidden: Path) -> list[Path]:
     """The files at or below a hidden path that could have been meant as data."""
-    within = sorted(Path(folder) / name for folder, _, names in os.walk(hidden) for name in names)
+    folders = () if hidden.is_symlink() else os.walk(hidden)
+    within = sorted(Path(folder) / name for folder, _, names in folders for name in names)
     return [file for file in (within or [hidden]) if kind_of(file)]
 
 
 def _check_regular(file: Path) -> None:
-    if not file.is_file():
-        what = "a link to nothing" if file.is_symlink() and not file.exists() else "neither a file nor a folder"
-        raise UserError(f"{file}: {what}; remove it, or mend it")
+    if file.is_symlink() and not file.exists():
+        raise UserError(f"{file}: a link to nothing; remove it, or mend it")
+    require_regular([file])
