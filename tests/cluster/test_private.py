@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray._private.accelerators import NvidiaGPUAcceleratorManager
 
 from deepgen.cluster import private
-from deepgen.cluster.private import environment, own_session, usable_cpus
+from deepgen.cluster.private import environment, own_session, usable_cpus, usable_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,6 +52,16 @@ def test_a_session_that_another_start_is_just_removing_is_left_to_it(
     monkeypatch.setattr(private, "_sessions", lambda folder: [folder / "s0000"])
     assert own_session(tmp_path).is_dir()
     os.close(private._held[0])
+
+
+@pytest.mark.parametrize(("torch", "expected"), [("2.13.0+cpu", 0), ("2.13.0", None), ("2.13.0+cu130", None)])
+def test_a_torch_for_cpus_leaves_the_gpus_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], torch: str, expected: int | None
+) -> None:
+    monkeypatch.setattr(private, "version", lambda package: {"torch": torch}[package])
+    monkeypatch.setattr(NvidiaGPUAcceleratorManager, "get_current_node_num_accelerators", lambda: 1)
+    assert usable_gpus() == expected
+    assert ("not using 1 GPU(s): torch is built for CPUs here" in capsys.readouterr().out) == (expected == 0)
 
 
 @pytest.mark.processes

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def start_private(num_cpus: int = 0, **options: Any) -> None:
         ray.init(
             address="local",
             num_cpus=num_cpus or usable_cpus(),
+            num_gpus=usable_gpus(),
             include_dashboard=False,
             logging_level=logging.WARNING,
             _temp_dir=str(folder),
@@ -114,6 +116,23 @@ def usable_cpus() -> int:
     quota = _get_docker_cpus()
     allowed = len(os.sched_getaffinity(0))
     return max(1, int(allowed if quota is None else min(quota, allowed)))
+
+
+def usable_gpus() -> int | None:
+    """0 if this environment's torch is built for CPUs only, as that of `make setup` is; None: what Ray finds.
+
+    Otherwise a laptop with a GPU would be asked for one for every learner and rollout actor.
+    """
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+
+    if not version("torch").endswith("+cpu"):
+        return None
+    if found := NvidiaGPUAcceleratorManager.get_current_node_num_accelerators():
+        print(
+            f"not using {found} GPU(s): torch is built for CPUs here (docs/cluster.md says how to change it)",
+            flush=True,
+        )
+    return 0
 
 
 def own_session(folder: Path) -> Path:
