@@ -143,8 +143,9 @@ def _failure_policy(settings: Settings, config: Any) -> Any:
             decision = super().make_decision(training_failed_error)
             if decision is FailureDecision.RETRY:
                 self.restarts += 1
-                failures = getattr(training_failed_error, "worker_failures", {}) or {"": training_failed_error}
-                what = "; ".join(f"worker {rank}: {_first_line(error)}" for rank, error in failures.items())
+                failures = getattr(training_failed_error, "worker_failures", {})
+                what = "; ".join(f"worker {rank}: {first_line(error)}" for rank, error in failures.items())
+                what = what or f"while they started: {first_line(training_failed_error)}"
                 say(f"starting the workers again ({self.restarts}, train.max_failures {limit}): {what}")
             return decision
 
@@ -170,11 +171,16 @@ def _cause(error: Exception, kinds: tuple[type[Exception], ...]) -> BaseExceptio
 
 def _wrapped(error: BaseException) -> BaseException | None:
     """The exception inside an exception of Ray or Ray Train, or None."""
-    names = ("_base_exc", "cause", "health_check_failure")  # the last: of a worker that died between two calls
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+
+    if isinstance(error, WorkerGroupStartupFailedError):
+        return error.__cause__
+    # health_check_failure: of a worker that died between two calls; controller_failure: of one that died in its start
+    names = ("_base_exc", "cause", "health_check_failure", "controller_failure")
     return next((inner for name in names if (inner := getattr(error, name, None)) is not None), None)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """First line of the innermost exception, inside all of Ray's wrappers."""
     while (inner := _wrapped(error)) is not None:
         error = inner
