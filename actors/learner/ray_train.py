@@ -181,7 +181,11 @@ def _wrapped(error: BaseException) -> BaseException | None:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of the innermost exception, inside all of Ray's wrappers."""
+    """First line of the innermost exception, inside all of Ray's wrappers. Says "died" of a process that is gone."""
+    from ray.exceptions import ActorUnavailableError
+
     while (inner := _wrapped(error)) is not None:
         error = inner
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    # Ray's word for a process whose connection broke before the cluster knows of its death.
+    return f"a process died or is out of reach: {line}" if isinstance(error, ActorUnavailableError) else line

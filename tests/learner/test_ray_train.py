@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.train import ControllerError, TrainingFailedError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 
 from actors.learner.ray_train import first_line
 from tests.helpers.learner_workers import ROOT, run_workers
@@ -127,3 +127,9 @@ def test_a_worker_that_died_in_its_start_is_named_by_its_death() -> None:
     error: TrainingFailedError = ControllerError(start)
     assert "died" not in str(error)
     assert first_line(error) == "The actor died unexpectedly before finishing this task."
+
+
+def test_a_worker_whose_connection_broke_is_named_so() -> None:
+    gone = ActorUnavailableError("Connection reset by peer", b"1" * 16)
+    line = first_line(WorkerHealthCheckFailedError("A worker health check failed.", gone))
+    assert line.startswith("a process died or is out of reach: The actor ")
