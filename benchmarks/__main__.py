@@ -18,6 +18,7 @@ BENCHMARKS = {
     "control": "benchmarks.control_plane",
     "canary": "benchmarks.canary_share",
     "checkpoint": "benchmarks.checkpoint_cost",
+    "full-size": "benchmarks.full_size",
 }
 
 

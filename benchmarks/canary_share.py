@@ -11,6 +11,7 @@ from pathlib import Path
 
 from actors.experience.policy.canary import take_canary
 from actors.experience.policy.weight_sync import fetch_weights, load_weights, publish_weights, verify_weights
+from actors.learner.checkpoints.host_copy import fp32_copies
 from benchmarks.timing import Result, compare, recipe
 from deepgen.cluster.private import start_private
 from deepgen.models.unified import UnifiedModel
@@ -33,7 +34,7 @@ def run(weights: Path, repeats: int, threads: int) -> list[Result]:
             take_canary(model, rollout)
 
     def sync() -> None:
-        copies = {name: parameter.detach().float().to("cpu", copy=True) for name, parameter in sent.items()}
+        copies = fp32_copies(sent)
         published = publish_weights(1, copies, canary)
         load_weights(trained, fetch_weights(published, DEADLINE_S), published)
         verify_weights(trained, published)

@@ -187,18 +187,19 @@ class RewardPool:
         self._totals = dict.fromkeys(COUNTERS, 0.0)
 
     async def start(self) -> None:
-        """Create and warm up all replicas. Returns when every replica can score.
+        """Create and warm up all replicas. Returns when every replica can score. One that dies meanwhile is replaced.
 
         Raises:
             UserError: the reward rejects its settings.
             CallTimeout: a replica was not ready within start_deadline_s.
+            RewardPoolError: every replica died again and again.
         """
         if self._workers:
             raise RuntimeError(f"reward pool {self.name}: started twice")
         labels = [f"{self.name} reward #{index}" for index in range(self._settings.replicas)]
         self._replicas = [_Replica(label, self._create()) for label in labels]
         try:
-            await asyncio.gather(self._open_journal(), *(self._warm_up(replica) for replica in self._replicas))
+            await asyncio.gather(self._open_journal(), *(self._first_start(replica) for replica in self._replicas))
         except BaseException:
             self.stop()
             raise
@@ -328,6 +329,12 @@ class RewardPool:
             raise
         finally:
             self._recorder.end(span)
+
+    async def _first_start(self, replica: _Replica) -> None:
+        try:
+            await self._warm_up(replica)
+        except RayActorError as error:
+            await self._replace(replica, f"{replica.label}: died during start: {_first_line(error)}")
 
     async def _serve(self, replica: _Replica) -> None:
         """Score batches on one replica until the pool drops the replica."""

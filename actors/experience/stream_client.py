@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayTaskError
 
 RESTARTS = -1  # of the stream: no limit, see ATTEMPTS
 ATTEMPTS = 20  # of one call; some of them meet a stream that is still starting
@@ -69,6 +69,8 @@ class StreamClient:
             try:
                 return self._answer(request, meanwhile)
             except ActorUnavailableError as error:
+                if isinstance(error, RayTaskError):  # of another actor: the stream lives and has raised it
+                    raise
                 deaths += 1
                 if deaths == ATTEMPTS:
                     raise StreamLostError(
@@ -90,6 +92,8 @@ class StreamClient:
         except GetTimeoutError as error:
             raise _late(request) from error
         except ActorDiedError as error:
+            if isinstance(error, RayTaskError):
+                raise
             raise StreamLostError(f"the experience stream is gone, in {request.method}") from error
 
 

@@ -145,8 +145,9 @@ def _failure_policy(settings: Settings, config: Any) -> Any:
             decision = super().make_decision(training_failed_error)
             if decision is FailureDecision.RETRY:
                 self.restarts += 1
-                failures = getattr(training_failed_error, "worker_failures", {}) or {"": training_failed_error}
-                what = "; ".join(f"worker {rank}: {_first_line(error)}" for rank, error in failures.items())
+                failures = getattr(training_failed_error, "worker_failures", {})
+                what = "; ".join(f"worker {rank}: {first_line(error)}" for rank, error in failures.items())
+                what = what or f"while they started: {first_line(training_failed_error)}"
                 say(f"starting the workers again ({self.restarts}, train.max_failures {limit}): {what}")
             return decision
 
@@ -172,12 +173,21 @@ def _cause(error: Exception, kinds: tuple[type[Exception], ...]) -> BaseExceptio
 
 def _wrapped(error: BaseException) -> BaseException | None:
     """The exception inside an exception of Ray or Ray Train, or None."""
-    names = ("_base_exc", "cause", "health_check_failure")  # the last: of a worker that died between two calls
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+
+    if isinstance(error, WorkerGroupStartupFailedError):
+        return error.__cause__
+    # health_check_failure: of a worker that died between two calls; controller_failure: of one that died in its start
+    names = ("_base_exc", "cause", "health_check_failure", "controller_failure")
     return next((inner for name in names if (inner := getattr(error, name, None)) is not None), None)
 
 
-def _first_line(error: BaseException) -> str:
-    """First line of the innermost exception, inside all of Ray's wrappers."""
+def first_line(error: BaseException) -> str:
+    """First line of the innermost exception, inside all of Ray's wrappers. Says "died" of a process that is gone."""
+    from ray.exceptions import ActorUnavailableError
+
     while (inner := _wrapped(error)) is not None:
         error = inner
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    # Ray's word for a process whose connection broke before the cluster knows of its death.
+    return f"a process died or is out of reach: {line}" if isinstance(error, ActorUnavailableError) else line

@@ -259,6 +259,27 @@ def test_pool_without_replicas_fails_loud(ray_local: ModuleType, tmp_path: Path)
     run(tmp_path, scenario, max_restarts=1, retries=5)
 
 
+def test_replica_that_dies_in_its_start_is_replaced(ray_local: ModuleType, tmp_path: Path) -> None:
+    mishaps(tmp_path, "die-in-start", 2)
+
+    async def scenario(pool: RewardPool) -> tuple[RewardScores, dict[str, float]]:
+        return await score(pool, [request(1)]), pool.counters()
+
+    scores, totals = run(tmp_path, scenario)
+    assert levels(scores) == [1]
+    assert totals["restarts"] == 2
+
+
+def test_pool_whose_replicas_always_die_in_their_start(ray_local: ModuleType, tmp_path: Path) -> None:
+    mishaps(tmp_path, "die-in-start", 2)
+
+    async def never(pool: RewardPool) -> None:
+        raise AssertionError("the pool started")
+
+    with pytest.raises(RewardPoolError, match=r"reward pool FakeReward has no replica left; last: .*#0"):
+        run(tmp_path, never, max_restarts=1)
+
+
 def test_scores_outlive_the_pool_but_a_full_disk_ends_nothing(
     ray_local: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

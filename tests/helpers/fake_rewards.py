@@ -22,7 +22,8 @@ SPECIAL: dict[str, float | None] = {
 class FakeReward:
     """Scores an image by its first pixel / 255. Files in the folder `path` control how often it misbehaves.
 
-    The prompts "hang", "die" and "unavailable" cause that mishap once for each of its files (`hang-0`, `hang-1` ...).
+    The prompts "hang", "die" and "unavailable" cause that mishap once for each of its files (`hang-0`, `hang-1` ...),
+    and every new process dies once for each of the files `die-in-start-0` ...
     The prompt "bug" always raises; those in SPECIAL always have the score that it says.
     """
 
@@ -33,6 +34,8 @@ class FakeReward:
         self.folder = options.path
         if not self.folder.is_dir():
             raise UserError(f"{options.dotted('path')}: no such folder: {str(self.folder)!r}")
+        if self._take("die-in-start"):
+            os._exit(1)
 
     @staticmethod
     def applies(request: RewardRequest) -> bool:

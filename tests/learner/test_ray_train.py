@@ -14,7 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.train import ControllerError, TrainingFailedError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 
+from actors.learner.ray_train import first_line
 from tests.helpers.learner_workers import ROOT, run_workers
 from tests.helpers.sft_world import component, make_sft_world, stage_overrides
 
@@ -114,3 +118,18 @@ def test_a_killed_worker_and_a_killed_controller_are_started_again(world: Path, 
     for part in ("bridge", "transformer", "vlm_lora"):
         expected, result = component(tmp_path / "alone", "a", part), component(tmp_path / "ray", "a", part)
         assert expected and all(torch.equal(result[name], expected[name]) for name in expected), part
+
+
+def test_a_worker_that_died_in_its_start_is_named_by_its_death() -> None:
+    """Ray Train wraps it twice, and says itself no more than that a controller failed."""
+    start = WorkerGroupStartupFailedError("At least one of the worker actors failed to initialize.")
+    start.__cause__ = ActorDiedError()
+    error: TrainingFailedError = ControllerError(start)
+    assert "died" not in str(error)
+    assert first_line(error) == "The actor died unexpectedly before finishing this task."
+
+
+def test_a_worker_whose_connection_broke_is_named_so() -> None:
+    gone = ActorUnavailableError("Connection reset by peer", b"1" * 16)
+    line = first_line(WorkerHealthCheckFailedError("A worker health check failed.", gone))
+    assert line.startswith("a process died or is out of reach: The actor ")

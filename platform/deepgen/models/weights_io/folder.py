@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ BRIDGE_WEIGHTS = "bridge.safetensors"
 LORA_FOLDER = "vlm_lora"
 LORA_WEIGHTS = "adapter_model.safetensors"
 NAMES_SHOWN = 3
+MAX_HASHERS = 16  # threads of one checksum; each holds a copy of one tensor of a GPU
 SHIFT = 3.0  # shift of SD3's flow-matching schedule (M2.1)
 
 
@@ -269,12 +272,22 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weights_checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Hex digest (128 bit) of names, dtypes, shapes and bytes, independent of order and device."""
+    """Hex digest (128 bit) of names, dtypes, shapes and bytes, independent of order and device.
+
+    Tensors are read side by side: a single core hashes 0.7 GB/s, and every rollout actor waits for this once a version.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    with ThreadPoolExecutor(min(MAX_HASHERS, len(os.sched_getaffinity(0)))) as pool:
+        for part in pool.map(_tensor_digest, sorted(tensors, key=lambda item: item[0])):
+            digest.update(part)
     return digest.hexdigest()
+
+
+def _tensor_digest(named: tuple[str, Tensor]) -> bytes:
+    name, tensor = named
+    digest = hashlib.blake2b(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode(), digest_size=16)
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def parameter_count(module: nn.Module) -> int:
