@@ -191,7 +191,7 @@ class _Sampler(PolicySampler):
     def __init__(self, settings: Settings, model: UnifiedModel, device: torch.device, given: Conditioning) -> None:
         self._settings, self.model, self._device, self._given = settings, model, device, given
 
-    def _encode(self, record: Record) -> tuple[Any, ...]:
+    def _encode(self, record: Record, guidance_scale: float, negative: str = "") -> tuple[Any, ...]:
         return self._given, None, [], self._latent_shape([])
 
 

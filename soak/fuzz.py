@@ -10,6 +10,7 @@ behind the input that caused it. Names are resolved to addresses of a small tabl
 
 from __future__ import annotations
 
+import importlib
 import ipaddress
 import multiprocessing
 import os
@@ -26,7 +27,8 @@ from typing import Any
 
 from deepgen.errors import UserError
 
-DEADLINE_S = 30.0  # the readers' own for one request
+DEADLINE_S = 40.0  # for one input; the readers' own for one request is 30 s
+START_DEADLINE_S = 300.0  # for imports
 # Of 55,000 inputs; the rest of the kinds is cheap or has few shapes.
 SHARES = {"pictures": 15, "archives": 7, "tables": 7, "lists": 8, "recipes": 3, "manifests": 3, "addresses": 12}
 FUZZ_HEADER = "| inputs | given | taken, or a part of it | refused | faults | peak memory |\n" + "|---" * 6 + "|"
@@ -41,6 +43,7 @@ _CHANGES = (
     "os.chmod",
     "os.chown",
     "os.truncate",
+    "os.utime",
 )
 _HARMLESS = ("/dev/null",)
 _NAMES = {"localhost": "127.0.0.1", "metadata.google.internal": "169.254.169.254"}  # all others are public
@@ -63,29 +66,31 @@ class Outcome:
         )
 
 
-def run_fuzz(kind: str, count: int, seed: int = 0) -> Outcome:
-    """Hand the reader of one kind of input, a key of `SHARES`, this many inputs."""
+def run_fuzz(
+    kind: str, count: int, seed: int = 0, *, readers: str = "soak.fuzz_readers", deadline_s: float = DEADLINE_S
+) -> Outcome:
+    """Hand one kind of input, a key of `SHARES`, to its reader, so many of them. readers: the module that has it."""
     total, first = Outcome(), 0
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         while first < count:
             here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(kind, seed, first, count, Path(folder), there))
+            process = context.Process(target=_work, args=(f"{readers}:{kind}", seed, first, count, Path(folder), there))
             process.start()
             there.close()
-            first = _watch(process, here, first, total)
+            first = _watch(process, here, first, total, deadline_s)
     return total
 
 
-def _watch(process: Any, here: Any, first: int, total: Outcome) -> int:
+def _watch(process: Any, here: Any, first: int, total: Outcome, deadline_s: float) -> int:
     """Follow a worker to its end, adding up. Returns the number of the input to go on with."""
     at, begun = first, False  # the first message comes after imports, for which the deadline is longer
     while True:
         try:
-            if not here.poll(DEADLINE_S if begun else 10 * DEADLINE_S):
+            if not here.poll(deadline_s if begun else START_DEADLINE_S):
                 process.kill()
                 process.join()
-                total.faults.append((at, f"no answer within {DEADLINE_S:.0f} s"))
+                total.faults.append((at, f"no answer within {deadline_s:.0f} s"))
                 return at + 1
             at, what, peak = here.recv()
         except EOFError:
@@ -110,10 +115,11 @@ def _watch(process: Any, here: Any, first: int, total: Outcome) -> int:
 # ---------------------------------------------------------------- in the worker
 
 
-def _work(kind: str, seed: int, first: int, count: int, folder: Path, pipe: Any) -> None:
+def _work(reader: str, seed: int, first: int, count: int, folder: Path, pipe: Any) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  libraries complain of what they read
     os.chdir(folder)
-    take = _readers()[kind]
+    module, _, kind = reader.partition(":")
+    take: Callable[[random.Random, Path], bool] = getattr(importlib.import_module(module), kind)
     guard = _Guard(folder)
     _outcome(take, random.Random(0), folder)  # imports and caches are no fault of an input
     _empty(folder)
@@ -199,10 +205,3 @@ def _resolved(host: Any, port: Any, *_: Any, **__: Any) -> list[Any]:
     family = socket.AF_INET6 if ":" in found else socket.AF_INET
     place = (found, port or 0, 0, 0) if ":" in found else (found, port or 0)
     return [(family, socket.SOCK_STREAM, 6, "", place)]
-
-
-def _readers() -> dict[str, Callable[[random.Random, Path], bool]]:
-    """What makes an input and hands it to its reader, by kind. True: something of it was taken."""
-    from soak import fuzz_readers
-
-    return {kind: getattr(fuzz_readers, kind) for kind in SHARES}

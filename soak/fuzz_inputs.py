@@ -312,7 +312,9 @@ def address(chance: random.Random) -> str:
     """An address put together from parts, one in three with letters changed."""
     scheme, host, path = chance.choice(_SCHEMES), chance.choice(_HOSTS), chance.choice(_PATHS)
     separator = chance.choice((":", "://", "://", "://", ":///")) if scheme else ""
-    text = f"{scheme}{separator}{host}{path}"
+    text = (
+        f"{scheme}{separator}{host}{path}" if chance.random() < 0.9 else chance.choice(("a.png", "./a.png", "%61.png"))
+    )
     if chance.random() < 0.35:
         text = damaged(chance, text.encode(), chance.choice(_PATHS).encode()).decode("utf-8", "replace")
     return text

@@ -12,11 +12,12 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from actors.learner.checkpoints.checkpoint_shards import ShardReader, is_as_written, write_shard
+from actors.learner.checkpoints.checkpoint_shards import ENGINE, ShardReader, is_as_written, write_shard
 from actors.learner.checkpoints.checkpoint_store import FORMAT, MANIFEST, Manifest, newest_checkpoint
 from deepgen.config import load_settings
 from deepgen.config.recipes import find_recipe
@@ -25,16 +26,19 @@ from deepgen.data.conversion.raw_data import FORMS, guess_form, plan_units
 from deepgen.data.conversion.readers.raw_sample import RawData
 from deepgen.data.images import header_size, usable_image
 from deepgen.data.parquet import read_rows
-from deepgen.data.quarantine import rows_in
+from deepgen.data.quarantine import FILES, rows_in
 from deepgen.data.records import Record
 from deepgen.data.uris import absolute, read_uri
 from deepgen.errors import UserError
-from deepgen.models.weights_io.layout_reader import read_weights
+from deepgen.models.weights_io.tensor_files import open_safetensors
+from deepgen.reading import bucket_reader
+from deepgen.tracking.journal import FILE_NAME as METRICS
 from deepgen.tracking.journal import Journal, make_entry, read_entries
-from deepgen.tracking.status import Call, Rank, Status, read_status, status_to_json, write_status
+from deepgen.tracking.status import STATUS, Call, Rank, Status, read_status, status_to_json, write_status
 from soak import fuzz_inputs
 
-_STEP = "checkpoints/step-000001"
+_STEP, _SHARD, _WEIGHTS = "checkpoints/step-000001", f"{ENGINE}-0.safetensors", "weights/model.safetensors"
+_QUARANTINE = FILES["data.train"]
 _LIMITS = Limits(min_side=8)
 
 
@@ -99,31 +103,38 @@ def recipes(chance: random.Random, folder: Path) -> bool:
 
 
 def addresses(chance: random.Random, folder: Path) -> bool:
-    """An address in a record, relative to its folder."""
+    """An address in a record, relative to its folder. Of buckets only the name is read: their client is not ours."""
+    bucket_reader._system = _no_bucket  # type: ignore[assignment]
     (folder / "a.png").write_bytes(fuzz_inputs.pictures()[0])
     read_uri(absolute(fuzz_inputs.address(chance), folder))
     return True
 
 
+def _no_bucket(base: str) -> Any:
+    raise OSError("no connection is made here")
+
+
 def manifests(chance: random.Random, folder: Path) -> bool:
-    """What a resume or an export reads of a run: checkpoint, quarantine, metrics, status, weights."""
+    """A damaged file among those that a resume, an export or --status reads of a run."""
     made = _run()
     for name, content in made.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    fuzz_inputs.damaged_file(chance, folder / chance.choice(list(made)))
-    found = newest_checkpoint(folder / "checkpoints")
-    shard = folder / _STEP / "engine-0.safetensors"
-    whole = found is not None and is_as_written(shard)
-    if whole:
-        ShardReader(folder / _STEP, "engine", 0).read("a", 0, 8)
-    rows_in(folder / "quarantine.jsonl")
-    Journal(folder, resume=True).close()
-    whole &= len(list(read_entries(folder / "metrics.jsonl"))) == 2
-    read_status(folder)
-    read_weights(folder / "weights")
-    return whole
+    name = chance.choice(list(made))
+    fuzz_inputs.damaged_file(chance, folder / name)
+    if name == _QUARANTINE:
+        return bool(rows_in(folder / name))
+    if name == METRICS:
+        Journal(folder, resume=True).close()
+        return bool(list(read_entries(folder / name)))
+    if name == STATUS:
+        return read_status(folder) is not None
+    if name == _WEIGHTS:
+        return bool(open_safetensors(folder / name))
+    if newest_checkpoint(folder / "checkpoints") is None or not is_as_written(folder / _STEP / _SHARD):
+        return False
+    return bool(ShardReader(folder / _STEP, ENGINE, 0).read("a", 0, 8).isfinite().all())
 
 
 @cache
@@ -132,14 +143,14 @@ def _run() -> dict[str, bytes]:
     with TemporaryDirectory() as made:
         folder = Path(made)
         (folder / _STEP).mkdir(parents=True)
-        files = write_shard(folder / _STEP, "engine", 0, [("a", 0, torch.arange(8.0))])
+        files = write_shard(folder / _STEP, ENGINE, 0, [("a", 0, torch.arange(8.0))])
         sizes = {file.name: file.stat().st_size for file in files}
         manifest = Manifest(FORMAT, 1, "rl", "tiny", 1, 1, False, "a", "assets/tiny/model", {}, {}, {}, sizes)
         (folder / _STEP / MANIFEST).write_text(json.dumps(asdict(manifest)), encoding="utf-8")
         (folder / "weights").mkdir()
-        save_file({"meta_queries": torch.ones(2, 3)}, folder / "weights" / "model.safetensors", {"lora_alpha": "8"})
+        save_file({"meta_queries": torch.ones(2, 3)}, folder / _WEIGHTS, {"lora_alpha": "8"})
         rows = [{"file": "a.parquet", "row": row, "id": "a", "reason": "x"} for row in (1, 2)]
-        (folder / "quarantine.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        (folder / _QUARANTINE).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
         journal = Journal(folder, resume=False)
         for step in (1, 2):
             journal.append(make_entry(step, 0.0, {"loss/total": 0.5, "reward/mean": None}))

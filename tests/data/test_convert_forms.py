@@ -37,6 +37,12 @@ def lines(rows: list) -> str:
 # ---------------------------------------------------------------- which files
 
 
+def test_a_file_of_a_kind_that_a_form_never_has_is_refused(tmp_path):
+    parquet(tmp_path / "a.parquet", [{"image": b"x", "text": "a"}])
+    with pytest.raises(UserError, match=r"^--form: got pairs for .*a\.parquet; allowed: files of \.json, "):
+        plan_units(RawData(tmp_path / "a.parquet", "pairs"), 8)
+
+
 def test_linked_folders_are_followed_once(tmp_path):
     pack(tmp_path / "disk2" / "deep" / "b.tar", samples(2))
     pack(tmp_path / "in" / "here" / "a.tar", samples(1))

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from deepgen.errors import UserError
+from deepgen.tracking.status import STATUS as FILE
 from deepgen.tracking.status import Call, read_status, silence_text, status_to_json, write_status
 from tests.helpers.statuses import STATUS
 
@@ -14,6 +18,13 @@ def test_a_status_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_status(tmp_path / "run", status_to_json(STATUS))
     assert read_status(tmp_path / "run") == STATUS
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["status.json"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"time": 1}', b"\xff", b"[" * 100_000])
+def test_a_damaged_status_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / FILE).write_bytes(content)
+    with pytest.raises(UserError, match=r"status\.json: not a run's status \(.*\); a run that goes on replaces it"):
+        read_status(tmp_path)
 
 
 def test_silence_says_who_waits_for_whom() -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from deepgen.errors import UserError
 from deepgen.tracking.progress import format_duration
 
 STATUS = "status.json"
@@ -77,15 +78,18 @@ def write_status(folder: Path, text: str) -> None:
 
 
 def read_status(folder: Path) -> Status | None:
-    """The run's last status, or None if its stream has not written any."""
+    """The run's last status, or None if its stream has not written any. Raises UserError if the file is damaged."""
+    path = folder / STATUS
     try:
-        content: dict[str, Any] = json.loads((folder / STATUS).read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content["calls"] = tuple(Call(**call) for call in content["calls"])
+        content["under_way"] = tuple(GroupsOfStep(**step) for step in content["under_way"])
+        content["learner"] = tuple(Rank(**rank) for rank in content["learner"])
+        return Status(**content)
     except FileNotFoundError:
         return None
-    content["calls"] = tuple(Call(**call) for call in content["calls"])
-    content["under_way"] = tuple(GroupsOfStep(**step) for step in content["under_way"])
-    content["learner"] = tuple(Rank(**rank) for rank in content["learner"])
-    return Status(**content)
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise UserError(f"{path}: not a run's status ({error}); a run that goes on replaces it") from error
 
 
 def silence_text(status: Status, seconds: float) -> str:

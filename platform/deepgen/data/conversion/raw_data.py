@@ -107,8 +107,12 @@ def _first_row(file: Path) -> Any:
 
 
 def source_files(raw: RawData) -> Found:
-    """The files to convert, and what is passed over. Raises UserError if there are none."""
-    return find_files(raw.path, FORMS[raw.form])
+    """The files to convert, and what is passed over. Raises UserError if the one given is of no kind of this form."""
+    found, kinds = find_files(raw.path, FORMS[raw.form]), FORMS[raw.form]
+    if raw.path.is_file() and (kind := kind_of(raw.path)) and kind not in kinds:
+        taken = ", ".join(map(_suffix, kinds))
+        raise UserError(f"--form: got {raw.form} for {raw.path}; allowed: files of {taken}")
+    return found
 
 
 def notes_of(raw: RawData) -> list[str]:
