@@ -48,10 +48,10 @@ def test_the_line_to_continue_can_be_pasted(tmp_path: Path, how: str, code: int)
 @pytest.mark.processes
 def test_the_line_to_continue_hides_passwords(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(STOPPED.format("raise KeyboardInterrupt"))
-    command = [sys.executable, str(tmp_path / "program.py"), "tracking.uri=https://me:secret@host/"]
+    command = [sys.executable, str(tmp_path / "program.py"), "tracking.uri=https://me:hunter2@host/"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.stderr.endswith("program.py tracking.uri=https://me:***@host/ --resume\n")
-    assert "secret" not in done.stderr
+    assert "hunter2" not in done.stderr
 
 
 @pytest.mark.processes
