@@ -9,6 +9,7 @@ import lzma
 import os
 import resource
 import shlex
+import struct
 import subprocess
 import sys
 import tarfile
@@ -444,3 +445,18 @@ def test_histograms_stay_readable(tmp_path):
 
 def test_an_unreadable_file_is_a_reason(tmp_path):
     assert image_fault(UriError("x", "Permission denied"), LIMITS) == "cannot be read (Permission denied)"
+
+
+def test_arrow_whose_offsets_lead_out_of_its_buffers(tmp_path):
+    """Arrow looks at no offset when it reads; without our own look the process dies."""
+    bad = pa.py_buffer(struct.pack("<iii", 0, 1 << 30, 3))
+    image = pa.Array.from_buffers(pa.binary(), 2, [None, bad, pa.py_buffer(b"abc")])
+    text = pa.array(["a", "b"])
+    nested = pa.StructArray.from_arrays([image, pa.array([None, None], pa.string())], ["bytes", "path"])
+    for number, column in enumerate((image, nested)):
+        path = tmp_path / f"{number}.arrow"
+        batch = pa.record_batch({"image": column, "text": text})
+        with pa.ipc.new_stream(path, batch.schema) as sink:
+            sink.write_batch(batch)
+        with pytest.raises(UserError, match=r"\.arrow: a batch can't be read \(.*[Oo]ffset.*\); fetch the file again"):
+            convert(path, tmp_path / f"out-{number}")

@@ -26,6 +26,11 @@ MAX_PAGE, MAX_DICTIONARY = 448 << 20, 256 << 20
 MAX_BATCH = 256 << 20  # of a compressed Arrow file, unpacked
 _GIVE_BACK = 64 << 20  # bytes read from a mapped file until its parts are given back
 _ERRORS = (pa.ArrowException, OSError, ValueError)
+_BYTES = {
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+}
 _FILE_MAGIC = b"ARROW1"
 
 
@@ -186,6 +191,30 @@ def _batches(file: Path, mapped: _Mapped) -> Iterator[pa.RecordBatch]:
         raise UserError(f"{file}: a batch can't be read ({_why(error)}); fetch the file again") from error
 
 
+def _check_offsets(batch: pa.RecordBatch, file: Path) -> None:
+    """Raise UserError if a value would lie outside of the batch's buffers, which Arrow reads without a look at them.
+
+    Texts are looked at as bytes: one that is not UTF-8 makes its row unusable, not the file.
+    """
+    try:
+        for column in batch.columns:
+            column.view(_as_bytes(column.type)).validate(full=True)
+    except pa.ArrowException as error:
+        raise UserError(f"{file}: a batch can't be read ({_why(error)}); fetch the file again") from error
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    """The type with bytes in the place of texts, at any depth."""
+    if kind in _BYTES:
+        return _BYTES[kind]
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_as_bytes(field.type)) for field in kind])
+    for is_list, list_of in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
+        if is_list(kind):
+            return list_of(kind.value_field.with_type(_as_bytes(kind.value_type)))
+    return kind
+
+
 def _arrow_rows(file: Path, unit: Unit, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbers and rows of the batches of a unit, some columns of them."""
     mapped = _Mapped(file)
@@ -197,6 +226,7 @@ def _arrow_rows(file: Path, unit: Unit, columns: list[str]) -> Iterator[tuple[in
             number += batch.num_rows
             continue
         chosen = batch.select(columns)
+        _check_offsets(chosen, file)
         for at in range(batch.num_rows):
             row = chosen.slice(at, 1)
             number += 1
