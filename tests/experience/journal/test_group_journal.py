@@ -18,6 +18,7 @@ from actors.experience.journal.journal_counts import JournalCounts
 from actors.messages import Group, JournalNews
 from deepgen.config import Settings, load_settings
 from deepgen.data.records import Record
+from deepgen.data.uris import absolute
 
 WEIGHTS = "checksum of version 3"
 GROUP = Group(6, 3, 1, Record("p-1", "edit", "make it red", "a red cat", None, (b"a picture",), "test"))
@@ -116,7 +117,7 @@ def test_another_group_policy_or_machine_draws_again(tmp_path: Path) -> None:
 
 def test_pictures_on_disk_count_by_what_they_hold(tmp_path: Path) -> None:
     picture, actor = tmp_path / "picture.png", Actor(settings(tmp_path))
-    group = replace(GROUP, record=replace(GROUP.record, references=(str(picture),)))
+    group = replace(GROUP, record=replace(GROUP.record, references=(absolute(str(picture), tmp_path),)))
     for content, draws in ((b"one", 1), (b"one", 1), (b"two", 2)):
         picture.write_bytes(content)
         actor.drawn(group)
