@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,15 @@ def test_a_killed_process_has_left_the_run(root: Path, tmp_path: Path) -> None:
 # -- stopping --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGHUP counts, also if the tests run under nohup, which a run respects."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_the_first_signal_asks_and_the_second_ends(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
     settings.run.folder.mkdir(parents=True)
@@ -93,6 +103,7 @@ def test_the_first_signal_asks_and_the_second_ends(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_learner_that_stopped_is_no_finished_run(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
     settings.run.folder.mkdir(parents=True)
