@@ -1,8 +1,8 @@
 """deepgen-5b with random weights on one GPU: a rollout and an update against the bare DiT, and the canary of a sync.
 
-Ours and floor are as in `rollout_floor`, `update_floor` and `canary_share`, one after the other, because both at once
-would not fit. Left out: prompts and references (the conditioning is random), KL and auxiliary loss, Ray. Takes 120 GB
-of GPU memory; without a GPU there is no result.
+Ours and floor are as in `rollout_floor`, `update_floor` and `canary_share`, but under bf16 autocast both, and one after
+the other, because they would not fit at once. Left out: prompts and references (the conditioning is random), KL and
+auxiliary loss. Takes 120 GB of GPU memory; without a GPU there is no result.
 """
 
 from __future__ import annotations
@@ -15,26 +15,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-from torch import Tensor
 
-from actors.experience.policy.canary import take_canary
 from actors.experience.policy.policy_sampler import PolicySampler
-from actors.experience.policy.weight_sync import load_weights, policy_checksum
-from actors.learner.checkpoints.host_copy import fp32_copies
 from actors.learner.engine import TrainingEngine
 from actors.learner.loop import update
 from actors.learner.protocols import StepContext
-from actors.messages import Arrays, Group, PolicyWeights
+from actors.learner.worker import prepare_process
+from actors.messages import Group
 from actors.objectives.experience_source import RLBatch
 from actors.objectives.mr_grpo import MRGRPO
-from benchmarks.timing import Result, recipe, seconds
+from benchmarks import canary_share
+from benchmarks.rollout_floor import BareRollout
+from benchmarks.timing import Result, Shape, bare_inputs, recipe, seconds
+from benchmarks.update_floor import BareUpdate
 from deepgen.config import Settings
 from deepgen.data.records import Record
-from deepgen.models.presets import DEEPGEN_5B, Architecture
+from deepgen.models.presets import PRESETS
 from deepgen.models.unified import Conditioning, UnifiedModel
 
-GROUP, STEPS, TRAINED, IMAGE_SIZE, CONTEXT = 8, 10, 2, 512, 192  # samples, sampler steps, of them trained, px, tokens
+GROUP, STEPS, TRAINED, CONTEXT = 8, 10, 2, 192  # samples, sampler steps, those of them that are trained, tokens
 
 
 def run(weights: Path, repeats: int, threads: int) -> list[Result]:
@@ -42,147 +41,59 @@ def run(weights: Path, repeats: int, threads: int) -> list[Result]:
     if not torch.cuda.is_available():
         print("full-size: left out, no GPU", flush=True)
         return []
-    return FullSize(DEEPGEN_5B, "deepgen-5b", torch.device("cuda"), IMAGE_SIZE, weights, repeats).results()
+    return measure("deepgen-5b", 512, torch.device("cuda"), weights, repeats)
 
 
-class FullSize:
-    """The benchmark of one architecture on one device."""
+def measure(preset: str, image_size: int, device: torch.device, weights: Path, repeats: int) -> list[Result]:
+    """Results for a preset on a device, in the order in which memory grows."""
+    settings = recipe(
+        "tiny-rl",
+        weights,
+        f"model.preset={preset}",
+        f"data.image_size={image_size}",
+        f"rollout.num_steps={STEPS}",
+        f"rollout.group_size={GROUP}",
+        f"rollout.sde_steps={TRAINED}",
+        "algorithm.sft_coef=0",
+        f"algorithm.update_micro_batch={GROUP}",
+    )
+    prepare_process(settings)
+    torch.manual_seed(0)
+    architecture = PRESETS[preset]
+    model = UnifiedModel.from_architecture(architecture, device).eval()
+    side = image_size // architecture.vae_downsample
+    shape, bare = Shape(GROUP, side, side, CONTEXT), (architecture, device)
+    sampler = _Sampler(settings, model, device, _conditioning(shape, *bare))
+    group = Group(number=0, step=0, epoch=0, record=Record("full-size", "t2i", "a cat", "a cat", None, (), ""))
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        preset: str,
-        device: torch.device,
-        image_size: int,
-        weights: Path,
-        repeats: int,
-    ) -> None:
-        torch.manual_seed(0)
-        self._device, self._repeats, self._config = device, repeats, architecture.transformer
-        self._side = image_size // architecture.vae_downsample
-        self._settings: Settings = recipe(
-            "tiny-rl",
-            weights,
-            f"model.preset={preset}",
-            f"data.image_size={image_size}",
-            f"rollout.num_steps={STEPS}",
-            f"rollout.group_size={GROUP}",
-            f"rollout.sde_steps={TRAINED}",
-            "algorithm.sft_coef=0",
-            f"algorithm.update_micro_batch={GROUP}",
-        )
-        self._model = UnifiedModel.from_architecture(architecture, device).eval()
-        self._sampler = _Sampler(self._settings, self._model, device, self._conditioning(1))
+    drawn = _times(lambda: sampler.sample_group(group), repeats, device)
+    drawn_bare = _times(_bare_rollout(model, shape, *bare), repeats, device)
+    sync = canary_share.measure("canary of a sync, full size", model, model, settings.rollout, repeats)
+    ours = _times(_update(settings, model, sampler, group, device), repeats, device)
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+    floor = _times(BareUpdate([shape] * TRAINED, *bare, bf16=True), repeats, device)
 
-    def results(self) -> list[Result]:
-        """In the order in which memory grows."""
-        where = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "CPU"
-        shapes = f"{where}, {GROUP} x {{}}, {self._side}x{self._side} latents, {CONTEXT} context"
-        rollout = self._times(self._rollout), self._times(self._bare_rollout(), decode=True)
-        canary, rest = self._sync()
-        learner = self._times(self._update())
-        self._model.zero_grad(set_to_none=True)
-        _free(self._device)
-        bare = self._times(self._bare_update())
-        size = f"{sum(p.numel() for p in self._model.transformer.parameters()) / 1e9:.2f} G parameters"
-        return [
-            Result("rollout, full size", shapes.format(f"{STEPS} steps"), GROUP, *rollout),
-            Result("update, full size", shapes.format(f"{TRAINED} transitions"), GROUP * TRAINED, learner, bare),
-            Result("canary of a sync, full size", f"{where}, {size}", 1, canary, rest),
-        ]
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    shapes = f"{where}, {GROUP} x {{}}, {side}x{side} latents, {CONTEXT} context"
+    return [
+        Result("rollout, full size", shapes.format(f"{STEPS} steps"), GROUP, drawn, drawn_bare),
+        Result("update, full size", shapes.format(f"{TRAINED} transitions"), GROUP * TRAINED, ours, floor),
+        sync,
+    ]
 
-    def _times(self, function: Callable[[], object], *, decode: bool = False) -> tuple[float, ...]:
-        def whole() -> None:
-            function()
-            if decode:
-                self._decode()
-            _wait(self._device)
 
-        whole()
-        return tuple(seconds(whole) for _ in range(self._repeats))
-
-    # -- rollout -------------------------------------------------------------------------------------------------------
-
-    def _rollout(self) -> Arrays:
-        record = Record("full-size", "t2i", "a cat", "a cat", None, (), "")
-        return self._sampler.sample_group(Group(number=0, step=0, epoch=0, record=record))[1]
-
-    def _bare_rollout(self) -> Callable[[], None]:
-        dit, inputs = SD3Transformer2DModel(**self._config).to(self._device).eval(), self._inputs()
-
-        @torch.no_grad()
-        def forwards() -> None:
-            with torch.autocast(self._device.type, dtype=torch.bfloat16):
-                for _ in range(STEPS):
-                    dit(**inputs)
-
-        return forwards
-
-    @torch.no_grad()
-    def _decode(self) -> None:
-        self._model.decode_latents(self._inputs()["hidden_states"])
-
-    # -- update --------------------------------------------------------------------------------------------------------
-
-    def _update(self) -> Callable[[], object]:
-        record = Record("full-size", "t2i", "a cat", "a cat", None, (), "")
-        asked = Group(number=0, step=0, epoch=0, record=record)
-        advantages = np.random.default_rng(0).standard_normal(GROUP).astype(np.float32)
-        group = replace(asked, version=0, trajectory=self._rollout(), advantages=advantages)
-        objective = MRGRPO(self._settings, None, None)
-        engine = TrainingEngine(self._settings, self._model, self._model.trainable_parameters("rl"), self._device)
-        step = StepContext(self._settings.run.seed, 1, 0, 1, self._device)  # step 1: repetitions change the policy
-        return lambda: update(engine, objective, RLBatch((group,), ()), step, self._settings)
-
-    def _bare_update(self) -> Callable[[], None]:
-        dit, inputs = SD3Transformer2DModel(**self._config).to(self._device).train(), self._inputs()
-        optimizer = torch.optim.AdamW(dit.parameters(), lr=1e-6)
-
-        def step() -> None:
-            for _ in range(TRAINED):
-                with torch.autocast(self._device.type, dtype=torch.bfloat16):
-                    (velocity,) = dit(**inputs, return_dict=False)
-                velocity.float().square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
-
-    # -- sync ----------------------------------------------------------------------------------------------------------
-
-    def _sync(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Times of both canaries, and of the rest: the learner's copy and checksum, an actor's loading and checksum."""
-        sent = {name: tensor.requires_grad_(False) for name, tensor in self._model.trainable_parameters("rl")}
-        canary = take_canary(self._model, self._settings.rollout)
-
-        def both() -> None:
-            for _ in range(2):
-                take_canary(self._model, self._settings.rollout)
-
-        def rest() -> None:
-            copies = fp32_copies(sent)
-            checksum = policy_checksum(1, copies.items())
-            published = PolicyWeights(1, checksum, tuple(sent), (), canary)
-            load_weights(sent, {name: copy.numpy() for name, copy in copies.items()}, published)
-            assert policy_checksum(1, sent.items()) == checksum
-
-        return self._times(both), self._times(rest)
-
-    # -- inputs --------------------------------------------------------------------------------------------------------
-
-    def _conditioning(self, batch: int) -> Conditioning:
-        context = torch.randn(batch, CONTEXT, self._config["joint_attention_dim"], device=self._device)
-        pooled = torch.randn(batch, self._config["pooled_projection_dim"], device=self._device)
-        return Conditioning(context, pooled, None)
-
-    def _inputs(self) -> dict[str, Tensor]:
-        conditioning, channels = self._conditioning(GROUP), self._config["in_channels"]
-        return {
-            "hidden_states": torch.randn(GROUP, channels, self._side, self._side, device=self._device),
-            "timestep": torch.full((GROUP,), 500.0, device=self._device),
-            "encoder_hidden_states": conditioning.context,
-            "pooled_projections": conditioning.pooled,
-        }
+def _update(
+    settings: Settings, model: UnifiedModel, sampler: PolicySampler, group: Group, device: torch.device
+) -> Callable[[], object]:
+    """The learner's update on a group with random advantages."""
+    _, arrays = sampler.sample_group(group)
+    advantages = np.random.default_rng(0).standard_normal(GROUP).astype(np.float32)
+    batch = RLBatch((replace(group, version=0, trajectory=arrays, advantages=advantages),), ())
+    engine = TrainingEngine(settings, model, model.trainable_parameters("rl"), device)
+    step = StepContext(settings.run.seed, 1, 0, 1, device)  # step 1: repetitions change the policy
+    return lambda: update(engine, MRGRPO(settings, None, None), batch, step, settings)
 
 
 class _Sampler(PolicySampler):
@@ -195,12 +106,30 @@ class _Sampler(PolicySampler):
         return self._given, None, [], self._latent_shape([])
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def _conditioning(shape: Shape, *bare: Any) -> Conditioning:
+    inputs = bare_inputs(replace(shape, batch=1), *bare)
+    return Conditioning(inputs["encoder_hidden_states"], inputs["pooled_projections"], None)
 
 
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def _bare_rollout(model: UnifiedModel, shape: Shape, *bare: Any) -> Callable[[], object]:
+    """Forwards of the bare DiT, and the decoding of as many latents."""
+    forwards, latents = BareRollout(shape, STEPS, *bare, bf16=True), bare_inputs(shape, *bare)["hidden_states"]
+
+    @torch.no_grad()
+    def rollout() -> None:
+        forwards()
+        model.decode_latents(latents)
+
+    return rollout
+
+
+def _times(function: Callable[[], object], repeats: int, device: torch.device) -> tuple[float, ...]:
+    """Seconds of each call after a first one."""
+
+    def whole() -> None:
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    whole()
+    return tuple(seconds(whole) for _ in range(repeats))

@@ -18,6 +18,7 @@ from deepgen.data.images import decode_image
 from deepgen.data.loading.dataset import image_to_tensor
 from deepgen.data.parquet import read_records
 from deepgen.data.records import Record
+from deepgen.models.presets import TINY, Architecture
 from deepgen.models.unified import UnifiedModel
 
 
@@ -32,19 +33,35 @@ def run(weights: Path, repeats: int, threads: int) -> list[Result]:
         record = next(record for record in records if record.task == task)
         request = Group(number=0, step=0, epoch=0, record=record)
         shape = replace(_shape(sampler.model, record, settings.data.image_size), batch=group)
-        inputs, dit = bare_inputs(shape), bare_dit().eval()
-
-        @torch.no_grad()
-        def floor(dit: torch.nn.Module = dit, inputs: dict[str, torch.Tensor] = inputs) -> None:
-            for _ in range(steps):
-                dit(**inputs)
 
         def ours(request: Group = request) -> None:
             sampler.sample_group(request)
 
         shapes = f"{group} x {steps} steps, {shape.height}x{shape.width} latents, {shape.context} context"
-        results.append(compare(f"rollout, {task}", shapes, group, ours, floor, repeats))
+        results.append(compare(f"rollout, {task}", shapes, group, ours, BareRollout(shape, steps), repeats))
     return results
+
+
+class BareRollout:
+    """Forwards of a bare DiT, under autocast if `bf16`."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        steps: int,
+        architecture: Architecture = TINY,
+        device: str | torch.device = "cpu",
+        *,
+        bf16: bool = False,
+    ) -> None:
+        self._dit, self._inputs = bare_dit(architecture, device).eval(), bare_inputs(shape, architecture, device)
+        self._steps, self._bf16, self._kind = steps, bf16, torch.device(device).type
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        with torch.autocast(self._kind, dtype=torch.bfloat16, enabled=self._bf16):
+            for _ in range(self._steps):
+                self._dit(**self._inputs)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor
 
 from deepgen.config.settings import Settings, load_settings
-from deepgen.models.presets import TINY
+from deepgen.models.presets import TINY, Architecture
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.weights_io.folder import load_tokenizer
 
@@ -81,21 +81,25 @@ def save_random_model(folder: Path) -> Path:
     return folder
 
 
-def bare_dit() -> SD3Transformer2DModel:
-    """diffusers' own SD3 transformer with the tiny preset's widths and random weights."""
+def bare_dit(architecture: Architecture = TINY, device: str | torch.device = "cpu") -> SD3Transformer2DModel:
+    """diffusers' own SD3 transformer with an architecture's widths and random weights."""
     torch.manual_seed(0)
-    return SD3Transformer2DModel(**TINY.transformer)
+    with torch.device(device):
+        return SD3Transformer2DModel(**architecture.transformer)
 
 
-def bare_inputs(shape: Shape) -> dict[str, Tensor]:
+def bare_inputs(
+    shape: Shape, architecture: Architecture = TINY, device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
     """Random arguments for one call of `bare_dit`."""
-    config = TINY.transformer
-    return {
-        "hidden_states": torch.randn(shape.batch, config["in_channels"], shape.height, shape.width),
-        "timestep": torch.full((shape.batch,), 500.0),
-        "encoder_hidden_states": torch.randn(shape.batch, shape.context, config["joint_attention_dim"]),
-        "pooled_projections": torch.randn(shape.batch, config["pooled_projection_dim"]),
-    }
+    config = architecture.transformer
+    with torch.device(device):
+        return {
+            "hidden_states": torch.randn(shape.batch, config["in_channels"], shape.height, shape.width),
+            "timestep": torch.full((shape.batch,), 500.0),
+            "encoder_hidden_states": torch.randn(shape.batch, shape.context, config["joint_attention_dim"]),
+            "pooled_projections": torch.randn(shape.batch, config["pooled_projection_dim"]),
+        }
 
 
 def joined_size(targets: Sequence[Tensor], references: Sequence[Sequence[Tensor]] | None) -> tuple[int, int]:
@@ -106,11 +110,12 @@ def joined_size(targets: Sequence[Tensor], references: Sequence[Sequence[Tensor]
 
 
 def start_process_group(folder: Path) -> None:
-    """Start a gloo group with this one process, because DeepSpeed needs a group."""
+    """Start a group with this one process, because DeepSpeed needs a group."""
     import torch.distributed as dist
 
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=0, world_size=1)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder / 'rendezvous'}", rank=0, world_size=1)
 
 
 def seconds(function: Callable[[], object]) -> float:

@@ -29,6 +29,7 @@ from actors.objectives.policy_losses import PolicyMicro
 from benchmarks.timing import Result, Shape, bare_dit, bare_inputs, compare, joined_size, recipe
 from deepgen.config.settings import TASKS
 from deepgen.data.parquet import read_records
+from deepgen.models.presets import TINY, Architecture
 from deepgen.models.unified import UnifiedModel
 
 CPU = torch.device("cpu")
@@ -84,17 +85,26 @@ def rl_experience(context: WorkerContext) -> tuple[Objective, RLBatch]:
 
 
 class BareUpdate:
-    """Forward and backward of a bare DiT on each shape, then one AdamW step."""
+    """Forward and backward of a bare DiT on each shape, under autocast if `bf16`, then one AdamW step."""
 
-    def __init__(self, shapes: Sequence[Shape]) -> None:
-        self.dit = bare_dit().train()
+    def __init__(
+        self,
+        shapes: Sequence[Shape],
+        architecture: Architecture = TINY,
+        device: str | torch.device = "cpu",
+        *,
+        bf16: bool = False,
+    ) -> None:
+        self.dit = bare_dit(architecture, device).train()
         self.optimizer = torch.optim.AdamW(self.dit.parameters(), lr=1e-5)
-        self.inputs = [bare_inputs(shape) for shape in shapes]
+        self.inputs = [bare_inputs(shape, architecture, device) for shape in shapes]
+        self._bf16, self._kind = bf16, torch.device(device).type
 
     def __call__(self) -> None:
         for inputs in self.inputs:
-            (velocity,) = self.dit(**inputs, return_dict=False)
-            velocity.square().mean().backward()
+            with torch.autocast(self._kind, dtype=torch.bfloat16, enabled=self._bf16):
+                (velocity,) = self.dit(**inputs, return_dict=False)
+            velocity.float().square().mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

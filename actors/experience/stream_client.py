@@ -68,9 +68,11 @@ class StreamClient:
         while True:
             try:
                 return self._answer(request, meanwhile)
+            except RayTaskError:  # raised by the stream, which lives: perhaps for the death of another actor
+                raise
+            except ActorDiedError as error:
+                raise StreamLostError(f"the experience stream is gone, in {request.method}") from error
             except ActorUnavailableError as error:
-                if isinstance(error, RayTaskError):  # of another actor: the stream lives and has raised it
-                    raise
                 deaths += 1
                 if deaths == ATTEMPTS:
                     raise StreamLostError(
@@ -91,10 +93,6 @@ class StreamClient:
             return ray.get(request.reference, timeout=self._deadline_s)
         except GetTimeoutError as error:
             raise _late(request) from error
-        except ActorDiedError as error:
-            if isinstance(error, RayTaskError):
-                raise
-            raise StreamLostError(f"the experience stream is gone, in {request.method}") from error
 
 
 def _late(request: Request) -> TimeoutError:

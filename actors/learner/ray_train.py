@@ -147,7 +147,7 @@ def _failure_policy(settings: Settings, config: Any) -> Any:
                 self.restarts += 1
                 failures = getattr(training_failed_error, "worker_failures", {})
                 what = "; ".join(f"worker {rank}: {first_line(error)}" for rank, error in failures.items())
-                what = what or f"while they started: {first_line(training_failed_error)}"
+                what = what or first_line(training_failed_error)  # they died before they worked
                 say(f"starting the workers again ({self.restarts}, train.max_failures {limit}): {what}")
             return decision
 

@@ -25,7 +25,6 @@ from actors.experience.rollout_fleet import ATTEMPTS
 from actors.experience.stream_client import StreamClient, StreamForgotError
 from actors.learner.checkpoints.checkpoint_shards import ShardReader, write_shard
 from actors.learner.checkpoints.checkpoint_store import CheckpointStore
-from actors.learner.checkpoints.host_copy import fp32_copies
 from actors.learner.collectives import gather
 from actors.learner.protocols import Arriving, TrainedModel, WorkerContext
 from actors.messages import Arrays, Canary, Group, PolicyWeights, RankBatch
@@ -154,7 +153,7 @@ class ExperienceSource:
         full = policy.weights()
         if self._context.rank == 0:
             # Copies: the next update changes the parameters while the thread still reads.
-            copies = fp32_copies(full)
+            copies = {name: tensor.detach().float().to("cpu", copy=True) for name, tensor in full.items()}
             canary = Canary(log_prob, known_kernels(self._context.device))
             self._publisher.start(version, copies, canary)
         if not self._introduced:

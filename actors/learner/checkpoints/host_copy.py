@@ -1,8 +1,4 @@
-"""Copies in host memory of what a checkpoint or a policy version holds: the next step may change the originals at once.
-
-Copies of GPU tensors are in pinned memory, which the GPU writes without help of the CPU. torch keeps what is freed of
-it for the next copy.
-"""
+"""Copies in host memory of what a checkpoint holds, so that the next step may change the originals at once."""
 
 from __future__ import annotations
 
@@ -14,21 +10,11 @@ from torch import Tensor
 from actors.learner.checkpoints.checkpoint_shards import Pieces
 
 
-def fp32_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A new copy of each tensor, in fp32 and in host memory."""
-    copies = {}
-    for name, tensor in tensors.items():
-        copies[name] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
-        copies[name].copy_(tensor.detach(), non_blocking=True)
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()
-    return copies
-
-
 class HostCopies:
     """Host memory that one checkpoint after another uses: as much as this rank writes.
 
-    Do not call ``take`` while something still reads what it returned before.
+    Do not call ``take`` while something still reads what it returned before. Copies of GPU tensors are in pinned
+    memory, which the GPU writes without help of the CPU.
     """
 
     def __init__(self) -> None:

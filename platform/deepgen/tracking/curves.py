@@ -113,7 +113,7 @@ def _draw_panel(axes: Axes, panel: Panel, found: Series) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(found) > 1:
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")  # may lie over lines
 
 
 def smoothed(values: list[float], span: int = _SMOOTHING_SPAN) -> npt.NDArray[np.float64]:
