@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
 
-from deepgen.cluster.private import start_private
+from deepgen.cluster.private import start_private, usable_cpus
 from deepgen.config import Settings, load_settings
 from deepgen.config.recipes import find_recipe
 from deepgen.data.parquet import read_records
@@ -100,15 +101,15 @@ def try_fuzz(count: int) -> int:
     """Print the table of damaged and hostile inputs. Returns how many the readers did not take or refuse properly."""
     print(FUZZ_HEADER, flush=True)
     faults = 0
-    for kind, share in SHARES.items():
-        outcome = run_fuzz(kind, count * share // sum(SHARES.values()))
-        print(
-            outcome.row(kind),
-            *(f"{kind} {number}: {what}" for number, what in outcome.faults[:20]),
-            sep="\n",
-            flush=True,
-        )
-        faults += len(outcome.faults)
+    counts = [count * share // sum(SHARES.values()) for share in SHARES.values()]
+    with ThreadPoolExecutor(usable_cpus()) as watchers:  # one kind each, in a process of its own
+        outcomes = watchers.map(run_fuzz, SHARES, counts)
+        for kind, outcome in zip(
+            SHARES, tqdm(outcomes, "kinds of input", len(SHARES), leave=False, disable=None), strict=True
+        ):
+            found = (f"{kind} {number}: {what}" for number, what in outcome.faults[:20])
+            tqdm.write("\n".join([outcome.row(kind), *found]))
+            faults += len(outcome.faults)
     return faults
 
 
