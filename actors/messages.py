@@ -37,7 +37,7 @@ class Group:
     # set by the rollout actor
     version: int | None = None  # policy version that drew the samples
     reward_weights: Filled = None  # float32 [K], 0 where a reward has no weight or does not apply to the prompt
-    keys: Filled = None  # G bytes that tell images with their prompts apart (`request_key`); dropped after scoring
+    keys: Filled = None  # G keys of images with their prompts (`request_key`); dropped after scoring
     journal: Filled = None  # `JournalNews` of the actor; dropped by the stream
     requests: Filled = None  # Ray reference to the list of G `RewardRequest`s, with the images; dropped after scoring
     trajectory: Filled = None  # Ray reference to the arrays of `pack_samples`; the learner puts the arrays here
@@ -104,7 +104,7 @@ class EvaluationReply:
     reward_weights: as in `Group`, float32 [prompts, K].
     """
 
-    keys: tuple[bytes, ...]
+    keys: tuple[bytes | None, ...]
     reward_weights: np.ndarray
 
 

@@ -120,3 +120,14 @@ def test_letters_that_a_console_cannot_show_are_no_error(tmp_path: Path, locale:
     assert done.returncode == 2
     assert done.stdout.rstrip(b"\n") in shown
     assert done.stderr.removeprefix(b"error: ").rstrip(b"\n") in shown
+
+
+@pytest.mark.processes
+def test_streams_that_the_caller_has_closed_lead_nowhere(tmp_path: Path) -> None:
+    """Otherwise the next file gets the number of one, and what children print lands in it."""
+    code = "import os, subprocess; from deepgen.errors import run_program\ndef main():\n"
+    code += " with open('data', 'w') as f:\n  f.write('kept'); f.flush(); print('lost')\n"
+    code += "  subprocess.run(['sh', '-c', 'echo lost; echo lost >&2'], check=True)\nrun_program(main)"
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code]
+    done = subprocess.run(closed, cwd=tmp_path, check=False, timeout=60)
+    assert (done.returncode, (tmp_path / "data").read_text()) == (0, "kept")

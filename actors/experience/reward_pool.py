@@ -40,7 +40,7 @@ from rewards import RewardRequest, RewardUnavailable, build_reward
 log = logging.getLogger(__name__)
 
 COUNTERS = ("calls", "retries", "timeouts", "missing", "cache_hits", "restarts", "unwritten", "seconds")
-NOT_APPLICABLE = "the reward does not apply to this prompt"
+NOT_APPLICABLE = "the reward does not apply to this prompt, or there is no picture"
 MAX_BACKOFF_S = 10.0
 _LARGEST = float(np.finfo(np.float32).max)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from actors.experience.policy.no_picture import is_picture
 from deepgen.config.schema.sections import RewardSettings
 from deepgen.data.images import decode_image
 from deepgen.data.records import Record
@@ -22,8 +23,10 @@ def make_requests(record: Record, images: Iterable[np.ndarray]) -> list[RewardRe
     return [RewardRequest(record.prompt, record.answer, record.task, image, references) for image in images]
 
 
-def request_key(request: RewardRequest) -> bytes:
-    """Cache key: a hash of everything that a reward may use."""
+def request_key(request: RewardRequest) -> bytes | None:
+    """Cache key: a hash of everything that a reward may use. None where there is no picture to ask about."""
+    if not is_picture(request.image):
+        return None
     key = hashlib.blake2b(digest_size=16)
     for text in (request.prompt, request.answer, request.task):
         key.update(f"{len(text)}:{text}".encode())

@@ -42,10 +42,10 @@ class RewardRouter:
         for pool in self._pools.values():
             pool.stop()
 
-    async def score(self, requests: ray.ObjectRef, keys: Sequence[bytes], weights: np.ndarray) -> np.ndarray:
+    async def score(self, requests: ray.ObjectRef, keys: Sequence[bytes | None], weights: np.ndarray) -> np.ndarray:
         """Scores, float32 [N, K], of the N requests behind a reference; NaN if missing or not asked for.
 
-        keys, weights [N, K]: of the requests (`actors.experience.reward_requests`).
+        keys, weights [N, K]: of the requests (`actors.experience.reward_requests`). One without a key is not asked.
         """
         scores = np.full(weights.shape, np.nan, dtype=np.float32)
 

@@ -86,6 +86,7 @@ def run_program(main: Callable[[], int | None], *, resumes: bool = True) -> NoRe
     (`resumes` False). A reader that closes the output early (`--help | head`) is no error, and a run goes on without
     it. A full or read-only disk is reported like a UserError. Any other exception is a bug and keeps its traceback.
     """
+    _fill_standard_streams()
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background programs that ignore Ctrl-C
     stop_on_sigterm()
@@ -146,6 +147,21 @@ class _Lasting(io.FileIO):
         os.dup2(nowhere, self.fileno())  # also for this process's children
         os.close(nowhere)
         return len(data)
+
+
+def _fill_standard_streams() -> None:
+    """Open those that the caller has closed (`>&-`) to nowhere.
+
+    The next files would get their numbers, and what children print would be written into these. Libraries, too, take
+    for granted that the streams are there.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is not None:
+            continue
+        stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115  # for the rest of the program
+        if stream.fileno() == number:
+            os.set_inheritable(number, True)
+        setattr(sys, name, stream)
 
 
 def _lasting(stream: Any) -> Any:

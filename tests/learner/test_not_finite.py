@@ -157,23 +157,27 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, stage: in
 
 
 @pytest.mark.processes
-def test_a_checkpoint_with_such_weights_is_not_resumed_from(tmp_path: Path) -> None:
-    """Whoever wrote it. The line names its folder."""
+def test_a_checkpoint_with_such_a_number_is_not_resumed_from(tmp_path: Path) -> None:
+    """Whoever wrote it, in weights, moments or averages. The line names its folder."""
     from safetensors.torch import load_file, save_file
 
     from deepgen.fingerprint import file_checksum
 
-    run = toy_run(tmp_path, "a", "train.steps=2")
-    run_workers(tmp_path, [run])
-    file = tmp_path / "a" / "checkpoints" / "step-000002" / "engine-0.safetensors"
-    pieces = load_file(file)
-    pieces["weight:out.bias@0"][0] = math.nan
-    save_file(pieces, file)
-    file.with_suffix(".blake2b").write_text(file_checksum(file))
-    again = run | {"overrides": [*run["overrides"], "run.resume=true", "train.steps=4"], "ends": str(tmp_path)}
-    run_workers(tmp_path, [again])
-    said = (tmp_path / "a.0.error").read_text()
-    assert said.startswith(f"{file.parent}: out.bias is not finite; remove this folder")
+    places = {"weight:out.bias@0": "out.bias", "exp_avg_sq:out.bias@0": "exp_avg_sq:out.bias", "out.bias@0": "out.bias"}
+    runs = [toy_run(tmp_path, f"run-{i}", EMA, "train.steps=2") for i in range(len(places))]
+    run_workers(tmp_path, runs)
+    for i, place in enumerate(places):
+        file = tmp_path / f"run-{i}" / "checkpoints" / "step-000002" / "engine-0.safetensors"
+        file = file if ":" in place else file.with_name("ema-0.safetensors")
+        pieces = load_file(file)
+        pieces[place][0] = math.nan
+        save_file(pieces, file)
+        file.with_suffix(".blake2b").write_text(file_checksum(file))
+    more = ["run.resume=true", "train.steps=4"]
+    run_workers(tmp_path, [run | {"overrides": [*run["overrides"], *more], "ends": str(tmp_path)} for run in runs])
+    for i, said in enumerate(places.values()):
+        folder = tmp_path / f"run-{i}" / "checkpoints" / "step-000002"
+        assert (tmp_path / f"run-{i}.0.error").read_text().startswith(f"{folder}: {said} is not finite; remove this")
 
 
 def test_no_shard_is_written_with_such_a_number(tmp_path: Path) -> None:

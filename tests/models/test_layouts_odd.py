@@ -209,6 +209,21 @@ def test_integer_weights_are_refused(model, folder, tmp_path):
         convert(tmp_path / "a.pt", tmp_path / "out", bases=Bases(base=folder))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.to(torch.float8_e4m3fn), r"is torch\.float8_e4m3fn; known: torch\.float64, torch\.float32, "),
+        (lambda t: t.to(torch.float8_e5m2), r"is torch\.float8_e5m2; known: "),
+        (lambda t: t.to_sparse(), r"is a tensor of layout torch\.sparse_coo; allowed: dense tensors"),
+        (lambda t: t.to("meta"), r"is a meta tensor, which has no values; allowed: dense tensors"),
+    ],
+)
+def test_tensors_that_cannot_be_read_as_they_are(tmp_path, change, message):
+    torch.save({"transformer.a": change(torch.ones(2, 2))}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=rf"a\.pt: transformer\.a {message}"):
+        read_weights(tmp_path / "a.pt")
+
+
 def test_values_too_large_for_fp16(model, folder, tmp_path):
     state = native_state(model)
     state["transformer.proj_out.bias"][0] = 1e6
@@ -225,7 +240,7 @@ def test_weights_that_are_not_finite_are_not_exported(model, folder, tmp_path, v
     state["transformer.proj_out.bias"][0] = value
     torch.save(state, tmp_path / "a.pt")
     for target in ("components", "native"):
-        with pytest.raises(UserError, match=r"proj_out\.bias is not finite"):
+        with pytest.raises(UserError, match=r"^\S+: (transformer\.)?proj_out\.bias is not finite"):
             convert(tmp_path / "a.pt", tmp_path / "out", target, bases=Bases(base=folder))
         assert not (tmp_path / "out").exists()
 
@@ -397,7 +412,13 @@ def test_a_deepspeed_folder_is_found_from_within(tmp_path, monkeypatch):
     assert seen == {"folder": str(tmp_path), "tag": "iter_3.pth"}
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', ""])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{}", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ""}}'),
+        *('{"weight_map": {"a": "../vae/x.safetensors"}}', '{"weight_map": {"a": "/etc/x.safetensors"}}'),
+    ],
+)
 def test_damaged_index(copied, content):
     (copied / "vlm" / "model.safetensors.index.json").write_text(content)
     with pytest.raises(UserError, match=r"model\.safetensors\.index\.json: "):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.experience.policy.no_picture import no_picture
 from actors.messages import Arrays, EvaluationRequest, Group
 from deepgen.config import Settings
 from deepgen.data.images import decode_image
@@ -195,7 +196,12 @@ def trained_steps(settings: Settings, step: int) -> list[int]:
 
 
 def to_pixels(image: Tensor) -> np.ndarray:
-    """Convert [3, H, W] in [-1, 1] to uint8 [H, W, 3], rounding as the published scripts do (M1.7)."""
+    """Convert [3, H, W] in [-1, 1] to uint8 [H, W, 3], rounding as the published scripts do (M1.7).
+
+    `no_picture` if a number is not finite.
+    """
+    if not image.isfinite().all():
+        return no_picture(*image.shape[1:])
     return (image.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 

@@ -410,7 +410,7 @@ def _write_state(
         tensors = {key: state[key].read().clone(memory_format=torch.contiguous_format) for key in keys}
         for key, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise UserError(f"{key} is not finite; allowed: weights of a training that went well")
+                raise UserError(f"{folder.name}: {key} is not finite; allowed: weights of a training that went well")
         save_file(tensors, folder / file, metadata={"format": "pt", **(metadata or {})})
     if plan.is_sharded:
         _write_json(

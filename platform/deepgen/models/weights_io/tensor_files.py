@@ -129,6 +129,8 @@ def _indexed(index: Path) -> set[str]:
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise UserError(f"{index}: weight_map is {files!r:.40}, expected an object of tensor: file")
+    if strange := sorted(name for name in files.values() if name in ("", "..") or Path(name).name != name):
+        raise UserError(f"{index}: weight_map names the file {strange[0]!r:.60}; allowed: files beside it")
     return set(files.values())
 
 
@@ -181,7 +183,7 @@ def read_torch(path: Path) -> State:
             raise UserError(f"{path}: {name!r} is the name of a {type(value).__name__}, expected tensors by name")
         if not isinstance(value, Tensor):
             raise UserError(f"{path}: {name!r} is a {type(value).__name__}, expected tensors by name")
-    return {name: _known(t) for name, t in content.items()}
+    return {name: _known(path, name, t) for name, t in content.items()}
 
 
 def read_deepspeed(path: Path) -> State:
@@ -219,7 +221,7 @@ def _module(folder: Path) -> tuple[State, bool]:
     partitioned = content.get("param_shapes") is not None or any(folder.glob("*_optim_states.pt"))
     if not partitioned and len(files := sorted(folder.glob("*_model_states.pt"))) > 1:
         raise ValueError(f"its model is split over {len(files)} files, as {files[1].name}")
-    return {name: _known(t) for name, t in content["module"].items()}, partitioned
+    return {name: _known(path, name, t) for name, t in content["module"].items()}, partitioned
 
 
 def _zero_stage(enum: Any, name: str) -> Any:
@@ -238,7 +240,13 @@ def _reason(error: Exception) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)[:200]
 
 
-def _known(tensor: Tensor) -> LazyTensor:
+def _known(path: Path, name: str, tensor: Tensor) -> LazyTensor:
+    """A tensor of a torch file. UserError for one that is not dense, or of a type whose numbers need a scale (fp8)."""
+    if tensor.is_floating_point() and tensor.dtype not in _DTYPES.values():
+        raise UserError(f"{path}: {name} is {tensor.dtype}; known: {', '.join(map(str, _DTYPES.values()))}")
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        what = "a meta tensor, which has no values" if tensor.is_meta else f"a tensor of layout {tensor.layout}"
+        raise UserError(f"{path}: {name} is {what}; allowed: dense tensors")
     return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
