@@ -3,6 +3,7 @@
 import base64
 import csv
 import gzip
+import io
 import json
 import os
 import tarfile
@@ -12,15 +13,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from deepgen.data.conversion.convert_units import write_report
-from deepgen.data.conversion.raw_data import guess_form, plan_units, read_unit
+from deepgen.data.conversion.convert_units import image_fault, write_report
+from deepgen.data.conversion.raw_data import guess_form, notes_of, plan_units, read_unit
 from deepgen.data.conversion.readers.raw_sample import RawData
 from deepgen.data.conversion.readers.source_files import find_files
 from deepgen.data.parquet import write_records
 from deepgen.data.records import Record
 from deepgen.errors import UserError
-from tests.data.test_convert import convert, picture, reasons
+from tests.data.test_convert import LIMITS, convert, picture, reasons
 from tests.data.test_convert_odd import pack, parquet, samples
 
 
@@ -386,3 +388,63 @@ def test_dictionary_columns_are_read(tmp_path):
     table = pa.table({"image": pa.array([picture()] * 3).dictionary_encode(), "text": ["a", "b", "c"]})
     pq.write_table(table, tmp_path / "a.parquet")
     assert [r.prompt for r in convert(tmp_path / "a.parquet", tmp_path / "out")] == ["a", "b", "c"]
+
+
+# ---------------------------------------------------------------- what lies beside the data
+
+
+def test_files_of_other_kinds_are_told(tmp_path):
+    pack(tmp_path / "in" / "a.tar", samples(1))
+    for name in ("b.tar.zst", "c.zip", "d.zip", "README.md", "LICENSE"):
+        put(tmp_path / "in" / name, "x")
+    (tmp_path / "in" / "self").symlink_to("self")
+    raw = RawData(tmp_path / "in", guess_form(tmp_path / "in"))
+    (note,) = notes_of(raw)
+    assert note == (
+        f"passed over 4 files of other kinds (2 .zip, 1 .zst, 1 no suffix), the first {tmp_path}/in/b.tar.zst"
+    )
+    put(tmp_path / "pics" / "a.png", picture())
+    put(tmp_path / "pics" / "a.png.txt", "a caption, not passed over")
+    assert notes_of(RawData(tmp_path / "pics", "folder")) == []
+    put(tmp_path / "pics" / "list.csv", "image,text\na.png,a\n")
+    assert notes_of(RawData(tmp_path / "pics", "pairs")) == []  # the list names its pictures
+
+
+def test_what_img2dataset_writes_beside_tars_and_folders(tmp_path):
+    for folder in ("tars", "pictures"):
+        parquet(tmp_path / folder / "00000.parquet", [{"url": "http://a.invalid/1.jpg", "caption": "a"}])
+        put(tmp_path / folder / "00000_stats.json", '{\n"count": 1\n}')
+    pack(tmp_path / "tars" / "00000.tar", samples(1))
+    put(tmp_path / "pictures" / "00000" / "0.png", picture())
+    put(tmp_path / "pictures" / "00000" / "0.txt", "a")
+    assert guess_form(tmp_path / "tars") == "webdataset"
+    assert guess_form(tmp_path / "pictures") == "folder"
+    parquet(tmp_path / "rows" / "00000.parquet", [{"jpg": picture(), "caption": "a"}])
+    put(tmp_path / "rows" / "00000_stats.json", '{\n"count": 1\n}')
+    assert guess_form(tmp_path / "rows") == "hf"
+
+
+def test_results_that_datasets_caches_beside_its_files_are_no_data(tmp_path):
+    arrow(tmp_path / "data-00000-of-00001.arrow", hf_table(2))
+    arrow(tmp_path / "cache-1b2c.arrow", hf_table(2))
+    arrow(tmp_path / "cache-3d4e.arrow", pa.table({"indices": [1, 0]}))
+    assert len(find_files(tmp_path).files) == 3
+    put(tmp_path / "dataset_info.json", "{}")
+    assert [file.name for file in find_files(tmp_path).files] == ["data-00000-of-00001.arrow"]
+    assert "passed over 2 files of other kinds (2 .arrow)" in find_files(tmp_path).notes()[0]
+
+
+def test_files_that_git_lfs_has_not_fetched_are_told(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for name in ("a.parquet", "a.tar", "a.csv"):
+        with pytest.raises(UserError, match=rf"{name}: is a pointer of Git LFS, .*git lfs pull"):
+            guess_form(put(tmp_path / name, pointer))
+    assert image_fault(pointer.encode(), LIMITS) == "a pointer of Git LFS, not the file itself"
+
+
+def test_pictures_in_other_formats_are_named():
+    for name, data in {"HEIC": b"\0\0\0\x18ftypheic\0", "JPEG XL": b"\xff\x0a\0", "SVG": b"<?xml ?>\n<svg>"}.items():
+        assert image_fault(data, LIMITS) == f"an image in a format that is not read ({name})"
+    buffer = io.BytesIO()
+    Image.new("F", (32, 32)).save(buffer, "TIFF")
+    assert image_fault(buffer.getvalue(), LIMITS) == "greys whose white is unknown"

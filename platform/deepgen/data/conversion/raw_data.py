@@ -27,10 +27,21 @@ from pathlib import Path
 from typing import Any
 
 from deepgen.data.conversion.readers.columnar import column_names, is_prompts, parts_of, read_columnar
-from deepgen.data.conversion.readers.picture_folder import CAPTIONS, picture_sample
+from deepgen.data.conversion.readers.picture_folder import picture_sample
 from deepgen.data.conversion.readers.raw_sample import RawData, RawSample, Unit, stem_of
 from deepgen.data.conversion.readers.row_forms import columns_of, form_of, listed, sample_of
-from deepgen.data.conversion.readers.source_files import ARROW, PARQUET, PICTURE, TAR, TEXT, Found, find_files, kind_of
+from deepgen.data.conversion.readers.source_files import (
+    ARROW,
+    PARQUET,
+    PICTURE,
+    TAR,
+    TEXT,
+    Found,
+    captions_of,
+    find_files,
+    kind_of,
+    side_files_of,
+)
 from deepgen.data.conversion.readers.tars import read_tar
 from deepgen.errors import UserError
 from deepgen.reading.tables import TABLES, Unreadable, read_table
@@ -78,9 +89,9 @@ def guess_form(path: Path) -> str:
 
 
 def _telling(files: list[Path]) -> list[Path]:
-    """The files that tell the form: archives and tables, not pictures beside them; captions belong to pictures."""
-    pictures = {file.with_suffix("") for file in files if kind_of(file) == PICTURE}
-    own = [file for file in files if not (file.suffix.lower() in CAPTIONS and file.with_suffix("") in pictures)]
+    """The files that tell the form: archives and tables, not what belongs to them or to pictures, nor pictures."""
+    beside = captions_of(files) | side_files_of(files)
+    own = [file for file in files if file not in beside]
     for kinds in ((TAR, *_COLUMNAR, *TABLES), (PICTURE,), (TEXT,)):
         if found := [file for file in own if kind_of(file) in kinds]:
             return found
