@@ -16,8 +16,10 @@ import pytest
 from PIL import Image
 
 from deepgen.data.conversion.convert_units import image_fault, write_report
+from deepgen.data.conversion.look import look
 from deepgen.data.conversion.raw_data import guess_form, notes_of, plan_units, read_unit
 from deepgen.data.conversion.readers.raw_sample import RawData
+from deepgen.data.conversion.readers.row_forms import columns_of
 from deepgen.data.conversion.readers.source_files import find_files
 from deepgen.data.parquet import write_records
 from deepgen.data.records import Record
@@ -174,7 +176,7 @@ def test_rows_that_cannot_be_read_cost_themselves(tmp_path):
     assert reasons(tmp_path / "out2")[0] == "row of 3 fields: the header has 2"
     put(tmp_path / "in" / "c.csv", b"image,text\n0.png,caf\xe9\n0.png,a\n")
     assert len(convert(tmp_path / "in" / "c.csv", tmp_path / "out3")) == 1
-    assert reasons(tmp_path / "out3") == ["caption: not valid text"]
+    assert reasons(tmp_path / "out3") == ["caption: not UTF-8 text"]
 
 
 @pytest.mark.parametrize(
@@ -407,7 +409,8 @@ def test_files_of_other_kinds_are_told(tmp_path):
     put(tmp_path / "pics" / "a.png.txt", "a caption, not passed over")
     assert notes_of(RawData(tmp_path / "pics", "folder")) == []
     put(tmp_path / "pics" / "list.csv", "image,text\na.png,a\n")
-    assert notes_of(RawData(tmp_path / "pics", "pairs")) == []  # the list names its pictures
+    notes = notes_of(RawData(tmp_path / "pics", "pairs"))  # the list names its pictures
+    assert notes == ["reads image from 'image', prompt from 'text'"]
 
 
 def test_what_img2dataset_writes_beside_tars_and_folders(tmp_path):
@@ -448,3 +451,78 @@ def test_pictures_in_other_formats_are_named():
     buffer = io.BytesIO()
     Image.new("F", (32, 32)).save(buffer, "TIFF")
     assert image_fault(buffer.getvalue(), LIMITS) == "greys whose white is unknown"
+
+
+# ---------------------------------------------------------------- columns as public sets name them
+
+
+@pytest.mark.parametrize(
+    ("image", "references", "prompt", "others"),
+    [
+        ("edited_image", "original_image", "edit_prompt", ["original_prompt", "edited_prompt"]),  # InstructPix2Pix
+        ("target_img", "source_img", "instruction", ["mask_img", "turn_index"]),  # MagicBrush
+        ("edited_image", "source_image", "edit_prompt", ["source_caption", "target_caption"]),  # UltraEdit
+        ("edited_img", "src_img", "edited_prompt_list", ["task", "sc_score_1"]),  # OmniEdit
+        ("output_image", "input_image", "edit", ["input", "output", "inverse_edit"]),  # HQ-Edit
+        ("edited_image", "image", "Instruction", []),
+        ("URL", "", "TEXT", ["SAMPLE_ID", "NSFW", "similarity"]),  # LAION
+        ("jpg", "", "caption", ["url", "key", "status"]),  # img2dataset
+        ("Image Path", "", "Caption", []),
+        ("image", "", "text", ["conditioning_image"]),
+    ],
+)
+def test_columns_are_known_by_usual_names(image, references, prompt, others):
+    columns = {"image": image, "prompt": prompt} | ({"references": references} if references else {})
+    assert (
+        columns_of(RawData(Path("a"), "hf"), [*others, prompt, image, *filter(None, [references])], Path("a"))
+        == columns
+    )
+    plain = RawData(Path("a"), "hf", columns={"image": image, "prompt": prompt})  # no edits if the image is given
+    assert "references" not in columns_of(plain, [*others, *columns.values()], Path("a"))
+
+
+def test_edits_in_tables_and_parquet_are_edits(tmp_path):
+    row = {"source_img": "0.png", "target_img": "1.png", "instruction": "do it", "mask_img": "2.png"}
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
+        path = written(tmp_path / name[2:] / name, [row] * 3)
+        edits = convert(path, tmp_path / f"out-{name}")
+        assert {(edit.task, edit.image, edit.references) for edit in edits} == {
+            ("edit", picture(value=1), (picture(value=0),))
+        }
+        assert notes_of(RawData(path, guess_form(path))) == [
+            "reads image from 'target_img', prompt from 'instruction', references from 'source_img'; not read: mask_img"
+        ]
+
+
+def test_the_first_of_several_captions_is_kept_and_told(tmp_path):
+    rows = [{"file_name": "0.png", "captions": texts} for texts in (["", "one", "two"], ["three"], [])]
+    path = written(tmp_path / "a.jsonl", rows)
+    assert [r.prompt for r in convert(path, tmp_path / "out")] == ["one", "three"]
+    assert reasons(tmp_path / "out") == ["empty caption"]
+    assert "1 have several captions; the first of each is kept" in list(look(RawData(path, "pairs"), LIMITS, 0.1))
+
+
+def test_a_table_without_a_header_is_told(tmp_path):
+    path = put(tmp_path / "a.csv", "0.png,a cat\n1.png,a dog\n")
+    with pytest.raises(UserError, match=r"has the keys 0\.png, a cat\); is its header missing\?"):
+        guess_form(path)
+    with pytest.raises(UserError, match=r"which column is the image\?.*is its header missing\?"):
+        notes_of(RawData(path, "pairs"))
+
+
+def test_spaces_behind_the_commas_of_csv(tmp_path):
+    put(tmp_path / "0.png", picture())
+    path = put(tmp_path / "a.csv", 'text, image\n"a, b", 0.png\nc, "0.png"\n')
+    assert [r.prompt for r in convert(path, tmp_path / "out")] == ["a, b", "c"]
+
+
+def test_a_place_is_said_on_one_line_with_what_was_not_read(tmp_path):
+    put(tmp_path / "a\nb.png", picture())
+    put(tmp_path / "a\nb.txt", "a cat")
+    put(tmp_path / "c\nd.png", picture())
+    lines = list(look(RawData(tmp_path, "folder"), LIMITS, 1))
+    assert lines[1].endswith("of 2 samples looked at, 1 would be kept (1 t2i)")
+    assert not any("\n" in line for line in lines)
+    path = put(tmp_path / "list.csv", "image,text\ngone.png,a\n0.png,b\n")
+    put(tmp_path / "0.png", picture())
+    assert f"{path}, row 1 ({tmp_path}/gone.png)" in str(list(look(RawData(path, "pairs"), LIMITS, 1)))

@@ -162,7 +162,7 @@ def test_images_is_where_relative_paths_start_in_every_form_that_has_them(tmp_pa
     _, lines = check(
         monkeypatch, capsys, "--check", path, "--images", tmp_path / "elsewhere", "--min-side", 16, "--form", form
     )
-    assert "of 1 samples looked at, 1 would be kept" in lines[1]
+    assert any("of 1 samples looked at, 1 would be kept" in line for line in lines)
 
 
 @pytest.mark.parametrize("order", ["in --rows 5 out", "--rows 5 in out", "in out --rows 5"])

@@ -262,12 +262,12 @@ def _csv_rows(stream: BinaryIO, file: Path, head: int, offset: int, rows: int) -
     try:
         first = next(lines, "")
         delimiter = "\t" if suffix_of(file) == ".tsv" else max(_DELIMITERS, key=first.count)
-        names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+        names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter, skipinitialspace=True), [])]
         if offset:
             stream.seek(offset)
             lines = _CsvLines(stream, offset)
         number = rows
-        for fields in csv.reader(lines, delimiter=delimiter, strict=True):
+        for fields in csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True):
             if not fields:
                 continue
             number += 1

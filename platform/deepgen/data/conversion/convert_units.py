@@ -17,7 +17,7 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from deepgen.data.conversion.readers.image_values import MAX_SAMPLE, MISSING, TO
 from deepgen.data.conversion.readers.raw_sample import RawData, RawSample, Unit
 from deepgen.data.images import MAX_ASPECT, MAX_PIXELS, UnknownWhiteError, check_pixels, header_size, open_image
 from deepgen.data.parquet import SCHEMA, RecordWriter, to_rows
-from deepgen.data.records import Record, check_row, is_unicode
+from deepgen.data.records import Record, as_list, check_row, is_unicode
 from deepgen.data.uris import UriError
 from deepgen.errors import UserError
 from deepgen.masking import masked
@@ -123,6 +123,7 @@ class Tally:
 
 def check_sample(sample: RawSample, limits: Limits) -> tuple[Record | None, str]:
     """The record made from a sample, or None and why it is unusable. Similar faults give the same reason."""
+    sample = _one_caption(sample)
     if reason := sample.fault or _text_fault(sample):
         return None, reason
     if sample.task == "edit" and not sample.references:
@@ -142,6 +143,20 @@ def check_sample(sample: RawSample, limits: Limits) -> tuple[Record | None, str]
     return Record(id, sample.task, sample.prompt, answer, target, references, own), ""
 
 
+def has_more_captions(sample: RawSample) -> bool:
+    """Whether a sample gives several captions, of which only the first is used."""
+    return isinstance(sample.prompt, list) and sum(isinstance(text, str) for text in sample.prompt) > 1
+
+
+def _one_caption(sample: RawSample) -> RawSample:
+    """The sample with the first caption that is not empty, if it gives a list of them."""
+    given = as_list(sample.prompt)
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        return sample
+    first = next((text for text in given if text.strip()), None)
+    return replace(sample, prompt=first, answer=first if sample.answer == sample.prompt else sample.answer)
+
+
 def _text_fault(sample: RawSample) -> str:
     """Why the task, prompt or answer of a sample is unusable, or "" if they are usable."""
     if sample.task not in TASKS:
@@ -154,7 +169,7 @@ def _text_fault(sample: RawSample) -> str:
         if len(text) > MAX_TEXT:
             return f"caption: more than {MAX_TEXT:,} letters"
         if not is_unicode(text):
-            return "caption: not valid text"
+            return "caption: not UTF-8 text"
     return ""
 
 
