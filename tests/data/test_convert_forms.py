@@ -526,3 +526,38 @@ def test_a_place_is_said_on_one_line_with_what_was_not_read(tmp_path):
     path = put(tmp_path / "list.csv", "image,text\ngone.png,a\n0.png,b\n")
     put(tmp_path / "0.png", picture())
     assert f"{path}, row 1 ({tmp_path}/gone.png)" in str(list(look(RawData(path, "pairs"), LIMITS, 1)))
+
+
+# ---------------------------------------------------------------- captions as people keep them
+
+
+def test_captions_in_tars(tmp_path):
+    pictures = {name: picture(value=i) for i, name in enumerate("abcd")}
+    members = [(f"{name}.png", data) for name, data in pictures.items()]
+    members += [("a.caption", b"one"), ("b.txt", b" "), ("b.json", b'{"TEXT": "two"}'), ("c.json", b'"three"')]
+    members += [("d.cls", b"3"), ("__key__", b"k"), ("__MACOSX/a.txt", b"x"), ("e.v1.png", picture())]
+    members += [(f"photo 2.{i}.{kind}", data) for i in (0, 1) for kind, data in (("png", picture()), ("txt", b"dots"))]
+    members += [("f.original.png", picture()), ("f.edited.png", picture()), ("f.txt", b"edit")]
+    path = pack(tmp_path / "a.tar", members)
+    found = {r.id.partition("/")[2]: r for r in convert(path, tmp_path / "out")}
+    assert {name: r.prompt for name, r in found.items()} == {
+        "a": "one",
+        "b": "two",
+        "c": "three",
+        "f": "edit",
+        "photo 2.0": "dots",
+        "photo 2.1": "dots",
+    }
+    assert found["f"].task == "edit"
+    assert sorted(reasons(tmp_path / "out")) == [
+        "no caption in the sample: its files are png, cls",
+        "no caption in the sample: its files are v1.png",
+    ]
+
+
+def test_captions_beside_pictures(tmp_path):
+    for name, caption, text in [("1.png", "1.png.txt", "a"), ("2.PNG", "2.Txt", "b"), ("3.png", "3.caption", "c")]:
+        put(tmp_path / "in" / name, picture())
+        put(tmp_path / "in" / caption, text)
+    put(tmp_path / "in" / "3.txt", "\n")  # an empty one does not hide the other
+    assert [r.prompt for r in convert(tmp_path / "in", tmp_path / "out")] == ["a", "b", "c"]

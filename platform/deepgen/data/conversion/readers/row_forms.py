@@ -129,6 +129,16 @@ def json_or_none(data: bytes) -> Any:
         return None
 
 
+def first_caption(files: Iterable[tuple[Any, str]], key: str) -> Any:
+    """The caption in the first of some files that has one. files: their contents, or why one is not read; suffixes."""
+    text: Any = None
+    for data, suffix in files:
+        text = caption_text(data, suffix, key) if isinstance(data, bytes) else data
+        if text:
+            break
+    return text
+
+
 def caption_text(data: bytes, suffix: str, key: str) -> Any:
     """The caption in a file: its text, or a value of its JSON. Text that is not UTF-8 stays invalid."""
     if suffix != ".json":
