@@ -185,7 +185,7 @@ def test_rows_that_cannot_be_read_cost_themselves(tmp_path):
         ("a.json", '[{"txt": "a", "image": "0.png"}, {"txt"', r"not JSON \(.* in row 2"),
         ("a.json", '[{"txt": "a", "image": "0.png"} {}]', r"not JSON \(, expected at row 1"),
         ("a.json", '[{"txt": "a", "image": "0.png"}] x', r"not JSON \(more behind the list, after row 1\)"),
-        ("a.json", '{\n"caption": "a"\n}', "not JSON: neither a list nor one object a line"),
+        ("a.json", '{\n"caption": "a"\n}', "neither a list nor one object a line; .* --form folder"),
         ("a.csv", 'image,text\n0.png,"a\n0.png,b\n', r"not CSV \(.*is a quote never closed"),
         ("a.jsonl.gz", gzip.compress(lines(PAIRS).encode(), mtime=0)[:-20], "damaged gzip"),
         ("a.csv", "image,text\n".encode("utf-16"), "UTF-16 text; allowed: a file saved as UTF-8"),
