@@ -153,7 +153,7 @@ def _columns_note(raw: RawData, file: Path) -> list[str]:
     if not names:
         return []
     columns = columns_of(raw, names, file)
-    others = [name for name in names if name not in columns.values()]
+    others = [name for name in names if name and name not in columns.values()]
     read = ", ".join(f"{role} from {name!r}" for role, name in columns.items())
     return [f"reads {read}" + (f"; not read: {listed(others)}" if others else "")]
 
