@@ -230,7 +230,7 @@ def test_the_reason_of_an_unreadable_uri_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.json", b"{", "not JSON"),
+        ("x.json", b"{", "neither a list"),
         ("x.json", b'{"a": 1}', "expected a list"),
         ("x.json", b'[{"what": 1}]', "a list of unknown form"),
         ("x.parquet", b"PAR1 nothing", "can't be read as parquet"),

@@ -3,6 +3,7 @@
 import base64
 import csv
 import gzip
+import io
 import json
 import os
 import tarfile
@@ -12,15 +13,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from deepgen.data.conversion.convert_units import write_report
-from deepgen.data.conversion.raw_data import guess_form, plan_units, read_unit
+from deepgen.data.conversion.convert_units import image_fault, write_report
+from deepgen.data.conversion.look import look
+from deepgen.data.conversion.raw_data import guess_form, notes_of, plan_units, read_unit
 from deepgen.data.conversion.readers.raw_sample import RawData
+from deepgen.data.conversion.readers.row_forms import columns_of
 from deepgen.data.conversion.readers.source_files import find_files
 from deepgen.data.parquet import write_records
 from deepgen.data.records import Record
 from deepgen.errors import UserError
-from tests.data.test_convert import convert, picture, reasons
+from tests.data.test_convert import LIMITS, convert, picture, reasons
 from tests.data.test_convert_odd import pack, parquet, samples
 
 
@@ -172,7 +176,7 @@ def test_rows_that_cannot_be_read_cost_themselves(tmp_path):
     assert reasons(tmp_path / "out2")[0] == "row of 3 fields: the header has 2"
     put(tmp_path / "in" / "c.csv", b"image,text\n0.png,caf\xe9\n0.png,a\n")
     assert len(convert(tmp_path / "in" / "c.csv", tmp_path / "out3")) == 1
-    assert reasons(tmp_path / "out3") == ["caption: not valid text"]
+    assert reasons(tmp_path / "out3") == ["caption: not UTF-8 text"]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +185,7 @@ def test_rows_that_cannot_be_read_cost_themselves(tmp_path):
         ("a.json", '[{"txt": "a", "image": "0.png"}, {"txt"', r"not JSON \(.* in row 2"),
         ("a.json", '[{"txt": "a", "image": "0.png"} {}]', r"not JSON \(, expected at row 1"),
         ("a.json", '[{"txt": "a", "image": "0.png"}] x', r"not JSON \(more behind the list, after row 1\)"),
-        ("a.json", '{\n"caption": "a"\n}', "not JSON: neither a list nor one object a line"),
+        ("a.json", '{\n"caption": "a"\n}', "neither a list nor one object a line; .* --form folder"),
         ("a.csv", 'image,text\n0.png,"a\n0.png,b\n', r"not CSV \(.*is a quote never closed"),
         ("a.jsonl.gz", gzip.compress(lines(PAIRS).encode(), mtime=0)[:-20], "damaged gzip"),
         ("a.csv", "image,text\n".encode("utf-16"), "UTF-16 text; allowed: a file saved as UTF-8"),
@@ -386,3 +390,174 @@ def test_dictionary_columns_are_read(tmp_path):
     table = pa.table({"image": pa.array([picture()] * 3).dictionary_encode(), "text": ["a", "b", "c"]})
     pq.write_table(table, tmp_path / "a.parquet")
     assert [r.prompt for r in convert(tmp_path / "a.parquet", tmp_path / "out")] == ["a", "b", "c"]
+
+
+# ---------------------------------------------------------------- what lies beside the data
+
+
+def test_files_of_other_kinds_are_told(tmp_path):
+    pack(tmp_path / "in" / "a.tar", samples(1))
+    for name in ("b.tar.zst", "c.zip", "d.zip", "README.md", "LICENSE"):
+        put(tmp_path / "in" / name, "x")
+    (tmp_path / "in" / "self").symlink_to("self")
+    raw = RawData(tmp_path / "in", guess_form(tmp_path / "in"))
+    (note,) = notes_of(raw)
+    assert note == (
+        f"passed over 4 files of other kinds (2 .zip, 1 .zst, 1 no suffix), the first {tmp_path}/in/b.tar.zst"
+    )
+    put(tmp_path / "pics" / "a.png", picture())
+    put(tmp_path / "pics" / "a.png.txt", "a caption, not passed over")
+    assert notes_of(RawData(tmp_path / "pics", "folder")) == []
+    put(tmp_path / "pics" / "list.csv", "image,text\na.png,a\n")
+    notes = notes_of(RawData(tmp_path / "pics", "pairs"))  # the list names its pictures
+    assert notes == ["reads image from 'image', prompt from 'text'"]
+
+
+def test_what_img2dataset_writes_beside_tars_and_folders(tmp_path):
+    for folder in ("tars", "pictures"):
+        parquet(tmp_path / folder / "00000.parquet", [{"url": "http://a.invalid/1.jpg", "caption": "a"}])
+        put(tmp_path / folder / "00000_stats.json", '{\n"count": 1\n}')
+    pack(tmp_path / "tars" / "00000.tar", samples(1))
+    put(tmp_path / "pictures" / "00000" / "0.png", picture())
+    put(tmp_path / "pictures" / "00000" / "0.txt", "a")
+    assert guess_form(tmp_path / "tars") == "webdataset"
+    assert guess_form(tmp_path / "pictures") == "folder"
+    parquet(tmp_path / "rows" / "00000.parquet", [{"jpg": picture(), "caption": "a"}])
+    put(tmp_path / "rows" / "00000_stats.json", '{\n"count": 1\n}')
+    assert guess_form(tmp_path / "rows") == "hf"
+
+
+def test_results_that_datasets_caches_beside_its_files_are_no_data(tmp_path):
+    arrow(tmp_path / "data-00000-of-00001.arrow", hf_table(2))
+    arrow(tmp_path / "cache-1b2c.arrow", hf_table(2))
+    arrow(tmp_path / "cache-3d4e.arrow", pa.table({"indices": [1, 0]}))
+    assert len(find_files(tmp_path).files) == 3
+    put(tmp_path / "dataset_info.json", "{}")
+    assert [file.name for file in find_files(tmp_path).files] == ["data-00000-of-00001.arrow"]
+    assert "passed over 2 files of other kinds (2 .arrow)" in find_files(tmp_path).notes()[0]
+
+
+def test_files_that_git_lfs_has_not_fetched_are_told(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for name in ("a.parquet", "a.tar", "a.csv"):
+        with pytest.raises(UserError, match=rf"{name}: is a pointer of Git LFS, .*git lfs pull"):
+            guess_form(put(tmp_path / name, pointer))
+    assert image_fault(pointer.encode(), LIMITS) == "a pointer of Git LFS, not the file itself"
+
+
+def test_pictures_in_other_formats_are_named():
+    for name, data in {"HEIC": b"\0\0\0\x18ftypheic\0", "JPEG XL": b"\xff\x0a\0", "SVG": b"<?xml ?>\n<svg>"}.items():
+        assert image_fault(data, LIMITS) == f"an image in a format that is not read ({name})"
+    buffer = io.BytesIO()
+    Image.new("F", (32, 32)).save(buffer, "TIFF")
+    assert image_fault(buffer.getvalue(), LIMITS) == "greys whose white is unknown"
+
+
+# ---------------------------------------------------------------- columns as public sets name them
+
+
+@pytest.mark.parametrize(
+    ("image", "references", "prompt", "others"),
+    [
+        ("edited_image", "original_image", "edit_prompt", ["original_prompt", "edited_prompt"]),  # InstructPix2Pix
+        ("target_img", "source_img", "instruction", ["mask_img", "turn_index"]),  # MagicBrush
+        ("edited_image", "source_image", "edit_prompt", ["source_caption", "target_caption"]),  # UltraEdit
+        ("edited_img", "src_img", "edited_prompt_list", ["task", "sc_score_1"]),  # OmniEdit
+        ("output_image", "input_image", "edit", ["input", "output", "inverse_edit"]),  # HQ-Edit
+        ("edited_image", "image", "Instruction", []),
+        ("URL", "", "TEXT", ["SAMPLE_ID", "NSFW", "similarity"]),  # LAION
+        ("jpg", "", "caption", ["url", "key", "status"]),  # img2dataset
+        ("Image Path", "", "Caption", []),
+        ("image", "", "text", ["conditioning_image"]),
+    ],
+)
+def test_columns_are_known_by_usual_names(image, references, prompt, others):
+    columns = {"image": image, "prompt": prompt} | ({"references": references} if references else {})
+    assert (
+        columns_of(RawData(Path("a"), "hf"), [*others, prompt, image, *filter(None, [references])], Path("a"))
+        == columns
+    )
+    plain = RawData(Path("a"), "hf", columns={"image": image, "prompt": prompt})  # no edits if the image is given
+    assert "references" not in columns_of(plain, [*others, *columns.values()], Path("a"))
+
+
+def test_edits_in_tables_and_parquet_are_edits(tmp_path):
+    row = {"source_img": "0.png", "target_img": "1.png", "instruction": "do it", "mask_img": "2.png"}
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
+        path = written(tmp_path / name[2:] / name, [row] * 3)
+        edits = convert(path, tmp_path / f"out-{name}")
+        assert {(edit.task, edit.image, edit.references) for edit in edits} == {
+            ("edit", picture(value=1), (picture(value=0),))
+        }
+        assert notes_of(RawData(path, guess_form(path))) == [
+            "reads image from 'target_img', prompt from 'instruction', references from 'source_img'; not read: mask_img"
+        ]
+
+
+def test_the_first_of_several_captions_is_kept_and_told(tmp_path):
+    rows = [{"file_name": "0.png", "captions": texts} for texts in (["", "one", "two"], ["three"], [])]
+    path = written(tmp_path / "a.jsonl", rows)
+    assert [r.prompt for r in convert(path, tmp_path / "out")] == ["one", "three"]
+    assert reasons(tmp_path / "out") == ["empty caption"]
+    assert "1 have several captions; the first of each is kept" in list(look(RawData(path, "pairs"), LIMITS, 0.1))
+
+
+def test_a_table_without_a_header_is_told(tmp_path):
+    path = put(tmp_path / "a.csv", "0.png,a cat\n1.png,a dog\n")
+    with pytest.raises(UserError, match=r"has the keys 0\.png, a cat\); is its header missing\?"):
+        guess_form(path)
+    with pytest.raises(UserError, match=r"which column is the image\?.*is its header missing\?"):
+        notes_of(RawData(path, "pairs"))
+
+
+def test_spaces_behind_the_commas_of_csv(tmp_path):
+    put(tmp_path / "0.png", picture())
+    path = put(tmp_path / "a.csv", 'text, image\n"a, b", 0.png\nc, "0.png"\n')
+    assert [r.prompt for r in convert(path, tmp_path / "out")] == ["a, b", "c"]
+
+
+def test_a_place_is_said_on_one_line_with_what_was_not_read(tmp_path):
+    put(tmp_path / "a\nb.png", picture())
+    put(tmp_path / "a\nb.txt", "a cat")
+    put(tmp_path / "c\nd.png", picture())
+    lines = list(look(RawData(tmp_path, "folder"), LIMITS, 1))
+    assert lines[1].endswith("of 2 samples looked at, 1 would be kept (1 t2i)")
+    assert not any("\n" in line for line in lines)
+    path = put(tmp_path / "list.csv", "image,text\ngone.png,a\n0.png,b\n")
+    put(tmp_path / "0.png", picture())
+    assert f"{path}, row 1 ({tmp_path}/gone.png)" in str(list(look(RawData(path, "pairs"), LIMITS, 1)))
+
+
+# ---------------------------------------------------------------- captions as people keep them
+
+
+def test_captions_in_tars(tmp_path):
+    pictures = {name: picture(value=i) for i, name in enumerate("abcd")}
+    members = [(f"{name}.png", data) for name, data in pictures.items()]
+    members += [("a.caption", b"one"), ("b.txt", b" "), ("b.json", b'{"TEXT": "two"}'), ("c.json", b'"three"')]
+    members += [("d.cls", b"3"), ("__key__", b"k"), ("__MACOSX/a.txt", b"x"), ("e.v1.png", picture())]
+    members += [(f"photo 2.{i}.{kind}", data) for i in (0, 1) for kind, data in (("png", picture()), ("txt", b"dots"))]
+    members += [("f.original.png", picture()), ("f.edited.png", picture()), ("f.txt", b"edit")]
+    path = pack(tmp_path / "a.tar", members)
+    found = {r.id.partition("/")[2]: r for r in convert(path, tmp_path / "out")}
+    assert {name: r.prompt for name, r in found.items()} == {
+        "a": "one",
+        "b": "two",
+        "c": "three",
+        "f": "edit",
+        "photo 2.0": "dots",
+        "photo 2.1": "dots",
+    }
+    assert found["f"].task == "edit"
+    assert sorted(reasons(tmp_path / "out")) == [
+        "no caption in the sample: its files are png, cls",
+        "no caption in the sample: its files are v1.png",
+    ]
+
+
+def test_captions_beside_pictures(tmp_path):
+    for name, caption, text in [("1.png", "1.png.txt", "a"), ("2.PNG", "2.Txt", "b"), ("3.png", "3.caption", "c")]:
+        put(tmp_path / "in" / name, picture())
+        put(tmp_path / "in" / caption, text)
+    put(tmp_path / "in" / "3.txt", "\n")  # an empty one does not hide the other
+    assert [r.prompt for r in convert(tmp_path / "in", tmp_path / "out")] == ["a", "b", "c"]

@@ -40,7 +40,7 @@ def test_a_check_says_the_form_and_what_is_kept_and_dropped_and_shows_three(tmp_
         f"{tmp_path}/in: form webdataset, 1 file",
         f"passed over 1 hidden files, the first {tmp_path}/in/.ipynb_checkpoints/a.tar",
         "of 6 samples looked at, 4 would be kept (4 t2i)",
-        f"  1 dropped: empty caption; the first: {tmp_path}/in/a.tar, sample 8",
+        f"  1 dropped: no caption in the sample; the first: {tmp_path}/in/a.tar, sample 8 (its files are png)",
         f"  1 dropped: target: file missing; the first: {tmp_path}/in/a.tar, sample 9",
         *(f"  kept: a.tar/{i} (t2i, 32 x 32 px): 'a cat'" for i in range(3)),
         "a conversion stops if so many are dropped everywhere; allowed: 10.0% (--max-bad-share)",
@@ -162,7 +162,7 @@ def test_images_is_where_relative_paths_start_in_every_form_that_has_them(tmp_pa
     _, lines = check(
         monkeypatch, capsys, "--check", path, "--images", tmp_path / "elsewhere", "--min-side", 16, "--form", form
     )
-    assert "of 1 samples looked at, 1 would be kept" in lines[1]
+    assert any("of 1 samples looked at, 1 would be kept" in line for line in lines)
 
 
 @pytest.mark.parametrize("order", ["in --rows 5 out", "--rows 5 in out", "in out --rows 5"])

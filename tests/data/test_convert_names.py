@@ -235,3 +235,15 @@ def test_permissions_of_the_command_line_are_checked():
     assert allowed(["/mnt", "10.0.0.0/8"]) == ("/mnt", "10.0.0.0/8")
     with pytest.raises(UserError, match="--allow: got 'http://x'; allowed: absolute folders"):
         allowed(["http://x"])
+
+
+def test_paths_with_windows_separators_at_home_and_beside_the_list(tmp_path, monkeypatch):
+    put(tmp_path / "in" / "train" / "sub" / "0.png", picture())
+    monkeypatch.setenv("HOME", str(tmp_path / "in"))
+    names = ["sub\\\\0.png", "train\\\\sub\\\\0.png", "~/train/sub/0.png", "sub/0.png", "gone\\\\0.png"]
+    path = put(tmp_path / "in" / "train" / "list.jsonl", "".join(f'{{"image": "{n}", "text": "a"}}\n' for n in names))
+    assert [r.id for r in convert(tmp_path / "in", tmp_path / "out")] == [f"train/list-{i}" for i in (1, 2, 3, 4)]
+    assert reasons(tmp_path / "out") == ["target: file missing"]
+    put(tmp_path / "in" / "sub" / "0.png", picture(value=7))  # SOURCE's folder comes first
+    found = convert(tmp_path / "in", tmp_path / "out2")
+    assert found[3].image == picture(value=7) and path.is_file()

@@ -186,7 +186,7 @@ def test_odd_rows_of_a_list_stop_nothing(tmp_path):
     ]
     assert [r.prompt for r in convert(listed(tmp_path / "in", entries), tmp_path / "out")] == ["good"]
     assert sorted(reasons(tmp_path / "out")) == [
-        "caption: not valid text",
+        "caption: not UTF-8 text",
         "target: cannot be read (File name too long)",
         "target: cannot be read (dict; allowed: bytes, a name or a struct of bytes and path)",
         "target: cannot be read (embedded null byte)",
@@ -220,7 +220,7 @@ def test_text_of_a_parquet_that_is_not_utf8_costs_its_row(tmp_path):
     bad = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"\xff\xfeab")])
     pq.write_table(table.set_column(2, "prompt", bad), tmp_path / "x.parquet")
     assert [r.id for r in convert(tmp_path / "x.parquet", tmp_path / "out")] == ["b"]
-    assert reasons(tmp_path / "out") == ["caption: not valid text"]
+    assert reasons(tmp_path / "out") == ["caption: not UTF-8 text"]
 
 
 def test_a_damaged_row_group_is_named(tmp_path):
@@ -291,7 +291,7 @@ def test_text_in_tars(tmp_path):
     members = [("0.png", p), ("0.txt", b"\xef\xbb\xbfhello"), ("1.png", p), ("1.txt", "ü".encode("latin-1"))]
     members += [("2.png", p), ("2.json", b"[" * 100_000), ("3.png", p), ("3.json", b'{"caption":"\\ud83d"}')]
     assert [r.prompt for r in of_tar(tmp_path, members)] == ["hello"]
-    assert sorted(reasons(tmp_path / "out")) == ["caption: not valid text", "caption: not valid text", "empty caption"]
+    assert sorted(reasons(tmp_path / "out")) == ["caption: not UTF-8 text", "caption: not UTF-8 text", "empty caption"]
     (record,) = of_tar(tmp_path / "name", [("\udcff0.png", p), ("\udcff0.txt", b"a")])
     assert record.id == "a.tar/\\udcff0"
 

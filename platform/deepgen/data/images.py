@@ -60,6 +60,10 @@ _MAX_DECODING = 640_000_000  # bytes of memory for one image
 _EXIF = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow stores EXIF in `Image.info`
 
 
+class UnknownWhiteError(ValueError):
+    """A grey image whose value for white is not known."""
+
+
 def decode_image(data: bytes | str) -> np.ndarray:
     """Encoded image, or its path or URI -> uint8 [H, W, 3] sRGB, upright by EXIF; transparent parts become white.
 
@@ -139,14 +143,14 @@ def _rows_of(image: Image.Image, first: int) -> Image.Image:
 
 
 def _check_white(image: Image.Image) -> None:
-    """Raise ValueError for grey images whose value for white is unknown: Pillow would clip them at 255."""
+    """Raise UnknownWhiteError for grey images whose value for white is unknown: Pillow would clip them at 255."""
     grey16 = "allowed: 8 bits, or unsigned 16 bits from black to white"
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # Pillow scales PPM to 16 bits
-        raise ValueError(f"greys of mode {image.mode}, of which white is not known; {grey16}")
+        raise UnknownWhiteError(f"greys of mode {image.mode}, of which white is not known; {grey16}")
     if image.mode.startswith("I;16") and isinstance(image, TiffImageFile):
         bits, first_is_white = (image.tag_v2.get(258) or (1,))[0], image.tag_v2.get(262) == 0
         if bits != 16 or first_is_white:
-            raise ValueError(f"grey TIFF of {bits} bits{' with white as 0' if first_is_white else ''}; {grey16}")
+            raise UnknownWhiteError(f"grey TIFF of {bits} bits{' with white as 0' if first_is_white else ''}; {grey16}")
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:

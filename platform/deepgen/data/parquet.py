@@ -19,7 +19,7 @@ from deepgen.data.images import header_size
 from deepgen.data.records import NOT_UTF8, Record, RecordError, check_row, read_prompts
 from deepgen.data.uris import reach_of
 from deepgen.errors import UserError
-from deepgen.reading.file_reader import check_regular
+from deepgen.reading.file_reader import LFS_POINTER, check_regular, is_lfs_pointer
 from deepgen.reading.reach import Reach
 from deepgen.reading.tables import TABLES, suffix_of
 
@@ -112,12 +112,16 @@ def parquet_files(folder: Path) -> list[Path]:
 
 
 def require_regular(files: Sequence[Path]) -> None:
-    """Raise UserError if one is no regular file: reading a FIFO would wait for ever."""
+    """Raise UserError if one is no regular file (reading a FIFO would wait for ever), or a stand-in for one."""
     for file in files:
         try:
             check_regular(file)
+            with file.open("rb") as opened:
+                is_pointer = is_lfs_pointer(opened.read(len(LFS_POINTER)))
         except OSError as error:
             raise UserError(f"{file}: {error.strerror or error}") from error
+        if is_pointer:
+            raise UserError(f"{file}: is a pointer of Git LFS, not the file itself; fetch it with git lfs pull")
 
 
 def write_records(path: Path, records: list[Record], *, row_group_size: int | None = None) -> None:

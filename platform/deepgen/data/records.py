@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deepgen.config.settings import TASKS
+from deepgen.data.column_names import PROMPT_NAMES, normal_keys, source_column
 from deepgen.data.quotes import quoted_words
 from deepgen.data.uris import absolute
 from deepgen.errors import UserError
@@ -21,7 +22,6 @@ from deepgen.reading.reach import Reach
 from deepgen.reading.tables import TABLES, Unreadable, read_table, suffix_of
 
 _TEXT_COLUMNS = ("id", "task", "prompt", "answer", "source")
-PROMPT_KEYS = ("prompt", "caption", "text", "instruction", "txt", "description")  # of prompts in JSON and CSV
 NOT_UTF8 = object()  # replaces a row's text that is not UTF-8
 
 
@@ -107,9 +107,9 @@ def record_row(value: Any, name: str, source: str, prompt: str = "") -> dict[str
 
     name, source: the id and the source of a row without. prompt: the key of the prompt; "" for the usual ones.
     """
-    row = {"prompt": value} if isinstance(value, str) else value if isinstance(value, Mapping) else {}
-    text = next((row[key] for key in ([prompt] if prompt else PROMPT_KEYS) if row.get(key)), "")
-    references = as_list(row.get("references") or row.get("input_image"))
+    row = {"prompt": value} if isinstance(value, str) else normal_keys(value) if isinstance(value, Mapping) else {}
+    text = next((row[key] for key in ([prompt] if prompt else PROMPT_NAMES) if row.get(key)), "")
+    references = as_list(row.get("references") or row.get(source_column(row) or ""))
     references = references if isinstance(references, list) else [references] if references else []
     usual = "edit" if references else "text" if isinstance(text, str) and quoted_words(text) else "t2i"
     return {

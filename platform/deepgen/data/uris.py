@@ -84,14 +84,18 @@ def _blobs(folder: Path) -> list[Path]:
 
 
 def absolute(uri: str, folder: Path, reach: Reach | None = None) -> DataUri:
-    """`uri` in a form that works from any folder: a relative path becomes absolute, starting at `folder`.
+    """`uri` in a form that works from any folder: a relative path becomes absolute, starting at `folder`, ~/ at home.
 
     An image in base64 becomes a data: URI.
 
     reach: of its data set; None: of files in `folder`, with no permissions of the user.
     """
-    given = inline_uri(uri) or (uri if _scheme(uri) else str((folder / uri).absolute()))
+    given = inline_uri(uri) or (uri if _scheme(uri) else str((folder / _at_home(uri)).absolute()))
     return DataUri(given, Reach.of([folder]) if reach is None else reach)
+
+
+def _at_home(path: str) -> str:
+    return os.path.expanduser(path) if path.startswith("~/") else path
 
 
 def read_uri(uri: str, limit: int | None = None) -> bytes:

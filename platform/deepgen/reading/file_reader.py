@@ -11,6 +11,13 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISCHR, "a device"),
 )
+# A clone of a repository without `git lfs pull` holds this in place of every large file.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def is_lfs_pointer(start: bytes) -> bool:
+    """Whether a file that begins so stands in for one that has not been fetched."""
+    return start.startswith(LFS_POINTER)
 
 
 def read_file(path: str, limit: int) -> bytes:

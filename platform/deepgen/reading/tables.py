@@ -120,10 +120,13 @@ def _json_lines(stream: BinaryIO, file: Path, at: int, rows: int) -> Iterator[Ro
 
 def _more_than_one(rows: Iterator[Row], file: Path) -> Iterator[Row]:
     """The rows of a .json file that is no list. Raises UserError if it holds a single object, as annotations do."""
-    hint = "where lists and annotations share a folder, give the list's file as SOURCE"
+    hint = (
+        "where lists and annotations share a folder, give the list's file as SOURCE; for pictures with captions beside "
+        "them, --form folder"
+    )
     first, second = next(rows, None), next(rows, None)
     if first is None or isinstance(first.value, Unreadable):
-        raise UserError(f"{file}: not JSON: neither a list nor one object a line; {hint}")
+        raise UserError(f"{file}: neither a list nor one object a line; {hint}")
     if second is None:
         raise UserError(f"{file}: holds a {type(first.value).__name__}; expected a list; {hint}")
     yield from (first, second)
@@ -262,12 +265,12 @@ def _csv_rows(stream: BinaryIO, file: Path, head: int, offset: int, rows: int) -
     try:
         first = next(lines, "")
         delimiter = "\t" if suffix_of(file) == ".tsv" else max(_DELIMITERS, key=first.count)
-        names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+        names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter, skipinitialspace=True), [])]
         if offset:
             stream.seek(offset)
             lines = _CsvLines(stream, offset)
         number = rows
-        for fields in csv.reader(lines, delimiter=delimiter, strict=True):
+        for fields in csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True):
             if not fields:
                 continue
             number += 1

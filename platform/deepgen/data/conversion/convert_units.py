@@ -17,7 +17,7 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ from deepgen.config.settings import TASKS
 from deepgen.data.conversion.raw_data import read_unit
 from deepgen.data.conversion.readers.image_values import MAX_SAMPLE, MISSING, TOO_LARGE
 from deepgen.data.conversion.readers.raw_sample import RawData, RawSample, Unit
-from deepgen.data.images import MAX_ASPECT, MAX_PIXELS, check_pixels, header_size, open_image
+from deepgen.data.images import MAX_ASPECT, MAX_PIXELS, UnknownWhiteError, check_pixels, header_size, open_image
 from deepgen.data.parquet import SCHEMA, RecordWriter, to_rows
-from deepgen.data.records import Record, check_row, is_unicode
+from deepgen.data.records import Record, as_list, check_row, is_unicode
 from deepgen.data.uris import UriError
 from deepgen.errors import UserError
 from deepgen.masking import masked
+from deepgen.reading.file_reader import is_lfs_pointer
 from deepgen.reading.reach import Reach
 
 ROW_GROUP = 64  # rows that training reads together
@@ -44,6 +45,13 @@ _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")  # names in error messages; with the
 _ASPECT_EDGES = [0.1, 0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0, 10.0]
 _SIDE_EDGES = [0, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192]
 _SHOWN_REASONS = 10
+# Formats of pictures that people have and that are not read, by their beginning.
+_OTHER_FORMATS = {
+    "HEIC": re.compile(rb"(?s).{4}ftyp(?:hei|hev|mif1|msf1)"),
+    "JPEG XL": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "),
+    "SVG": re.compile(rb"(?s)\s*(?:<\?xml.{0,500}?)?<svg"),
+    "PSD": re.compile(rb"8BPS"),
+}
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,7 @@ class Tally:
 
 def check_sample(sample: RawSample, limits: Limits) -> tuple[Record | None, str]:
     """The record made from a sample, or None and why it is unusable. Similar faults give the same reason."""
+    sample = _one_caption(sample)
     if reason := sample.fault or _text_fault(sample):
         return None, reason
     if sample.task == "edit" and not sample.references:
@@ -134,6 +143,20 @@ def check_sample(sample: RawSample, limits: Limits) -> tuple[Record | None, str]
     return Record(id, sample.task, sample.prompt, answer, target, references, own), ""
 
 
+def has_more_captions(sample: RawSample) -> bool:
+    """Whether a sample gives several captions, of which only the first is used."""
+    return isinstance(sample.prompt, list) and sum(isinstance(text, str) for text in sample.prompt) > 1
+
+
+def _one_caption(sample: RawSample) -> RawSample:
+    """The sample with the first caption that is not empty, if it gives a list of them."""
+    given = as_list(sample.prompt)
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        return sample
+    first = next((text for text in given if text.strip()), None)
+    return replace(sample, prompt=first, answer=first if sample.answer == sample.prompt else sample.answer)
+
+
 def _text_fault(sample: RawSample) -> str:
     """Why the task, prompt or answer of a sample is unusable, or "" if they are usable."""
     if sample.task not in TASKS:
@@ -146,7 +169,7 @@ def _text_fault(sample: RawSample) -> str:
         if len(text) > MAX_TEXT:
             return f"caption: more than {MAX_TEXT:,} letters"
         if not is_unicode(text):
-            return "caption: not valid text"
+            return "caption: not UTF-8 text"
     return ""
 
 
@@ -180,9 +203,19 @@ def image_fault(data: bytes | UriError | None, limits: Limits) -> str:
         if isinstance(error.__cause__, Image.DecompressionBombError):
             return "too many pixels"
         if width is None:
-            return "not an image"
+            return _no_image(data)
+        if isinstance(error.__cause__, UnknownWhiteError):
+            return "greys whose white is unknown"
         return "truncated" if "truncated" in str(error).lower() else "damaged"
     return ""
+
+
+def _no_image(data: bytes) -> str:
+    """Why bytes are no image that is read: what they are instead, if their beginning tells."""
+    if is_lfs_pointer(data):
+        return "a pointer of Git LFS, not the file itself"
+    other = next((name for name, begins in _OTHER_FORMATS.items() if begins.match(data)), "")
+    return f"an image in a format that is not read ({other})" if other else "not an image"
 
 
 # ---------------------------------------------------------------- one unit

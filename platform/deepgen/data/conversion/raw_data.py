@@ -27,10 +27,21 @@ from pathlib import Path
 from typing import Any
 
 from deepgen.data.conversion.readers.columnar import column_names, is_prompts, parts_of, read_columnar
-from deepgen.data.conversion.readers.picture_folder import CAPTIONS, picture_sample
+from deepgen.data.conversion.readers.picture_folder import picture_sample
 from deepgen.data.conversion.readers.raw_sample import RawData, RawSample, Unit, stem_of
-from deepgen.data.conversion.readers.row_forms import columns_of, form_of, listed, sample_of
-from deepgen.data.conversion.readers.source_files import ARROW, PARQUET, PICTURE, TAR, TEXT, Found, find_files, kind_of
+from deepgen.data.conversion.readers.row_forms import columns_of, form_of, is_row, listed, sample_of
+from deepgen.data.conversion.readers.source_files import (
+    ARROW,
+    PARQUET,
+    PICTURE,
+    TAR,
+    TEXT,
+    Found,
+    captions_of,
+    find_files,
+    kind_of,
+    side_files_of,
+)
 from deepgen.data.conversion.readers.tars import read_tar
 from deepgen.errors import UserError
 from deepgen.reading.tables import TABLES, Unreadable, read_table
@@ -71,20 +82,27 @@ def guess_form(path: Path) -> str:
         if form := form_of(row):
             return form
         seen = f"has the keys {listed(row)}" if isinstance(row, Mapping) else "has no row that can be read"
-        raise UserError(f"{files[0]}: a list of unknown form ({seen}); give --form (one of {', '.join(FORMS)})")
+        raise UserError(f"{files[0]}: a list of unknown form ({seen}); {_hint(row)}")
     if kind in (TEXT, PICTURE):
         return "prompts" if kind == TEXT else "folder"
     raise UserError(f"{path}: nothing in it that can be read; allowed: {_TAKEN}")
 
 
 def _telling(files: list[Path]) -> list[Path]:
-    """The files that tell the form: archives and tables, not pictures beside them; captions belong to pictures."""
-    pictures = {file.with_suffix("") for file in files if kind_of(file) == PICTURE}
-    own = [file for file in files if not (file.suffix.lower() in CAPTIONS and file.with_suffix("") in pictures)]
+    """The files that tell the form: archives and tables, not what belongs to them or to pictures, nor pictures."""
+    beside = captions_of(files) | side_files_of(files)
+    own = [file for file in files if file not in beside]
     for kinds in ((TAR, *_COLUMNAR, *TABLES), (PICTURE,), (TEXT,)):
         if found := [file for file in own if kind_of(file) in kinds]:
             return found
     return own
+
+
+def _hint(row: Any) -> str:
+    if isinstance(row, Mapping) and is_row(row):
+        return "is its header missing? The first row has to name the columns, as in image,caption"
+    pairs = "of pictures with texts: --form pairs --column image=NAME --column prompt=NAME"
+    return f"give --form (one of {', '.join(FORMS)}); {pairs}"
 
 
 def _suffix(kind: str) -> str:
@@ -116,12 +134,28 @@ def source_files(raw: RawData) -> Found:
 
 
 def notes_of(raw: RawData) -> list[str]:
-    """Lines that say what is passed over, and what is mixed."""
-    notes = source_files(raw).notes()
+    """Lines that say what is passed over, what is mixed, and which columns are read.
+
+    Raises UserError if it is unclear which columns these are.
+    """
+    found = source_files(raw)
+    notes = found.notes()
+    if raw.form in ("hf", "pairs") and found.files:
+        notes += _columns_note(raw, found.files[0])
     if (raw.path / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in raw.path.glob("*/dataset_info.json"))
         notes.append(f"its splits are converted together ({', '.join(splits)}); for one of them give its folder")
     return notes
+
+
+def _columns_note(raw: RawData, file: Path) -> list[str]:
+    names = column_names(file) if raw.form == "hf" else list(_first_row(file) or ())
+    if not names:
+        return []
+    columns = columns_of(raw, names, file)
+    others = [name for name in names if name and name not in columns.values()]
+    read = ", ".join(f"{role} from {name!r}" for role, name in columns.items())
+    return [f"reads {read}" + (f"; not read: {listed(others)}" if others else "")]
 
 
 def plan_units(raw: RawData, rows: int) -> list[Unit]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from deepgen.data.conversion.readers.raw_sample import RawData
-from deepgen.data.uris import UriError, absolute, read_uri
+from deepgen.data.uris import DataUri, UriError, absolute, read_uri
 
 MISSING = "file missing"
 MAX_SAMPLE = 160 << 20  # bytes of the images of one sample: writing them to parquet takes 4 to 5 times as much memory
@@ -27,11 +28,26 @@ def image_bytes(value: Any, raw: RawData, file: Path, limit: int = MAX_SAMPLE) -
         return UriError("image", f"{type(value).__name__}; allowed: bytes, a name or a struct of bytes and path")
     if not value:
         return None
-    uri = absolute(value, raw.images or root_of(raw, file), raw.reach(file))
-    try:
-        return read_uri(uri, limit)
-    except UriError as error:
-        return UriError(uri, MISSING, missing=True) if error.missing else error
+    first: UriError | None = None
+    for uri in _places(value, raw, file):
+        try:
+            return read_uri(uri, limit)
+        except UriError as error:
+            if not error.missing:
+                return error
+            first = first or UriError(uri, MISSING, missing=True)
+    return first
+
+
+def _places(name: str, raw: RawData, file: Path) -> Iterator[DataUri]:
+    """Where to look for an image, the usual place first. A path is also tried with / for Windows' separators."""
+    reach = raw.reach(file)
+    for folder in [raw.images] if raw.images else roots_of(raw, file):
+        yield absolute(name, folder, reach)
+        if "\\" in name and "://" not in name:
+            yield absolute(name.replace("\\", "/"), folder, reach)
+        if "://" in name or os.path.isabs(name):
+            break
 
 
 def images_bytes(values: Any, raw: RawData, file: Path) -> tuple[bytes | UriError | None, ...]:
@@ -46,8 +62,12 @@ def images_bytes(values: Any, raw: RawData, file: Path) -> tuple[bytes | UriErro
     return tuple(found)
 
 
-def root_of(raw: RawData, file: Path) -> Path:
-    """Where relative paths in a file start: at the file's folder, or in the JSON forms of M2.6 at SOURCE."""
-    if raw.form in ("captions", "blip3o", "edits", "pairs") and not file.name.lower().startswith("metadata."):
-        return raw.path if raw.path.is_dir() else raw.path.parent
-    return file.parent
+def roots_of(raw: RawData, file: Path) -> tuple[Path, ...]:
+    """Where relative paths in a file start, without --images: at its folder or at SOURCE.
+
+    Those in lists start at SOURCE, as in the JSON forms of M2.6; if there is no such file, the other folder counts.
+    """
+    source = raw.path if raw.path.is_dir() else raw.path.parent
+    at_source = raw.form in ("captions", "blip3o", "edits", "pairs") and not file.name.lower().startswith("metadata.")
+    places = (source, file.parent) if at_source else (file.parent, source)
+    return tuple(dict.fromkeys(places))

@@ -13,7 +13,9 @@ from deepgen.reading.reach import Reach
 IMAGE_SUFFIXES = (
     *(".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".png", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
+    *(".heic", ".heif", ".jxl", ".svg"),  # of no format that we take: such a sample is dropped with that reason
 )
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # of the caption that belongs to a picture, the first one counts
 
 
 @dataclass(frozen=True)

@@ -8,61 +8,70 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from deepgen.data.column_names import IMAGE_NAMES, TEXT_NAMES, edit_columns, first_of, normal_keys
 from deepgen.data.conversion.readers.image_values import image_bytes, images_bytes
-from deepgen.data.conversion.readers.raw_sample import RawData, RawSample
+from deepgen.data.conversion.readers.raw_sample import IMAGE_SUFFIXES, RawData, RawSample
 from deepgen.data.records import as_list, record_row
 from deepgen.errors import UserError
 
-# Usual names of columns, the most telling first.
-IMAGE_NAMES = (
-    *("image", "jpg", "png", "webp", "image_path", "file_name", "filename", "img", "path", "file"),
-    *("image_url", "url"),
-)
-TEXT_NAMES = ("caption", "text", "prompt", "txt", "instruction", "description")  # of the caption of a picture
 JSON_BYTES = 4 << 20  # of one file of captions; as objects in memory, JSON takes up to 25 times as much
 _SHOWN = 500  # letters of the names of columns in a message
-# Keys that tell the form of a row, beside those of our records.
-_KEYS = {"annotation": "captions", "txt": "blip3o", "input_image": "edits"}
+_EDITS = {"input_image", "output_image", "instruction"}
 
 
 def form_of(row: Any) -> str:
     """The form of a table by one of its rows, "" if unknown."""
     if isinstance(row, str):
         return "prompts"
-    keys = set(row) if isinstance(row, Mapping) else set()
-    has_image = any(row[key] for key in keys & set(IMAGE_NAMES))
-    if {"task", "prompt"} <= keys:
+    keys = normal_keys(row) if isinstance(row, Mapping) else {}
+    has_text, has_image = not keys.keys().isdisjoint(TEXT_NAMES), any(keys.get(name) for name in IMAGE_NAMES)
+    own = set(row) if isinstance(row, Mapping) else set()
+    if {"task", "prompt"} <= own:
         return "records" if has_image else "prompts"
-    if not has_image and not keys & {"annotation", "output_image"}:
-        return "prompts" if keys & set(TEXT_NAMES) else ""
-    told = next((form for key, form in _KEYS.items() if key in keys), "")
-    return told or ("pairs" if keys & set(TEXT_NAMES) else "")
+    if "annotation" in own:
+        return "captions"
+    if own >= _EDITS:
+        return "edits"
+    if "prompt" in (found := edit_columns(keys)) and keys[found["image"]]:
+        return "pairs"
+    if not has_image:
+        return "prompts" if has_text and "output_image" not in keys else ""
+    if "txt" in own and (row.get("image") or row.get("image_path")):
+        return "blip3o"
+    return "pairs" if has_text else ""
 
 
 def columns_of(raw: RawData, names: Iterable[str], file: Path) -> dict[str, str]:
-    """The columns that the forms `hf` and `pairs` read, by role. Raises UserError if one is not there or unknown."""
-    names = list(names)
-    found = {"image": _column(raw, "image", IMAGE_NAMES, names, file)}
-    found["prompt"] = _column(raw, "prompt", TEXT_NAMES, names, file)
-    if references := raw.columns.get("references"):
-        if references not in names:
-            raise UserError(f"{file}: no column {references!r}; it has: {listed(names)}")
-        found["references"] = references
+    """The columns that the forms `hf` and `pairs` read, by role. Raises UserError if one is not there or unknown.
+
+    Columns of edits are found by their names only if neither the image nor the references are given.
+    """
+    names, given = list(names), raw.columns
+    for name in given.values():
+        if name not in names:
+            raise UserError(f"{file}: no column {name!r}; it has: {listed(names)}")
+    usual = {"image": first_of(IMAGE_NAMES, names), "prompt": first_of(TEXT_NAMES, names)}
+    if given.keys().isdisjoint(("image", "references")):
+        usual |= edit_columns(names)
+    found = {role: name for role, name in (usual | dict(given)).items() if name}
+    for role in ("image", "prompt"):
+        if role not in found:
+            hint = "; is its header missing?" if is_row(names) else ""
+            raise UserError(
+                f"{file}: which column is the {role}? It has: {listed(names)}; say --column {role}=NAME{hint}"
+            )
     return found
+
+
+def is_row(names: Iterable[Any]) -> bool:
+    """Whether names of columns look like a row instead, as one is the name of a picture."""
+    return any(str(name).lower().endswith(IMAGE_SUFFIXES) for name in names)
 
 
 def listed(names: Iterable[Any]) -> str:
     """Names of columns for a message. In a table without a header they are the first row, however long that is."""
     text = ", ".join(map(str, names))
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def _column(raw: RawData, role: str, usual: tuple[str, ...], names: list[str], file: Path) -> str:
-    given = raw.columns.get(role)
-    found = given if given in names else next((n for n in usual if n in names), None) if given is None else None
-    if found is None:
-        raise UserError(f"{file}: which column is the {role}? It has: {listed(names)}; say --column {role}=NAME")
-    return found
 
 
 def sample_of(row: Any, raw: RawData, file: Path, name: str, place: str, columns: Mapping[str, str]) -> RawSample:
@@ -82,7 +91,8 @@ def sample_of(row: Any, raw: RawData, file: Path, name: str, place: str, columns
         text, image = _annotation(row.get("annotation"), raw, file), row.get("image")
     else:
         text, image = row.get(columns["prompt"]), row.get(columns["image"])
-        references = row.get(columns["references"]) if "references" in columns else []
+        if "references" in columns:
+            references, task = row.get(columns["references"]), "edit"
     target = image_bytes(image, raw, file)
     return RawSample(name, task, text, text, target, images_bytes(as_list(references), raw, file), place, raw.name)
 
@@ -119,10 +129,25 @@ def json_or_none(data: bytes) -> Any:
         return None
 
 
+def first_caption(files: Iterable[tuple[Any, str]], key: str) -> Any:
+    """The caption in the first of some files that has one. files: their contents, or why one is not read; suffixes."""
+    text: Any = None
+    for data, suffix in files:
+        text = caption_text(data, suffix, key) if isinstance(data, bytes) else data
+        if text:
+            break
+    return text
+
+
 def caption_text(data: bytes, suffix: str, key: str) -> Any:
     """The caption in a file: its text, or a value of its JSON. Text that is not UTF-8 stays invalid."""
     if suffix != ".json":
         return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").strip()
     content = json_or_none(data)
-    keys = (key, *TEXT_NAMES) if isinstance(content, Mapping) else ()
-    return next((content[k] for k in keys if k in content), None)
+    return _text_in(content, key) if isinstance(content, Mapping) else content
+
+
+def _text_in(content: Mapping[str, Any], key: str) -> Any:
+    """The caption in a JSON object: under the key, or else under a usual name; None if there is none."""
+    named = normal_keys(content)
+    return next((named[name] for name in (key, *TEXT_NAMES) if named.get(name)), None)

@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from deepgen.data.conversion.readers.image_values import MAX_SAMPLE, TOO_LARGE
-from deepgen.data.conversion.readers.raw_sample import IMAGE_SUFFIXES, RawData, RawSample
-from deepgen.data.conversion.readers.row_forms import JSON_BYTES, caption_text
+from deepgen.data.conversion.readers.raw_sample import CAPTION_SUFFIXES, IMAGE_SUFFIXES, RawData, RawSample
+from deepgen.data.conversion.readers.row_forms import JSON_BYTES, first_caption
 from deepgen.data.uris import UriError
 from deepgen.errors import UserError
 
-_SOURCES, _TARGETS = ("source", "input", "src"), ("target", "output")  # prefixes of file names in tars of edits
-_TEXTS = ("txt", "json")
+# Prefixes of file names in tars of edits.
+_SOURCES, _TARGETS = ("source", "input", "src", "original", "before"), ("target", "output", "edited", "after")
+_TEXTS = tuple(suffix[1:] for suffix in CAPTION_SUFFIXES)
 MAX_MEMBERS = 1_000_000  # of one tar; each takes about 300 bytes of memory
 MAX_NAME = 4096  # bytes of a member's name
 _MAX_HEADER = 1 << 20  # bytes of a member's additional headers, which tarfile reads as a whole
@@ -105,8 +106,10 @@ class _Tar:
             last = key
             if until and time.monotonic() > until:
                 self._keep_whole(last)
+                self._split_dotted()
                 return
         _require_end(tar)
+        self._split_dotted()
         if self._packed and not self._grouped:
             self._read_texts_first()
 
@@ -114,11 +117,21 @@ class _Tar:
         """Keep the samples that are whole, as far as can be said before the end of the tar."""
 
         def whole(parts: _Parts) -> bool:
-            return any(_is_image(name) for name, _, _ in parts) and any(name in _TEXTS for name, _, _ in parts)
+            return any(_is_image(name) for name, _, _ in parts) and any(_is_text(name) for name, _, _ in parts)
 
         self.samples = {
             key: parts for key, parts in self.samples.items() if (key != last if self._grouped else whole(parts))
         }
+
+    def _split_dotted(self) -> None:
+        """Give a.1.jpg with a.1.txt and a.2.jpg with a.2.txt samples of their own: their names have dots in them."""
+        before, self.samples = self.samples, {}
+        for key, parts in before.items():  # the order of the archive stays
+            stems = set[str]() if any(name in _TEXTS for name, _, _ in parts) else _stems_of_pairs(parts)
+            for name, at, size in parts:
+                stem, _, extension = name.rpartition(".")
+                own = (f"{key}.{stem}", (extension, at, size)) if stem in stems else (key, (name, at, size))
+                self.samples.setdefault(own[0], []).append(own[1])
 
     def _read_texts_first(self) -> None:
         """Read all texts, and put the samples in the order of their images. Raises UserError if that is not enough."""
@@ -190,9 +203,14 @@ def _unpacked(stream: BinaryIO) -> Any:
 
 
 def _key(name: str) -> tuple[str, str]:
-    """The sample that a member belongs to and its extension; "" for hidden files, such as ._0.png from macOS."""
+    """The sample that a member belongs to and its extension.
+
+    "" for hidden files, such as ._0.png of macOS, and for what tools add: __MACOSX/..., webdataset's __key__.
+    """
     *folders, base = [part for part in name.split("/") if part not in ("", ".")] or [""]
     if any(part.startswith(".") and part != ".." for part in (*folders, base)):
+        return "", ""
+    if "__MACOSX" in folders or (base.startswith("__") and base.endswith("__")):
         return "", ""
     stem, _, extension = base.partition(".")
     return "/".join((*folders, stem)), extension.lower()
@@ -200,6 +218,18 @@ def _key(name: str) -> tuple[str, str]:
 
 def _is_image(extension: str) -> bool:
     return f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES
+
+
+def _is_text(extension: str) -> bool:
+    return extension.rpartition(".")[2] in _TEXTS
+
+
+def _stems_of_pairs(parts: _Parts) -> set[str]:
+    """What stands before the last dot in extensions of both an image and a text, as "1" in 1.jpg and 1.txt."""
+    images, texts = (
+        {name.rpartition(".")[0] for name, _, _ in parts if is_kind(name)} for is_kind in (_is_image, _is_text)
+    )
+    return {stem for stem in images & texts if stem and not stem.startswith((*_SOURCES, *_TARGETS))}
 
 
 def _damaged(file: Path, count: int, why: str) -> UserError:
@@ -234,10 +264,10 @@ def _tar_sample(raw: RawData, file: Path, tar: _Tar, key: str, parts: _Parts) ->
         fault = f"more than one target image: {_some(targets)}"
     wanted = {*sources, *targets[:1], *_TEXTS}
     found = tar.contents([] if fault else [part for part in parts if part[0] in wanted])
-    given = next((name for name in _TEXTS if name in found), "")
-    text: Any = found.get(given)
-    if isinstance(text, bytes):
-        text = caption_text(text, f".{given}", raw.caption_key)
+    texts = [name for name in _TEXTS if name in found]
+    if not fault and not texts:
+        fault = f"no caption in the sample: its files are {_some([name for name, _, _ in parts])}"
+    text = first_caption(((found[name], f".{name}") for name in texts), raw.caption_key)
     references = tuple(found.get(name) for name in sources)
     name = f"{file.relative_to(raw.path).as_posix() if raw.path.is_dir() else file.name}/{key}"
     task = "edit" if references else raw.task
