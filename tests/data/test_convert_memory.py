@@ -17,7 +17,7 @@ from PIL import Image
 from deepgen.data.conversion.readers.unpacked_sizes import batch_size, pages_of
 from deepgen.data.images import check_pixels, header_size
 from deepgen.errors import UserError
-from tests.data.test_convert import ROOT, convert, picture
+from tests.data.test_convert import ROOT, convert, picture, reasons
 from tests.data.test_convert_forms import arrow, put
 
 MEASURE = """
@@ -80,6 +80,18 @@ def test_a_batch_of_arrow_much_larger_than_the_memory_it_takes(tmp_path):
     peak, said = measured(path, tmp_path / "out")
     assert "'target: not an image': 200" in said
     assert peak < 130
+
+
+def test_a_value_that_is_larger_than_a_sample(tmp_path, monkeypatch):
+    """As an object of Python it would be there once more, and a picture in base64 many times."""
+    monkeypatch.setattr("deepgen.data.conversion.readers.columnar.MAX_SAMPLE", 1 << 20)
+    monkeypatch.setattr("deepgen.data.conversion.readers.columnar.MAX_ROW", 1 << 20)
+    good = picture()
+    rows = pa.table({"image": [good, bytes(2 << 20), good, good], "text": ["a", "b", "c" * (2 << 20), "d"]})
+    pq.write_table(rows, tmp_path / "in.parquet")
+    assert [record.prompt for record in convert(tmp_path / "in.parquet", tmp_path / "out")] == ["a", "d"]
+    said = "cannot be read (more than 1 MiB in one row)"
+    assert sorted(reasons(tmp_path / "out")) == [f"caption: {said}", f"target: {said}"]
 
 
 def test_what_pages_and_batches_unpack_to_is_known_before(tmp_path, monkeypatch):
@@ -162,7 +174,10 @@ def test_a_row_of_many_values(tmp_path):
     ("name", "content", "message"),
     [
         ("a.json", '[{"image": "0.png", "text": "a"}, "' + "x" * (5 << 20), "row 2: more than 2 MiB, or never closed"),
-        ("a.csv", 'image,text\n0.png,"' + "x" * (5 << 20), r"not CSV \(field larger than field limit"),
+        ("a.csv", 'image,text\n0.png,"' + "x" * (5 << 20), r"not CSV \(a row of more than 2 MiB"),
+        ("a.csv", "image,text\n" + ('"' + "x" * (1 << 20) + '",') * 5, r"not CSV \(a row of more than 2 MiB"),
+        ("a.csv", "image;text\n0.png;a\n" + ";" * 100_001 + "\n", r"not CSV \(a row of .* or 100,000 values"),
+        ("a.tsv", "\t" * 100_001 + "\n0.png\ta\n", r"not CSV \(a row of .* or 100,000 values"),
     ],
 )
 def test_rows_without_an_end(tmp_path, monkeypatch, name, content, message):
