@@ -536,3 +536,38 @@ def test_a_number_of_thousands_of_digits_in_a_list(tmp_path):
     (tmp_path / "a.json").write_text('[{"image": "a.png", "text": ' + "9" * 5000 + "}]", encoding="utf-8")
     with pytest.raises(UserError, match=r"not JSON .a number of thousands of digits in row 1"):
         convert(tmp_path / "a.json", tmp_path / "out", form="pairs")
+
+
+# ---------------------------------------------------------------- odd headers of tars
+
+
+def sparse_header(size: int) -> bytes:
+    """A file with holes of GNU tar, whose map goes on in the next block."""
+    info = tarfile.TarInfo("1.png")
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, size
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    block[386:410], block[482], block[483:495] = b"%011o\0" % 0 + b"%011o\0" % size, 1, b"%011o\0" % size
+    block[148:156] = b"%06o\0 " % (sum(block[:148]) + 256 + sum(block[156:]))
+    return bytes(block)
+
+
+def test_a_file_with_holes_whose_map_goes_on(tmp_path):
+    more = (bytes(504) + b"\x01").ljust(512, b"\0")
+    whole = pack(tmp_path / "whole.tar", samples(1)).read_bytes()
+    before = sparse_header(512) + more * 2000 + bytes(512)
+    (tmp_path / "a.tar").write_bytes(before + bytes(512) + whole)
+    assert [record.prompt for record in convert(tmp_path / "a.tar", tmp_path / "out")] == ["a cat"]
+    for number, content in enumerate((sparse_header(512) + more * 3000 + whole, sparse_header(512) + more)):
+        (tmp_path / "b.tar").write_bytes(content)
+        with pytest.raises(UserError, match=r"b.tar: damaged archive .a map of holes of .* bytes that goes on"):
+            convert(tmp_path / "b.tar", tmp_path / f"out{number}")
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_headers_upon_headers(tmp_path, kind):
+    info = tarfile.TarInfo("a")
+    info.type = kind
+    whole = pack(tmp_path / "whole.tar", samples(1)).read_bytes()
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) * 3000 + whole)
+    with pytest.raises(UserError, match=r"a.tar: damaged archive .hundreds of additional headers"):
+        convert(tmp_path / "a.tar", tmp_path / "out")
