@@ -10,6 +10,7 @@ import pytest
 from deepgen.config import UserError
 from deepgen.data.records import RecordError
 from deepgen.data.uris import UriError
+from deepgen.errors import print_traceback
 from deepgen.masking import HIDDEN, is_secret, masked, masked_value
 
 S = "hunter2-Pl4nted"  # the secret in all of these
@@ -102,6 +103,14 @@ def test_long_texts_take_no_time(part: str) -> None:
 def test_a_name_in_an_error_is_cut() -> None:
     error = UriError("iVBOR" * 1_000_000, "no\tsuch\x1b[2Jfile")
     assert len(str(error)) < 300 and "\x1b" not in str(error) and str(error).isprintable()
+
+
+def test_tracebacks_of_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    error = RuntimeError(f"no answer from http://user:{S}@host/")
+    error.__cause__ = ValueError(f"password={S}")
+    print_traceback(RuntimeError, error, None)
+    said = capsys.readouterr().err
+    assert "unter2" not in said and "ValueError: password=" in said and "RuntimeError: no answer from http://" in said
 
 
 def test_settings_are_hidden_by_their_keys() -> None:
