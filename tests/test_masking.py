@@ -10,6 +10,7 @@ import pytest
 from deepgen.config import UserError
 from deepgen.data.records import RecordError
 from deepgen.data.uris import UriError
+from deepgen.errors import print_traceback
 from deepgen.masking import HIDDEN, is_secret, masked, masked_value
 
 S = "hunter2-Pl4nted"  # the secret in all of these
@@ -21,6 +22,10 @@ TEXTS = [
     f"http://user:pa/{S}@host/a.png",
     f"http://user:pa#{S}?@host",
     f"http://user:it's{S}@host/",
+    f'http://user:it"s{S}@host/',
+    f"http://user:a<b>`{S}@host/ and more",
+    f"http://user:my own {S}@host:80/path",
+    f"{{'password': 'it\\'s {S}', \"token\": \"a\\\"{S}\"}}",
     f"postgresql+psycopg2://mlflow:{S}@db:5432/mlflow?sslmode=require",
     f"s3://AKID:{S}@bucket/a b.png?region=eu",
     f"https://acct.blob.core.windows.net/c/a.png?sv=2020&sp=r&sig={S}",
@@ -73,6 +78,8 @@ def test_secrets_are_known_by_their_form(text: str) -> None:
         "s3://bucket/a b#c.png?region=eu-west-1&endpoint_override=minio:9000&scheme=http",
         "file:///data/a b.png, row 3: prompt contains the reserved token <|im_end|>; remove it",
         "http://[::1]:8080/a@b",
+        "{'a': 'http://host:80', 'b': 'me@x.org'}",
+        "no answer from http://host:5000 for me@x.org",
         "model.tokenizer=x max_tokens=5 --caption-key=caption data.weights={photos: 2} rollout.same_noise=true",
         "sqlite:////data/runs/mlflow.db",
         "a cat: 'password' is written on the wall",
@@ -83,7 +90,10 @@ def test_what_is_no_secret_stays(text: str) -> None:
     assert masked(text) == text
 
 
-@pytest.mark.parametrize("part", ["a", "a='", "http://", "http://u:p@h?a=b&", "iVBOR+/=", "token=", "eyJ", "a-"])
+LONG = ["a", "a='", "a='\\'", "http://", "http://u:p@h?a=b&", "a://b:", "a://b:c d ", "iVBOR+/=", "token=", "eyJ", "a-"]
+
+
+@pytest.mark.parametrize("part", LONG)
 def test_long_texts_take_no_time(part: str) -> None:
     begun = time.monotonic()
     masked(part * (300_000 // len(part)))
@@ -95,6 +105,14 @@ def test_a_name_in_an_error_is_cut() -> None:
     assert len(str(error)) < 300 and "\x1b" not in str(error) and str(error).isprintable()
 
 
+def test_tracebacks_of_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    error = RuntimeError(f"no answer from http://user:{S}@host/")
+    error.__cause__ = ValueError(f"password={S}")
+    print_traceback(RuntimeError, error, None)
+    said = capsys.readouterr().err
+    assert "unter2" not in said and "ValueError: password=" in said and "RuntimeError: no answer from http://" in said
+
+
 def test_settings_are_hidden_by_their_keys() -> None:
     pool = {
         "api_key": S,
@@ -102,6 +120,11 @@ def test_settings_are_hidden_by_their_keys() -> None:
         "token_limit": "many",
         "url": f"http://a:{S}@b/v1",
         "headers": [f"x?token={S}"],
+    }
+    assert masked_value("", {"password": 12345678, "token": 0, "auth": True}) == {
+        "password": HIDDEN,
+        "token": 0,
+        "auth": True,
     }
     weights = {"t2i": {"judge": 1.0}}
     content = {"rewards": {"judge": pool, "weights": weights}, "tracking": {"uri": "", "password": S}}

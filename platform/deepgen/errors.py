@@ -9,10 +9,11 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from safetensors import SafetensorError
@@ -84,10 +85,12 @@ def run_program(main: Callable[[], int | None], *, resumes: bool = True) -> NoRe
     `UserError` exits with 2 and one line on stderr. Ctrl-C exits with 130 and SIGTERM with 143; both print the command
     that continues the run: the same one with --resume, or without it for a program that continues by itself
     (`resumes` False). A reader that closes the output early (`--help | head`) is no error, and a run goes on without
-    it. A full or read-only disk is reported like a UserError. Any other exception is a bug and keeps its traceback.
+    it. A full or read-only disk is reported like a UserError. Any other exception is a bug and keeps its traceback,
+    without secrets.
     """
     _fill_standard_streams()
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
+    sys.excepthook = print_traceback
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background programs that ignore Ctrl-C
     stop_on_sigterm()
     try:
@@ -107,6 +110,11 @@ def run_program(main: Callable[[], int | None], *, resumes: bool = True) -> NoRe
         print(f"\nstopped{_how_to_continue(resumes)}", file=sys.stderr)
         sys.exit(TERMINATED_EXIT_CODE if isinstance(interrupt, Terminated) else INTERRUPTED_EXIT_CODE)
     sys.exit(code or 0)
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As `sys.excepthook`, but secrets are hidden: other libraries' errors name addresses as they were given."""
+    print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def command(program: str | Path, *arguments: str | Path) -> str:

@@ -13,7 +13,11 @@ from typing import Any
 
 HIDDEN = "***"
 # Names and schemes begin where no letter of theirs is before: a long word without an end is searched once.
-_ADDRESS = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z0-9+.-]+://)([^\s\"<>`]+)")
+# A password may have quotes or spaces in it, which it should not have; but a quote behind a port ends the address.
+_ADDRESS = re.compile(
+    r"(?<![A-Za-z0-9+.-])([A-Za-z0-9+.-]+://)"
+    r"((?:[^\s\"<>`/?#@:]*:(?!\d*[\s\"'<>`])[^\s/@]{1,200}(?: [^\s/@]{1,200}){0,3}@)?[^\s\"<>`]+)"
+)
 _CLOSING = "'),;:.]}!"  # punctuation of the sentence around an address
 _HARMLESS = re.compile(  # parameters that are shown; the last ones are of MLflow's pages
     r"scheme|region|endpoint_override|w|h|width|height|size|format|fm|page|v|version|mode"
@@ -29,7 +33,7 @@ _SECRET_NAME = re.compile(
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _ASSIGNED = re.compile(
     r"(?<![\w.-])(?P<name>[\w.-]+)(?P<is>\s?=\s?|['\"]?: ?(?=['\"]))"
-    r"(?P<value>'[^']{0,5000}'|\"[^\"]{0,5000}\"|[^\s'\"&,;)}\]]+)"
+    r"(?P<value>'(?:[^'\\]|\\.){0,5000}'|\"(?:[^\"\\]|\\.){0,5000}\"|[^\s'\"&,;)}\]]+)"
 )
 _FORMS = re.compile(
     r"\b(?:sk-[\w-]{16,}|hf_\w{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abeoprs]-[\w-]{10,}"
@@ -56,9 +60,9 @@ def masked_value(key: str, value: Any) -> Any:
         return {name: masked_value(f"{key}.{name}" if key else str(name), inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [masked_value(key, inner) for inner in value]
-    if not isinstance(value, str) or not value:
-        return value
-    return HIDDEN if is_secret(key) else masked(value)
+    if is_secret(key) and value and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return HIDDEN  # YAML reads a password of digits as a number
+    return masked(value) if isinstance(value, str) else value
 
 
 def _masked_assignment(match: re.Match[str]) -> str:

@@ -183,6 +183,11 @@ def test_yaml_scalars(text: str, value: object) -> None:
     [
         ("train:\n  steps: 1\n  steps: 2\n", ["'steps' is given twice", "first on line 2", "line 3"]),
         ("train: {steps: 1", ["not valid YAML", "line 1"]),
+        ("run:\n  name: &x [*x]", ["not valid YAML", "more than 100,000 values", "line 2"]),
+        (
+            "data:\n  allow: [" + ", ".join(f"&a{i + 1} [{f'*a{i},' * 9 if i else ''}]" for i in range(9)) + "]",
+            ["100,000"],
+        ),
         ("just words", ["got a str", "sections"]),
         ("train: 3", ["train: got 3 in mine.yaml", "section"]),
         ("train:\n  stepz: 3", ["unknown key 'train.stepz' in mine.yaml", "'train.steps'"]),

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import struct
 import subprocess
 import sys
 import tarfile
@@ -14,9 +15,9 @@ import pytest
 from PIL import Image
 
 from deepgen.data.conversion.readers.unpacked_sizes import batch_size, pages_of
-from deepgen.data.images import check_pixels
+from deepgen.data.images import check_pixels, header_size
 from deepgen.errors import UserError
-from tests.data.test_convert import ROOT, convert, picture
+from tests.data.test_convert import ROOT, convert, picture, reasons
 from tests.data.test_convert_forms import arrow, put
 
 MEASURE = """
@@ -79,6 +80,18 @@ def test_a_batch_of_arrow_much_larger_than_the_memory_it_takes(tmp_path):
     peak, said = measured(path, tmp_path / "out")
     assert "'target: not an image': 200" in said
     assert peak < 130
+
+
+def test_a_value_that_is_larger_than_a_sample(tmp_path, monkeypatch):
+    """As an object of Python it would be there once more, and a picture in base64 many times."""
+    monkeypatch.setattr("deepgen.data.conversion.readers.columnar.MAX_SAMPLE", 1 << 20)
+    monkeypatch.setattr("deepgen.data.conversion.readers.columnar.MAX_ROW", 1 << 20)
+    good = picture()
+    rows = pa.table({"image": [good, bytes(2 << 20), good, good], "text": ["a", "b", "c" * (2 << 20), "d"]})
+    pq.write_table(rows, tmp_path / "in.parquet")
+    assert [record.prompt for record in convert(tmp_path / "in.parquet", tmp_path / "out")] == ["a", "d"]
+    said = "cannot be read (more than 1 MiB in one row)"
+    assert sorted(reasons(tmp_path / "out")) == [f"caption: {said}", f"target: {said}"]
 
 
 def test_what_pages_and_batches_unpack_to_is_known_before(tmp_path, monkeypatch):
@@ -161,7 +174,10 @@ def test_a_row_of_many_values(tmp_path):
     ("name", "content", "message"),
     [
         ("a.json", '[{"image": "0.png", "text": "a"}, "' + "x" * (5 << 20), "row 2: more than 2 MiB, or never closed"),
-        ("a.csv", 'image,text\n0.png,"' + "x" * (5 << 20), r"not CSV \(field larger than field limit"),
+        ("a.csv", 'image,text\n0.png,"' + "x" * (5 << 20), r"not CSV \(a row of more than 2 MiB"),
+        ("a.csv", "image,text\n" + ('"' + "x" * (1 << 20) + '",') * 5, r"not CSV \(a row of more than 2 MiB"),
+        ("a.csv", "image;text\n0.png;a\n" + ";" * 100_001 + "\n", r"not CSV \(a row of .* or 100,000 values"),
+        ("a.tsv", "\t" * 100_001 + "\n0.png\ta\n", r"not CSV \(a row of .* or 100,000 values"),
     ],
 )
 def test_rows_without_an_end(tmp_path, monkeypatch, name, content, message):
@@ -178,6 +194,54 @@ def test_pixels_of_formats_that_take_more_memory(kind, most, monkeypatch):
     Image.new("RGB", (side, side)).save(stream, kind, **({"progressive": True} if kind == "JPEG" else {}))
     with pytest.raises(ValueError, match=f"allowed: at most {most // 1000:,} as "):
         check_pixels(stream.getvalue())
+
+
+def test_tiffs_are_unpacked_in_pieces_that_may_be_larger_than_the_picture(monkeypatch):
+    """Pieces are strips and tiles. Of a tile of 100 MP, a picture of 64 x 64 px would take gigabytes."""
+    monkeypatch.setattr("deepgen.data.images._MAX_DECODING", 640_000)
+    tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 322: 1024, 323: 1024, 324: 8, 325: 8}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    tiled = struct.pack("<2sHI8sH", b"II", 42, 16, b"", len(tags)) + entries + bytes(4)
+    assert header_size(tiled) == (64, 64)
+    with pytest.raises(ValueError, match="as TIFF in pieces of 1,048,576 bytes"):
+        check_pixels(tiled)
+    stream = io.BytesIO()
+    Image.new("RGB", (384, 384)).save(stream, "TIFF", compression="tiff_lzw", strip_size=1 << 20)
+    with pytest.raises(ValueError, match="as TIFF in pieces of 442,368 bytes"):
+        check_pixels(stream.getvalue())
+
+
+@pytest.mark.parametrize("per_scan", [3, 1])
+def test_jpegs_in_several_scans_take_the_memory_of_progressive_ones(per_scan, monkeypatch):
+    data = jpeg_of_zeros(256, per_scan)
+    check_pixels(data)
+    monkeypatch.setattr("deepgen.data.images._MAX_DECODING", 640_000)
+    if per_scan == 3:
+        check_pixels(data)
+    else:
+        with pytest.raises(ValueError, match="allowed: at most 64,000 as JPEG in several scans"):
+            check_pixels(data)
+
+
+def jpeg_of_zeros(side: int, per_scan: int) -> bytes:
+    """A baseline JPEG of three colours, all of them in one scan or each in its own."""
+    codes = b"".join(struct.pack(">HHB", 0xFFC4, 20, kind << 4) + b"\x01" + bytes(16) for kind in (0, 1))
+    frame = struct.pack(">HHBHHB", 0xFFC0, 17, 8, side, side, 3) + b"".join(bytes([c, 0x11, 0]) for c in (1, 2, 3))
+    data = b"\xff\xd8" + struct.pack(">HHB", 0xFFDB, 67, 0) + b"\x01" * 64 + frame + codes
+    for first in range(1, 4, per_scan):
+        colors = b"".join(bytes([c, 0]) for c in range(first, first + per_scan))
+        head = struct.pack(">HHB", 0xFFDA, 6 + 2 * per_scan, per_scan) + colors + b"\x00\x3f\x00"
+        data += head + bytes(per_scan * (side // 8) ** 2 // 4)
+    return data + b"\xff\xd9"
+
+
+def test_pictures_that_python_decodes_are_small(monkeypatch):
+    monkeypatch.setattr("deepgen.data.images._IN_PYTHON", {"qoi": ("QOI", 100), "ppm_plain": ("plain PPM", 100)})
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(stream, "QOI")
+    for data, kind in ((stream.getvalue(), "QOI"), (b"P1 16 16 " + b"1 " * 256, "plain PPM")):
+        with pytest.raises(ValueError, match=f"allowed: at most 100 as {kind}"):
+            check_pixels(data)
 
 
 def test_sizes_of_pages_and_batches_are_those_that_were_written(tmp_path):

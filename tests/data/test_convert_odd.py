@@ -1,5 +1,6 @@
 """Conversion of damaged, changed and odd sources: no sample vanishes, and no odd sample stops the others."""
 
+import base64
 import bz2
 import gzip
 import importlib.util
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as pq_encryption
 import pytest
 from PIL import Image
 
@@ -460,3 +462,112 @@ def test_arrow_whose_offsets_lead_out_of_its_buffers(tmp_path):
             sink.write_batch(batch)
         with pytest.raises(UserError, match=r"\.arrow: a batch can't be read \(.*[Oo]ffset.*\); fetch the file again"):
             convert(path, tmp_path / f"out-{number}")
+
+
+# ---------------------------------------------------------------- odd columns
+
+
+def written(path: Path, table: pa.Table) -> Path:
+    """The table in a file, parquet or Arrow by its name."""
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    return path
+
+
+NO_TEXT = pa.array([b"\xff\xfe"])
+ODD_TEXTS = {
+    "date": pa.array([2**31 - 1], pa.int32()).cast(pa.date32()),
+    "duration": pa.array([2**62], pa.int64()).cast(pa.duration("s")),
+    "time zone": pa.array([1], pa.int64()).cast(pa.timestamp("us", tz="No/Where")),
+    "struct": pa.StructArray.from_arrays([NO_TEXT.view(pa.string())], ["a"]),
+    "dictionary": pa.DictionaryArray.from_arrays(pa.array([0], pa.int32()), NO_TEXT.view(pa.string())),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_TEXTS.values(), ids=ODD_TEXTS.keys())
+def test_a_value_that_python_cannot_hold_makes_its_row_unusable(tmp_path, odd):
+    table = pa.table({"image": [picture()], "text": odd})
+    assert convert(written(tmp_path / "a.parquet", table), tmp_path / "out") == []
+    (reason,) = reasons(tmp_path / "out")
+    assert reason.startswith("caption: cannot be read (is ")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_path_that_is_not_utf8_in_a_struct(tmp_path, name):
+    images = pa.StructArray.from_arrays([pa.array([picture()]), NO_TEXT.view(pa.string())], ["bytes", "path"])
+    convert(written(tmp_path / name, pa.table({"image": images, "text": ["a"]})), tmp_path / "out")
+    assert reasons(tmp_path / "out")[0].startswith("target: cannot be read (is struct<bytes: binary, path: string>")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_two_columns_of_one_name(tmp_path, name):
+    columns = [pa.array([picture()]), pa.array(["a"]), pa.array(["b"])]
+    path = written(tmp_path / name, pa.Table.from_arrays(columns, ["image", "text", "text"]))
+    with pytest.raises(UserError, match="has 2 columns 'text'; allowed: one"):
+        convert(path, tmp_path / "out")
+
+
+class Keys(pq_encryption.KmsClient):
+    def __init__(self) -> None:
+        super().__init__()
+
+    def wrap_key(self, key: bytes, name: str) -> bytes:
+        return base64.b64encode(key)
+
+
+@pytest.mark.parametrize("readable_footer", [False, True])
+def test_encrypted_columns(tmp_path, readable_footer):
+    """pyarrow aborts the process when it is asked about an encrypted column under a readable footer."""
+    table = pa.table({"image": [picture()], "text": ["a"]})
+    properties = pq_encryption.CryptoFactory(lambda _: Keys()).file_encryption_properties(
+        pq_encryption.KmsConnectionConfig(),
+        pq_encryption.EncryptionConfiguration("foot", column_keys={"of": ["text"]}, plaintext_footer=readable_footer),
+    )
+    with pq.ParquetWriter(tmp_path / "a.parquet", table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+    with pytest.raises(UserError, match=r"can't be read as parquet .*encrypted"):
+        convert(tmp_path / "a.parquet", tmp_path / "out")
+
+
+def test_a_number_of_thousands_of_digits_in_a_list(tmp_path):
+    (tmp_path / "a.json").write_text('[{"image": "a.png", "text": ' + "9" * 5000 + "}]", encoding="utf-8")
+    with pytest.raises(UserError, match=r"not JSON .a number of thousands of digits in row 1"):
+        convert(tmp_path / "a.json", tmp_path / "out", form="pairs")
+
+
+# ---------------------------------------------------------------- odd headers of tars
+
+
+def sparse_header(size: int) -> bytes:
+    """A file with holes of GNU tar, whose map goes on in the next block."""
+    info = tarfile.TarInfo("1.png")
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, size
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    block[386:410], block[482], block[483:495] = b"%011o\0" % 0 + b"%011o\0" % size, 1, b"%011o\0" % size
+    block[148:156] = b"%06o\0 " % (sum(block[:148]) + 256 + sum(block[156:]))
+    return bytes(block)
+
+
+def test_a_file_with_holes_whose_map_goes_on(tmp_path):
+    more = (bytes(504) + b"\x01").ljust(512, b"\0")
+    whole = pack(tmp_path / "whole.tar", samples(1)).read_bytes()
+    before = sparse_header(512) + more * 2000 + bytes(512)
+    (tmp_path / "a.tar").write_bytes(before + bytes(512) + whole)
+    assert [record.prompt for record in convert(tmp_path / "a.tar", tmp_path / "out")] == ["a cat"]
+    for number, content in enumerate((sparse_header(512) + more * 3000 + whole, sparse_header(512) + more)):
+        (tmp_path / "b.tar").write_bytes(content)
+        with pytest.raises(UserError, match=r"b.tar: damaged archive .a map of holes of .* bytes that goes on"):
+            convert(tmp_path / "b.tar", tmp_path / f"out{number}")
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_headers_upon_headers(tmp_path, kind):
+    info = tarfile.TarInfo("a")
+    info.type = kind
+    whole = pack(tmp_path / "whole.tar", samples(1)).read_bytes()
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) * 3000 + whole)
+    with pytest.raises(UserError, match=r"a.tar: damaged archive .hundreds of additional headers"):
+        convert(tmp_path / "a.tar", tmp_path / "out")

@@ -21,9 +21,24 @@ _SCALARS = (
     ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
     ("float", r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
 )
+_MAX_NODES = 100_000  # of a recipe
 
 
 class _RecipeLoader(yaml.SafeLoader):
+    def get_single_node(self) -> yaml.Node | None:
+        """The content. Raises ConstructorError if its aliases (`*name`) would make it endless, or very large."""
+        whole: yaml.Node | None = super().get_single_node()
+        count, left = 0, [whole] if whole else []
+        while left:
+            node, count = left.pop(), count + 1
+            if count > _MAX_NODES:
+                raise yaml.constructor.ConstructorError(None, None, f"more than {_MAX_NODES:,} values", node.start_mark)
+            if isinstance(node, yaml.MappingNode):
+                left += (one for pair in node.value for one in pair)
+            elif isinstance(node, yaml.SequenceNode):
+                left += node.value
+        return whole
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
         for key, _ in node.value:

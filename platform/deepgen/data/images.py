@@ -16,6 +16,8 @@ import zlib
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from deepgen.data.color_profiles import to_srgb
@@ -55,8 +57,10 @@ _TURNS = {
 }
 _STRIP = 1 << 20  # pixels
 # Bytes of memory that decoding takes for each pixel, as measured, in formats that need more than the 4 of the result.
-_DECODING = {"WEBP": 16, "AVIF": 10, "JPEG2000": 20, "progressive JPEG": 10}
+_DECODING = {"WEBP": 16, "AVIF": 10, "JPEG2000": 20, "JPEG in several scans": 10}
 _MAX_DECODING = 640_000_000  # bytes of memory for one image
+# Formats that Pillow decodes in Python, by the name of the decoder: most pixels, which take about half a minute.
+_IN_PYTHON = {"qoi": ("QOI", 25_000_000), "ppm": ("PPM of odd depth", 8_000_000), "ppm_plain": ("plain PPM", 8_000_000)}
 _EXIF = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow stores EXIF in `Image.info`
 
 
@@ -126,12 +130,43 @@ def _load(image: Image.Image) -> None:
     """Decode the pixels, unless the header tells that they are too many or without a known white."""
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} px; allowed: at most {MAX_PIXELS:,} pixels")
-    kind = "progressive JPEG" if image.info.get("progressive") else image.format or ""
-    most = _MAX_DECODING // _DECODING.get(kind, 4)
+    kind, most = _most_pixels(image)
     if image.width * image.height > most:
         raise Image.DecompressionBombError(f"{image.width}x{image.height} px; allowed: at most {most:,} as {kind}")
     _check_white(image)
     image.load()
+
+
+def _most_pixels(image: Image.Image) -> tuple[str, int]:
+    """What an image whose header has been read is, and how many pixels such an image may have."""
+    decoder = image.tile[0].codec_name if isinstance(image, ImageFile) and image.tile else ""
+    if decoder in _IN_PYTHON:
+        return _IN_PYTHON[decoder]
+    if isinstance(image, TiffImageFile) and decoder == "libtiff":
+        piece = _piece_of_tiff(image)
+        return f"TIFF in pieces of {piece:,} bytes", (_MAX_DECODING - piece) // 4
+    several = isinstance(image, JpegImageFile) and _in_several_scans(image)
+    kind = "JPEG in several scans" if several else image.format or ""
+    return kind, _MAX_DECODING // _DECODING.get(kind, 4)
+
+
+def _piece_of_tiff(image: TiffImageFile) -> int:
+    """Bytes of a strip or tile once it is unpacked, which libtiff does as a whole, however small the image is."""
+    tags = image.tag_v2
+    width, height = tags.get(322, image.width), tags.get(323, min(tags.get(278, image.height), image.height))
+    bits = tags.get(258, (1,))  # of each colour, or once for all
+    return int(width * height * max(bits) * max(len(bits), tags.get(277, 1)) // 8)
+
+
+def _in_several_scans(image: JpegImageFile) -> bool:
+    """Whether a JPEG does not have all its colours in one scan, like progressive ones: libjpeg then holds all of it.
+
+    Of the files of several images (MPO), where Pillow forgets the place of the scan, this is presumed.
+    """
+    assert image.fp is not None  # the image is not loaded yet
+    header = b"\xff\xda" + struct.pack(">HB", 6 + 2 * image.layers, image.layers)
+    image.fp.seek(max(0, image.fp.tell() - len(header) - 2 * image.layers - 3))  # Pillow has read to the scan's header
+    return "progressive" in image.info or image.fp.read(len(header)) != header
 
 
 def _rows_of(image: Image.Image, first: int) -> Image.Image:

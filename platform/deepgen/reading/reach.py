@@ -19,9 +19,10 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 ALLOWED = "absolute folders, host names, IP addresses and networks, as in [/mnt/images, minio.internal, 10.0.0.0/8]"
 _LONGEST = 4096  # bytes of a path in Linux
 _HOST = re.compile(r"(?!-)[\w-]+(\.[\w-]+)*\.?")
-# Metadata of Azure and Oracle: `is_global` counts these as public.
-_NOT_PUBLIC = (ipaddress.ip_network("168.63.129.16/32"), ipaddress.ip_network("192.0.0.0/24"))
-_WITH_IPV4_INSIDE = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("::/96"))  # NAT64, IPv4-compatible
+# Metadata of Azure and Oracle, NAT64 of a private network: `is_global` counts these as public.
+_NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24", "64:ff9b:1::/48")))
+# NAT64, IPv4-compatible, IPv4-translated
+_WITH_IPV4_INSIDE = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "::/96", "::ffff:0:0:0/96")))
 
 
 @dataclass(frozen=True)

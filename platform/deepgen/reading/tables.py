@@ -11,7 +11,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -226,6 +226,8 @@ class _Buffer:
                     raise self._broken(number, why) from error
             except RecursionError as error:
                 raise self._broken(number, "too deep") from error
+            except ValueError as error:  # more digits than Python reads
+                raise self._broken(number, "a number of thousands of digits") from error
             held = len(self._text) - self._at
             if held > MAX_ROW:
                 raise UserError(f"{self._file}, row {number:,}: more than {MAX_ROW >> 20} MiB, or never closed")
@@ -242,10 +244,14 @@ class _Buffer:
 
 
 class _CsvLines:
-    """Lines of a CSV file as text, and the byte behind the last one."""
+    """Lines of a CSV file as text, and the byte behind the last one. Raises csv.Error if a row has too many of them."""
 
-    def __init__(self, stream: BinaryIO, at: int) -> None:
-        self._stream, self.at = stream, at
+    def __init__(self, stream: BinaryIO, at: int, delimiters: Sequence[str] = _DELIMITERS) -> None:
+        self._stream, self.at, self._delimiters = stream, at, [one.encode() for one in delimiters]
+        self.begin_row()
+
+    def begin_row(self) -> None:
+        self._begin, self._values = self.at, 0
 
     def __iter__(self) -> _CsvLines:
         return self
@@ -255,6 +261,9 @@ class _CsvLines:
         if not line:
             raise StopIteration
         self.at += len(line)
+        self._values += max(map(line.count, self._delimiters))
+        if self.at - self._begin > MAX_ROW or self._values > MAX_VALUES:
+            raise csv.Error(f"a row of more than {MAX_ROW >> 20} MiB or {MAX_VALUES:,} values")
         return line.decode("utf-8", "surrogateescape")
 
 
@@ -268,9 +277,10 @@ def _csv_rows(stream: BinaryIO, file: Path, head: int, offset: int, rows: int) -
         names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter, skipinitialspace=True), [])]
         if offset:
             stream.seek(offset)
-            lines = _CsvLines(stream, offset)
+        lines = _CsvLines(stream, offset or lines.at, [delimiter])
         number = rows
         for fields in csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True):
+            lines.begin_row()
             if not fields:
                 continue
             number += 1

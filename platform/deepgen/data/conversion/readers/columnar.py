@@ -15,11 +15,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deepgen.data.conversion.readers.image_values import MAX_SAMPLE
 from deepgen.data.conversion.readers.raw_sample import RawData, RawSample, Unit, stem_of
 from deepgen.data.conversion.readers.row_forms import columns_of, sample_of
 from deepgen.data.conversion.readers.unpacked_sizes import batch_size, pages_of
 from deepgen.data.parquet import SCHEMA, decoded_rows
+from deepgen.data.uris import UriError
 from deepgen.errors import UserError
+from deepgen.reading.tables import MAX_ROW
 
 # Arrow holds a page once while it reads it, and the values of a dictionary twice.
 MAX_PAGE, MAX_DICTIONARY = 448 << 20, 256 << 20
@@ -96,11 +99,13 @@ def parts_of(file: Path, rows: int) -> list[tuple[int, int]]:
 
 
 def read_columnar(raw: RawData, unit: Unit) -> Iterator[RawSample]:
-    """The samples in a unit of a parquet or an Arrow file."""
+    """The samples in a unit of a parquet or an Arrow file. Raises UserError if a column that is read is there twice."""
     file = Path(unit.file)
     names = column_names(file)
     columns = columns_of(raw, names, file) if raw.form == "hf" else {}
     wanted = list(columns.values()) if columns else [name for name in SCHEMA.names if name in names]
+    if twice := next((name for name in wanted if names.count(name) > 1), None):
+        raise UserError(f"{file}: has {names.count(twice)} columns {twice!r}; allowed: one")
     read = _arrow_rows if is_arrow(file) else _parquet_rows
     for number, row in read(file, unit, wanted):
         yield sample_of(row, raw, file, f"{stem_of(raw, file)}-{number}", f"{file}, row {number}", columns)
@@ -112,9 +117,14 @@ def read_columnar(raw: RawData, unit: Unit) -> Iterator[RawSample]:
 def _open_parquet(file: Path, mapped: _Mapped) -> pq.ParquetFile:
     try:
         # pre_buffer would read a whole row group in advance.
-        return pq.ParquetFile(pa.BufferReader(mapped.buffer), pre_buffer=False)
+        parquet = pq.ParquetFile(pa.BufferReader(mapped.buffer), pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: can't be read as parquet ({_why(error)})") from error
+    # A footer of encrypted columns may be readable; it is signed behind its content. pyarrow ends the whole process
+    # when it is asked for the place of such a column.
+    if struct.unpack_from("<I", mapped.view, len(mapped.view) - 8)[0] != parquet.metadata.serialized_size:
+        raise UserError(f"{file}: can't be read as parquet (encrypted, or its footer is damaged)")
+    return parquet
 
 
 def _parquet_rows(file: Path, unit: Unit, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -152,9 +162,22 @@ def _check_pages(mapped: _Mapped, group: pq.RowGroupMetaData, columns: list[str]
 
 
 def _row(batch: pa.RecordBatch) -> dict[str, Any]:
-    """The only row of a batch. Text that is not UTF-8 gets lone surrogates, which mark it as invalid."""
-    table = pa.Table.from_batches([batch])
-    (row,) = decoded_rows(table, lambda text: text.decode("utf-8", "surrogateescape"))
+    """The only row of a batch, with a UriError in place of each value that Python cannot hold, or that is too large.
+
+    Text that is not UTF-8 gets lone surrogates, which mark it as invalid.
+    """
+    row: dict[str, Any] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        texts = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        limit = MAX_ROW if texts else MAX_SAMPLE
+        if not pa.types.is_dictionary(column.type) and column.nbytes > limit + 64:  # offsets count, too
+            row[name] = UriError(name, f"more than {limit >> 20} MiB in one row")
+            continue
+        try:
+            (found,) = decoded_rows(pa.table([column], [name]), lambda text: text.decode("utf-8", "surrogateescape"))
+            row[name] = found[name]
+        except (*_ERRORS, LookupError, OverflowError) as error:  # a date in year 9,999,999, a path that is not UTF-8
+            row[name] = UriError(name, f"is {column.type}, and not readable: {_why(error)}")
     return row
 
 

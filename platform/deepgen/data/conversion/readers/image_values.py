@@ -22,7 +22,7 @@ def image_bytes(value: Any, raw: RawData, file: Path, limit: int = MAX_SAMPLE) -
     """
     if isinstance(value, Mapping) and not value.keys().isdisjoint(("bytes", "path")):
         value = value.get("bytes") or value.get("path")
-    if value is None or isinstance(value, bytes):
+    if value is None or isinstance(value, bytes | UriError):
         return value
     if not isinstance(value, str):
         return UriError("image", f"{type(value).__name__}; allowed: bytes, a name or a struct of bytes and path")

@@ -10,10 +10,11 @@ from typing import Any
 from deepgen.data.uris import UriError, reach_of
 from deepgen.reading.reach import Reach
 
+FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl", ".svg")  # images that we do not read: dropped with that reason
 IMAGE_SUFFIXES = (
     *(".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".png", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
-    *(".heic", ".heif", ".jxl", ".svg"),  # of no format that we take: such a sample is dropped with that reason
+    *FOREIGN_SUFFIXES,
 )
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # of the caption that belongs to a picture, the first one counts
 

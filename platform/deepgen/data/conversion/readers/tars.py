@@ -72,6 +72,21 @@ class _Member(tarfile.TarInfo):
             raise tarfile.ReadError(f"a header of {self.size:,} bytes")
         return super()._proc_member(tar)  # type: ignore[misc]
 
+    def _proc_sparse(self, tar: Any) -> Any:
+        """Pass over the map of a file with holes. tarfile would keep all of it, however long, and fail at its end."""
+        _, goes_on, size = self._sparse_structs  # type: ignore[attr-defined]
+        length = 0
+        while goes_on:
+            block = tar.fileobj.read(tarfile.BLOCKSIZE)
+            length += len(block)
+            if len(block) < tarfile.BLOCKSIZE or length > _MAX_HEADER:
+                raise tarfile.ReadError(f"a map of holes of {length:,} bytes that goes on")
+            goes_on = block[504]
+        self.sparse, self.offset_data = [], tar.fileobj.tell()  # type: ignore[assignment]
+        tar.offset = self.offset_data + -(-self.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        self.size = size
+        return self
+
 
 # Where the files of a sample are: extension, the byte where the content begins, and its size. -1: a file with holes.
 _Parts = list[tuple[str, int, int]]
@@ -108,7 +123,7 @@ class _Tar:
                 self._keep_whole(last)
                 self._split_dotted()
                 return
-        _require_end(tar)
+        _require_end(tar, until)
         self._split_dotted()
         if self._packed and not self._grouped:
             self._read_texts_first()
@@ -187,6 +202,8 @@ def read_tar(raw: RawData, file: Path, until: float | None = None) -> Iterator[R
         if error.errno is not None:  # from the file system; errors from decompressors have no number
             raise UserError(f"{file}: cannot be read ({error.strerror})") from error
         raise _damaged(file, found.count, str(error)) from error
+    except RecursionError as error:
+        raise _damaged(file, found.count, "hundreds of additional headers of one member") from error
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError) as error:
         raise _damaged(file, found.count, str(error)) from error
 
@@ -237,8 +254,8 @@ def _damaged(file: Path, count: int, why: str) -> UserError:
     return UserError(f"{file}: damaged archive ({' '.join(why.split())} after {count} members); {repair}")
 
 
-def _require_end(tar: tarfile.TarFile) -> None:
-    """Raise TarError unless only zeros follow the last member, at least one block of them.
+def _require_end(tar: tarfile.TarFile, until: float | None) -> None:
+    """Raise TarError unless only zeros follow the last member, at least one block of them; as far as seen until then.
 
     tarfile treats a damaged or missing header as the end of the archive. Reading to the end of the file also makes
     decompressors verify their checksums.
@@ -250,6 +267,8 @@ def _require_end(tar: tarfile.TarFile) -> None:
         if chunk.count(0) != len(chunk):
             raise tarfile.ReadError(f"no header at byte {tar.offset}")
         found += len(chunk)
+        if until and time.monotonic() > until:
+            return
     if found < tarfile.BLOCKSIZE:
         raise tarfile.ReadError(f"ends without its closing block at byte {tar.offset}")
 
