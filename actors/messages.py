@@ -16,6 +16,7 @@ import numpy as np
 
 from deepgen.config import Settings
 from deepgen.data.records import Record
+from deepgen.drawing.request import DrawRequest
 
 Arrays = dict[str, np.ndarray]
 OBJECT_STORE, NIXL = "object_store", "nixl"  # how weights travel
@@ -76,24 +77,18 @@ class RankBatch:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """Held-out prompts to draw: `samples` images each, by the ODE, whose only noise is the start noise from `seed`.
+    """Held-out prompts to draw.
 
-    guidance_scale: 1 is off. negative_prompt: text of the unconditional branch of guidance.
     folder: component folder to load the policy from; it must hold the published version unless `averaged` is set.
     Stream → rollout actor.
     """
 
-    records: tuple[Record, ...]
-    samples: int
-    num_steps: int
-    seed: int
-    guidance_scale: float = 1.0
-    negative_prompt: str = ""
+    drawing: DrawRequest
     folder: Path | None = None
     averaged: bool = False
 
     def __str__(self) -> str:
-        return f"evaluation of {len(self.records)} prompts"
+        return f"evaluation of {len(self.drawing.records)} prompts"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ from benchmarks.timing import Result, Shape, bare_inputs, recipe, seconds
 from benchmarks.update_floor import BareUpdate
 from deepgen.config import Settings
 from deepgen.data.records import Record
+from deepgen.drawing.painter import Encoded, Painter
+from deepgen.drawing.request import DrawRequest
 from deepgen.models.presets import PRESETS
 from deepgen.models.unified import Conditioning, UnifiedModel
 
@@ -100,10 +102,16 @@ class _Sampler(PolicySampler):
     """A sampler of a model at hand, for one conditioning: the random VLM has no tokenizer."""
 
     def __init__(self, settings: Settings, model: UnifiedModel, device: torch.device, given: Conditioning) -> None:
-        self._settings, self.model, self._device, self._given = settings, model, device, given
+        self._settings, self.model, self._device = settings, model, device
+        self._painter = _Painter(model, bf16=True)
+        self._painter.given = given
 
-    def _encode(self, record: Record, guidance_scale: float, negative: str = "") -> tuple[Any, ...]:
-        return self._given, None, [], self._latent_shape([])
+
+class _Painter(Painter):
+    given: Conditioning
+
+    def encode(self, record: Record, request: DrawRequest) -> Encoded:
+        return Encoded(self.given, None, [], self.latent_shape(request))
 
 
 def _conditioning(shape: Shape, *bare: Any) -> Conditioning:

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from actors.experience.policy.no_picture import is_picture
 from deepgen.config.schema.sections import RewardSettings
 from deepgen.data.images import decode_image
 from deepgen.data.records import Record
+from deepgen.drawing.pixels import is_picture
 from rewards import RewardRequest, applies
 
 _NO_IMAGE = np.zeros((1, 1, 3), dtype=np.uint8)  # whether a reward applies depends on the prompt alone

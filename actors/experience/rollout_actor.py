@@ -94,7 +94,7 @@ class RolloutActor:
             self._policy.use(policy)
         else:
             self._policy.read(request.folder, None if request.averaged else policy)
-        drawn = zip(request.records, self._policy.sampler.evaluate(request), strict=True)
+        drawn = zip(request.drawing.records, self._policy.sampler.draw(request.drawing), strict=True)
         by_prompt = [make_requests(record, images) for record, images in drawn]
         requests = list(chain(*by_prompt))
         weights = np.stack([reward_weights(self._settings.rewards, first) for first, *_ in by_prompt])

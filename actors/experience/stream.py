@@ -38,6 +38,7 @@ from actors.messages import EvaluationReply, EvaluationRequest, Group, PolicyWei
 from deepgen.config import Settings
 from deepgen.data.records import Record
 from deepgen.data.usable import usable_records
+from deepgen.drawing.request import DrawRequest
 from deepgen.evaluation.results import Evaluation
 from deepgen.tracking.timeline import Recorder
 from rewards import RewardRequest
@@ -335,7 +336,7 @@ class ExperienceStream:
         must hold it, unless `averaged` says that it holds averaged weights.
         """
         await self.start()
-        evaluation, deadline_s = self._settings.evaluation, self._settings.experience.deadline_s
+        deadline_s = self._settings.experience.deadline_s
         per_call = max(1, _EVALUATION_IMAGES // samples)
         parts = [tuple(records[i : i + per_call]) for i in range(0, len(records), per_call)]
         version = (self._version or 0) if version is None else version
@@ -343,16 +344,8 @@ class ExperienceStream:
         policy = self._policies.get(version) if folder or version == 0 else await self._policy(version)
 
         async def one(part: tuple[Record, ...]) -> tuple[EvaluationReply, np.ndarray, list[np.ndarray]]:
-            request = EvaluationRequest(
-                part,
-                samples,
-                evaluation.num_steps,
-                evaluation.seed,
-                evaluation.guidance_scale,
-                evaluation.negative_prompt,
-                folder,
-                averaged,
-            )
+            drawing = DrawRequest.of_evaluation(self._settings, part, samples)
+            request = EvaluationRequest(drawing, folder, averaged)
             reply: EvaluationReply
             known = functools.partial(self._known_now, version, policy)
             reply, requests = await self._fleet.call("evaluate", request, known, outputs=2)

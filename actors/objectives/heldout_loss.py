@@ -15,26 +15,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from actors.experience.policy.policy_sampler import PolicySampler
 from actors.learner.collectives import gather
 from actors.learner.protocols import Evaluate
-from actors.messages import EvaluationRequest
 from deepgen.data.images import usable_image
 from deepgen.data.loading.collate import MicroBatch
 from deepgen.data.loading.dataset import Picture, resized
 from deepgen.data.records import Record
 from deepgen.data.usable import left_out
+from deepgen.drawing.painter import Painter
+from deepgen.drawing.request import DrawRequest
 from deepgen.evaluation.choose import GRID_PROMPTS, choose_records, heldout_records
 from deepgen.evaluation.pictures import grid
 from deepgen.evaluation.results import Evaluation
 from deepgen.seeds import stable_seed
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from actors.learner.protocols import StepContext, WorkerContext
     from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro
-    from deepgen.config.settings import Settings
     from deepgen.models.unified import UnifiedModel
 
 
@@ -120,37 +117,16 @@ def share_out(
     return mine
 
 
-class _OwnSampler(PolicySampler):
-    """Samples with the model in training instead of one read from a folder."""
-
-    def __init__(self, settings: Settings, model: UnifiedModel) -> None:
-        self.model = model
-        super().__init__(settings)
-        torch.set_num_threads(settings.train.threads)
-
-    def load(self, folder: Path) -> None:
-        """Do nothing: the model was passed in."""
-
-
 class Pictures:
     """Draws fixed held-out prompts and logs them as one grid. Used on rank 0, which has the tracker."""
 
     def __init__(self, context: WorkerContext, records: Sequence[Record]) -> None:
         self._settings, self._tracker = context.settings, context.tracker
         self._records = tuple(choose_records(records, GRID_PROMPTS, context.settings.evaluation.seed))
-        self._sampler = _OwnSampler(context.settings, context.model)
+        self._painter = Painter(context.model, bf16=context.settings.model.precision == "bf16")
 
     def draw(self, step: int, suffix: str) -> None:
-        evaluation = self._settings.evaluation
-        request = EvaluationRequest(
-            self._records,
-            1,
-            evaluation.num_steps,
-            evaluation.seed,
-            evaluation.guidance_scale,
-            evaluation.negative_prompt,
-        )
-        images = self._sampler.evaluate(request)
+        images = self._painter.draw(DrawRequest.of_evaluation(self._settings, self._records, 1))
         unscored = np.zeros((len(self._records), 1, 0), dtype=np.float32)
         drawn = Evaluation(self._records, tuple(images), (), unscored, unscored[:, 0], step)
         assert self._tracker is not None

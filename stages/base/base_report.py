@@ -17,12 +17,12 @@ from diffusers import AutoencoderKL
 from transformers import AutoTokenizer, CLIPModel, Qwen2_5_VLForConditionalGeneration
 
 from actors.experience.policy.policy_sampler import PolicySampler
-from actors.messages import EvaluationRequest
 from deepgen.config import load_settings
 from deepgen.config.recipes import find_recipe
 from deepgen.config.settings import TASKS
 from deepgen.data.images import decode_image
 from deepgen.data.records import Record
+from deepgen.drawing.request import DrawRequest
 from deepgen.tracking.grids import image_grid
 from rewards.base import RewardRequest
 from rewards.ocr import OcrReward
@@ -35,8 +35,8 @@ from stages.base.training import MODEL, REWARDS, load_split, to_float, unique_pi
 
 def draw(sampler: PolicySampler, records: list[Record]) -> list[np.ndarray]:
     """One image, uint8 [64, 64, 3], per record. The record's id seeds its noise."""
-    request = EvaluationRequest(tuple(records), samples=1, num_steps=20, seed=0)
-    return [images[0] for images in sampler.evaluate(request)]
+    request = DrawRequest(tuple(records), (0,), seed=0, image_size=64, num_steps=20, shift=3.0)
+    return [images[0] for images in sampler.draw(request)]
 
 
 def choose(split: str, task: str, count: int) -> list[Record]:

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors.experience.policy.no_picture import is_picture
-from actors.experience.policy.policy_sampler import to_pixels
 from actors.experience.reward_requests import make_requests, request_key
 from deepgen.data.records import Record
+from deepgen.drawing.pixels import is_picture, to_pixels
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

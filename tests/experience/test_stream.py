@@ -25,6 +25,7 @@ from deepgen.config import Settings, UserError
 from deepgen.data.images import decode_image
 from deepgen.data.parquet import read_records
 from deepgen.data.records import Record
+from deepgen.drawing.request import DrawRequest
 from tests.helpers.frail_actors import Frail, Slow
 from tests.helpers.lost_objects import lost_reference
 from tests.helpers.published import publish
@@ -439,7 +440,9 @@ def test_an_evaluation_is_the_same_however_it_is_batched(
     actor = rollouts["rollout-0"]
 
     def drawn(*records: Record) -> list[np.ndarray]:
-        call = actor.evaluate.options(num_returns=2).remote(EvaluationRequest(records, 2, 4, 5), None)
+        call = actor.evaluate.options(num_returns=2).remote(
+            EvaluationRequest(DrawRequest(records, (0, 1), 5, 64, 4, 3.0)), None
+        )
         return [request.image for request in ray_local.get(call[1])]
 
     together, alone = drawn(*heldout), [image for record in heldout for image in drawn(record)]

@@ -15,14 +15,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from actors.experience.policy.policy_sampler import PolicySampler, to_pixels, unpack_samples
-from actors.messages import EvaluationRequest, Group
+from actors.experience.policy.policy_sampler import PolicySampler, unpack_samples
+from actors.messages import Group
 from actors.objectives.flow_matching import FlowMatching, FlowMatchingMicro
 from deepgen.config import load_settings
 from deepgen.data.cache.encoded import EncodingCache, MemoryStore
 from deepgen.data.loading.dataset import LATENT, scaled
 from deepgen.data.records import Record
 from deepgen.diffusion.schedule import timesteps, training_sigmas
+from deepgen.drawing.pixels import to_pixels
+from deepgen.drawing.request import DrawRequest
 from deepgen.models.chat_template import tokenize
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import image_token_count, position_ids, visual_features
@@ -188,7 +190,7 @@ def sampler_of(
         def start_group(shape: Any, *, indices: range | list[int], **_: Any) -> tuple[Tensor, list[torch.Generator]]:
             return start.expand(len(indices), -1, -1, -1), [torch.Generator() for _ in indices]
 
-        module = "actors.experience.policy.policy_sampler"
+        module = "deepgen.drawing.painter"
         monkeypatch.setattr(f"{module}.start_group", start_group)
         monkeypatch.setattr(f"{module}.image_to_tensor", lambda pixels, size: scaled(torch.from_numpy(pixels)))
         steps = len(GOLDEN[f"{case}/sampled/sigmas"]) - 1
@@ -217,9 +219,11 @@ def test_guided_rollout(sampler_of: Callable[[str, str], PolicySampler], case: s
 def test_guided_evaluation(sampler_of: Callable[[str, str], PolicySampler], case: str) -> None:
     """Evaluations follow the request, whatever rollout.guidance_scale."""
     sampler, sigmas = sampler_of(case, "reference"), GOLDEN[f"{case}/sampled/sigmas"]
-    request = EvaluationRequest((record_of(case),), 2, len(sigmas) - 1, seed=0, guidance_scale=GUIDANCE)
+    request = DrawRequest(
+        (record_of(case),), (0, 1), 0, image_size=64, num_steps=len(sigmas) - 1, shift=3.0, guidance_scale=GUIDANCE
+    )
     (wanted,) = sampler.model.decode_latents(torch.from_numpy(GOLDEN[f"{case}/sampled/final"]))
-    for image in sampler.evaluate(request)[0]:
+    for image in sampler.draw(request)[0]:
         assert np.abs(image.astype(int) - to_pixels(wanted)).max() <= 1  # a value on the edge of rounding
 
 
