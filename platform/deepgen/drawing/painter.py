@@ -19,7 +19,7 @@ from deepgen.drawing.pixels import to_pixels
 from deepgen.drawing.request import DrawRequest
 from deepgen.models.unified import Conditioning, UnifiedModel
 
-_BATCH = 16  # pictures of different prompts in one forward
+BATCH = 16  # pictures in one forward
 
 
 class Encoded(NamedTuple):
@@ -42,10 +42,13 @@ class Samples:
 
 
 class Painter:
-    """Draws with a model on the model's device, without gradients. bf16: under autocast."""
+    """Draws with a model on the model's device, without gradients. bf16: under autocast.
 
-    def __init__(self, model: UnifiedModel, *, bf16: bool) -> None:
-        self.model, self._bf16 = model, bf16
+    batch: pictures in one forward of `draw`.
+    """
+
+    def __init__(self, model: UnifiedModel, *, bf16: bool, batch: int = BATCH) -> None:
+        self.model, self._bf16, self._batch = model, bf16, batch
         self._device = next(model.parameters()).device
 
     def draw(self, request: DrawRequest) -> list[np.ndarray]:
@@ -79,10 +82,14 @@ class Painter:
         for i, record in enumerate(request.records):
             own = [(i, j) for j in request.samples]
             if record.references or self.model.padding != "masked":
-                yield from _chunks(own)
+                yield from self._chunks(own)
             else:
                 together += own
-        yield from _chunks(together)
+        yield from self._chunks(together)
+
+    def _chunks(self, pairs: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+        for start in range(0, len(pairs), self._batch):
+            yield pairs[start : start + self._batch]
 
     @torch.no_grad()
     def encode(self, record: Record, request: DrawRequest) -> Encoded:
@@ -166,8 +173,3 @@ class Painter:
 def _in_fp32(conditioning: Conditioning) -> Conditioning:
     """Convert to fp32, so that rollout and learner use the same numbers whatever dtype autocast produced."""
     return replace(conditioning, context=conditioning.context.float(), pooled=conditioning.pooled.float())
-
-
-def _chunks(pairs: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    for start in range(0, len(pairs), _BATCH):
-        yield pairs[start : start + _BATCH]

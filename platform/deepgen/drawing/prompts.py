@@ -1,0 +1,126 @@
+"""Reads what is to be drawn: one prompt, a list of prompts, or records; each with its sources.
+
+A bad row is told and left out. The noise of a picture depends on the id of its record: an id that the data gives stays,
+so whoever draws the held-out prompts of a run with its seed draws the run's pictures. A prompt without an id gets one
+from its words and sources, so it is drawn alike wherever it stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from deepgen.config.schema.paths import exists
+from deepgen.data.images import usable_image
+from deepgen.data.parquet import PROMPT_LISTS, read_rows
+from deepgen.data.quotes import quoted_words
+from deepgen.data.records import Record, RecordError, check_texts
+from deepgen.data.usable import special_tokens
+from deepgen.errors import UserError
+from deepgen.models.chat_template import render
+from deepgen.reading.tables import suffix_of
+
+_SUFFIXES = (".parquet", *PROMPT_LISTS)
+_LETTERS = 100  # of the longest token
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What a model reads of a prompt: at most `tokens` of the tokenizer in `folder`, and none of its special tokens."""
+
+    folder: Path
+    tokens: int
+
+    @cached_property
+    def reserved(self) -> list[str]:
+        return special_tokens(self.folder)
+
+    def check(self, record: Record) -> None:
+        """Raise ValueError for a prompt that it would not read as it stands."""
+        if not record.prompt.strip():
+            raise ValueError("the prompt is empty")
+        if len(record.prompt) > _LETTERS * self.tokens:  # for a text of gigabytes, the tokenizer takes hours
+            raise ValueError(f"the prompt has {len(record.prompt):,} letters; the model reads {self.tokens:,} tokens")
+        check_texts(record, self.reserved)
+        count = len(self._tokenizer.encode(render(record.prompt)).ids)
+        if count > self.tokens:
+            raise ValueError(f"the prompt is {count:,} tokens long; the model reads {self.tokens:,}")
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        tokenizer.no_truncation()
+        return tokenizer
+
+
+@dataclass(frozen=True)
+class BadPrompt:
+    """A row that cannot be drawn, and why."""
+
+    place: str
+    reason: str
+
+
+def read_wanted(
+    given: str, images: Sequence[Path], allow: Sequence[str], reader: Reader
+) -> tuple[list[Record], list[BadPrompt]]:
+    """What `--prompts` and `--images` ask for.
+
+    given: a file or folder that `read_rows` reads, or the prompt itself. images: sources of all prompts.
+
+    Raises UserError if the file cannot be read, or if the prompt given on the command line cannot be drawn.
+    """
+    if not given.strip() or not (suffix_of(Path(given)) in _SUFFIXES or exists(Path(given))):
+        record = _record(given, images)
+        if fault := _fault(record, reader):
+            raise UserError(f"--prompts: {fault}")
+        return [record], []
+    wanted, bad = list[Record](), list[BadPrompt]()
+    for row in read_rows(Path(given), allow):
+        place = f"{row.file}, row {row.number}"
+        if isinstance(row.record, RecordError):
+            bad.append(BadPrompt(place, row.record.reason))
+            continue
+        record = _with_sources(row.record, images)
+        if record.id == f"{Path(row.file).name.partition('.')[0]}-{row.number}":
+            record = replace(record, id=_own_id(record))  # a list's row without an id
+        fault = _fault(record, reader)
+        if fault:
+            bad.append(BadPrompt(place, fault))
+        else:
+            wanted.append(record)
+    return list({record.id: record for record in wanted}.values()), bad
+
+
+def _record(prompt: str, images: Sequence[Path]) -> Record:
+    task = "edit" if images else "text" if quoted_words(prompt) else "t2i"
+    record = Record("", task, prompt, prompt, None, tuple(map(str, images)), "command line")
+    return replace(record, id=_own_id(record))
+
+
+def _with_sources(record: Record, images: Sequence[Path]) -> Record:
+    return replace(record, task="edit", references=tuple(map(str, images))) if images else record
+
+
+def _own_id(record: Record) -> str:
+    digest = hashlib.blake2b(record.prompt.encode("utf-8", "surrogatepass"), digest_size=6)
+    for source in record.references:
+        digest.update(source if isinstance(source, bytes) else Path(source).name.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _fault(record: Record, reader: Reader) -> str:
+    """Why a record cannot be drawn, or ""."""
+    try:
+        reader.check(record)
+        for slot, data in enumerate(record.references, start=1):
+            usable_image(data, f"source {slot}")
+    except ValueError as error:
+        return str(error)
+    return ""

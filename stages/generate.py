@@ -1,0 +1,253 @@
+"""Draw pictures from prompts, or edit pictures, with any weights of ours.
+
+    python stages/generate.py --weights MODEL --prompts "a red cat" --out DIR
+    python stages/generate.py --weights RUN --prompts prompts.txt --out DIR --samples 4 --steps 50 --guidance 4
+    python stages/generate.py --weights MODEL --prompts "make it blue" --images cat.png --out DIR
+
+MODEL: a component folder (a run's model/, or what stages/export.py writes). A run, finished or not, or one of its
+checkpoints is taken as well. --prompts: a prompt, or a file: text with one prompt a line, JSON, JSON lines, CSV,
+parquet records (docs/own-data.md). All GPUs of the cluster draw; without one, the CPU does.
+
+DIR gets a PNG for each picture, with prompt, seed, settings and the weights' fingerprint inside, sheet.png and
+pictures.parquet. What a picture shows depends on its prompt, --seed and the settings alone. The same command draws what
+is still missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
+
+import numpy as np  # noqa: E402
+
+from deepgen.config import UserError, load_settings, run_program  # noqa: E402
+from deepgen.config.schema.paths import argument  # noqa: E402
+
+if TYPE_CHECKING:
+    from deepgen.data.records import Record
+    from deepgen.drawing.picture_files import PictureFolder
+    from deepgen.drawing.request import DrawRequest
+
+TOLD = (  # settings of a request that are written beside and into the pictures
+    *("seed", "sampler", "num_steps", "shift", "eta", "guidance_scale", "negative_prompt", "image_size", "size"),
+)
+DEFAULT_SIDE = 512  # of pictures, as the published models were trained; smaller ones have their own
+SIDE = 16  # sides are multiples of it: VAE and patches of the DiT together
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)  # one line, as for every other user error
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=argument, required=True, help="component folder, run or checkpoint")
+    parser.add_argument("--ema", action="store_true", help="of a run, the averages (train.ema_decay)")
+    parser.add_argument("--prompts", required=True, metavar="FILE|PROMPT")
+    parser.add_argument("--images", type=argument, nargs="+", default=[], metavar="FILE", help="pictures to edit")
+    parser.add_argument("--out", type=argument, required=True, metavar="DIR")
+    parser.add_argument("--samples", type=whole(1), default=1, help="pictures of each prompt (default: 1)")
+    parser.add_argument("--seed", type=whole(0), default=42, help="(default: 42)")
+    parser.add_argument("--size", type=size, metavar="SIDE|WxH", help="pixels; default: of the first source, or --area")
+    parser.add_argument(
+        "--aspect", type=aspect, metavar="W:H", help="sides in this ratio, with about as many pixels as --area squared"
+    )
+    parser.add_argument("--area", type=whole(32), help="side of a square as large as the picture (default: 512; 64)")
+    parser.add_argument("--steps", type=whole(1), default=50, help="of the sampler (default: 50)")
+    parser.add_argument("--guidance", type=scale, default=4.0, help="scale; 1 is off and half the work (default: 4)")
+    parser.add_argument("--negative", default="", metavar="TEXT", help="what guidance leads away from")
+    parser.add_argument("--sampler", default="ode", help="(default: ode)")
+    parser.add_argument("--eta", type=float, default=1.0, help="noise of the other samplers (default: 1)")
+    parser.add_argument("--shift", type=float, default=3.0, help="of the noise levels (default: 3)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="(default: bf16 on GPUs, fp32 on CPUs)")
+    parser.add_argument("--padding", choices=("masked", "reference"), default="masked", help="as model.padding")
+    parser.add_argument("--batch", type=whole(1), default=8, help="pictures in one forward (default: 8)")
+    parser.add_argument("--allow", action="append", default=[], metavar="PLACE", help="as data.allow; can be repeated")
+    parser.add_argument("--address", default="auto-local", help="Ray cluster, as cluster.address")
+    return parser.parse_args(argv)
+
+
+def whole(low: int) -> Any:
+    """An argument type: a whole number, from low on."""
+
+    def parsed(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) < 2**31:
+            raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a whole number from {low} on")
+        return int(text)
+
+    return parsed
+
+
+def scale(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a number from 1 (off) to 100")
+    return value
+
+
+def size(text: str) -> tuple[int, int]:
+    """Height and width of 512 or 768x512 (width first, as on screens)."""
+    parts = text.lower().replace("×", "x").split("x")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a side, as 512, or WIDTHxHEIGHT, as 768x512")
+    width, height = int(parts[0]), int(parts[-1])
+    for side in (width, height):
+        if side % SIDE or not 32 <= side <= 4096:
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}; allowed: sides from 32 to 4096 that are multiples of {SIDE}"
+            )
+    return height, width
+
+
+def aspect(text: str) -> float:
+    """Width by height."""
+    width, colon, height = text.partition(":")
+    try:
+        ratio = float(width) / float(height) if colon else float(width)
+    except (ValueError, ZeroDivisionError):
+        ratio = 0.0
+    if not 1 / 8 <= ratio <= 8:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: as 16:9, from 1:8 to 8:1")
+    return ratio
+
+
+def main() -> int:
+    args = parse(sys.argv[1:])
+    from deepgen.cluster.connect import connect
+    from deepgen.drawing.picture_files import PictureFolder
+    from deepgen.drawing.prompts import Reader, read_wanted
+    from deepgen.fingerprint import fingerprint
+    from deepgen.models.weights_io.folder import read_architecture
+    from stages.drawn_weights import component_folder
+
+    with component_folder(args.weights, args.out, averages=args.ema) as weights:
+        request = read_request(args, weights)
+        reader = Reader(weights / "tokenizer", read_architecture(weights, None).max_prompt_tokens)
+        records, bad = read_wanted(args.prompts, args.images, args.allow, reader)
+        for one in bad:
+            print(f"left out: {one.place}: {one.reason}", flush=True)
+        if not records:
+            raise UserError(f"--prompts: no row of {args.prompts} can be drawn")
+        gpus = connect(load_settings(None, [f"cluster.address={args.address}"]), no_needs, code_root=ROOT)
+        painter = {"padding": args.padding, "precision": args.precision or ("bf16" if gpus else "fp32")}
+        settings = {"weights": fingerprint(weights), **painter, **{key: getattr(request, key) for key in TOLD}}
+        pictures = PictureFolder(args.out, settings)
+        pictures.open()
+        jobs = list(jobs_of(request, records, pictures, args.batch))
+        try:
+            for record, sample, picture in progress(drawn(jobs, weights, painter, args.batch, gpus=gpus), jobs):
+                pictures.save(record, sample, picture)
+        finally:
+            count = pictures.finish(records, request.samples)
+            wanted = len(records) * len(request.samples)
+            print(f"{count:,} of {wanted:,} pictures are in {args.out}; look at sheet.png", flush=True)
+    return 0
+
+
+def read_request(args: argparse.Namespace, weights: Path) -> DrawRequest:
+    """All that decides the pictures, without prompts. Raises UserError for what does not go together."""
+    from deepgen.algorithms.rules import check_noise
+    from deepgen.drawing.request import DrawRequest
+    from deepgen.models.weights_io.folder import read_architecture
+    from deepgen.registry import SAMPLERS
+
+    if args.sampler not in SAMPLERS:
+        raise UserError(f"--sampler: got {args.sampler!r}; allowed: {', '.join(SAMPLERS)}")
+    if args.size and args.aspect:
+        raise UserError("--aspect: got with --size; allowed: one of them")
+    if not args.shift > 0:
+        raise UserError(f"--shift: got {args.shift:g}; allowed: a number above 0")
+    check_noise(args.sampler, args.eta)
+    architecture = read_architecture(weights, None)
+    trained = int(architecture.transformer["sample_size"]) * architecture.vae_downsample
+    area = args.area or min(DEFAULT_SIDE, trained)
+    given = args.size or (args.aspect and sides(area, args.aspect))
+    return DrawRequest(
+        records=(),
+        samples=tuple(range(args.samples)),
+        seed=args.seed,
+        image_size=area,
+        num_steps=args.steps,
+        shift=args.shift,
+        sampler=args.sampler,
+        eta=args.eta if args.sampler != "ode" else 0.0,
+        guidance_scale=args.guidance,
+        negative_prompt=args.negative,
+        size=given or None,
+    )
+
+
+def sides(area: int, ratio: float) -> tuple[int, int]:
+    """Height and width with about area^2 pixels, width / height about `ratio`, in multiples of SIDE."""
+    height, width = (max(32, round(area * factor / SIDE) * SIDE) for factor in (ratio**-0.5, ratio**0.5))
+    return height, width
+
+
+def jobs_of(
+    request: DrawRequest, records: Sequence[Record], pictures: PictureFolder, batch: int
+) -> Iterator[DrawRequest]:
+    """What is still to be drawn, in pieces of about one forward."""
+    missing: dict[tuple[int, ...], list[Record]] = {}
+    for record in records:
+        missing.setdefault(pictures.missing(record, request.samples), []).append(record)
+    missing.pop((), None)
+    for samples, own in missing.items():
+        count = max(1, batch // len(samples))
+        for start in range(0, len(own), count):
+            yield replace(request, records=tuple(own[start : start + count]), samples=samples)
+
+
+def drawn(
+    jobs: Sequence[DrawRequest], weights: Path, painter: dict[str, str], batch: int, *, gpus: bool
+) -> Iterator[tuple[Record, int, np.ndarray]]:
+    """The pictures of the jobs as they are drawn, with record and number of the sample."""
+    if not jobs:
+        return
+    import ray.data
+    from ray.data import ActorPoolStrategy
+
+    from actors.draw_worker import DrawWorker
+
+    ray.data.DataContext.get_current().enable_progress_bars = False  # our own bar counts pictures
+    rows = ray.data.from_items([{"job": number} for number in range(len(jobs))], override_num_blocks=len(jobs)).map(
+        DrawWorker,
+        fn_constructor_args=[list(jobs), weights, painter, batch],
+        compute=ActorPoolStrategy(min_size=1, max_size=len(jobs)),
+        num_gpus=1 if gpus else 0,
+        num_cpus=1,
+    )
+    for row in rows.iter_rows():
+        if row["error"]:
+            raise UserError(row["error"])
+        job = jobs[row["job"]]
+        pixels = np.frombuffer(row["pixels"], dtype=np.uint8)
+        for record, shape, start in zip(job.records, row["shapes"], row["starts"], strict=True):
+            own = pixels[start : start + int(np.prod(shape))].reshape(shape)
+            yield from ((record, sample, picture) for sample, picture in zip(job.samples, own, strict=True))
+
+
+def no_needs(settings: Any, *, gpus: bool) -> list[Any]:
+    return []
+
+
+def progress(
+    found: Iterator[tuple[Record, int, np.ndarray]], jobs: Sequence[DrawRequest]
+) -> Iterator[tuple[Record, int, np.ndarray]]:
+    from tqdm import tqdm
+
+    yield from tqdm(found, total=sum(len(job.records) * len(job.samples) for job in jobs), unit="picture")
+
+
+if __name__ == "__main__":
+    run_program(main, resumes=False)

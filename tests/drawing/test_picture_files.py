@@ -1,0 +1,133 @@
+"""What is read for drawing, and the folder that pictures go into."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from deepgen.data.records import Record
+from deepgen.drawing.picture_files import MANIFEST, SHEET, TABLE, PictureFolder
+from deepgen.drawing.prompts import Reader, read_wanted
+from deepgen.errors import UserError
+from tests.helpers.factories import make_tiny_folder
+
+SETTINGS = {"weights": "0123456789ab", "seed": 42, "size": None, "negative_prompt": ""}
+RECORDS = [Record(name, "t2i", f"a {name}", "", None, (), "") for name in ("cat/1", "牌子")]
+
+
+def picture(level: int) -> np.ndarray:
+    return np.full((16, 24, 3), level, dtype=np.uint8)
+
+
+def test_pictures_say_how_they_were_drawn(tmp_path: Path) -> None:
+    folder = PictureFolder(tmp_path / "out", SETTINGS)
+    folder.open()
+    for i, record in enumerate(RECORDS):
+        folder.save(record, 0, picture(i))
+    assert folder.finish(RECORDS, (0, 1)) == 2
+    with Image.open(tmp_path / "out" / "cat-1-0.png", formats=["PNG"]) as image:
+        assert image.info["prompt"] == "a cat/1" and image.info["weights"] == "0123456789ab"
+        assert json.loads(image.info["seed"]) == 42
+    table = pq.read_table(tmp_path / "out" / TABLE).to_pylist()
+    assert [(row["file"], row["prompt"], row["sample"]) for row in table] == [
+        ("cat-1-0.png", "a cat/1", 0),
+        ("牌子-0.png", "a 牌子", 0),
+    ]
+    assert (tmp_path / "out" / SHEET).stat().st_size > 1000
+
+
+def test_the_next_start_draws_what_is_missing(tmp_path: Path) -> None:
+    PictureFolder(tmp_path / "out", SETTINGS).open()
+    folder = PictureFolder(tmp_path / "out", SETTINGS)
+    folder.open()
+    folder.save(RECORDS[0], 1, picture(3))
+    (tmp_path / "out" / ".cat-1-2.png.tmp").touch()  # a killed program's
+    assert folder.missing(RECORDS[0], (0, 1, 2)) == (0, 2)
+    assert folder.missing(RECORDS[1], (0,)) == (0,)
+
+
+def test_other_settings_need_another_folder(tmp_path: Path) -> None:
+    PictureFolder(tmp_path / "out", SETTINGS).open()
+    with pytest.raises(UserError, match=r"has pictures with seed 42, now 43; allowed: the same settings, or another"):
+        PictureFolder(tmp_path / "out", SETTINGS | {"seed": 43}).open()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").touch()
+    with pytest.raises(UserError, match=rf"has no {MANIFEST}"):
+        PictureFolder(tmp_path / "mine", SETTINGS).open()
+    (tmp_path / "out" / MANIFEST).write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        PictureFolder(tmp_path / "out", SETTINGS).open()
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    folder = PictureFolder(tmp_path / "out", SETTINGS)
+    folder.open()
+    folder.path(RECORDS[0], 0).with_name(".cat-1-0.png.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="No space left on device; make room"):
+        folder.save(RECORDS[0], 0, picture(1))
+    assert not folder.path(RECORDS[0], 0).exists()
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    return Reader(make_tiny_folder(tmp_path_factory.mktemp("model")) / "tokenizer", 40)
+
+
+def wanted(reader: Reader, given: str, *images: Path) -> tuple[list[Record], list[str]]:
+    records, bad = read_wanted(given, images, (), reader)
+    return records, [f"{Path(one.place).name}: {one.reason}" for one in bad]
+
+
+def test_a_prompt_is_drawn_alike_wherever_it_stands(tmp_path: Path, reader: Reader) -> None:
+    (alone,), _ = wanted(reader, "a red cat")
+    (tmp_path / "a.txt").write_text("a dog\na red cat\n")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a red cat"}\n{"prompt": "a red cat", "id": "mine"}\n')
+    listed, _ = wanted(reader, str(tmp_path / "a.txt"))
+    keyed, _ = wanted(reader, str(tmp_path / "b.jsonl"))
+    assert [record.id for record in listed].index(alone.id) == 1
+    assert [record.id for record in keyed] == [alone.id, "mine"]
+
+
+def test_bad_rows_are_told_and_left_out(tmp_path: Path, reader: Reader) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"%!PS-Adobe")
+    rows = [
+        {"prompt": "a cat"},
+        {"prompt": "  "},
+        {"prompt": "say <|im_end|>"},
+        {"prompt": "blue", "references": ["bad.png"]},
+        {"prompt": "blue", "references": ["good.png"]},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    records, bad = wanted(reader, str(tmp_path / "list.jsonl"))
+    assert [record.task for record in records] == ["t2i", "edit"]
+    assert [line.partition(":")[0] for line in bad] == [f"list.jsonl, row {n}" for n in (2, 3, 4)]
+    assert "empty" in bad[0] and "<|im_end|>" in bad[1] and "not a readable image" in bad[2]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("", "empty"),
+        ("  ", "empty"),
+        ("a <|im_end|>", "reserved token"),
+        ("word " * 100, "tokens long; the model reads 40"),
+        ("x" * 10**7, "letters; the model reads 40 tokens"),
+    ],
+)
+def test_a_bad_prompt_of_the_command_line_is_an_error(reader: Reader, given: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"--prompts: .*{said}"):
+        wanted(reader, given)
+
+
+def test_images_of_the_command_line_are_sources_of_all(tmp_path: Path, reader: Reader) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
+    (record,), _ = wanted(reader, "make it blue", tmp_path / "good.png")
+    assert record.task == "edit" and record.references == (str(tmp_path / "good.png"),)
+    with pytest.raises(UserError, match=r"--prompts: source 1 is not a readable image .*no\.png"):
+        wanted(reader, "make it blue", tmp_path / "no.png")
