@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image, ImageCms
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from deepgen.drawing.painter import Painter
 from deepgen.drawing.request import DrawRequest
 from deepgen.models.unified import UnifiedModel
 from tests.helpers import color_profiles
+from tests.helpers.exported_pipeline import load_pipeline
 from tests.models.test_layouts import adapted_model, convert
 
 SEED, STEPS = 3, 3
@@ -79,12 +79,7 @@ def model(folder: Path) -> UnifiedModel:
 
 
 def load(folder: Path, **options: Any) -> Any:
-    path = str(folder / "diffusers")
-    with pytest.MonkeyPatch.context() as patch:  # where diffusers copies the code to before it runs it
-        patch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(folder / "code"))
-        pipe = DiffusionPipeline.from_pretrained(path, custom_pipeline=path, trust_remote_code=True, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return load_pipeline(folder / "diffusers", folder / "code", **options)
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +157,9 @@ def test_padding_that_is_read(folder: Path) -> None:
     model = UnifiedModel.from_folder(folder / "components", padding="reference")
     pipe, painter = load(folder, padding="reference"), Keeping(model, bf16=False)
     for name in ("text", "edit"):
-        read = assert_same(pipe, painter, name, guidance_scale=4.0, negative_prompt="x")
-        masked = load(folder)
-        with pytest.raises(AssertionError, match="not close"):
-            assert_same(masked, painter, name, guidance_scale=4.0, negative_prompt="x")
-        assert read.isfinite().all()
+        assert_same(pipe, painter, name, guidance_scale=4.0, negative_prompt="x")
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same(load(folder), painter, "edit", guidance_scale=4.0, negative_prompt="x")
 
 
 def test_long_prompts_lose_their_beginning(model: UnifiedModel, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,8 +232,8 @@ import sys
 sys.modules["deepgen"] = sys.modules["peft"] = None  # neither can be imported
 import torch
 from diffusers import DiffusionPipeline
-folder, source, seed, out = sys.argv[1:]
 from PIL import Image
+folder, source, seed, out = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
 generator = torch.Generator().manual_seed(int(seed))
 options = {"num_inference_steps": 3, "guidance_scale": 4.0, "generator": generator, "output_type": "latent"}
