@@ -118,7 +118,7 @@ def test_every_layout_comes_back_to_the_bit(model, folder, tmp_path):
 def test_diffusers_folder_has_the_lora_merged(model, folder, tmp_path):
     out = convert(folder, tmp_path / "diffusers", "diffusers")
     assert {path.name for path in out.iterdir()} == {
-        *("connector", "model_index.json", "scheduler", "tokenizer", "transformer", "vae", "vlm")
+        *("connector", "model_index.json", "pipeline.py", "scheduler", "tokenizer", "transformer", "vae", "vlm")
     }
     assert not any("lora" in name for name in load_file(out / "vlm" / "model.safetensors"))
     merged = UnifiedModel.from_folder(convert(out, tmp_path / "merged"))

@@ -22,6 +22,7 @@ from deepgen.config import UserError, load_settings
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings
 from stages import export
+from tests.helpers.exported_pipeline import load_pipeline
 from tests.helpers.factories import make_tiny_folder
 
 STEPS = 9
@@ -135,6 +136,16 @@ def test_a_checkpoint_of_every_stage(
     if (run.folder / "model" / config).exists():
         then, now = (json.loads((folder / config).read_text()) for folder in (run.folder / "model", out))
         assert (then["r"], then["lora_alpha"]) == (now["r"], now["lora_alpha"])
+
+
+def test_a_checkpoint_that_diffusers_draws_from(
+    run_of: Callable[..., Run], run_export: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = run_of()
+    pipe = load_pipeline(run_export(run.save(1), "--layout", "diffusers"), tmp_path / "code")
+    found, wanted = pipe.transformer.state_dict(), run.model.transformer.state_dict()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert pipe("a cat", num_inference_steps=1, height=64, width=96).images[0].size == (96, 64)
 
 
 def test_the_newest_checkpoint_until_the_run_has_finished(

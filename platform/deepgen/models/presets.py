@@ -70,6 +70,11 @@ class Architecture:
         )
         return {name: getattr(self, name) for name in names}
 
+    def connector_config(self) -> dict[str, Any]:
+        """The content of connector/config.json: the same, and what else the bridge's tensors have as sizes."""
+        names = ("vlm_hidden", "fusion_layers", "context_dim", "pooled_dim")
+        return self.bridge_config() | {name: getattr(self, name) for name in names}
+
     def describe(self) -> str:
         """A short phrase for messages, with the sizes people recognise a model by."""
         dit = self.transformer

@@ -86,11 +86,14 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
-def read_bridge_config(path: Path) -> dict[str, int]:
-    """The sizes in bridge/config.json. Raises UserError naming the key that is none, missing or no size."""
+def read_bridge_config(path: Path, *, more: bool = False) -> dict[str, int]:
+    """The sizes in bridge/config.json. Raises UserError naming the key that is none, missing or no size.
+
+    more: other keys may be there, as in connector/config.json.
+    """
     known = DEEPGEN_5B.bridge_config()
     sizes = {"max_prompt_tokens": Architecture.max_prompt_tokens} | read_json(path)
-    if strange := sorted(key for key in sizes.keys() - known.keys() if not key.startswith("_")):
+    if not more and (strange := sorted(key for key in sizes.keys() - known.keys() if not key.startswith("_"))):
         raise UserError(f"{path}: {strange[0]!r} is no size of the bridge; known: {', '.join(known)}")
     for key in known:
         if type(sizes.get(key)) is not int or sizes[key] < 1:

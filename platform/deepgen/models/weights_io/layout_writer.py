@@ -60,6 +60,13 @@ TOKENIZER_FILES = (  # files of tokenizer, processors and chat template, as the 
     "tokenizer_config.json",
     "vocab.*",
 )
+# Code in a diffusers folder: diffusers looks for a component's class in the component's own folder.
+_PUBLISHED_CODE = {
+    "published_pipeline.py": "pipeline.py",
+    "published_connector.py": "connector/deepgen_connector.py",
+}
+# Type of a pipeline that is loaded without torch_dtype: diffusers' parts are fp32 then, transformers' what config says.
+_LOADED_AS = {"dtype": "float32"}
 _PARTS = ("transformer", "vae", "vlm", "bridge")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 
@@ -107,7 +114,7 @@ def _bridge_sizes(weights: Weights, bases: Bases, preset: str) -> dict[str, int]
     path, known = _config_path("bridge", weights, bases), PRESETS[preset].bridge_config()
     if path is None or not read_json(path).keys() & known.keys():
         return known  # no file, or another program's; tensor shapes are compared anyway
-    return read_bridge_config(path)
+    return read_bridge_config(path, more=path.parent.name == "connector")
 
 
 def _config_path(part: str, weights: Weights, bases: Bases) -> Path | None:
@@ -293,6 +300,7 @@ def write(weights: Weights, architecture: Architecture, bases: Bases, target: st
     weights = replace(weights, transformer=merged_transformer(weights, DTYPES[dtype]), dit_lora={})
     if target == "diffusers":
         weights = replace(weights, vlm=merged_vlm(weights, DTYPES[dtype]), lora={}, merged=True)
+        architecture = replace(architecture, vlm={**architecture.vlm, **_LOADED_AS})
     weights = _cast_all(weights, DTYPES[dtype])
     unfinished = out.with_name(f".{out.name}.writing")  # our own name, so a failed run's leftovers may be removed
     try:
@@ -338,13 +346,20 @@ def _write_components(weights: Weights, architecture: Architecture, out: Path) -
 
 
 def _write_diffusers(weights: Weights, architecture: Architecture, out: Path) -> None:
-    """Write the layout of DeepGen-1.0-diffusers (M6.1): connector/ holds the bridge; vlm/ already includes the LoRA."""
-    _write_json(out / "connector" / "config.json", architecture.bridge_config())
+    """Write the layout of DeepGen-1.0-diffusers (M6.1): connector/ holds the bridge; vlm/ already includes the LoRA.
+
+    The code that draws with it lies beside it, so that diffusers can use the folder without this package.
+    """
+    _write_json(out / "connector" / "config.json", {**architecture.connector_config(), **_LOADED_AS})
     _write_state(weights.bridge, out / "connector", "model.safetensors", whole=True)
+    for source, file in _PUBLISHED_CODE.items():
+        shutil.copyfile(Path(__file__).with_name(source), out / file)
+    tokenizer = read_json(out / "tokenizer" / "tokenizer_config.json").get("tokenizer_class") or "Qwen2TokenizerFast"
     index = {
-        "_class_name": "DeepGenPipeline",
+        "_class_name": ["pipeline", "DeepGenPipeline"],
+        "connector": ["deepgen_connector", "DeepGenConnector"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+        "tokenizer": ["transformers", tokenizer],
         "transformer": ["diffusers", "SD3Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "vlm": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
