@@ -32,8 +32,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize(("world", "stage"), [(1, 3), (2, 0)])
 def test_full_between_the_last_checkpoint_and_the_result(tmp_path: Path, disk: Path, world: int, stage: int) -> None:
     """With room, --resume writes the result from the checkpoint, with the bits of an undisturbed run."""
     options = (f"train.workers={world}", f"train.zero_stage={stage}", "train.ema_decay=0.9")

@@ -71,7 +71,7 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted(tmp_path: Path, wo
 def test_a_killed_run_with_updates_left_out_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     """Bit for bit. It is killed when only updates that were left out are in its checkpoint, and later on."""
     failing = (0, 1, 3)
-    for stage in (0, 2, 3):
+    for stage in (0, 3):
         options = (f"train.zero_stage={stage}", EMA)
         whole = toy_run(tmp_path / "whole", f"zero{stage}", *options, noise=0.3, fails=(failing, "gradient"))
         cut = toy_run(tmp_path / "cut", f"zero{stage}", *options, noise=0.3, fails=(failing, "gradient"))
@@ -106,7 +106,7 @@ def test_of_several_updates_a_batch_only_the_bad_ones_are_left_out(tmp_path: Pat
 @pytest.mark.slow
 def test_the_batch_and_its_state_are_kept_of_the_first_three(tmp_path: Path) -> None:
     """From there the step can be trained again: alone it does what it does in an undisturbed run."""
-    places = [("0", 1), ("1", 2), ("2", 2), ("3", 2)]
+    places = [("0", 1), ("3", 2)]
     for stage, world in places:
         options, folder = (f"train.zero_stage={stage}", f"train.workers={world}"), tmp_path / stage
         state = folder / "failed" / "replay" / "failed-step-000002" / "state"

@@ -59,7 +59,7 @@ def test_a_user_without_a_home_runs_it(world: Path, temporary: Path) -> None:
         environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "TMPDIR": str(temporary), "LC_ALL": "C"}
         environment |= {"http_proxy": proxy, "https_proxy": proxy, "all_proxy": proxy, "PYTHONDONTWRITEBYTECODE": "1"}
         settings = overrides(world, "run.name=it", "train.steps=1", "train.checkpoint_every=1")
-        settings += ["evaluation.prompts=0", "algorithm.sft_coef=0", "data.cache_dir="]
+        settings += ["evaluation.prompts=0", "algorithm.sft_coef=0", "data.cache_dir=", "rollout.actors=1"]
         settings += [f"rewards.weights.{task}={{ocr: 1.0}}" for task in ("t2i", "text")]
         command = [*AS_USER, sys.executable, str(ROOT / "stages" / "rl.py"), *settings]
         process = subprocess.Popen(
@@ -68,7 +68,7 @@ def test_a_user_without_a_home_runs_it(world: Path, temporary: Path) -> None:
         hosts = set()
         while process.poll() is None:
             hosts |= listening(process.pid)
-            time.sleep(1)
+            time.sleep(3)
     output, _ = process.communicate()
     assert process.returncode == 0, output[-4000:]
     run = world / "runs" / "it"

@@ -20,7 +20,13 @@ from tests.stages.test_rl_loop import decided, finish, metrics, start
 
 RAY = (pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900))
 # Held back in pieces, beside a KL and an auxiliary loss: the longest way from scores to a gradient.
-SETTINGS = ("train.steps=2", "train.learning_rate=1e-3", "experience.overlap=on", "evaluation.prompts=0")
+SETTINGS = (
+    "train.steps=2",
+    "train.learning_rate=1e-3",
+    "experience.overlap=on",
+    "evaluation.prompts=0",
+    "rollout.actors=1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +91,7 @@ def test_recorded_steps_train_as_they_do_on_line(world: Path) -> None:
 
 
 @marked
+@pytest.mark.soak  # the toy model's in tests/learner/test_not_finite.py does the same in seconds
 def test_a_step_that_fails_can_be_trained_on_alone(world: Path) -> None:
     """An advantage is NaN in step 1; the learner saves its batch and weights and goes on. Alone it fails again."""
     records = make_records(PROMPTS, "rl")
