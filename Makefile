@@ -2,7 +2,7 @@
 # nothing but Python 3.11, g++ and make. Settings go through ARGS: make rl ARGS="train.steps=10 run.name=try"
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup rl test test-fast soak check format base bench ui
+.PHONY: help setup rl draw test test-fast soak check format base bench ui
 
 PYTHON ?= python3.11
 PORT ?= 5000
@@ -13,6 +13,7 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
+SHEET := --prompts assets/tiny/data/heldout.parquet --limit 24 --guidance 1 --steps 20
 PYTEST := -n 3 --dist loadfile --no-loadscope-reorder
 
 export PYTHON
@@ -32,7 +33,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 # One thread a process: several run side by side, and two threads collapse when anything else wants a core. Not so in
 # `base`, whose trainings run one after another and choose for themselves.
-rl test test-fast soak bench: export OMP_NUM_THREADS ?= 1
+rl draw test test-fast soak bench: export OMP_NUM_THREADS ?= 1
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +50,11 @@ endif
 
 rl: setup  ## reinforcement learning on the tiny world: about nine minutes, ends with a table and a picture
 	$(RUN) stages/rl.py --recipe tiny-rl $(ARGS)
+
+draw: setup  ## a sheet of the tiny world's held-out prompts, also by the model that make rl has trained
+	$(RUN) stages/generate.py --weights assets/tiny/model --out runs/draw/before $(SHEET) $(ARGS)
+	@if [ -e runs/tiny-rl/model ]; then \
+		$(RUN) stages/generate.py --weights runs/tiny-rl --out runs/draw/after $(SHEET) $(ARGS); fi
 
 # Three files side by side, the slow ones first: much of a test's time is waiting for processes to start.
 test: setup  ## all tests; one of them: make test ARGS="-n 0 tests/test_setup.py -k alias"

@@ -16,6 +16,7 @@ is still missing.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -54,6 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompts", required=True, metavar="FILE|PROMPT")
     parser.add_argument("--images", type=argument, nargs="+", default=[], metavar="FILE", help="pictures to edit")
     parser.add_argument("--out", type=argument, required=True, metavar="DIR")
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="draw the first N prompts only")
     parser.add_argument("--samples", type=whole(1), default=1, help="pictures of each prompt (default: 1)")
     parser.add_argument("--seed", type=whole(0), default=42, help="(default: 42)")
     parser.add_argument("--size", type=size, metavar="SIDE|WxH", help="pixels; default: of the first source, or --area")
@@ -137,6 +139,7 @@ def main() -> int:
         records, bad = read_wanted(args.prompts, args.images, args.allow, reader)
         for one in bad:
             print(f"left out: {one.place}: {one.reason}", flush=True)
+        records = records[: args.limit]
         if not records:
             raise UserError(f"--prompts: no row of {args.prompts} can be drawn")
         gpus = connect(load_settings(None, [f"cluster.address={args.address}"]), no_needs, code_root=ROOT)
@@ -220,6 +223,7 @@ def drawn(
     from actors.draw_worker import DrawWorker
 
     ray.data.DataContext.get_current().enable_progress_bars = False  # our own bar counts pictures
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans and that its bars are off
     rows = ray.data.from_items([{"job": number} for number in range(len(jobs))], override_num_blocks=len(jobs)).map(
         DrawWorker,
         fn_constructor_args=[list(jobs), weights, painter, batch],
