@@ -69,7 +69,7 @@ def test_one_at_a_time_pictures_have_the_same_bits(model: UnifiedModel) -> None:
 @pytest.mark.parametrize("part", ["seed", "epoch", "num_steps", "shift", "guidance_scale", "negative_prompt", "eta"])
 def test_each_setting_counts(model: UnifiedModel, part: str) -> None:
     base = replace(REQUEST, records=RECORDS[:1], samples=(0,), sampler="cps", eta=0.5, guidance_scale=3.0)
-    values = {"negative_prompt": "a blue dog", "shift": 2.0, "eta": 0.9, "guidance_scale": 5.0}
+    values = {"negative_prompt": "a blue dog", "shift": 2.0, "eta": 0.9, "guidance_scale": 60.0}
     change: dict[str, Any] = {part: values.get(part, 8)}
     other = replace(base, **change)
     painter = Painter(model, bf16=False)
@@ -81,7 +81,7 @@ def test_sizes(model: UnifiedModel) -> None:
     painter = Painter(model, bf16=False)
     wide = Record("w", "edit", "make it green", "green", None, (source(9, (128, 64)),), "")
     request = replace(REQUEST, records=(RECORDS[0], wide), samples=(0,))
-    assert [pictures.shape for pictures in painter.draw(request)] == [(1, 64, 64, 3), (1, 32, 96, 3)]
+    assert [pictures.shape for pictures in painter.draw(request)] == [(1, 64, 64, 3), (1, 64, 96, 3)]
     given = painter.draw(replace(request, size=(48, 80)))
     assert [pictures.shape for pictures in given] == [(1, 48, 80, 3), (1, 48, 80, 3)]
 

@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--weights", "nowhere"], "--weights: nowhere is no folder"),
         (["--weights", str(ROOT / "docs")], "is no component folder (no bridge/)"),
         (["--prompts", ""], "--prompts: the prompt is empty"),
-        (["--images", "nowhere.png"], "--prompts: source 1 is not a readable image (nowhere.png"),
+        (["--images", "nowhere.png"], "nowhere.png: No such file"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(

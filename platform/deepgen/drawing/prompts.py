@@ -16,7 +16,7 @@ from typing import Any
 
 from deepgen.config.schema.paths import exists
 from deepgen.data.images import usable_image
-from deepgen.data.parquet import PROMPT_LISTS, read_rows
+from deepgen.data.parquet import PROMPT_LISTS, read_rows, require_regular
 from deepgen.data.quotes import quoted_words
 from deepgen.data.records import Record, RecordError, check_texts
 from deepgen.data.usable import special_tokens
@@ -76,8 +76,10 @@ def read_wanted(
 
     Raises UserError if the file cannot be read, or if the prompt given on the command line cannot be drawn.
     """
+    require_regular(images)
+    sources = tuple(image.read_bytes() for image in images)
     if not given.strip() or not (suffix_of(Path(given)) in _SUFFIXES or exists(Path(given))):
-        record = _record(given, images)
+        record = _record(given, sources)
         if fault := _fault(record, reader):
             raise UserError(f"--prompts: {fault}")
         return [record], []
@@ -87,7 +89,7 @@ def read_wanted(
         if isinstance(row.record, RecordError):
             bad.append(BadPrompt(place, row.record.reason))
             continue
-        record = _with_sources(row.record, images)
+        record = _with_sources(row.record, sources)
         if record.id == f"{Path(row.file).name.partition('.')[0]}-{row.number}":
             record = replace(record, id=_own_id(record))  # a list's row without an id
         fault = _fault(record, reader)
@@ -98,14 +100,14 @@ def read_wanted(
     return list({record.id: record for record in wanted}.values()), bad
 
 
-def _record(prompt: str, images: Sequence[Path]) -> Record:
-    task = "edit" if images else "text" if quoted_words(prompt) else "t2i"
-    record = Record("", task, prompt, prompt, None, tuple(map(str, images)), "command line")
+def _record(prompt: str, sources: tuple[bytes, ...]) -> Record:
+    task = "edit" if sources else "text" if quoted_words(prompt) else "t2i"
+    record = Record("", task, prompt, prompt, None, sources, "command line")
     return replace(record, id=_own_id(record))
 
 
-def _with_sources(record: Record, images: Sequence[Path]) -> Record:
-    return replace(record, task="edit", references=tuple(map(str, images))) if images else record
+def _with_sources(record: Record, sources: tuple[bytes, ...]) -> Record:
+    return replace(record, task="edit", references=sources) if sources else record
 
 
 def _own_id(record: Record) -> str:
