@@ -74,7 +74,7 @@ def ray_processes(process: subprocess.Popen[str], name: str) -> list[psutil.Proc
 @pytest.mark.slow
 def test_sft_under_ray_train_interrupted_and_resumed(world: Path, tmp_path: Path) -> None:
     """Ctrl-C gives exit code 130 and prints how to continue. The resumed run ends with an undisturbed run's weights."""
-    overrides = stage_overrides(world, tmp_path / "ray", "a", "train.steps=24")
+    overrides = stage_overrides(world, tmp_path / "ray", "a", "train.steps=12")
     with interruptible():
         first = start_sft(tmp_path, overrides)
     first.send_signal(signal.SIGINT)
@@ -85,8 +85,8 @@ def test_sft_under_ray_train_interrupted_and_resumed(world: Path, tmp_path: Path
     command = [sys.executable, str(SFT), *overrides, "--resume"]
     second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stdout + second.stderr
-    assert "resuming after step" in second.stdout and "step 24/24" in second.stdout
-    alone = stage_overrides(world, tmp_path / "alone", "a", "train.steps=24")
+    assert "resuming after step" in second.stdout and "step 12/12" in second.stdout
+    alone = stage_overrides(world, tmp_path / "alone", "a", "train.steps=12")
     run_workers(tmp_path, [{"stage": "sft", "recipe": "tiny-sft", "overrides": alone}])
     for part in ("bridge", "transformer", "vlm_lora"):
         expected, result = component(tmp_path / "alone", "a", part), component(tmp_path / "ray", "a", part)

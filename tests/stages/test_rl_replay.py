@@ -73,6 +73,7 @@ def test_what_does_not_fit_is_one_line_before_anything_starts(world: Path) -> No
 
 
 @marked
+@pytest.mark.soak  # its halves are in tests/objectives/test_replay_files.py and tests/learner/test_not_finite.py
 def test_recorded_steps_train_as_they_do_on_line(world: Path) -> None:
     """The first update has the same loss, gradient and metrics, bit for bit."""
     output = finish(start(world, "run.name=drawn", *SETTINGS, "--rollout-only", "2"))
