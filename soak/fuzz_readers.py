@@ -22,7 +22,7 @@ from actors.learner.checkpoints.checkpoint_store import FORMAT, MANIFEST, Manife
 from deepgen.config import load_settings
 from deepgen.config.recipes import find_recipe
 from deepgen.data.conversion.convert_units import Limits, convert_unit
-from deepgen.data.conversion.raw_data import FORMS, guess_form, plan_units
+from deepgen.data.conversion.raw_data import FORMS, guess_form, plan_units, source_files
 from deepgen.data.conversion.readers.raw_sample import RawData
 from deepgen.data.images import header_size, usable_image
 from deepgen.data.parquet import read_rows
@@ -87,7 +87,7 @@ def _converted(folder: Path, name: str, content: bytes, chance: random.Random) -
         taken = False
     form = guess_form(source / name) if chance.random() < 0.8 else chance.choice(list(FORMS))
     raw = RawData(source / name, form, "t2i", name="fuzz")
-    kept = sum(convert_unit(raw, unit, out, _LIMITS, 0).kept for unit in plan_units(raw, 8))
+    kept = sum(convert_unit(raw, unit, out, _LIMITS, 0).kept for unit in plan_units(raw, 8, source_files(raw).files))
     return taken or kept > 0
 
 

@@ -29,7 +29,7 @@ from deepgen.config.settings import TASKS  # noqa: E402
 from deepgen.data.conversion import convert_units as convert  # noqa: E402
 from deepgen.data.conversion.convert_units import Limits, Tally  # noqa: E402
 from deepgen.data.conversion.look import look  # noqa: E402
-from deepgen.data.conversion.raw_data import FORMS, guess_form, notes_of, plan_units  # noqa: E402
+from deepgen.data.conversion.raw_data import FORMS, guess_form, notes_of, plan_units, source_files  # noqa: E402
 from deepgen.data.conversion.readers.raw_sample import RawData, Unit  # noqa: E402
 from deepgen.data.images import MAX_ASPECT, MAX_PIXELS  # noqa: E402
 from deepgen.reading.reach import check_allowed  # noqa: E402
@@ -115,9 +115,10 @@ def main() -> int:
         for line in look(raw, limits, args.max_bad_share):
             print(line, flush=True)
         return 0
-    for note in notes_of(raw):
+    found = source_files(raw)  # once: a folder may have millions
+    for note in notes_of(raw, found):
         print(note, flush=True)
-    units = plan_units(raw, args.rows)
+    units = plan_units(raw, args.rows, found.files)
     convert.write_plan(args.out, raw, limits, args.rows, args.seed, units)
     todo = convert.unfinished(args.out, units)
     print(f"{args.source}: form {raw.form}, {len(units)} units, {len(units) - len(todo)} already done", flush=True)

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from actors.learner.checkpoints.background import fail_together
-from actors.learner.checkpoints.checkpoint_shards import ENGINE, ShardReader
+from actors.learner.checkpoints.checkpoint_shards import ENGINE, Pieces, ShardReader
 from actors.learner.checkpoints.zero_layout import WEIGHT, Stretch, pieces, restore, stretch_of
 from actors.learner.collectives import gather
 from actors.learner.protocols import NamedParameters, Weights
@@ -84,7 +84,7 @@ class TrainingEngine:
         train = settings.train
         self.zero_stage: int = train.zero_stage
         self.model = model
-        self.parameters = trainable
+        self.parameters, self._device = trainable, device
         # DeepSpeed's AdamW for offloading compiles an extension; torch's fused AdamW is vectorised on the CPU too.
         self._adam = optimizer = _AdamW(
             parameter_groups(trainable, train.weight_decay),
@@ -163,12 +163,18 @@ class TrainingEngine:
             self.skipped_in_a_row = 0
         return norm
 
-    def not_finite(self) -> str:
-        """Name of a trained weight with an element that is not finite; "" if there is none. The same on all ranks."""
+    def not_finite(self, pieces: Pieces | None = None) -> str:
+        """Name of a trained weight with an element that is not finite; "" if there is none. The same on all ranks.
+
+        pieces: what to look at instead, of this rank.
+        """
         found = ""
-        mine = [(key, values) for key, _, values in self.pieces() if key.startswith(WEIGHT) and values.numel()]
+        if pieces is None:
+            pieces = (piece for piece in self.pieces() if piece[0].startswith(WEIGHT))
+        mine = [(key, values.detach()) for key, _, values in pieces if values.numel()]
         if mine:
-            peaks = torch.stack([torch.linalg.vector_norm(values, math.inf) for _, values in mine])
+            # One look at the device for all of them: this is asked at every step.
+            peaks = torch.stack([torch.linalg.vector_norm(values, math.inf).to(self._device) for _, values in mine])
             bad = (~peaks.isfinite()).nonzero()
             found = mine[int(bad[0])][0].removeprefix(f"{WEIGHT}:") if len(bad) else ""
         return next((name for name in gather(found, self.world) if name), "")

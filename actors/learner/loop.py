@@ -19,15 +19,12 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from actors.learner.checkpoints.checkpoint_shards import not_finite
 from actors.learner.checkpoints.checkpoint_store import AVERAGED, RESULT, CheckpointStore, Manifest, check_shards
-from actors.learner.checkpoints.zero_layout import WEIGHT
 from actors.learner.collectives import gather
 from actors.learner.ema import Ema
 from actors.learner.engine import TrainingEngine
@@ -395,9 +392,8 @@ def _restore(
             raise UserError(f"model.weights: {bad} in {context.settings.model.weights} is not finite")
         return replayed.steps.start if replayed else 0
     checkpoints.load(manifest, engine, ema)
-    read = chain(engine.pieces(), ema.pieces(engine) if ema else ())  # weights, moments, averages
-    mine = not_finite((key.removeprefix(f"{WEIGHT}:"), values) for key, _, values in read if values.numel())
-    if bad := next(filter(None, gather(mine, context.world)), ""):
+    read = itertools.chain(engine.pieces(), ema.pieces(engine) if ema else ())  # weights, moments, averages
+    if bad := engine.not_finite(read):
         raise UserError(
             f"{checkpoints.path(manifest.step)}: {bad} is not finite; remove this folder to go on from the checkpoint "
             "before, then continue with --resume"

@@ -174,8 +174,8 @@ def _fill_standard_streams() -> None:
 
 def _lasting(stream: Any) -> Any:
     """The same console stream, but no write fails: not for a reader that has gone, nor for letters it cannot show."""
-    if stream is None or stream not in (sys.__stdout__, sys.__stderr__):
-        return stream  # closed from the start, or a caller's own
+    if stream not in (sys.__stdout__, sys.__stderr__):
+        return stream  # a caller's own, or one that leads nowhere
     stream.flush()
     raw = _Lasting(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(

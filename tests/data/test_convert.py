@@ -24,7 +24,7 @@ from deepgen.data.conversion.convert_units import (
     write_plan,
     write_report,
 )
-from deepgen.data.conversion.raw_data import guess_form, plan_units
+from deepgen.data.conversion.raw_data import guess_form, plan_units, source_files
 from deepgen.data.conversion.readers.raw_sample import RawData
 from deepgen.data.parquet import read_records, write_records
 from deepgen.data.records import Record
@@ -46,7 +46,7 @@ def picture(width: int = 32, height: int = 32, kind: str = "PNG", value: int = 9
 def convert(path: Path, out: Path, **options) -> list[Record]:
     form = options.pop("form", None) or guess_form(path)
     source = RawData(path, form, **options)
-    units = plan_units(source, rows=3)
+    units = plan_units(source, 3, source_files(source).files)
     write_plan(out, source, LIMITS, 3, 0, units)
     for unit in unfinished(out, units):
         convert_unit(source, unit, out, LIMITS, seed=0)

@@ -17,8 +17,8 @@ from PIL import Image
 
 from deepgen.data.conversion.convert_units import image_fault, write_report
 from deepgen.data.conversion.look import look
-from deepgen.data.conversion.raw_data import guess_form, notes_of, plan_units, read_unit
-from deepgen.data.conversion.readers.raw_sample import RawData
+from deepgen.data.conversion.raw_data import guess_form, notes_of, plan_units, read_unit, source_files
+from deepgen.data.conversion.readers.raw_sample import RawData, Unit
 from deepgen.data.conversion.readers.row_forms import columns_of
 from deepgen.data.conversion.readers.source_files import find_files
 from deepgen.data.parquet import write_records
@@ -38,13 +38,21 @@ def lines(rows: list) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def units(raw: RawData, rows: int) -> list[Unit]:
+    return plan_units(raw, rows, source_files(raw).files)
+
+
+def notes(raw: RawData) -> list[str]:
+    return notes_of(raw, source_files(raw))
+
+
 # ---------------------------------------------------------------- which files
 
 
 def test_a_file_of_a_kind_that_a_form_never_has_is_refused(tmp_path):
     parquet(tmp_path / "a.parquet", [{"image": b"x", "text": "a"}])
     with pytest.raises(UserError, match=r"^--form: got pairs for .*a\.parquet; allowed: files of \.json, "):
-        plan_units(RawData(tmp_path / "a.parquet", "pairs"), 8)
+        units(RawData(tmp_path / "a.parquet", "pairs"), 8)
 
 
 def test_linked_folders_are_followed_once(tmp_path):
@@ -382,7 +390,7 @@ def test_units_of_a_source_cover_each_row_once(tmp_path):
     for path, form in ((tmp_path / "in", "pairs"), (tmp_path / "hf", "hf")):
         for rows in (1, 2, 3, 100):
             raw = RawData(path, form)
-            names = [sample.id for unit in plan_units(raw, rows) for sample in read_unit(raw, unit)]
+            names = [sample.id for unit in units(raw, rows) for sample in read_unit(raw, unit)]
             assert names == [f"a-{i}" for i in range(1, (5 if form == "pairs" else 7) + 1)]
 
 
@@ -401,16 +409,16 @@ def test_files_of_other_kinds_are_told(tmp_path):
         put(tmp_path / "in" / name, "x")
     (tmp_path / "in" / "self").symlink_to("self")
     raw = RawData(tmp_path / "in", guess_form(tmp_path / "in"))
-    (note,) = notes_of(raw)
+    (note,) = notes(raw)
     assert note == (
         f"passed over 4 files of other kinds (2 .zip, 1 .zst, 1 no suffix), the first {tmp_path}/in/b.tar.zst"
     )
     put(tmp_path / "pics" / "a.png", picture())
     put(tmp_path / "pics" / "a.png.txt", "a caption, not passed over")
-    assert notes_of(RawData(tmp_path / "pics", "folder")) == []
+    assert notes(RawData(tmp_path / "pics", "folder")) == []
     put(tmp_path / "pics" / "list.csv", "image,text\na.png,a\n")
-    notes = notes_of(RawData(tmp_path / "pics", "pairs"))  # the list names its pictures
-    assert notes == ["reads image from 'image', prompt from 'text'"]
+    of_the_list = notes(RawData(tmp_path / "pics", "pairs"))  # it names its pictures
+    assert of_the_list == ["reads image from 'image', prompt from 'text'"]
 
 
 def test_what_img2dataset_writes_beside_tars_and_folders(tmp_path):
@@ -489,7 +497,7 @@ def test_edits_in_tables_and_parquet_are_edits(tmp_path):
         assert {(edit.task, edit.image, edit.references) for edit in edits} == {
             ("edit", picture(value=1), (picture(value=0),))
         }
-        assert notes_of(RawData(path, guess_form(path))) == [
+        assert notes(RawData(path, guess_form(path))) == [
             "reads image from 'target_img', prompt from 'instruction', references from 'source_img'; not read: mask_img"
         ]
 
@@ -507,7 +515,7 @@ def test_a_table_without_a_header_is_told(tmp_path):
     with pytest.raises(UserError, match=r"has the keys 0\.png, a cat\); is its header missing\?"):
         guess_form(path)
     with pytest.raises(UserError, match=r"which column is the image\?.*is its header missing\?"):
-        notes_of(RawData(path, "pairs"))
+        notes(RawData(path, "pairs"))
 
 
 def test_spaces_behind_the_commas_of_csv(tmp_path):

@@ -25,7 +25,7 @@ import re, sys
 from pathlib import Path
 from deepgen.data.conversion.convert_units import Limits, convert_unit, total_tally, write_plan
 from deepgen.data import parquet
-from deepgen.data.conversion.raw_data import RawData, guess_form, plan_units
+from deepgen.data.conversion.raw_data import RawData, guess_form, plan_units, source_files
 from deepgen.errors import UserError
 
 path, out = map(Path, sys.argv[1:3])
@@ -34,7 +34,7 @@ parquet.GROUP_BYTES //= int(sys.argv[3])
 said = ""
 try:
     raw = RawData(path, guess_form(path))
-    units = plan_units(raw, 1000)
+    units = plan_units(raw, 1000, source_files(raw).files)
     write_plan(out, raw, Limits(16), 1000, 0, units)
     for unit in units:
         convert_unit(raw, unit, out, Limits(16), 0)

@@ -32,7 +32,7 @@ from deepgen.data.conversion.convert_units import (
     image_fault,
     write_plan,
 )
-from deepgen.data.conversion.raw_data import guess_form, plan_units
+from deepgen.data.conversion.raw_data import guess_form, plan_units, source_files
 from deepgen.data.conversion.readers.raw_sample import RawData
 from deepgen.data.uris import UriError
 from deepgen.errors import UserError
@@ -151,7 +151,7 @@ def test_a_damaged_tally_is_one_line(tmp_path):
 def test_a_full_disk_is_one_line(tmp_path):
     path = pack(tmp_path / "a.tar", samples())
     source = RawData(path, "webdataset")
-    (unit,) = plan_units(source, 3)
+    (unit,) = plan_units(source, 3, source_files(source).files)
     write_plan(tmp_path / "out", source, LIMITS, 3, 0, [unit])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
@@ -398,7 +398,7 @@ def test_what_is_wrong_in_a_unit_is_one_line_of_the_program(tmp_path):
     path = pack(tmp_path / "in" / "b.tar", samples())
     path.write_bytes(path.read_bytes()[: header_of(path, 4)])
     source = RawData(tmp_path / "in", "webdataset", name="in")
-    units = plan_units(source, 1000)
+    units = plan_units(source, 1000, source_files(source).files)
     write_plan(tmp_path / "out", source, LIMITS, 1000, 0, units)
     convert_unit(source, units[0], tmp_path / "out", LIMITS, 0)
     done = program(tmp_path / "in", tmp_path / "out", "--max-bad-share", 1, "--min-side", 16)
@@ -413,7 +413,7 @@ def test_what_is_wrong_in_a_unit_is_one_line_of_the_program(tmp_path):
 @pytest.mark.processes
 def test_nothing_kept_is_an_error(tmp_path):
     source = RawData(pack(tmp_path / "a.tar", [("0.txt", b"no image")]), "webdataset", name="a")
-    (unit,) = plan_units(source, 1000)
+    (unit,) = plan_units(source, 1000, source_files(source).files)
     limits = stage.Limits()
     write_plan(tmp_path / "out", source, limits, 1000, 0, [unit])
     convert_unit(source, unit, tmp_path / "out", limits, 0)  # already done, so the program only reports

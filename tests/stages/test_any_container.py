@@ -58,6 +58,7 @@ def test_a_user_without_a_home_runs_it(world: Path, temporary: Path) -> None:
         proxy = f"http://127.0.0.1:{unused.getsockname()[1]}"
         environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "TMPDIR": str(temporary), "LC_ALL": "C"}
         environment |= {"http_proxy": proxy, "https_proxy": proxy, "all_proxy": proxy, "PYTHONDONTWRITEBYTECODE": "1"}
+        environment |= {"RAY_worker_niceness": "0"}  # not 15: it would starve beside the other tests
         settings = overrides(world, "run.name=it", "train.steps=1", "train.checkpoint_every=1")
         settings += ["evaluation.prompts=0", "algorithm.sft_coef=0", "data.cache_dir=", "rollout.actors=1"]
         settings += [f"rewards.weights.{task}={{ocr: 1.0}}" for task in ("t2i", "text")]

@@ -37,11 +37,12 @@ def write_shard(folder: Path, name: str, rank: int, pieces: Pieces) -> list[Path
     tensors = {f"{key}@{start}": values.detach() for key, start, values in pieces if values.numel()}
     if not tensors:
         return []
-    if bad := not_finite(tensors.items()):
-        raise UserError(
-            f"{folder}: {bad} is not finite, so {name}-{rank} is not written; lower train.learning_rate, then "
-            "continue from the last checkpoint with --resume"
-        )
+    for key, values in tensors.items():
+        if not torch.linalg.vector_norm(values, math.inf).isfinite():
+            raise UserError(
+                f"{folder}: {key} is not finite, so {name}-{rank} is not written; lower train.learning_rate, then "
+                "continue from the last checkpoint with --resume"
+            )
     file = folder / f"{name}-{rank}.safetensors"
     save_file(tensors, file)
     checksum = file.with_suffix(CHECKSUM)
@@ -49,11 +50,6 @@ def write_shard(folder: Path, name: str, rank: int, pieces: Pieces) -> list[Path
     flush(file)
     flush(checksum)
     return [file, checksum]
-
-
-def not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
-    """The first name whose tensor has an element that is not finite; "" if there is none."""
-    return next((key for key, values in named if not torch.linalg.vector_norm(values, math.inf).isfinite()), "")
 
 
 def flush(path: Path) -> None:

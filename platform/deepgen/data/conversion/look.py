@@ -30,9 +30,10 @@ _T = TypeVar("_T")
 
 def look(raw: RawData, limits: Limits, max_bad_share: float) -> Iterator[str]:
     """Lines for the console. Raises UserError if no sample can be used, or a file cannot be read."""
-    files = source_files(raw).files
+    found = source_files(raw)
+    files = found.files
     yield f"{raw.path}: form {raw.form}, {len(files):,} file{'s' * (len(files) != 1)}"
-    yield from notes_of(raw)
+    yield from notes_of(raw, found)
     kept: list[Record] = []
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +133,11 @@ def source_files(raw: RawData) -> Found:
     return found
 
 
-def notes_of(raw: RawData) -> list[str]:
-    """Lines that say what is passed over, what is mixed, and which columns are read.
+def notes_of(raw: RawData, found: Found) -> list[str]:
+    """Lines that say what is passed over, what is mixed, and which columns are read. found: its `source_files`.
 
     Raises UserError if it is unclear which columns these are.
     """
-    found = source_files(raw)
     notes = found.notes()
     if raw.form in ("hf", "pairs") and found.files:
         notes += _columns_note(raw, found.files[0])
@@ -158,9 +157,11 @@ def _columns_note(raw: RawData, file: Path) -> list[str]:
     return [f"reads {read}" + (f"; not read: {listed(others)}" if others else "")]
 
 
-def plan_units(raw: RawData, rows: int) -> list[Unit]:
-    """Split the raw data into units of about `rows` samples (a tar is one unit, a parquet row group is never split)."""
-    files = source_files(raw).files
+def plan_units(raw: RawData, rows: int, files: Sequence[Path]) -> list[Unit]:
+    """Split the raw data into units of about `rows` samples (a tar is one unit, a parquet row group is never split).
+
+    files: those of its `source_files`.
+    """
     units: list[Unit] = []
     if raw.form == "folder":
         folder = raw.path if raw.path.is_dir() else raw.path.parent
