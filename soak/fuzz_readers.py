@@ -25,9 +25,10 @@ from deepgen.data.conversion.convert_units import Limits, convert_unit
 from deepgen.data.conversion.raw_data import FORMS, guess_form, plan_units, source_files
 from deepgen.data.conversion.readers.raw_sample import RawData
 from deepgen.data.images import header_size, usable_image
+from deepgen.data.loading.parquet_store import ParquetStore
 from deepgen.data.parquet import read_rows
 from deepgen.data.quarantine import FILES, rows_in
-from deepgen.data.records import Record
+from deepgen.data.records import Record, RecordError
 from deepgen.data.uris import absolute, read_uri
 from deepgen.errors import UserError
 from deepgen.models.weights_io.tensor_files import open_safetensors
@@ -63,9 +64,29 @@ def archives(chance: random.Random, folder: Path) -> bool:
 
 
 def tables(chance: random.Random, folder: Path) -> bool:
-    """Parquet and Arrow, as prompts and converted."""
+    """Parquet and Arrow, as training data, as prompts and converted."""
     name, content = fuzz_inputs.choose(chance, fuzz_inputs.tables)
-    return _converted(folder, name, content, chance)
+    return _trained_on(folder / name, content) | _converted(folder, name, content, chance)
+
+
+def _trained_on(file: Path, content: bytes) -> bool:
+    """Read all of a file as a training does."""
+    file.write_bytes(content)
+    try:
+        store = ParquetStore(file)
+        store.sizes()
+        store.sources()
+    except UserError:
+        return False
+    return sum(_is_record(store, index) for index in range(len(store.tasks))) > 0
+
+
+def _is_record(store: ParquetStore, index: int) -> bool:
+    try:
+        store.read(index)
+    except (RecordError, UserError):
+        return False
+    return True
 
 
 def lists(chance: random.Random, folder: Path) -> bool:

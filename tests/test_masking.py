@@ -42,6 +42,10 @@ TEXTS = [
     f"MLFLOW_TRACKING_TOKEN={S} AWS_SECRET_ACCESS_KEY={S}",
     f"password = '{S} {S}'",
     f"Authorization: Bearer {S}{S}",
+    f"X-Api-Key: {S}",
+    f"curl -H 'X-Auth-Token: {S}' and -H 'Cookie: id=1; session={S}'",
+    f"cannot reach judge:{S}@host.example.org:8000",
+    f"mlflow:{S}@localhost/db is no address",
     f"http://one:{S}@a/ and http://two:{S}@b/",
 ]
 
@@ -80,6 +84,8 @@ def test_secrets_are_known_by_their_form(text: str) -> None:
         "http://[::1]:8080/a@b",
         "{'a': 'http://host:80', 'b': 'me@x.org'}",
         "no answer from http://host:5000 for me@x.org",
+        "api_key: whatever is given here; x-api-key: allowed is text; Key: a sign; Token: words; cookie: chocolate",
+        'a sign that says "Cookie: please"; write to us: me@x.org; at 12:30 @home.org',
         "model.tokenizer=x max_tokens=5 --caption-key=caption data.weights={photos: 2} rollout.same_noise=true",
         "sqlite:////data/runs/mlflow.db",
         "a cat: 'password' is written on the wall",
@@ -90,7 +96,24 @@ def test_what_is_no_secret_stays(text: str) -> None:
     assert masked(text) == text
 
 
-LONG = ["a", "a='", "a='\\'", "http://", "http://u:p@h?a=b&", "a://b:", "a://b:c d ", "iVBOR+/=", "token=", "eyJ", "a-"]
+LONG = [
+    "a",
+    "a='",
+    "a='\\'",
+    "http://",
+    "http://u:p@h?a=b&",
+    "a://b:",
+    "a://b:c d ",
+    "iVBOR+/=",
+    "token=",
+    "eyJ",
+    "a-",
+    "X-",
+    "a:b",
+    "a.",
+    "Cookie: a; ",
+    "a:bcd@e.",
+]
 
 
 @pytest.mark.parametrize("part", LONG)

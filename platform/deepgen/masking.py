@@ -40,6 +40,15 @@ _FORMS = re.compile(
     r"|(?:AKIA|ASIA)[A-Z0-9]{12,}|AIza[\w-]{30,}|dapi[0-9a-f]{28,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
     r"|\b(?P<how>Bearer|Basic) [\w.~+/=-]{8,}"
 )
+# As in a request: X-Api-Key: value. Names in small letters are also keys of settings, and words behind them no secrets.
+_HEADER = re.compile(
+    r"(?<![\w-])(?:(?P<name>X(?:-[A-Za-z0-9]+)*-(?:[Kk]ey|[Tt]oken|[Ss]ecret|[Ss]ignature|[Aa]uth)"
+    r"|(?:Api|Subscription)-Key|(?:Proxy-)?Authorization): (?!(?:Bearer|Basic) )[^\s'\"]{6,}"
+    r"|(?P<cookie>(?:Set-)?Cookie): [\w.-]+=[^\s'\"]+(?: [\w.-]+=[^\s'\"]+)*)"
+)
+_LOGIN = re.compile(  # an address without a scheme: user:password@host.org
+    r"(?<![\w.+:/@-])(?P<user>[\w.+-]{1,64}):(?![/\s])[^\s:/@'\"]{3,200}@(?P<host>(?:[\w-]{1,63}\.)+[A-Za-z0-9]|localhost)"
+)
 
 
 def is_secret(name: str) -> bool:
@@ -50,6 +59,8 @@ def is_secret(name: str) -> bool:
 def masked(text: str) -> str:
     """The text with secrets hidden: in addresses, in assignments to secret names, and by their form."""
     text = _ADDRESS.sub(lambda match: match[1] + _masked_rest(match[2]), text)
+    text = _LOGIN.sub(rf"\g<user>:{HIDDEN}@\g<host>", text)
+    text = _HEADER.sub(lambda match: f"{match['name'] or match['cookie']}: {HIDDEN}", text)
     text = _ASSIGNED.sub(_masked_assignment, text)
     return _FORMS.sub(lambda match: f"{match['how']} {HIDDEN}" if match["how"] else HIDDEN, text)
 

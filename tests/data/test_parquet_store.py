@@ -260,3 +260,17 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"], "task": ["t2i"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="missing column prompt, answer, image, references, source"):
         ParquetStore(tmp_path / "a.parquet")
+
+
+def test_a_footer_with_another_number_of_rows(tmp_path: Path) -> None:
+    write_records(tmp_path / "a.parquet", [record(i) for i in range(4)])
+    data, said = (tmp_path / "a.parquet").read_bytes(), set[str]()
+    behind = data.rindex(b"ARROW:schema")  # the row groups end here
+    for at in range(behind - 60, behind):
+        (tmp_path / "a.parquet").write_bytes(data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :])
+        try:
+            store = ParquetStore(tmp_path / "a.parquet")
+            assert [store.read(i).id for i in range(len(store.tasks))] == ["r0", "r1", "r2", "r3"]
+        except UserError as error:
+            said.add(str(error).partition(": ")[2])
+    assert "its footer says 5 rows, and 4 can be read; fetch the file again" in said, said

@@ -94,12 +94,13 @@ class ParquetStore:
         sizes, tasks = [], []
         self._fragments = _fragments(self._files)
         for file, fragment in zip(self._files, self._fragments, strict=True):
-            row = 0
+            found, row = _read_tasks(file, fragment), 0
             for group in fragment.row_groups:
                 self._groups.append((file, group.id, row))
                 sizes.append(group.num_rows)
                 row += group.num_rows
-            tasks.append(_read_tasks(file, fragment))
+            _require_rows(file, [group.num_rows for group in fragment.row_groups], len(found))
+            tasks.append(found)
         self.tasks = np.concatenate(tasks)
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         if not len(self.tasks):
@@ -155,6 +156,7 @@ class ParquetStore:
                 table = pq.ParquetFile(file).read_row_group(group, columns=SCHEMA.names)
             except PARQUET_ERRORS as error:
                 raise unreadable(file, error) from error
+            _require_rows(file, [int(self.starts[block + 1] - self.starts[block])], table.num_rows)
             rows = to_rows(table, file)
             self._blocks[block] = rows, table.nbytes
             self._held += table.nbytes
@@ -188,6 +190,12 @@ def _fragments(files: Sequence[Path]) -> list[ds.ParquetFileFragment]:
         return list(pool.map(one, files))
 
 
+def _require_rows(file: Path, said: Sequence[int], found: int) -> None:
+    """Raise UserError if the footer of a file says other numbers of rows, by row group, than there are."""
+    if sum(said) != found or min(said, default=0) < 0:
+        raise UserError(f"{file}: its footer says {sum(said):,} rows, and {found:,} can be read; fetch the file again")
+
+
 def _columns(file: Path, fragment: ds.ParquetFileFragment, names: Sequence[str]) -> pa.Table:
     """Some columns of a file. Raises UserError if they are unreadable, for example damaged."""
     try:
@@ -214,6 +222,8 @@ def _sizes(file: Path, fragment: ds.ParquetFileFragment) -> list[np.ndarray]:
     rows = fragment.count_rows()
     present = [field for field in SIZES if field.name in fragment.physical_schema.names]
     table = _columns(file, fragment, [field.name for field in present])
+    if present:
+        _require_rows(file, [rows], table.num_rows)
     columns = {}
     for field in present:
         try:

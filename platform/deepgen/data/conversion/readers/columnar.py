@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deepgen.data.conversion.readers.image_values import MAX_SAMPLE
+from deepgen.data.conversion.readers.parquet_footer import Chunk, row_groups
 from deepgen.data.conversion.readers.raw_sample import RawData, RawSample, Unit, stem_of
 from deepgen.data.conversion.readers.row_forms import columns_of, sample_of
 from deepgen.data.conversion.readers.unpacked_sizes import batch_size, pages_of
@@ -65,20 +67,17 @@ def is_arrow(file: Path) -> bool:
 
 def column_names(file: Path) -> list[str]:
     if is_arrow(file):
-        return list(_arrow_schema(file, _Mapped(file)).names)
-    return list(_open_parquet(file, _Mapped(file)).schema_arrow.names)
+        return _arrow_names(file, _Mapped(file))
+    return _open_parquet(file, _Mapped(file)).names
 
 
 def is_prompts(file: Path) -> bool:
     """Whether a file of records, by its first row group, has no target images."""
     if is_arrow(file):
         return False
-    meta = _open_parquet(file, _Mapped(file)).metadata
-    if not meta.num_row_groups:
-        return False
-    group = meta.row_group(0)
-    found = [group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == "image"]
-    return bool(found) and found[0].statistics is not None and found[0].statistics.null_count == group.num_rows
+    parquet = _open_parquet(file, _Mapped(file))
+    rows = parquet.rows[0] if parquet.rows else -1
+    return any(chunk.path == ("image",) and chunk.nulls == rows for chunk in chain(*parquet.chunks[:1]))
 
 
 def parts_of(file: Path, rows: int) -> list[tuple[int, int]]:
@@ -87,8 +86,7 @@ def parts_of(file: Path, rows: int) -> list[tuple[int, int]]:
     if is_arrow(file):
         sizes = [batch.num_rows for batch in _batches(file, mapped)]
     else:
-        metadata = _open_parquet(file, mapped).metadata
-        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        sizes = _open_parquet(file, mapped).rows
     runs, first, count = [], 0, 0
     for i, size in enumerate(sizes):
         count += size
@@ -114,29 +112,37 @@ def read_columnar(raw: RawData, unit: Unit) -> Iterator[RawSample]:
 # ---------------------------------------------------------------- parquet
 
 
-def _open_parquet(file: Path, mapped: _Mapped) -> pq.ParquetFile:
+class _Parquet(NamedTuple):
+    """An open file: its columns' names, and for each row group its rows and the places of its columns."""
+
+    file: pq.ParquetFile
+    names: list[str]
+    rows: list[int]
+    chunks: list[list[Chunk]]
+
+
+def _open_parquet(file: Path, mapped: _Mapped) -> _Parquet:
     try:
         # pre_buffer would read a whole row group in advance.
         parquet = pq.ParquetFile(pa.BufferReader(mapped.buffer), pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+        metadata = parquet.metadata
+        rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        chunks = row_groups(mapped.view, metadata.serialized_size)
+        return _Parquet(parquet, list(parquet.schema_arrow.names), rows, chunks)
+    except _ERRORS as error:
         raise UserError(f"{file}: can't be read as parquet ({_why(error)})") from error
-    # A footer of encrypted columns may be readable; it is signed behind its content. pyarrow ends the whole process
-    # when it is asked for the place of such a column.
-    if struct.unpack_from("<I", mapped.view, len(mapped.view) - 8)[0] != parquet.metadata.serialized_size:
-        raise UserError(f"{file}: can't be read as parquet (encrypted, or its footer is damaged)")
-    return parquet
 
 
 def _parquet_rows(file: Path, unit: Unit, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbers and rows of the row groups of a unit, some columns of them."""
     mapped = _Mapped(file)
     parquet = _open_parquet(file, mapped)
-    number = sum(parquet.metadata.row_group(i).num_rows for i in range(unit.first))
+    number = sum(parquet.rows[: unit.first])
     for group in range(unit.first, unit.last):
-        place = f"{file}: row group {group + 1} of {parquet.num_row_groups}"
+        place = f"{file}: row group {group + 1} of {len(parquet.rows)}"
         try:
-            _check_pages(mapped, parquet.metadata.row_group(group), columns, place)
-            batches = parquet.iter_batches(1, row_groups=[group], columns=columns, use_threads=False)
+            _check_pages(mapped, parquet.chunks[group], columns, place)
+            batches = parquet.file.iter_batches(1, row_groups=[group], columns=columns, use_threads=False)
             for batch in batches:
                 number += 1
                 mapped.read(batch.nbytes)
@@ -145,16 +151,16 @@ def _parquet_rows(file: Path, unit: Unit, columns: list[str]) -> Iterator[tuple[
             raise UserError(f"{place} can't be read ({_why(error)}); fetch the file again") from error
 
 
-def _check_pages(mapped: _Mapped, group: pq.RowGroupMetaData, columns: list[str], place: str) -> None:
+def _check_pages(mapped: _Mapped, chunks: Sequence[Chunk], columns: list[str], place: str) -> None:
     """Raise UserError if reading the columns would unpack a page that is too large."""
-    for column in (group.column(i) for i in range(group.num_columns)):
-        if column.path_in_schema.partition(".")[0] not in columns:
+    for chunk in chunks:
+        if chunk.path[0] not in columns:
             continue
-        for page in pages_of(mapped.view, column):
+        for page in pages_of(mapped.view, chunk):
             limit = MAX_DICTIONARY if page.is_dictionary else MAX_PAGE
             if page.size > limit:
                 raise UserError(
-                    f"{place}: column {column.path_in_schema} has a {'dictionary' if page.is_dictionary else 'page'} "
+                    f"{place}: column {'.'.join(chunk.path)} has a {'dictionary' if page.is_dictionary else 'page'} "
                     f"of {page.size >> 20:,} MiB; allowed: {limit >> 20} MiB; write the file again in pieces, as with "
                     "pyarrow's write_table(..., write_batch_size=16, use_dictionary=False)"
                 )
@@ -193,15 +199,15 @@ def _arrow_stream(mapped: _Mapped) -> pa.NativeFile:
     return pa.BufferReader(mapped.buffer.slice(8) if mapped.view[: len(_FILE_MAGIC)] == _FILE_MAGIC else mapped.buffer)
 
 
-def _arrow_schema(file: Path, mapped: _Mapped) -> pa.Schema:
+def _arrow_names(file: Path, mapped: _Mapped) -> list[str]:
     try:
-        return pa.ipc.open_stream(_arrow_stream(mapped)).schema
+        return list(pa.ipc.open_stream(_arrow_stream(mapped)).schema.names)
     except _ERRORS as error:
         raise UserError(f"{file}: can't be read as Arrow ({_why(error)})") from error
 
 
 def _batches(file: Path, mapped: _Mapped) -> Iterator[pa.RecordBatch]:
-    _arrow_schema(file, mapped)
+    _arrow_names(file, mapped)
     try:
         for message in pa.ipc.MessageReader.open_stream(_arrow_stream(mapped)):
             if (size := batch_size(message)) > MAX_BATCH:

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+from deepgen.data.conversion.readers.parquet_footer import Chunk
+from deepgen.data.conversion.readers.thrift import read_struct
 
 _DICTIONARY = 2  # type of a page that holds the values to which the others refer
 _TYPE, _UNPACKED, _PACKED = 1, 2, 3  # fields of a page header
@@ -24,73 +26,16 @@ class Page:
     is_dictionary: bool
 
 
-def pages_of(data: memoryview, column: pq.ColumnChunkMetaData) -> Iterator[Page]:
+def pages_of(data: memoryview, chunk: Chunk) -> Iterator[Page]:
     """The pages of a column chunk in a file's bytes. Raises ValueError or IndexError if its headers are damaged."""
-    at = column.data_page_offset
-    if column.dictionary_page_offset:
-        at = min(at, column.dictionary_page_offset)
-    end = at + column.total_compressed_size
+    at, end = chunk.start, chunk.start + chunk.size
     while at < end:
-        fields, at = _struct(data, at)
-        if not 0 <= fields.get(_PACKED, -1) <= end - at or fields.get(_UNPACKED, -1) < 0:
+        fields, at = read_struct(data, at)
+        unpacked, packed = fields.get(_UNPACKED), fields.get(_PACKED)
+        if not isinstance(unpacked, int) or not isinstance(packed, int) or unpacked < 0 or not 0 <= packed <= end - at:
             raise ValueError(f"no page header at byte {at:,}")
-        yield Page(fields[_UNPACKED], fields.get(_TYPE) == _DICTIONARY)
-        at += fields[_PACKED]
-
-
-# ---------------------------------------------------------------- Thrift's compact protocol
-
-
-def _struct(data: memoryview, at: int) -> tuple[dict[int, int], int]:
-    """The whole numbers of a struct by field, and the byte behind it."""
-    number, found = 0, dict[int, int]()
-    while kind := data[at]:
-        at += 1
-        if kind >> 4:
-            number += kind >> 4
-        else:
-            number, at = _integer(data, at)
-        if 4 <= kind & 15 <= 6:
-            found[number], at = _integer(data, at)
-        else:
-            at = _behind(data, at, kind & 15)
-    return found, at + 1
-
-
-def _behind(data: memoryview, at: int, kind: int) -> int:
-    """The byte behind a value that does not matter."""
-    if kind in (1, 2):  # true, false: the kind is the value
-        return at
-    if kind == 3:
-        return at + 1
-    if 4 <= kind <= 6:
-        return _integer(data, at)[1]
-    if kind == 7:
-        return at + 8
-    if kind == 8:
-        length, at = _unsigned(data, at)
-        return at + length
-    if kind == 12:
-        return _struct(data, at)[1]
-    raise ValueError(f"no page header at byte {at:,}")  # lists, sets and maps are in none
-
-
-def _integer(data: memoryview, at: int) -> tuple[int, int]:
-    value, at = _unsigned(data, at)
-    return (value >> 1) ^ -(value & 1), at
-
-
-def _unsigned(data: memoryview, at: int) -> tuple[int, int]:
-    value, shift = 0, 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise ValueError(f"no page header at byte {at:,}")
+        yield Page(unpacked, fields.get(_TYPE) == _DICTIONARY)
+        at += packed
 
 
 # ---------------------------------------------------------------- Arrow's messages, which are FlatBuffers
