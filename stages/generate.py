@@ -16,7 +16,6 @@ is still missing.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -28,13 +27,16 @@ sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is c
 
 import numpy as np  # noqa: E402
 
+from deepgen.algorithms.rules import check_noise  # noqa: E402
 from deepgen.config import UserError, load_settings, run_program  # noqa: E402
 from deepgen.config.schema.paths import argument  # noqa: E402
+from deepgen.registry import SAMPLERS  # noqa: E402
 
 if TYPE_CHECKING:
     from deepgen.data.records import Record
     from deepgen.drawing.picture_files import PictureFolder
     from deepgen.drawing.request import DrawRequest
+    from deepgen.models.presets import Architecture
 
 TOLD = (  # settings of a request that are written beside and into the pictures
     *("seed", "sampler", "num_steps", "shift", "eta", "guidance_scale", "negative_prompt", "image_size", "size"),
@@ -62,7 +64,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--aspect", type=aspect, metavar="W:H", help="sides in this ratio, with about as many pixels as --area squared"
     )
-    parser.add_argument("--area", type=whole(32), help="side of a square as large as the picture (default: 512; 64)")
+    parser.add_argument(
+        "--area",
+        type=side,
+        metavar="SIDE",
+        help="of a square as large as the picture (default: the model's, 512 or less)",
+    )
     parser.add_argument("--steps", type=whole(1), default=50, help="of the sampler (default: 50)")
     parser.add_argument("--guidance", type=scale, default=4.0, help="scale; 1 is off and half the work (default: 4)")
     parser.add_argument("--negative", default="", metavar="TEXT", help="what guidance leads away from")
@@ -74,7 +81,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=whole(1), default=8, help="pictures in one forward (default: 8)")
     parser.add_argument("--allow", action="append", default=[], metavar="PLACE", help="as data.allow; can be repeated")
     parser.add_argument("--address", default="auto-local", help="Ray cluster, as cluster.address")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.sampler not in SAMPLERS:
+        raise UserError(f"--sampler: got {args.sampler!r}; allowed: {', '.join(SAMPLERS)}")
+    if args.size and args.aspect:
+        raise UserError("--aspect: got with --size; allowed: one of them")
+    if not args.shift > 0:
+        raise UserError(f"--shift: got {args.shift:g}; allowed: a number above 0")
+    check_noise(args.sampler, args.eta)
+    return args
 
 
 def whole(low: int) -> Any:
@@ -98,17 +113,19 @@ def scale(text: str) -> float:
     return value
 
 
+def side(text: str) -> int:
+    """Pixels of a side."""
+    if not text.isdecimal() or int(text) % SIDE or not 32 <= int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: from 32 to 4096, a multiple of {SIDE}")
+    return int(text)
+
+
 def size(text: str) -> tuple[int, int]:
     """Height and width of 512 or 768x512 (width first, as on screens)."""
     parts = text.lower().replace("×", "x").split("x")
     if len(parts) > 2 or not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a side, as 512, or WIDTHxHEIGHT, as 768x512")
-    width, height = int(parts[0]), int(parts[-1])
-    for side in (width, height):
-        if side % SIDE or not 32 <= side <= 4096:
-            raise argparse.ArgumentTypeError(
-                f"got {text!r}; allowed: sides from 32 to 4096 that are multiples of {SIDE}"
-            )
+    width, height = side(parts[0]), side(parts[-1])
     return height, width
 
 
@@ -126,6 +143,7 @@ def aspect(text: str) -> float:
 
 def main() -> int:
     args = parse(sys.argv[1:])
+    from actors.draw_pool import Model, draw_all
     from deepgen.cluster.connect import connect
     from deepgen.drawing.picture_files import PictureFolder
     from deepgen.drawing.prompts import Reader, read_wanted
@@ -134,8 +152,11 @@ def main() -> int:
     from stages.drawn_weights import component_folder
 
     with component_folder(args.weights, args.out, averages=args.ema) as weights:
-        request = read_request(args, weights)
-        reader = Reader(weights / "tokenizer", read_architecture(weights, None).max_prompt_tokens)
+        architecture = read_architecture(weights, None)
+        request = read_request(args, architecture)
+        reader = Reader(
+            weights / "tokenizer", architecture.max_prompt_tokens, architecture.max_side, request.image_size
+        )
         records, bad = read_wanted(args.prompts, args.images, args.allow, reader)
         for one in bad:
             print(f"left out: {one.place}: {one.reason}", flush=True)
@@ -143,13 +164,18 @@ def main() -> int:
         if not records:
             raise UserError(f"--prompts: no row of {args.prompts} can be drawn")
         gpus = connect(load_settings(None, [f"cluster.address={args.address}"]), no_needs, code_root=ROOT)
-        painter = {"padding": args.padding, "precision": args.precision or ("bf16" if gpus else "fp32")}
-        settings = {"weights": fingerprint(weights), **painter, **{key: getattr(request, key) for key in TOLD}}
+        model = Model(weights.absolute(), args.padding, args.precision or ("bf16" if gpus else "fp32"), args.batch)
+        settings = {
+            "weights": fingerprint(weights),
+            "precision": model.precision,
+            "padding": model.padding,
+            **{key: getattr(request, key) for key in TOLD},
+        }
         pictures = PictureFolder(args.out, settings)
         pictures.open()
         jobs = list(jobs_of(request, records, pictures, args.batch))
         try:
-            for record, sample, picture in progress(drawn(jobs, weights, painter, args.batch, gpus=gpus), jobs):
+            for record, sample, picture in progress(draw_all(jobs, model, gpus=gpus), jobs):
                 pictures.save(record, sample, picture)
         finally:
             count = pictures.finish(records, request.samples)
@@ -158,24 +184,19 @@ def main() -> int:
     return 0
 
 
-def read_request(args: argparse.Namespace, weights: Path) -> DrawRequest:
-    """All that decides the pictures, without prompts. Raises UserError for what does not go together."""
-    from deepgen.algorithms.rules import check_noise
+def read_request(args: argparse.Namespace, architecture: Architecture) -> DrawRequest:
+    """All that decides the pictures, without prompts. Raises UserError for a size that the model cannot draw."""
     from deepgen.drawing.request import DrawRequest
-    from deepgen.models.weights_io.folder import read_architecture
-    from deepgen.registry import SAMPLERS
 
-    if args.sampler not in SAMPLERS:
-        raise UserError(f"--sampler: got {args.sampler!r}; allowed: {', '.join(SAMPLERS)}")
-    if args.size and args.aspect:
-        raise UserError("--aspect: got with --size; allowed: one of them")
-    if not args.shift > 0:
-        raise UserError(f"--shift: got {args.shift:g}; allowed: a number above 0")
-    check_noise(args.sampler, args.eta)
-    architecture = read_architecture(weights, None)
     trained = int(architecture.transformer["sample_size"]) * architecture.vae_downsample
     area = args.area or min(DEFAULT_SIDE, trained)
     given = args.size or (args.aspect and sides(area, args.aspect))
+    if max(given or [area]) > architecture.max_side:
+        height, width = given or (area, area)
+        raise UserError(
+            f"{'--size' if args.size else '--area'}: got {width}x{height} px; allowed: sides of at most "
+            f"{architecture.max_side} px, for which this model has positions"
+        )
     return DrawRequest(
         records=(),
         samples=tuple(range(args.samples)),
@@ -209,36 +230,6 @@ def jobs_of(
         count = max(1, batch // len(samples))
         for start in range(0, len(own), count):
             yield replace(request, records=tuple(own[start : start + count]), samples=samples)
-
-
-def drawn(
-    jobs: Sequence[DrawRequest], weights: Path, painter: dict[str, str], batch: int, *, gpus: bool
-) -> Iterator[tuple[Record, int, np.ndarray]]:
-    """The pictures of the jobs as they are drawn, with record and number of the sample."""
-    if not jobs:
-        return
-    import ray.data
-    from ray.data import ActorPoolStrategy
-
-    from actors.draw_worker import DrawWorker
-
-    ray.data.DataContext.get_current().enable_progress_bars = False  # our own bar counts pictures
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans and that its bars are off
-    rows = ray.data.from_items([{"job": number} for number in range(len(jobs))], override_num_blocks=len(jobs)).map(
-        DrawWorker,
-        fn_constructor_args=[list(jobs), weights, painter, batch],
-        compute=ActorPoolStrategy(min_size=1, max_size=len(jobs)),
-        num_gpus=1 if gpus else 0,
-        num_cpus=1,
-    )
-    for row in rows.iter_rows():
-        if row["error"]:
-            raise UserError(row["error"])
-        job = jobs[row["job"]]
-        pixels = np.frombuffer(row["pixels"], dtype=np.uint8)
-        for record, shape, start in zip(job.records, row["shapes"], row["starts"], strict=True):
-            own = pixels[start : start + int(np.prod(shape))].reshape(shape)
-            yield from ((record, sample, picture) for sample, picture in zip(job.samples, own, strict=True))
 
 
 def no_needs(settings: Any, *, gpus: bool) -> list[Any]:

@@ -45,8 +45,8 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def writing(what: str, where: Path, then: str = "continue with --resume") -> Iterator[None]:
-    """Around writing into the run's folder: its failure becomes a UserError that names the file or folder `where`.
+def writing(what: str, where: Path, then: str = "continue with --resume", key: str = "run.dir") -> Iterator[None]:
+    """Around writing into the folder that `key` names: failing becomes a UserError naming the file or folder `where`.
 
     then: what to do once there is room.
     """
@@ -55,7 +55,7 @@ def writing(what: str, where: Path, then: str = "continue with --resume") -> Ite
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or error
         raise UserError(
-            f"run.dir: cannot write {what} to {where}: {said}; make room or let it be written, then {then}"
+            f"{key}: cannot write {what} to {where}: {said}; make room or let it be written, then {then}"
         ) from error
 
 

@@ -31,15 +31,23 @@ def test_pictures_say_how_they_were_drawn(tmp_path: Path) -> None:
     for i, record in enumerate(RECORDS):
         folder.save(record, 0, picture(i))
     assert folder.finish(RECORDS, (0, 1)) == 2
-    with Image.open(tmp_path / "out" / "cat-1-0.png", formats=["PNG"]) as image:
+    with Image.open(folder.path(RECORDS[0], 0), formats=["PNG"]) as image:
         assert image.info["prompt"] == "a cat/1" and image.info["weights"] == "0123456789ab"
         assert json.loads(image.info["seed"]) == 42
     table = pq.read_table(tmp_path / "out" / TABLE).to_pylist()
     assert [(row["file"], row["prompt"], row["sample"]) for row in table] == [
-        ("cat-1-0.png", "a cat/1", 0),
+        (folder.path(RECORDS[0], 0).name, "a cat/1", 0),
         ("牌子-0.png", "a 牌子", 0),
     ]
     assert (tmp_path / "out" / SHEET).stat().st_size > 1000
+
+
+def test_ids_that_look_alike_have_files_of_their_own(tmp_path: Path) -> None:
+    folder = PictureFolder(tmp_path, SETTINGS)
+    ids = ["a/b", "a-b", "a b", "x" * 70, "x" * 71, "../a", "..", "", "a", "a-1"]
+    paths = [folder.path(Record(name, "t2i", "p", "", None, (), ""), n) for name in ids for n in (0, 1, 10)]
+    assert len(set(paths)) == 3 * len(ids) and {path.parent for path in paths} == {tmp_path}
+    assert paths[3].name == "a-b-0.png"
 
 
 def test_the_next_start_draws_what_is_missing(tmp_path: Path) -> None:
@@ -68,15 +76,15 @@ def test_other_settings_need_another_folder(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     folder = PictureFolder(tmp_path / "out", SETTINGS)
     folder.open()
-    folder.path(RECORDS[0], 0).with_name(".cat-1-0.png.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="No space left on device; make room"):
+    folder.path(RECORDS[0], 0).with_name(f".{folder.path(RECORDS[0], 0).name}.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"--out: cannot write a picture to .*: No space left .*, then run the same"):
         folder.save(RECORDS[0], 0, picture(1))
     assert not folder.path(RECORDS[0], 0).exists()
 
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
-    return Reader(make_tiny_folder(tmp_path_factory.mktemp("model")) / "tokenizer", 200)
+    return Reader(make_tiny_folder(tmp_path_factory.mktemp("model")) / "tokenizer", 200, 128, 64)
 
 
 def wanted(reader: Reader, given: str, *images: Path) -> tuple[list[Record], list[str]]:
@@ -103,12 +111,19 @@ def test_bad_rows_are_told_and_left_out(tmp_path: Path, reader: Reader) -> None:
         {"prompt": "say <|im_end|>"},
         {"prompt": "blue", "references": ["bad.png"]},
         {"prompt": "blue", "references": ["good.png"]},
+        {"prompt": "blue", "references": ["long.png"]},
+        {"prompt": "a cat"},
+        {"prompt": "a dog", "id": "x"},
+        {"prompt": "a bird", "id": "x"},
     ]
+    Image.new("RGB", (400, 50)).save(tmp_path / "long.png")
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
     records, bad = wanted(reader, str(tmp_path / "list.jsonl"))
-    assert [record.task for record in records] == ["t2i", "edit"]
-    assert [line.partition(":")[0] for line in bad] == [f"list.jsonl, row {n}" for n in (2, 3, 4)]
+    assert [record.task for record in records] == ["t2i", "edit", "t2i"]
+    assert [line.partition(":")[0] for line in bad] == [f"list.jsonl, row {n}" for n in (2, 3, 4, 6, 7, 9)]
     assert "empty" in bad[0] and "<|im_end|>" in bad[1] and "not a readable image" in bad[2]
+    assert "source 1 is 400x50 px, 192x32 once it is scaled; allowed: 128 px" in bad[3]
+    assert bad[4].endswith("list.jsonl, row 1") and bad[5].endswith("list.jsonl, row 8")
 
 
 @pytest.mark.parametrize(

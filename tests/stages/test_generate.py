@@ -30,10 +30,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--size", "500"], "--size: got '500'; allowed: sides from 32 to 4096 that are multiples of 16"),
+        (["--size", "500"], "--size: got '500'; allowed: from 32 to 4096, a multiple of 16"),
         (["--size", "64x64x64"], "--size: got '64x64x64'; allowed: a side, as 512, or WIDTHxHEIGHT"),
         (["--aspect", "1:99"], "--aspect: got '1:99'; allowed: as 16:9, from 1:8 to 8:1"),
         (["--aspect", "1:1", "--size", "64"], "--aspect: got with --size; allowed: one of them"),
+        (["--area", "100"], "--area: got '100'; allowed: from 32 to 4096, a multiple of 16"),
+        (["--size", "64x144"], "--size: got 64x144 px; allowed: sides of at most 128 px, for which this model has"),
+        (["--aspect", "4:1", "--area", "128"], "--area: got 256x64 px; allowed: sides of at most 128 px"),
         (["--samples", "0"], "--samples: got '0'; allowed: a whole number from 1 on"),
         (["--guidance", "nan"], "--guidance: got 'nan'; allowed: a number from 1 (off) to 100"),
         (["--sampler", "euler"], "--sampler: got 'euler'; allowed: "),
@@ -75,7 +78,7 @@ def test_it_draws_what_the_painter_draws_and_goes_on(model: Path, tmp_path: Path
     assert [(row["prompt"], row["sample"]) for row in rows] == [("a cat", 0), ("a cat", 1), ("a dog", 0), ("a dog", 1)]
 
     painter = Painter(UnifiedModel.from_folder(model).requires_grad_(False), bf16=False)
-    reader = Reader(model / "tokenizer", 100)
+    reader = Reader(model / "tokenizer", 100, 128, 64)
     records, _ = read_wanted(str(prompts), [], (), reader)
     request = DrawRequest(tuple(records), (0, 1), 5, 64, 3, 3.0, guidance_scale=2.0)
     wanted = [picture for own in painter.draw(request) for picture in own]

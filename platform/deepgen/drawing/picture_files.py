@@ -6,10 +6,12 @@ missing. `drawing.json` holds the settings: another request does not go into the
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from deepgen.tracking.grids import image_grid
 MANIFEST, TABLE, SHEET = "drawing.json", "pictures.parquet", "sheet.png"
 ON_THE_SHEET = 48
 _LONGEST = 60  # letters of an id in a file's name
+_writing = partial(writing, then="run the same command again", key="--out")
 
 
 class PictureFolder:
@@ -52,12 +55,14 @@ class PictureFolder:
             return
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise UserError(f"--out: {self.folder} is there and has no {MANIFEST}; give an empty or a new folder")
-        with writing("the pictures", self.folder):
+        with _writing("the pictures", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write(manifest, json.dumps(self._settings, indent=2, ensure_ascii=False).encode())
 
     def path(self, record: Record, sample: int) -> Path:
-        name = re.sub(r"[^\w.-]+", "-", record.id).strip(".-")[:_LONGEST] or "picture"
+        name = re.sub(r"[^\w.-]+", "-", record.id).strip(".-")[:_LONGEST]
+        if name != record.id:  # two ids may look the same without the letters that a file's name cannot have
+            name += f"-{hashlib.blake2b(record.id.encode(), digest_size=3).hexdigest()}"
         return self.folder / f"{name}-{sample}.png"
 
     def missing(self, record: Record, samples: Sequence[int]) -> tuple[int, ...]:
@@ -71,7 +76,7 @@ class PictureFolder:
             info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
         Image.fromarray(picture).save(stream, "PNG", pnginfo=info)
         path = self.path(record, sample)
-        with writing("a picture", path):
+        with _writing("a picture", path):
             self._write(path, stream.getvalue())
 
     def finish(self, records: Sequence[Record], samples: Sequence[int]) -> int:
@@ -102,7 +107,7 @@ class PictureFolder:
         image_grid(pictures, [record.prompt for record, _ in shown], columns=columns, sources=sources).save(
             sheet, "PNG"
         )
-        with writing("the table of pictures", self.folder):
+        with _writing("the table of pictures", self.folder):
             self._write(self.folder / TABLE, stream.getvalue())
             self._write(self.folder / SHEET, sheet.getvalue())
         return len(found)

@@ -16,6 +16,7 @@ from typing import Any
 
 from deepgen.config.schema.paths import exists
 from deepgen.data.images import usable_image
+from deepgen.data.loading.buckets import fixed_area_size
 from deepgen.data.parquet import PROMPT_LISTS, read_rows, require_regular
 from deepgen.data.quotes import quoted_words
 from deepgen.data.records import Record, RecordError, check_texts
@@ -30,10 +31,15 @@ _LETTERS = 100  # of the longest token
 
 @dataclass(frozen=True)
 class Reader:
-    """What a model reads of a prompt: at most `tokens` of the tokenizer in `folder`, and none of its special tokens."""
+    """What a model takes: prompts of at most `tokens` of the tokenizer in `folder`, without its special tokens.
+
+    Sources have sides of at most `max_side` pixels once they are scaled.
+    """
 
     folder: Path
     tokens: int
+    max_side: int
+    image_size: int  # as of the request
 
     @cached_property
     def reserved(self) -> list[str]:
@@ -46,6 +52,14 @@ class Reader:
         if len(record.prompt) > _LETTERS * self.tokens:  # for a text of gigabytes, the tokenizer takes hours
             raise ValueError(f"the prompt has {len(record.prompt):,} letters; the model reads {self.tokens:,} tokens")
         check_texts(record, self.reserved)
+        for slot, data in enumerate(record.references, start=1):
+            image = usable_image(data, f"source {slot}")
+            height, width = fixed_area_size(image.height, image.width, self.image_size)
+            if max(height, width) > self.max_side:
+                raise ValueError(
+                    f"source {slot} is {image.width}x{image.height} px, {width}x{height} once it is scaled; allowed: "
+                    f"{self.max_side} px, for which the model has positions"
+                )
         count = len(self._tokenizer.encode(render(record.prompt)).ids)
         if count > self.tokens:
             raise ValueError(f"the prompt is {count:,} tokens long; the model reads {self.tokens:,}")
@@ -83,7 +97,7 @@ def read_wanted(
         if fault := _fault(record, reader):
             raise UserError(f"--prompts: {fault}")
         return [record], []
-    wanted, bad = list[Record](), list[BadPrompt]()
+    wanted, bad, places = list[Record](), list[BadPrompt](), dict[str, str]()
     for row in read_rows(Path(given), allow):
         place = f"{row.file}, row {row.number}"
         if isinstance(row.record, RecordError):
@@ -93,11 +107,14 @@ def read_wanted(
         if record.id == f"{Path(row.file).name.partition('.')[0]}-{row.number}":
             record = replace(record, id=_own_id(record))  # a list's row without an id
         fault = _fault(record, reader)
+        if not fault and record.id in places:
+            fault = f"the id or the prompt is that of {places[record.id]}"
         if fault:
             bad.append(BadPrompt(place, fault))
         else:
             wanted.append(record)
-    return list({record.id: record for record in wanted}.values()), bad
+            places[record.id] = place
+    return wanted, bad
 
 
 def _record(prompt: str, sources: tuple[bytes, ...]) -> Record:
@@ -121,8 +138,6 @@ def _fault(record: Record, reader: Reader) -> str:
     """Why a record cannot be drawn, or ""."""
     try:
         reader.check(record)
-        for slot, data in enumerate(record.references, start=1):
-            usable_image(data, f"source {slot}")
     except ValueError as error:
         return str(error)
     return ""

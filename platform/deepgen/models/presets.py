@@ -57,6 +57,11 @@ class Architecture:
         """Pixels that one latent cell covers along a side."""
         return int(2 ** (len(self.vae["block_out_channels"]) - 1))
 
+    @property
+    def max_side(self) -> int:
+        """Pixels of the longest side that the transformer has positions for."""
+        return int(self.transformer["pos_embed_max_size"] * self.transformer["patch_size"] * self.vae_downsample)
+
     def bridge_config(self) -> dict[str, int]:
         """The content of bridge/config.json."""
         names = (
