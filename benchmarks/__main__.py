@@ -10,6 +10,7 @@ from pathlib import Path
 # Each module has run(weights, repeats, threads) -> list[Result].
 BENCHMARKS = {
     "rollout": "benchmarks.rollout_floor",
+    "draw": "benchmarks.drawing_floor",
     "update": "benchmarks.update_floor",
     "loader": "benchmarks.loader_floor",
     "training": "benchmarks.training_floor",

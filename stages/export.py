@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is c
 
 from deepgen.config import UserError, run_program  # noqa: E402
 from deepgen.config.schema.paths import argument  # noqa: E402
-from stages.export_run import find_source, is_checkpoint, read_checkpoint  # noqa: E402
+from stages.export_run import find_source, is_checkpoint, padding_of, read_checkpoint  # noqa: E402
 
 if TYPE_CHECKING:
     from deepgen.models.weights_io.layout_reader import Weights
@@ -63,6 +63,7 @@ def main() -> int:
         weights, bases, preset = found.trained, export.Bases(found.base), found.preset
     else:
         weights = read_weights(source, args.variant)
+    weights.padding = padding_of(args.source)
     weights = export.complete(weights, bases, without_lora=args.without_lora)
     architecture = export.find_architecture(weights, bases, preset)
     export.check_weights(weights, architecture)

@@ -23,6 +23,7 @@ from actors.learner.checkpoints.checkpoint_store import (
 from deepgen.config import UserError
 from deepgen.config.schema.paths import resolve_path
 from deepgen.fingerprint import fingerprint
+from deepgen.models.presets import PADDINGS
 from deepgen.models.stage_parts import TRAINED_PARTS
 
 if TYPE_CHECKING:
@@ -48,6 +49,21 @@ def find_source(given: Path, *, averages: bool) -> Path:
     if averages and not is_checkpoint(given):
         raise UserError(f"--ema: got {given}; allowed: a run with train.ema_decay, or one of its checkpoints")
     return given
+
+
+def padding_of(given: Path) -> str:
+    """`model.padding` of a run, of one of its checkpoints, or of a diffusers folder; the default of everything else."""
+    from deepgen.models.weights_io.tensor_files import read_json
+
+    newest = newest_checkpoint(given / "checkpoints")
+    if newest or is_checkpoint(given):
+        manifest = newest[1] if newest else complete_checkpoint(given)
+        return str(manifest.settings["model"]["padding"])
+    index = given / "model_index.json"
+    found = str(read_json(index).get("padding", PADDINGS[0])) if index.is_file() else PADDINGS[0]
+    if found not in PADDINGS:
+        raise UserError(f"{index}: padding {found!r}; allowed: {', '.join(PADDINGS)}")
+    return found
 
 
 def is_checkpoint(folder: Path) -> bool:

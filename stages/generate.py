@@ -30,6 +30,7 @@ import numpy as np  # noqa: E402
 from deepgen.algorithms.rules import check_noise  # noqa: E402
 from deepgen.config import UserError, load_settings, run_program  # noqa: E402
 from deepgen.config.schema.paths import argument  # noqa: E402
+from deepgen.models.presets import PADDINGS  # noqa: E402
 from deepgen.registry import SAMPLERS  # noqa: E402
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--eta", type=float, default=1.0, help="noise of the other samplers (default: 1)")
     parser.add_argument("--shift", type=float, default=3.0, help="of the noise levels (default: 3)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="(default: bf16 on GPUs, fp32 on CPUs)")
-    parser.add_argument("--padding", choices=("masked", "reference"), default="masked", help="as model.padding")
+    parser.add_argument("--padding", choices=PADDINGS, help="as model.padding (default: the run's, else masked)")
     parser.add_argument("--batch", type=whole(1), default=8, help="pictures in one forward (default: 8)")
     parser.add_argument("--allow", action="append", default=[], metavar="PLACE", help="as data.allow; can be repeated")
     parser.add_argument("--address", default="auto-local", help="Ray cluster, as cluster.address")
@@ -150,6 +151,7 @@ def main() -> int:
     from deepgen.fingerprint import fingerprint
     from deepgen.models.weights_io.folder import read_architecture
     from stages.drawn_weights import component_folder
+    from stages.export_run import padding_of
 
     with component_folder(args.weights, args.out, averages=args.ema) as weights:
         architecture = read_architecture(weights, None)
@@ -164,7 +166,8 @@ def main() -> int:
         if not records:
             raise UserError(f"--prompts: no row of {args.prompts} can be drawn")
         gpus = connect(load_settings(None, [f"cluster.address={args.address}"]), no_needs, code_root=ROOT)
-        model = Model(weights.absolute(), args.padding, args.precision or ("bf16" if gpus else "fp32"), args.batch)
+        padding = args.padding or padding_of(args.weights)
+        model = Model(weights.absolute(), padding, args.precision or ("bf16" if gpus else "fp32"), args.batch)
         settings = {
             "weights": fingerprint(weights),
             "precision": model.precision,

@@ -22,6 +22,7 @@ from deepgen.config import UserError, load_settings
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings
 from stages import export
+from stages.export_run import padding_of
 from tests.helpers.exported_pipeline import load_pipeline
 from tests.helpers.factories import make_tiny_folder
 
@@ -141,11 +142,16 @@ def test_a_checkpoint_of_every_stage(
 def test_a_checkpoint_that_diffusers_draws_from(
     run_of: Callable[..., Run], run_export: Callable[..., Path], tmp_path: Path
 ) -> None:
-    run = run_of()
-    pipe = load_pipeline(run_export(run.save(1), "--layout", "diffusers"), tmp_path / "code")
+    run = run_of("rl", "sft", "model.padding=reference")
+    out = run_export(run.save(1), "--layout", "diffusers")
+    pipe = load_pipeline(out, tmp_path / "code")
+    assert pipe.config.padding == padding_of(out) == "reference"
     found, wanted = pipe.transformer.state_dict(), run.model.transformer.state_dict()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert pipe("a cat", num_inference_steps=1, height=64, width=96).images[0].size == (96, 64)
+    run.finish()
+    assert padding_of(run_export(run.folder, "--layout", "diffusers")) == "reference"
+    assert padding_of(run_export(run.folder, "--layout", "components")) == "masked"
 
 
 def test_the_newest_checkpoint_until_the_run_has_finished(

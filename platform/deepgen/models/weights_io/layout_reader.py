@@ -69,6 +69,7 @@ class Weights:
     dit_lora: adapter parameters by their names in the transformer, with their alpha. They are merged when written.
     merged: the VLM is there, and its LoRA, if it ever had one, is already in its weights.
     variant: which files to take where a folder has several that hold the same tensors; "" for those without variant.
+    padding: how the model was trained to read prompts (model.padding), where that is known.
     """
 
     where: Path
@@ -84,6 +85,7 @@ class Weights:
     dit_lora: State = field(default_factory=dict)
     dit_alpha: float = 0.0
     merged: bool = False
+    padding: str = "masked"
 
     def take(self, path: Path) -> State:
         """Tensors of one .safetensors file, or of a folder of them in the wanted variant."""

@@ -358,6 +358,7 @@ def _write_diffusers(weights: Weights, architecture: Architecture, out: Path) ->
     index = {
         "_class_name": ["pipeline", "DeepGenPipeline"],
         "connector": ["deepgen_connector", "DeepGenConnector"],
+        "padding": weights.padding,
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "tokenizer": ["transformers", tokenizer],
         "transformer": ["diffusers", "SD3Transformer2DModel"],
