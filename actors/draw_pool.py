@@ -1,10 +1,12 @@
-"""Draws outside of training, for `stages/generate.py`: processes of Ray Data, each with the model."""
+"""Draws outside of training, for `stages/generate.py`: processes that each have the model and take jobs as they can.
+
+A process that dies is replaced, and what it drew is drawn again.
+"""
 
 from __future__ import annotations
 
-import logging
-import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from deepgen.data.records import Record
 from deepgen.drawing.request import DrawRequest
 from deepgen.errors import UserError
 
-START_S = 900.0  # for a process: autoscaled nodes, imports, and weights from a shared disk
+START_S = 900.0  # until a first process is there: autoscaled nodes, imports, weights from a shared disk
+DRAW_S = 3600.0  # for one forward after another, until any process has a job done
+ATTEMPTS = 3  # deaths of processes with the same job, or of all while they start
 
 
 @dataclass(frozen=True)
@@ -29,98 +33,123 @@ class Model:
 
 
 def draw_all(jobs: Sequence[DrawRequest], model: Model, *, gpus: bool) -> Iterator[tuple[Record, int, np.ndarray]]:
-    """The pictures of the jobs as they are drawn, with record and number of the sample.
+    """The pictures of the jobs as they are drawn, uint8 [H, W, 3], with record and number of the sample.
 
-    Every GPU of the cluster gets a process; without GPUs, as many processes share the CPUs as memory and jobs allow.
+    Every GPU that the cluster has or may start gets a process; without GPUs, as many processes share the CPUs as memory
+    and jobs allow.
 
-    Raises UserError if the weights do not fit the model or the batch does not fit the memory.
+    Raises UserError if the weights do not fit the model, if a batch does not fit the memory, or if no process starts or
+    draws for long; RuntimeError if processes keep dying.
     """
-    if not jobs:
-        return
-    import ray.data
-    from ray.exceptions import GetTimeoutError
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # the program's own bar counts pictures
-    context.wait_for_min_actors_s = int(START_S)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans, and that its bars are off
-    items = [{"job": number, "request": pickle.dumps(job)} for number, job in enumerate(jobs)]
-    compute, share = _shares(len(jobs), model.weights, gpus=gpus)
-    rows = ray.data.from_items(items, override_num_blocks=len(items)).map(
-        DrawWorker, fn_constructor_args=[model], compute=compute, **share
-    )
-    try:
-        for row in rows.iter_rows():
-            if row["error"]:
-                raise UserError(row["error"])
-            yield from _pictures(row, jobs[row["job"]])
-    except GetTimeoutError as error:
-        raise UserError(
-            f"cluster.address: no process for drawing has started within {START_S:.0f} s, each of which needs {share}; "
-            "are all of them taken? `ray status` says who has them"
-        ) from error
+    for number, pictures in _Pool(jobs, model, gpus=gpus).results():
+        for record, own in zip(jobs[number].records, pictures, strict=True):
+            yield from ((record, sample, picture) for sample, picture in zip(jobs[number].samples, own, strict=True))
 
 
-def _shares(jobs: int, weights: Path, *, gpus: bool) -> tuple[Any, dict[str, float]]:
+class _Pool:
+    """Processes, and what each of them is doing: starting, or drawing a job."""
+
+    def __init__(self, jobs: Sequence[DrawRequest], model: Model, *, gpus: bool) -> None:
+        self._jobs, self._model = jobs, model
+        self._todo = deque(range(len(jobs)))
+        self._deaths: Counter[int | None] = Counter()
+        self._doing: dict[
+            Any, tuple[Any, int | None]
+        ] = {}  # reference -> process, and its job's number; None: it starts
+        self._started = False
+        count, self._share = _shares(len(jobs), model.weights, gpus=gpus)
+        for _ in range(count):
+            self._start()
+
+    def results(self) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Numbers of jobs and their pictures, uint8 [samples, H, W, 3] for each prompt, as they are done."""
+        import ray
+        from ray.exceptions import RayActorError
+
+        left = len(self._jobs)
+        while left:
+            reference = self._wait()
+            process, done = self._doing.pop(reference)
+            try:
+                pictures = ray.get(reference)
+            except RayActorError as error:
+                self._replace(done, error)
+                continue
+            self._started = True
+            if self._todo:
+                job = self._todo.popleft()
+                self._doing[process.draw.remote(self._jobs[job])] = process, job
+            if done is not None:
+                left -= 1
+                yield done, pictures
+
+    def _wait(self) -> Any:
+        import ray
+
+        limit = DRAW_S if self._started else START_S
+        done, _ = ray.wait(list(self._doing), timeout=limit)
+        if done:
+            return done[0]
+        what = "drawn a batch" if self._started else f"started with {self._share}; `ray status` says what is taken"
+        raise UserError(f"--address: in {limit:.0f} s no process for drawing has {what}")
+
+    def _start(self) -> None:
+        import ray
+
+        process = ray.remote(DrawWorker).options(**self._share).remote(self._model)
+        self._doing[process.load.remote()] = process, None
+
+    def _replace(self, job: int | None, error: Exception) -> None:
+        """Start a process in the place of one that has died. Its job is drawn next."""
+        self._deaths[job] += 1
+        if self._deaths[job] >= ATTEMPTS + len(self._doing) * (job is None):
+            what = "while they load the model" if job is None else f"on {[r.id for r in self._jobs[job].records]}"
+            raise RuntimeError(f"{self._deaths[job]} processes for drawing have died {what}: {error}") from error
+        if job is not None:
+            self._todo.appendleft(job)
+        self._start()
+
+
+def _shares(jobs: int, weights: Path, *, gpus: bool) -> tuple[int, dict[str, float]]:
     """How many processes draw, and what of a node each of them has."""
     import ray
-    from ray.data import ActorPoolStrategy
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    from deepgen.cluster.resources import cluster_capacity
+
     if gpus:
-        now = int(sum(node.get("GPU", 0) for node in nodes))
-        pool = ActorPoolStrategy(min_size=1, initial_size=max(1, min(jobs, now)), max_size=jobs)
-        return pool, {"num_gpus": 1, "num_cpus": 1}
+        return min(jobs, int(cluster_capacity().total["GPU"])), {"num_gpus": 1, "num_cpus": 1}
     size = 2 * sum(file.stat().st_size for file in weights.rglob("*.safetensors"))  # bf16 files are fp32 in memory
-    fit = sum(max(1, min(int(node.get("CPU", 1)), int(node.get("memory", 0) // max(1, size)))) for node in nodes)
-    count = min(jobs, fit)
-    threads = max(1, int(max(node.get("CPU", 1) for node in nodes)) * len(nodes) // count)
-    return ActorPoolStrategy(size=count), {"num_cpus": min(threads, max(node.get("CPU", 1) for node in nodes))}
-
-
-def _pictures(row: Mapping[str, Any], job: DrawRequest) -> Iterator[tuple[Record, int, np.ndarray]]:
-    pixels = np.frombuffer(row["pixels"], dtype=np.uint8)
-    for record, shape, start in zip(job.records, row["shapes"], row["starts"], strict=True):
-        own = pixels[start : start + int(np.prod(shape))].reshape(shape)
-        yield from ((record, sample, picture) for sample, picture in zip(job.samples, own, strict=True))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores = [max(1, int(node.get("CPU", 1))) for node in nodes]
+    fit = [int(node.get("memory", 0) // max(1, size)) for node in nodes]
+    count = min(jobs, sum(max(1, min(both)) for both in zip(cores, fit, strict=True)))
+    return count, {"num_cpus": max(1, min(max(cores), sum(cores) // count))} if count else {}
 
 
 class DrawWorker:
-    """A process with the model. An error of the user's is returned as data: Ray would bury it in tracebacks."""
+    """A process with the model, on the GPU that Ray gives it, or on CPUs."""
 
     def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def load(self) -> None:
+        """Load the model. Not when the process is made: there an error of the user's would be the process's death."""
         import torch
 
         from deepgen.drawing.painter import Painter
         from deepgen.models.unified import UnifiedModel
 
-        self._batch, self._error = model.batch, ""
-        try:
-            unified = UnifiedModel.from_folder(model.weights, padding=model.padding)
-        except UserError as error:
-            self._error = str(error)
-            return
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        unified = unified.to(device).eval().requires_grad_(False)
-        self._painter = Painter(unified, bf16=model.precision == "bf16", batch=model.batch)
+        model = UnifiedModel.from_folder(self._model.weights, padding=self._model.padding)
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+        self._painter = Painter(model, bf16=self._model.precision == "bf16", batch=self._model.batch)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        pictures = [] if self._error else self._draw(pickle.loads(row["request"]))
-        return {
-            "job": row["job"],
-            "error": self._error,
-            "pixels": b"".join(one.tobytes() for one in pictures),
-            "shapes": [list(one.shape) for one in pictures],
-            "starts": np.cumsum([0, *(one.size for one in pictures)])[:-1].tolist(),
-        }
-
-    def _draw(self, request: DrawRequest) -> list[np.ndarray]:
+    def draw(self, request: DrawRequest) -> list[np.ndarray]:
+        """As `Painter.draw`. Raises UserError if a batch does not fit the GPU's memory."""
         import torch
 
         try:
             return self._painter.draw(request)
         except torch.OutOfMemoryError as error:
-            self._error = (
-                f"--batch: {self._batch} pictures do not fit into the GPU's memory ({error}); give a smaller one"
-            )
-            return []
+            raise UserError(
+                f"--batch: {self._model.batch} pictures do not fit into the GPU's memory ({error})"
+            ) from error

@@ -146,7 +146,7 @@ def main() -> int:
     args = parse(sys.argv[1:])
     from actors.draw_pool import Model, draw_all
     from deepgen.cluster.connect import connect
-    from deepgen.drawing.picture_files import PictureFolder
+    from deepgen.drawing.picture_files import SHEET, PictureFolder
     from deepgen.drawing.prompts import Reader, read_wanted
     from deepgen.fingerprint import fingerprint
     from deepgen.models.weights_io.folder import read_architecture
@@ -183,7 +183,7 @@ def main() -> int:
         finally:
             count = pictures.finish(records, request.samples)
             wanted = len(records) * len(request.samples)
-            print(f"{count:,} of {wanted:,} pictures are in {args.out}; look at sheet.png", flush=True)
+            print(f"{count:,} of {wanted:,} pictures are in {args.out}; look at {args.out / SHEET}", flush=True)
     return 0
 
 

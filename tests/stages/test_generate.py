@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -66,29 +68,36 @@ def test_sides_of_an_aspect(ratio: float, expected: tuple[int, int]) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_it_draws_what_the_painter_draws_and_goes_on(model: Path, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
+def test_it_draws_what_the_painter_draws_and_goes_on_after_ctrl_c(model: Path, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "my pictures"
     prompts.write_text("a cat\n<|im_end|>\na dog\n")
-    options = ["--prompts", str(prompts), "--samples", "2", "--steps", "3", "--guidance", "2", "--seed", "5"]
-    command = [sys.executable, str(ROOT / "stages" / "generate.py"), "--weights", str(model), *options]
-    first = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False)
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert f"left out: {prompts}, row 2: prompt contains the reserved token <|im_end|>" in first.stdout
-    rows = pq.read_table(tmp_path / "out" / "pictures.parquet").to_pylist()
-    assert [(row["prompt"], row["sample"]) for row in rows] == [("a cat", 0), ("a cat", 1), ("a dog", 0), ("a dog", 1)]
+    options = ["--prompts", str(prompts), "--samples", "40", "--steps", "30", "--guidance", "2", "--seed", "5"]
+    command = [sys.executable, str(ROOT / "stages" / "generate.py"), "--weights", str(model), *options, "--batch", "1"]
+    command += ["--out", str(out)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as first:  # type: ignore[call-overload]
+        deadline = time.monotonic() + 300
+        while len(list(out.glob("a-*.png"))) < 2:
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        first.send_signal(signal.SIGINT)
+        said, complained = first.communicate(timeout=120)
+    assert first.returncode == 130, said + complained
+    assert f"left out: {prompts}, row 2: prompt contains the reserved token <|im_end|>" in said
+    assert "stopped; to continue, run the same command again: " in complained and "Traceback" not in complained
+    drawn = {file.name: file.stat().st_mtime_ns for file in out.glob("a-*.png")}
+    assert 2 <= len(drawn) < 80 and f"{len(drawn)} of 80 pictures are in {out}" in said
+    assert len(pq.read_table(out / "pictures.parquet")) == len(drawn) and (out / "sheet.png").is_file()
 
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 0 and "80 of 80 pictures" in second.stdout, second.stdout + second.stderr
+    assert all((out / name).stat().st_mtime_ns == then for name, then in drawn.items())
+    rows = pq.read_table(out / "pictures.parquet").to_pylist()
+    assert [row["prompt"] for row in rows] == ["a cat"] * 40 + ["a dog"] * 40
     painter = Painter(UnifiedModel.from_folder(model).requires_grad_(False), bf16=False)
-    reader = Reader(model / "tokenizer", 100, 128, 64)
-    records, _ = read_wanted(str(prompts), [], (), reader)
-    request = DrawRequest(tuple(records), (0, 1), 5, 64, 3, 3.0, guidance_scale=2.0)
-    wanted = [picture for own in painter.draw(request) for picture in own]
-    files = [tmp_path / "out" / row["file"] for row in rows]
-    for file, picture in zip(files, wanted, strict=True):
-        assert np.abs(decode_image(file.read_bytes()).astype(int) - picture).max() <= 1
-
-    kept = files[0].stat().st_mtime_ns
-    files[3].unlink()
-    second = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False)
-    assert second.returncode == 0 and "4 of 4 pictures" in second.stdout, second.stdout + second.stderr
-    assert files[0].stat().st_mtime_ns == kept
-    assert np.abs(decode_image(files[3].read_bytes()).astype(int) - wanted[3]).max() <= 1
+    records, _ = read_wanted(str(prompts), [], (), Reader(model / "tokenizer", 100, 128, 64))
+    for number in (0, 39, 40, 79):
+        record, sample = records[number // 40], number % 40
+        request = DrawRequest((record,), (sample,), 5, 64, 30, 3.0, guidance_scale=2.0)
+        found = decode_image((out / rows[number]["file"]).read_bytes())
+        assert np.abs(found.astype(int) - painter.draw(request)[0][0]).max() <= 1

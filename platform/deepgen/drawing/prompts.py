@@ -8,6 +8,7 @@ from its words and sources, so it is drawn alike wherever it stands.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +28,7 @@ from deepgen.reading.tables import suffix_of
 
 _SUFFIXES = (".parquet", *PROMPT_LISTS)
 _LETTERS = 100  # of the longest token
+_WORDS = 40  # letters of a prompt in its id, which is also the file's name
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,11 @@ def _with_sources(record: Record, sources: tuple[bytes, ...]) -> Record:
 
 
 def _own_id(record: Record) -> str:
-    digest = hashlib.blake2b(record.prompt.encode("utf-8", "surrogatepass"), digest_size=6)
+    digest = hashlib.blake2b(record.prompt.encode("utf-8", "surrogatepass"), digest_size=4)
     for source in record.references:
         digest.update(source if isinstance(source, bytes) else Path(source).name.encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+    words = re.sub(r"\W+", "-", record.prompt.lower())[:_WORDS].strip("-")
+    return f"{words}-{digest.hexdigest()}"
 
 
 def _fault(record: Record, reader: Reader) -> str:
