@@ -64,7 +64,7 @@ install_packages() {
     local total log=$venv/setup.log
     total=$(grep -c '^[A-Za-z]' "$lock")
     say "installing $total packages from $lock (two to three minutes; log: .venv/setup.log)"
-    if ! "$venv/bin/python" -m pip install --no-input --progress-bar off -r "$lock" 2>&1 | tee "$log" | show_progress "$total"
+    if ! "$venv/bin/python" -m pip install --no-input --progress-bar off --no-compile -r "$lock" 2>&1 | tee "$log" | show_progress "$total"
     then
         grep '^ERROR' "$log" >&2 || tail -n 5 "$log" >&2
         if grep -q '^ERROR.*torch==' "$log"; then
@@ -73,6 +73,9 @@ install_packages() {
         fi
         fail "pip could not install the locked packages; the whole log is $log"
     fi
+    # pip would do it on one core. Files that are no Python 3, such as templates, are left out as pip leaves them out.
+    say "compiling them"
+    "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true
     say "linking this checkout into .venv"
     add_quietly "nixl$(sed -n 's/^nixl-cu12//p' "$lock")"
     add_quietly --no-build-isolation --editable .
