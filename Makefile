@@ -52,6 +52,7 @@ rl: setup  ## reinforcement learning on the tiny world: about nine minutes, ends
 	$(RUN) stages/rl.py --recipe tiny-rl $(ARGS)
 
 draw: setup  ## a sheet of the tiny world's held-out prompts, also by the model that make rl has trained
+	@rm -rf runs/draw/before runs/draw/after
 	$(RUN) stages/generate.py --weights assets/tiny/model --out runs/draw/before $(SHEET) $(ARGS)
 	@if [ -e runs/tiny-rl/model ]; then \
 		$(RUN) stages/generate.py --weights runs/tiny-rl --out runs/draw/after $(SHEET) $(ARGS); fi

@@ -52,10 +52,11 @@ def find_source(given: Path, *, averages: bool) -> Path:
 
 
 def padding_of(given: Path) -> str:
-    """`model.padding` of a run, of one of its checkpoints, or of a diffusers folder; the default of everything else."""
+    """`model.padding` of a run, its result, one of its checkpoints, or a diffusers folder; else the default."""
     from deepgen.models.weights_io.tensor_files import read_json
 
-    newest = newest_checkpoint(given / "checkpoints")
+    run = given.absolute().parent if given.name in (RESULT, AVERAGED) else given
+    newest = newest_checkpoint(run / "checkpoints")
     if newest or is_checkpoint(given):
         manifest = newest[1] if newest else complete_checkpoint(given)
         return str(manifest.settings["model"]["padding"])

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is c
 
 import numpy as np  # noqa: E402
 
-from deepgen.algorithms.rules import check_noise  # noqa: E402
+from deepgen.algorithms.rules import DETERMINISTIC_SAMPLERS, ETA_MAX  # noqa: E402
 from deepgen.config import UserError, load_settings, run_program  # noqa: E402
 from deepgen.config.schema.paths import argument  # noqa: E402
 from deepgen.models.presets import PADDINGS  # noqa: E402
@@ -55,6 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=argument, required=True, help="component folder, run or checkpoint")
     parser.add_argument("--ema", action="store_true", help="of a run, the averages (train.ema_decay)")
+    parser.add_argument("--base", type=argument, help="where the model.weights of a run lie now, if they have moved")
     parser.add_argument("--prompts", required=True, metavar="FILE|PROMPT")
     parser.add_argument("--images", type=argument, nargs="+", default=[], metavar="FILE", help="pictures to edit")
     parser.add_argument("--out", type=argument, required=True, metavar="DIR")
@@ -87,18 +88,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"--sampler: got {args.sampler!r}; allowed: {', '.join(SAMPLERS)}")
     if args.size and args.aspect:
         raise UserError("--aspect: got with --size; allowed: one of them")
-    if not args.shift > 0:
-        raise UserError(f"--shift: got {args.shift:g}; allowed: a number above 0")
-    check_noise(args.sampler, args.eta)
+    if not 0 < args.shift <= 100:
+        raise UserError(f"--shift: got {args.shift:g}; allowed: a number above 0, at most 100")
+    limit = ETA_MAX.get(args.sampler, 100)
+    if args.sampler in DETERMINISTIC_SAMPLERS:
+        args.eta = 0.0
+    elif not 0 < args.eta <= limit:
+        raise UserError(f"--eta: got {args.eta:g} with {args.sampler}; allowed: a number above 0, at most {limit:g}")
     return args
 
 
 def whole(low: int) -> Any:
-    """An argument type: a whole number, from low on."""
+    """An argument type: a whole number, from low on, as torch and numpy hold it."""
 
     def parsed(text: str) -> int:
         if not text.isdecimal() or not low <= int(text) < 2**31:
-            raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a whole number from {low} on")
+            raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a whole number from {low} to {2**31 - 1}")
         return int(text)
 
     return parsed
@@ -144,47 +149,61 @@ def aspect(text: str) -> float:
 
 def main() -> int:
     args = parse(sys.argv[1:])
+    from deepgen.drawing.picture_files import PictureFolder
+    from deepgen.drawing.prompts import Reader, read_wanted
+    from deepgen.models.weights_io.folder import read_architecture
+    from stages.drawn_weights import component_folder
+
+    PictureFolder(args.out).check()
+    with component_folder(args.weights, args.out, averages=args.ema, base=args.base) as weights:
+        architecture = read_architecture(weights, None)
+        request = read_request(args, architecture)
+        tokens, tokenizer = architecture.max_prompt_tokens, weights / "tokenizer"
+        reader = Reader(tokenizer, tokens, architecture.max_side, request.image_size)
+        try:
+            reader.check_text(args.negative)
+        except ValueError as error:
+            raise UserError(f"--negative: {error}") from error
+        records, bad = read_wanted(args.prompts, args.images, reader, allow=args.allow, limit=args.limit)
+        for one in bad:
+            print(f"left out: {one.place}: {one.reason}", flush=True)
+        if not records:
+            raise UserError(f"--prompts: no row of {args.prompts} can be drawn")
+        draw(args, weights, request, records)
+    return 0
+
+
+def draw(args: argparse.Namespace, weights: Path, request: DrawRequest, records: Sequence[Record]) -> None:
+    """Draw what is missing in --out. Raises UserError at the end if the numbers of some pictures are not finite."""
     from actors.draw_pool import Model, draw_all
     from deepgen.cluster.connect import connect
     from deepgen.drawing.picture_files import SHEET, PictureFolder
-    from deepgen.drawing.prompts import Reader, read_wanted
+    from deepgen.drawing.pixels import is_picture
     from deepgen.fingerprint import fingerprint
-    from deepgen.models.weights_io.folder import read_architecture
-    from stages.drawn_weights import component_folder
     from stages.export_run import padding_of
 
-    with component_folder(args.weights, args.out, averages=args.ema) as weights:
-        architecture = read_architecture(weights, None)
-        request = read_request(args, architecture)
-        reader = Reader(
-            weights / "tokenizer", architecture.max_prompt_tokens, architecture.max_side, request.image_size
-        )
-        records, bad = read_wanted(args.prompts, args.images, args.allow, reader)
-        for one in bad:
-            print(f"left out: {one.place}: {one.reason}", flush=True)
-        records = records[: args.limit]
-        if not records:
-            raise UserError(f"--prompts: no row of {args.prompts} can be drawn")
-        gpus = connect(load_settings(None, [f"cluster.address={args.address}"]), no_needs, code_root=ROOT)
-        padding = args.padding or padding_of(args.weights)
-        model = Model(weights.absolute(), padding, args.precision or ("bf16" if gpus else "fp32"), args.batch)
-        settings = {
-            "weights": fingerprint(weights),
-            "precision": model.precision,
-            "padding": model.padding,
-            **{key: getattr(request, key) for key in TOLD},
-        }
-        pictures = PictureFolder(args.out, settings)
-        pictures.open()
+    gpus = connect(load_settings(None, [f"cluster.address={args.address}"]), no_needs, code_root=ROOT)
+    precision, padding = args.precision or ("bf16" if gpus else "fp32"), args.padding or padding_of(args.weights)
+    told = {key: getattr(request, key) for key in TOLD}
+    pictures, lost = PictureFolder(args.out), 0
+    with pictures.opened({"weights": fingerprint(weights), "precision": precision, "padding": padding, **told}):
         jobs = list(jobs_of(request, records, pictures, args.batch))
+        model = Model(weights.absolute(), padding, precision, args.batch)
         try:
             for record, sample, picture in progress(draw_all(jobs, model, gpus=gpus), jobs):
-                pictures.save(record, sample, picture)
+                if is_picture(picture):
+                    pictures.save(record, sample, picture)
+                else:
+                    lost += 1
         finally:
-            count = pictures.finish(records, request.samples)
-            wanted = len(records) * len(request.samples)
-            print(f"{count:,} of {wanted:,} pictures are in {args.out}; look at {args.out / SHEET}", flush=True)
-    return 0
+            count, wanted = pictures.finish(records, request.samples), len(records) * len(request.samples)
+            look = f"; look at {args.out / SHEET}" if count else ""
+            print(f"{count:,} of {wanted:,} pictures are in {args.out}{look}", flush=True)
+    if lost:
+        raise UserError(
+            f"--weights: {lost:,} pictures were not drawn, because their numbers are not finite; are the weights "
+            "damaged, or --guidance or --shift too large?"
+        )
 
 
 def read_request(args: argparse.Namespace, architecture: Architecture) -> DrawRequest:
@@ -208,7 +227,7 @@ def read_request(args: argparse.Namespace, architecture: Architecture) -> DrawRe
         num_steps=args.steps,
         shift=args.shift,
         sampler=args.sampler,
-        eta=args.eta if args.sampler != "ode" else 0.0,
+        eta=args.eta,
         guidance_scale=args.guidance,
         negative_prompt=args.negative,
         size=given or None,
@@ -224,13 +243,14 @@ def sides(area: int, ratio: float) -> tuple[int, int]:
 def jobs_of(
     request: DrawRequest, records: Sequence[Record], pictures: PictureFolder, batch: int
 ) -> Iterator[DrawRequest]:
-    """What is still to be drawn, in pieces of about one forward."""
+    """What is still to be drawn, in pieces of one forward or less."""
     missing: dict[tuple[int, ...], list[Record]] = {}
     for record in records:
-        missing.setdefault(pictures.missing(record, request.samples), []).append(record)
-    missing.pop((), None)
+        samples = pictures.missing(record, request.samples)
+        for start in range(0, len(samples), batch):
+            missing.setdefault(samples[start : start + batch], []).append(record)
     for samples, own in missing.items():
-        count = max(1, batch // len(samples))
+        count = batch // len(samples)
         for start in range(0, len(own), count):
             yield replace(request, records=tuple(own[start : start + count]), samples=samples)
 

@@ -3,52 +3,35 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import signal
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
-from deepgen.config import Settings, UserError
-from deepgen.errors import Terminated, writing
+from deepgen.config import Settings
+from deepgen.errors import Terminated
+from deepgen.file_lock import file_lock
 
 STOP = "stop-requested"  # file in the run's folder that asks the learner to stop after its step
 
 
-@contextmanager
-def run_lock(settings: Settings) -> Iterator[None]:
-    """Hold run.name in run.dir until the context ends.
-
-    The operating system holds the lock, so it ends with its process, however that dies: no stale file has to be
-    removed before a `--resume`. On a network file system, the lock reaches other hosts if the mount supports flock.
+def run_lock(settings: Settings) -> AbstractContextManager[None]:
+    """Hold run.name in run.dir until the context ends (`file_lock`).
 
     Raises UserError if another process has it, naming that process, or if run.dir is not writable.
     """
-    path = lock_file(settings)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"run.dir: cannot write the run folder {path.parent}: {error.strerror or error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise UserError(
-                f"run.name: {settings.run.name!r} in {settings.run.dir} is running already, {file.read().strip()}; "
-                "allowed: another run.name, or this one after that process has ended"
-            ) from error
-        now = datetime.now().astimezone()
-        with writing("who has the run", path, "start again"):
-            os.ftruncate(file.fileno(), 0)
-            holder = f"process {os.getpid()} on {socket.gethostname()} since {now:%Y-%m-%d %H:%M:%S %z}\n"
-            os.write(file.fileno(), holder.encode())  # by no buffer, which closing the file would try to write again
-        yield
+    return file_lock(
+        lock_file(settings),
+        "run.dir",
+        "the run",
+        lambda holder: (
+            f"run.name: {settings.run.name!r} in {settings.run.dir} is running already, {holder}; "
+            "allowed: another run.name, or this one after that process has ended"
+        ),
+        "start again",
+    )
 
 
 def lock_file(settings: Settings) -> Path:

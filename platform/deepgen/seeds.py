@@ -14,3 +14,8 @@ def stable_seed(*parts: int | str) -> int:
     """
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def sample_seed(run_seed: int, prompt_id: str, epoch: int, index: int) -> int:
+    """Seed of sample `index` of the group drawn for this prompt in this epoch."""
+    return stable_seed("sample", run_seed, prompt_id, epoch, index)

@@ -15,11 +15,11 @@ from deepgen.diffusion.trajectory import (
     choose_sde_steps,
     draw_noise,
     sample,
-    sample_seed,
     start_group,
     step_seed,
 )
 from deepgen.errors import UserError
+from deepgen.seeds import sample_seed
 
 SHAPE = (4, 6, 5)
 SIGMAS = rollout_sigmas(10)

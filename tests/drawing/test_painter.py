@@ -56,12 +56,13 @@ def test_neighbours_and_batches_change_nothing(model: UnifiedModel, sampler: str
     assert not any(alike(own[0], own[1]) for own in together)
 
 
-def test_one_at_a_time_pictures_have_the_same_bits(model: UnifiedModel) -> None:
-    painter = Painter(model, bf16=False, batch=1)
-    forwards, backwards = (
-        painter.draw(REQUEST),
-        painter.draw(replace(REQUEST, records=RECORDS[::-1], samples=(2, 0, 1))),
-    )
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("sampler", ["ode", "cps"])
+def test_one_at_a_time_pictures_have_the_same_bits(model: UnifiedModel, sampler: str, bf16: bool) -> None:
+    painter = Painter(model, bf16=bf16, batch=1)
+    request = replace(REQUEST, sampler=sampler, eta=1.0 if sampler == "cps" else 0.0, guidance_scale=4.0)
+    forwards = painter.draw(request)
+    backwards = painter.draw(replace(request, records=RECORDS[::-1], samples=(2, 0, 1)))
     for own, other in zip(forwards, backwards[::-1], strict=True):
         assert np.array_equal(own[[2, 0, 1]], other)
 

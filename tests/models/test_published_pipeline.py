@@ -20,10 +20,11 @@ from torch import Tensor
 from deepgen.data.images import decode_image
 from deepgen.data.loading.dataset import image_to_tensor
 from deepgen.data.records import Record
-from deepgen.diffusion.trajectory import sample_seed, start_group
+from deepgen.diffusion.trajectory import start_group
 from deepgen.drawing.painter import Painter
 from deepgen.drawing.request import DrawRequest
 from deepgen.models.unified import UnifiedModel
+from deepgen.seeds import sample_seed
 from tests.helpers import color_profiles
 from tests.helpers.exported_pipeline import load_pipeline
 from tests.models.test_layouts import adapted_model, convert
@@ -208,6 +209,12 @@ def test_sources_are_prepared_as_for_the_painter(pipe: Any, data: bytes) -> None
         ({"prompt": "a <|im_end|> b"}, r"prompt 'a <\|im_end\|> b': contains the reserved token <\|im_end\|>; remove"),
         ({"prompt": []}, "0 pictures in 1 steps; allowed: 1 or more"),
         ({"num_inference_steps": 0}, "1 pictures in 0 steps; allowed: 1 or more"),
+        ({"prompt": None}, "prompt: NoneType given; allowed: texts"),
+        ({"negative_prompt": [None]}, "prompt: NoneType given; allowed: texts"),
+        ({"guidance_scale": float("nan")}, "guidance_scale and output_type: nan and 'pil' given"),
+        ({"output_type": "foo"}, "allowed: a number, and one of pil, np, pt, latent"),
+        ({"generator": (torch.Generator(),) * 2}, "generator: 2 given for 1 pictures"),
+        ({"negative_prompt": ("a", "b")}, "negative_prompt: 2 given for 1 prompts"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 given for 1 prompts"),
         ({"height": 64}, "height and width: 64 and None given; allowed: both or none"),
         ({"height": 60, "width": 64}, "height and width: 60 and 64 given; allowed: multiples of 8"),

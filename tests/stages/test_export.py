@@ -19,9 +19,11 @@ from actors.learner.checkpoints.checkpoint_store import MANIFEST, CheckpointStor
 from actors.learner.ema import Ema
 from actors.learner.worker import load_model
 from deepgen.config import UserError, load_settings
+from deepgen.fingerprint import fingerprint
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings
 from stages import export
+from stages.drawn_weights import component_folder
 from stages.export_run import padding_of
 from tests.helpers.exported_pipeline import load_pipeline
 from tests.helpers.factories import make_tiny_folder
@@ -151,7 +153,7 @@ def test_a_checkpoint_that_diffusers_draws_from(
     assert pipe("a cat", num_inference_steps=1, height=64, width=96).images[0].size == (96, 64)
     run.finish()
     assert padding_of(run_export(run.folder, "--layout", "diffusers")) == "reference"
-    assert padding_of(run_export(run.folder, "--layout", "components")) == "masked"
+    assert padding_of(run.folder / "model") == "reference"
 
 
 def test_the_newest_checkpoint_until_the_run_has_finished(
@@ -274,3 +276,32 @@ def test_options_that_a_checkpoint_does_not_need(
 ) -> None:
     with pytest.raises(UserError, match=rf"{option}: got .*plain with the checkpoint .*; allowed: --base"):
         run_export(run_of().save(1), option, weights / "plain")
+
+
+def test_weights_to_draw_with_are_there_as_long_as_they_are_needed(run_of: Callable[..., Run], tmp_path: Path) -> None:
+    run = run_of()
+    checkpoint, out = run.save(1), tmp_path / "out"
+    killed = tmp_path / ".out.weights-killed"
+    killed.mkdir()
+    options: dict[str, Any] = {"averages": False, "base": None}
+    with component_folder(checkpoint, out, **options) as first, component_folder(run.folder, out, **options) as second:
+        assert not killed.exists() and first != second
+        assert same(first, run.model) and same(second, run.model)
+        assert fingerprint(first) == fingerprint(second)
+    assert not list(tmp_path.glob(".out*"))
+    with pytest.raises(UserError, match="nowhere"), component_folder(tmp_path / "nowhere", out, **options):
+        pass
+
+
+def test_a_fingerprint_sees_behind_links(tmp_path: Path) -> None:
+    for name, content in (("one", b"1"), ("two", b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(content)
+    (tmp_path / "model").mkdir()
+    found = set()
+    for name in ("one", "two"):
+        link = tmp_path / "model" / "part"
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / name)
+        found.add(fingerprint(tmp_path / "model"))
+    assert len(found) == 2

@@ -14,7 +14,10 @@ import pytest
 
 from deepgen.config import UserError
 from deepgen.data.images import decode_image
+from deepgen.data.records import Record
 from deepgen.drawing.painter import Painter
+from deepgen.drawing.picture_files import PictureFolder
+from deepgen.drawing.pixels import no_picture
 from deepgen.drawing.prompts import Reader, read_wanted
 from deepgen.drawing.request import DrawRequest
 from deepgen.models.unified import UnifiedModel
@@ -39,10 +42,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--area", "100"], "--area: got '100'; allowed: from 32 to 4096, a multiple of 16"),
         (["--size", "64x144"], "--size: got 64x144 px; allowed: sides of at most 128 px, for which this model has"),
         (["--aspect", "4:1", "--area", "128"], "--area: got 256x64 px; allowed: sides of at most 128 px"),
-        (["--samples", "0"], "--samples: got '0'; allowed: a whole number from 1 on"),
+        (["--samples", "0"], "--samples: got '0'; allowed: a whole number from 1 to 2147483647"),
         (["--guidance", "nan"], "--guidance: got 'nan'; allowed: a number from 1 (off) to 100"),
         (["--sampler", "euler"], "--sampler: got 'euler'; allowed: "),
-        (["--shift", "0"], "--shift: got 0; allowed: a number above 0"),
+        (["--shift", "inf"], "--shift: got inf; allowed: a number above 0, at most 100"),
+        (["--sampler", "cps", "--eta", "5"], "--eta: got 5 with cps; allowed: a number above 0, at most 1"),
+        (
+            ["--sampler", "flow_sde", "--eta", "nan"],
+            "--eta: got nan with flow_sde; allowed: a number above 0, at most 100",
+        ),
+        (["--negative", "<|im_end|>"], "--negative: it contains the reserved token <|im_end|>; remove it"),
+        (["--negative", "\udcff"], "--negative: it is no UTF-8 text"),
+        (["--negative", "grey " * 2000], "the model reads"),
+        (["--out", str(ROOT / "docs")], "docs is there and has no drawing.json"),
         (["--weights", "nowhere"], "--weights: nowhere is no folder"),
         (["--weights", str(ROOT / "docs")], "is no component folder (no bridge/)"),
         (["--prompts", ""], "--prompts: the prompt is empty"),
@@ -65,6 +77,35 @@ def test_sides_of_an_aspect(ratio: float, expected: tuple[int, int]) -> None:
     assert generate.sides(512, ratio) == expected
 
 
+@pytest.mark.processes  # a font for the sheet is looked for
+def test_a_picture_that_is_not_finite_is_not_kept(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = [no_picture(64, 64), np.zeros((64, 64, 3), dtype=np.uint8)]
+    monkeypatch.setattr("deepgen.cluster.connect.connect", lambda *_, **__: False)
+    monkeypatch.setattr(
+        "actors.draw_pool.draw_all",
+        lambda jobs, *_, **__: ((job.records[0], n, drawn[n]) for job in jobs for n in job.samples),
+    )
+    given = ["--weights", str(model), "--prompts", "a cat", "--samples", "2", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *given])
+    with pytest.raises(UserError, match="--weights: 1 pictures were not drawn, because their numbers are not finite"):
+        generate.main()
+    assert len(list((tmp_path / "out").glob("a-cat-*-1.png"))) == 1 == len(list((tmp_path / "out").glob("a-*.png")))
+    assert "1 of 2 pictures are in" in capsys.readouterr().out
+
+
+def test_many_samples_are_several_jobs(tmp_path: Path) -> None:
+    records = [Record(name, "t2i", name, "", None, (), "") for name in ("a", "b", "c")]
+    request = DrawRequest((), tuple(range(10)), 0, 64, 3, 3.0)
+    with (pictures := PictureFolder(tmp_path)).opened({"seed": 0}):
+        pictures.save(records[1], 0, np.zeros((8, 8, 3), dtype=np.uint8))
+        jobs = list(generate.jobs_of(request, records, pictures, 4))
+    pairs = [(record.id, sample) for job in jobs for record in job.records for sample in job.samples]
+    assert len(pairs) == len(set(pairs)) == 29 and ("b", 0) not in pairs
+    assert max(len(job.records) * len(job.samples) for job in jobs) == 4
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -83,7 +124,7 @@ def test_it_draws_what_the_painter_draws_and_goes_on_after_ctrl_c(model: Path, t
         first.send_signal(signal.SIGINT)
         said, complained = first.communicate(timeout=120)
     assert first.returncode == 130, said + complained
-    assert f"left out: {prompts}, row 2: prompt contains the reserved token <|im_end|>" in said
+    assert f"left out: {prompts}, row 2: the prompt: it contains the reserved token <|im_end|>" in said
     assert "stopped; to continue, run the same command again: " in complained and "Traceback" not in complained
     drawn = {file.name: file.stat().st_mtime_ns for file in out.glob("a-*.png")}
     assert 2 <= len(drawn) < 80 and f"{len(drawn)} of 80 pictures are in {out}" in said
@@ -95,7 +136,7 @@ def test_it_draws_what_the_painter_draws_and_goes_on_after_ctrl_c(model: Path, t
     rows = pq.read_table(out / "pictures.parquet").to_pylist()
     assert [row["prompt"] for row in rows] == ["a cat"] * 40 + ["a dog"] * 40
     painter = Painter(UnifiedModel.from_folder(model).requires_grad_(False), bf16=False)
-    records, _ = read_wanted(str(prompts), [], (), Reader(model / "tokenizer", 100, 128, 64))
+    records, _ = read_wanted(str(prompts), [], Reader(model / "tokenizer", 100, 128, 64))
     for number in (0, 39, 40, 79):
         record, sample = records[number // 40], number % 40
         request = DrawRequest((record,), (sample,), 5, 64, 30, 3.0, guidance_scale=2.0)

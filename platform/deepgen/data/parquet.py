@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from deepgen.data.images import header_size
-from deepgen.data.records import NOT_UTF8, Record, RecordError, check_row, read_prompts
+from deepgen.data.records import NOT_UTF8, Listed, Record, RecordError, check_row, read_prompts
 from deepgen.data.uris import reach_of
 from deepgen.errors import UserError
 from deepgen.reading.file_reader import LFS_POINTER, check_regular, is_lfs_pointer
@@ -46,11 +46,12 @@ PARQUET_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a file, counted from 1: its record, or why it has none."""
+    """A row of a file, counted from 1: its record, or why it has none. named: its id was given, not made."""
 
     file: str
     number: int
     record: Record | RecordError
+    named: bool = True
 
 
 def read_records(path: Path, allow: Sequence[str] = ()) -> list[Record]:
@@ -68,11 +69,11 @@ def read_records(path: Path, allow: Sequence[str] = ()) -> list[Record]:
     return records
 
 
-def read_rows(path: Path, allow: Sequence[str] = ()) -> list[Row]:
+def read_rows(path: Path, allow: Sequence[str] = (), *, each_line: bool = False) -> list[Row]:
     """Like `read_records`, but returns a RecordError for a parquet row that misfits the schema or repeats an id.
 
-    The same for a row of a prompt list in JSON or CSV. Raises UserError for faults outside single rows: an unreadable
-    file, a missing column, an empty line in a .txt.
+    The same for a row of a prompt list in JSON or CSV, and with `each_line` of text. Raises UserError for faults
+    outside single rows: an unreadable file, a missing column, without `each_line` an empty line in a .txt.
     """
     path = Path(path)
     if not path.exists():
@@ -83,15 +84,19 @@ def read_rows(path: Path, allow: Sequence[str] = ()) -> list[Row]:
     rows: list[Row] = []
     first_seen: dict[str, str] = {}
     for file in files:
-        found = read_prompts(file, reach) if suffix_of(file) in PROMPT_LISTS else _read_parquet(file, reach)
-        for number, record in enumerate(found, start=1):
+        found = (
+            read_prompts(file, reach, each_line=each_line)
+            if suffix_of(file) in PROMPT_LISTS
+            else _read_parquet(file, reach)
+        )
+        for number, record, named in found:
             place = f"{file}, row {number}"
             if isinstance(record, Record) and record.id in first_seen:
                 reason = f"id {record.id!r} was already used in {first_seen[record.id]}"
                 record = RecordError(place, reason, record.id)
             elif isinstance(record, Record):
                 first_seen[record.id] = place
-            rows.append(Row(str(file), number, record))
+            rows.append(Row(str(file), number, record, named))
     if not rows:
         raise UserError(f"{path}: holds no records")
     return rows
@@ -331,15 +336,15 @@ def _image_type(given: pa.DataType) -> pa.DataType:
     return pa.string() if any(is_kind(given) for is_kind in text) else pa.binary()
 
 
-def _read_parquet(file: Path, reach: Reach) -> list[Record | RecordError]:
+def _read_parquet(file: Path, reach: Reach) -> list[Listed]:
     try:
         table = pq.read_table(file)
     except PARQUET_ERRORS as error:
         raise unreadable(file, error) from error
-    found: list[Record | RecordError] = []
+    found: list[Listed] = []
     for number, row in enumerate(to_rows(table, file), start=1):
         try:
-            found.append(check_row(row, f"{file}, row {number}", file.parent, reach))
+            found.append(Listed(number, check_row(row, f"{file}, row {number}", file.parent, reach), named=True))
         except RecordError as error:
-            found.append(error)
+            found.append(Listed(number, error, named=True))
     return found

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from deepgen.config.settings import TASKS
 from deepgen.data.column_names import PROMPT_NAMES, normal_keys, source_column
@@ -140,24 +140,36 @@ def _no_text(value: Any) -> str:
     return f"{'null' if value is None else type(value).__name__}; allowed: text"
 
 
-def read_prompts(file: Path, reach: Reach) -> list[Record | RecordError]:
+class Listed(NamedTuple):
+    """A row of a prompt list, counted from 1: its record, or why it has none, and whether its id was given."""
+
+    number: int
+    record: Record | RecordError
+    named: bool
+
+
+def read_prompts(file: Path, reach: Reach, *, each_line: bool) -> list[Listed]:
     """Records of a prompt list: text with one prompt a line, JSON lines, a JSON list, CSV or TSV, gzipped or not.
 
     A row of JSON or CSV is a prompt, or has the columns of a record, of which only `prompt` is needed; one of them that
     cannot be used gives a RecordError. A line of text gets the task text if it has words to draw in quotes, otherwise
-    t2i. reach: what their images may be read from. Raises UserError naming the first line of text that is empty or not
-    UTF-8.
+    t2i. reach: what their images may be read from. each_line: a line of text that is no prompt is a RecordError, too.
+
+    Raises UserError, unless `each_line`, naming the first line of text that is empty or not UTF-8.
     """
-    found: list[Record | RecordError] = []
+    found: list[Listed] = []
     stem = Path(file.name.removesuffix(".gz")).stem
     for row in read_table(file):
         place, name = f"{file}, row {row.number}", f"{stem}-{row.number}"
         try:
-            found.append(_listed_record(row.value, place, name, file, reach))
+            record = _listed_record(row.value, place, name, file, reach)
         except RecordError as error:
-            if suffix_of(file) not in TABLES:
+            if suffix_of(file) not in TABLES and not each_line:
                 raise UserError(f"{place}: {error.reason}") from error
-            found.append(error)
+            found.append(Listed(row.number, error, named=False))
+            continue
+        named = isinstance(row.value, Mapping) and normal_keys(row.value).get("id") not in (None, "")
+        found.append(Listed(row.number, record, named))
     return found
 
 

@@ -19,7 +19,7 @@ from deepgen.diffusion.samplers import guided, sampler_step
 from deepgen.diffusion.schedule import timesteps
 from deepgen.errors import UserError
 from deepgen.registry import SAMPLERS, SDE_WINDOWS
-from deepgen.seeds import stable_seed
+from deepgen.seeds import sample_seed, stable_seed
 
 _GROUP = -1  # "sample index" of the generator whose noise a whole group shares
 
@@ -31,11 +31,6 @@ class VelocityFn(Protocol):
 
 
 # -- seeds and noise -------------------------------------------------------------------------------
-
-
-def sample_seed(run_seed: int, prompt_id: str, epoch: int, index: int) -> int:
-    """Seed of sample `index` of the group drawn for this prompt in this epoch."""
-    return stable_seed("sample", run_seed, prompt_id, epoch, index)
 
 
 def step_seed(run_seed: int, step: int) -> int:

@@ -20,7 +20,8 @@ from deepgen.data.images import usable_image
 from deepgen.data.loading.buckets import fixed_area_size
 from deepgen.data.parquet import PROMPT_LISTS, read_rows, require_regular
 from deepgen.data.quotes import quoted_words
-from deepgen.data.records import Record, RecordError, check_texts
+from deepgen.data.records import Record, RecordError, first_reserved, is_unicode
+from deepgen.data.uris import read_uri
 from deepgen.data.usable import special_tokens
 from deepgen.errors import UserError
 from deepgen.models.chat_template import render
@@ -47,13 +48,26 @@ class Reader:
     def reserved(self) -> list[str]:
         return special_tokens(self.folder)
 
+    def check_text(self, text: str) -> None:
+        """Raise ValueError for a prompt, or a negative one, that the model would not read as it stands."""
+        if not is_unicode(text):
+            raise ValueError("it is no UTF-8 text")
+        if len(text) > _LETTERS * self.tokens:  # for a text of gigabytes, the tokenizer takes hours
+            raise ValueError(f"it has {len(text):,} letters; the model reads {self.tokens:,} tokens")
+        if found := first_reserved(text, self.reserved):
+            raise ValueError(f"it contains the reserved token {found}; remove it")
+        count = len(self._tokenizer.encode(render(text)).ids)
+        if count > self.tokens:
+            raise ValueError(f"it is {count:,} tokens long; the model reads {self.tokens:,}")
+
     def check(self, record: Record) -> None:
-        """Raise ValueError for a prompt that it would not read as it stands."""
+        """Raise ValueError for a record that cannot be drawn."""
         if not record.prompt.strip():
             raise ValueError("the prompt is empty")
-        if len(record.prompt) > _LETTERS * self.tokens:  # for a text of gigabytes, the tokenizer takes hours
-            raise ValueError(f"the prompt has {len(record.prompt):,} letters; the model reads {self.tokens:,} tokens")
-        check_texts(record, self.reserved)
+        try:
+            self.check_text(record.prompt)
+        except ValueError as error:
+            raise ValueError(f"the prompt: {error}") from error
         for slot, data in enumerate(record.references, start=1):
             image = usable_image(data, f"source {slot}")
             height, width = fixed_area_size(image.height, image.width, self.image_size)
@@ -62,15 +76,15 @@ class Reader:
                     f"source {slot} is {image.width}x{image.height} px, {width}x{height} once it is scaled; allowed: "
                     f"{self.max_side} px, for which the model has positions"
                 )
-        count = len(self._tokenizer.encode(render(record.prompt)).ids)
-        if count > self.tokens:
-            raise ValueError(f"the prompt is {count:,} tokens long; the model reads {self.tokens:,}")
 
     @cached_property
     def _tokenizer(self) -> Any:
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        file = self.folder / "tokenizer.json"
+        if not file.is_file():
+            raise UserError(f"--weights: {file} is not there; allowed: a tokenizer of the tokenizers library")
+        tokenizer = Tokenizer.from_file(str(file))
         tokenizer.no_truncation()
         return tokenizer
 
@@ -84,9 +98,9 @@ class BadPrompt:
 
 
 def read_wanted(
-    given: str, images: Sequence[Path], allow: Sequence[str], reader: Reader
+    given: str, images: Sequence[Path], reader: Reader, *, allow: Sequence[str] = (), limit: int | None = None
 ) -> tuple[list[Record], list[BadPrompt]]:
-    """What `--prompts` and `--images` ask for.
+    """What `--prompts` and `--images` ask for, at most `limit` records. Their sources are bytes.
 
     given: a file or folder that `read_rows` reads, or the prompt itself. images: sources of all prompts.
 
@@ -94,23 +108,25 @@ def read_wanted(
     """
     require_regular(images)
     sources = tuple(image.read_bytes() for image in images)
-    if not given.strip() or not (suffix_of(Path(given)) in _SUFFIXES or exists(Path(given))):
+    if not _is_file(given):
         record = _record(given, sources)
         if fault := _fault(record, reader):
             raise UserError(f"--prompts: {fault}")
-        return [record], []
+        return [_with_id(record)], []
     wanted, bad, places = list[Record](), list[BadPrompt](), dict[str, str]()
-    for row in read_rows(Path(given), allow):
+    for row in read_rows(Path(given), allow, each_line=True):
+        if len(wanted) == limit:
+            break
         place = f"{row.file}, row {row.number}"
         if isinstance(row.record, RecordError):
             bad.append(BadPrompt(place, row.record.reason))
             continue
-        record = _with_sources(row.record, sources)
-        if record.id == f"{Path(row.file).name.partition('.')[0]}-{row.number}":
-            record = replace(record, id=_own_id(record))  # a list's row without an id
-        fault = _fault(record, reader)
+        record, fault = _read(row.record, sources)
+        fault = fault or _fault(record, reader)
+        if not fault and not row.named:
+            record = _with_id(record)
         if not fault and record.id in places:
-            fault = f"the id or the prompt is that of {places[record.id]}"
+            fault = f"the {'id' if row.named else 'prompt'} is that of {places[record.id]}"
         if fault:
             bad.append(BadPrompt(place, fault))
         else:
@@ -119,22 +135,48 @@ def read_wanted(
     return wanted, bad
 
 
+def _is_file(given: str) -> bool:
+    if not given.strip() or not is_unicode(given):
+        return False
+    if exists(Path(given)):
+        return True
+    if suffix_of(Path(given)) not in _SUFFIXES:
+        return False
+    raise UserError(
+        f"--prompts: there is no file {given[:200]!r}; a prompt that ends like a file's name can be given in a .txt"
+    )
+
+
 def _record(prompt: str, sources: tuple[bytes, ...]) -> Record:
     task = "edit" if sources else "text" if quoted_words(prompt) else "t2i"
-    record = Record("", task, prompt, prompt, None, sources, "command line")
-    return replace(record, id=_own_id(record))
+    return Record("", task, prompt, prompt, None, sources, "command line")
 
 
-def _with_sources(record: Record, sources: tuple[bytes, ...]) -> Record:
-    return replace(record, task="edit", references=sources) if sources else record
+def _read(record: Record, sources: tuple[bytes, ...]) -> tuple[Record, str]:
+    """The record with its sources as bytes, or those of all prompts; and why they cannot be read."""
+    if sources:
+        return replace(record, task="edit", references=sources), ""
+    try:
+        read = tuple(one if isinstance(one, bytes) else read_uri(one) for one in record.references)
+    except ValueError as error:
+        return record, str(error)
+    return replace(record, references=read), ""
 
 
-def _own_id(record: Record) -> str:
-    digest = hashlib.blake2b(record.prompt.encode("utf-8", "surrogatepass"), digest_size=4)
-    for source in record.references:
-        digest.update(source if isinstance(source, bytes) else Path(source).name.encode("utf-8", "surrogateescape"))
+def _with_id(record: Record) -> Record:
+    """A record whose id is its words, and a digest of them and of its sources."""
+    digest = hashlib.blake2b(f"{record.prompt}\0{sources_of(record)}".encode(), digest_size=4)
     words = re.sub(r"\W+", "-", record.prompt.lower())[:_WORDS].strip("-")
-    return f"{words}-{digest.hexdigest()}"
+    return replace(record, id=f"{words}-{digest.hexdigest()}")
+
+
+def sources_of(record: Record) -> str:
+    """A digest of a record's sources, which are bytes; "" without any."""
+    digest = hashlib.blake2b(digest_size=8)
+    for source in record.references:
+        assert isinstance(source, bytes)  # `_read` has read them
+        digest.update(hashlib.blake2b(source).digest())
+    return digest.hexdigest() if record.references else ""
 
 
 def _fault(record: Record, reader: Reader) -> str:

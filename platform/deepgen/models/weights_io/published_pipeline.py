@@ -31,6 +31,7 @@ NEARLY_SRGB = 2  # levels of 255
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PADDINGS = ("masked", "reference")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 Conditioning = tuple[Tensor, Tensor]  # context [1, L, joint_attention_dim], pooled [1, pooled_projection_dim]
 
@@ -98,10 +99,16 @@ class DeepGenPipeline(DiffusionPipeline):
 
         Raises ValueError for arguments that do not fit.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * len(prompts)
+        prompts = _texts(prompt)
+        negatives = _texts(negative_prompt or "")
+        negatives *= 1 if isinstance(negative_prompt, list | tuple) else len(prompts)
         sources = _by_prompt(image, len(prompts))
         count = len(prompts) * num_images_per_prompt
+        if not math.isfinite(guidance_scale) or output_type not in OUTPUT_TYPES:
+            raise ValueError(
+                f"guidance_scale and output_type: {guidance_scale} and {output_type!r} given; allowed: a number, and "
+                f"one of {', '.join(OUTPUT_TYPES)}"
+            )
         self._check(prompts, negatives, num_inference_steps, count, generator=generator, latents=latents)
         if (height is None) != (width is None):
             raise ValueError(f"height and width: {height} and {width} given; allowed: both or none")
@@ -114,7 +121,7 @@ class DeepGenPipeline(DiffusionPipeline):
             noise = self._noise(
                 own_size if height is None or width is None else (height, width),
                 num_images_per_prompt,
-                generator[own] if isinstance(generator, list) else generator,
+                list(generator[own]) if isinstance(generator, list | tuple) else generator,
                 None if latents is None else latents[own],
             )
             conditionings = self._encode_guided(text, negative, scaled, guidance_scale)
@@ -135,12 +142,14 @@ class DeepGenPipeline(DiffusionPipeline):
         if len(negatives) != len(prompts):
             raise ValueError(f"negative_prompt: {len(negatives)} given for {len(prompts)} prompts")
         for text in (*prompts, *negatives):
+            if not isinstance(text, str):
+                raise ValueError(f"prompt: {type(text).__name__} given; allowed: texts")
             if found := [token for token in self.tokenizer.all_special_tokens if token in text]:
                 raise ValueError(f"prompt {text[:60]!r}: contains the reserved token {found[0]}; remove it")
         if steps < 1 or pictures < 1:
             raise ValueError(f"{pictures} pictures in {steps} steps; allowed: 1 or more of both")
         for name, given in each.items():
-            if isinstance(given, list | Tensor) and len(given) != pictures:
+            if isinstance(given, list | tuple | Tensor) and len(given) != pictures:
                 raise ValueError(f"{name}: {len(given)} given for {pictures} pictures")
 
     # -- prompts ----------------------------------------------------------------------------------------------------
@@ -264,6 +273,10 @@ def render(text: str, image_tokens: Sequence[int]) -> str:
     images = "".join("<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in image_tokens)
     content = f"{images}\n{text}" if images else f"Generate an image: {text}"
     return f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def _texts(given: Any) -> list[str]:
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def _by_prompt(image: Any, prompts: int) -> list[list[Image.Image]]:
