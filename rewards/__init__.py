@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from deepgen.config import InputPath, PoolSettings, setting
-from rewards.base import Reward, RewardRequest, RewardUnavailable, TextLimit
+from rewards.base import Missing, Reward, RewardRequest, RewardUnavailable, Score, TextLimit
 
 __all__ = [
     "InputPath",
+    "Missing",
     "PoolSettings",
     "Reward",
     "RewardRequest",
     "RewardUnavailable",
+    "Score",
     "TextLimit",
     "applies",
     "build_reward",

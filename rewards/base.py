@@ -59,6 +59,32 @@ class TextLimit:
     asked: Callable[[str], str] = str
 
 
+# Why a score is missing; metrics count each.
+REASONS = (
+    "deadline",  # no answer in time
+    "transport",  # a service that cannot be reached, breaks off, or answers with an error
+    "parse",  # an answer that holds no score, or none that is finite
+    "refused",  # the reward cannot be asked this, or the service refuses it
+    "too_long",  # more text, or a larger image, than the reward reads
+    "died",  # the process that scored
+)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """In place of a score: why there is none. reason: one of REASONS. detail: one line for the log, without secrets."""
+
+    reason: str
+    detail: str = ""
+
+    def __post_init__(self) -> None:
+        if self.reason not in REASONS:
+            raise ValueError(f"reason {self.reason!r}; allowed: {', '.join(REASONS)}")
+
+
+Score = float | Missing | None  # higher is better; None: missing, and the reward does not say why
+
+
 class RewardUnavailable(Exception):
     """Raised by a reward that cannot score right now, for example because a service does not answer.
 
@@ -69,6 +95,9 @@ class RewardUnavailable(Exception):
 
 class Reward(Protocol):
     """One scorer. Calls are not concurrent: a replica scores one batch at a time.
+
+    A reward that compares the images of a prompt with each other defines `score_groups` in the place of `score`: it
+    gets lists of requests, each all images of one prompt, and returns a list of scores for each.
 
     A reward class may define three more members:
 
@@ -83,8 +112,8 @@ class Reward(Protocol):
     reads. The start of a run then says how many prompts are longer.
     """
 
-    def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
-        """One score per request, in order; higher is better; None = missing (never 0 instead)."""
+    def score(self, requests: Sequence[RewardRequest]) -> Sequence[Score]:
+        """One score per request, in order; higher is better; None or a `Missing` = missing (never 0 instead)."""
         ...
 
 

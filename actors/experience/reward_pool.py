@@ -35,7 +35,7 @@ from deepgen.cluster.resources import pool_resources
 from deepgen.config import PoolSettings
 from deepgen.errors import UserError
 from deepgen.tracking.timeline import Recorder
-from rewards import RewardRequest, RewardUnavailable, build_reward
+from rewards import Missing, RewardRequest, RewardUnavailable, Score, build_reward
 
 log = logging.getLogger(__name__)
 
@@ -457,12 +457,14 @@ class RewardPool:
             call.fail(error)
 
 
-def _finite(value: float | None) -> float | None:
-    """A score as it is, or None for one that fp32, in which scores travel on, cannot hold as a finite number.
+def _finite(value: Score) -> float | None:
+    """A score as it is, or None for a missing one and for one that fp32, in which scores travel on, cannot hold.
 
     NaN or infinity must not reach the cache or the mean of a group.
     """
-    return float(value) if value is not None and abs(value) <= _LARGEST else None
+    if value is None or isinstance(value, Missing):
+        return None
+    return float(value) if abs(value) <= _LARGEST else None
 
 
 async def _answer(reference: ray.ObjectRef, actor: str, call: str, deadline_s: float) -> Any:
