@@ -115,6 +115,10 @@ def test_images_of_the_command_line_are_sources_of_all(tmp_path: Path, reader: R
     assert record.task == "edit" and record.references == ((tmp_path / "good.png").read_bytes(),)
     with pytest.raises(UserError, match=r"no\.png: No such file"):
         wanted(reader, "make it blue", tmp_path / "no.png")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(300 << 20)
+    with pytest.raises(UserError, match=r"--images: .*huge\.png has 300 MiB; allowed: 256 MiB"):
+        wanted(reader, "make it blue", tmp_path / "huge.png")
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from deepgen.data.loading.buckets import fixed_area_size
 from deepgen.data.parquet import PROMPT_LISTS, read_rows, require_regular
 from deepgen.data.quotes import quoted_words
 from deepgen.data.records import Record, RecordError, first_reserved, is_unicode
-from deepgen.data.uris import read_uri
+from deepgen.data.uris import MAX_BYTES, read_uri
 from deepgen.data.usable import special_tokens
 from deepgen.errors import UserError
 from deepgen.models.chat_template import render
@@ -107,7 +107,7 @@ def read_wanted(
     Raises UserError if the file cannot be read, or if the prompt given on the command line cannot be drawn.
     """
     require_regular(images)
-    sources = tuple(image.read_bytes() for image in images)
+    sources = tuple(map(_bytes_of, images))
     if not _is_file(given):
         record = _record(given, sources)
         if fault := _fault(record, reader):
@@ -133,6 +133,12 @@ def read_wanted(
             wanted.append(record)
             places[record.id] = place
     return wanted, bad
+
+
+def _bytes_of(image: Path) -> bytes:
+    if (size := image.stat().st_size) > MAX_BYTES:
+        raise UserError(f"--images: {image} has {size >> 20:,} MiB; allowed: {MAX_BYTES >> 20} MiB")
+    return image.read_bytes()
 
 
 def _is_file(given: str) -> bool:
