@@ -164,9 +164,12 @@ def digest(token: str) -> str:
 def start_services(pools: Sequence[PoolSettings], hosting: Hosting, *, gpus: bool, deadline_s: float) -> dict[str, str]:
     """Serve each pool's reward. Returns its address by name, once all of them can score.
 
-    Raises UserError if the port is taken, if Ray Serve already runs on the cluster, if a reward does not start, or if
-    they are not there within `deadline_s`.
+    Raises UserError for a reward that compares images, if the port is taken, if Ray Serve already runs on the cluster,
+    if a reward does not start, or if they are not there within `deadline_s`.
     """
+    for pool in pools:
+        if hasattr(pool.reward_class(), "score_groups"):
+            raise UserError(f"rewards.{pool.pool_name}: compares images of a prompt; allowed: rewards that score each")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if serve.status().proxies or serve.status().applications:
         raise UserError(

@@ -191,7 +191,7 @@ def _told(value: float | None, why: object) -> float | tuple[str, str]:
     """A score, or the pool's reason for its absence."""
     if value is not None:
         return value
-    return str(getattr(why, "reason", "missing")), str(getattr(why, "detail", why))
+    return str(getattr(why, "reason", "no score")), str(getattr(why, "detail", why))
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> str:

@@ -22,12 +22,12 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 24px; color: #1d2129; background: #fff; }
 main { display: flex; flex-wrap: wrap; gap: 14px; align-items: flex-start; }
-figure { margin: 0; width: 176px; padding: 8px; border: 1px solid #d5d9e0; box-sizing: border-box; }
+figure { margin: 0; width: 190px; padding: 8px; border: 1px solid #d5d9e0; box-sizing: border-box; }
 img { display: block; max-width: 100%; margin: 0 auto 6px; }
 figcaption { overflow-wrap: anywhere; font-size: 12px; }
 p { margin: 0 0 4px; max-height: 5.6em; overflow: auto; }
 table { border-collapse: collapse; width: 100%; }
-td { padding: 0 4px 0 0; vertical-align: top; } td + td { text-align: right; }
+td { padding: 0 4px 0 0; vertical-align: top; } td + td { text-align: right; white-space: nowrap; }
 .missing { color: #c62828; } .file { color: #6a7280; }
 """
 
@@ -41,7 +41,7 @@ def thumbnail(image: np.ndarray) -> bytes:
 
 
 def sheet_html(rows: Sequence[Scored], rewards: Sequence[str], title: str) -> str:
-    """The page. Pictures without a score come last, in red with the reason."""
+    """The page. Pictures without a score come last, in red with the reason, and the detail under the pointer."""
     ranked = sorted_by(rows, rewards[0])
     shown = ranked if len(ranked) <= SHOWN else [*ranked[: SHOWN // 2], *ranked[-SHOWN // 2 :]]
     ranks = [{id(row): place for place, row in enumerate(sorted_by(shown, reward))} for reward in rewards]
@@ -82,5 +82,5 @@ def _figure(row: Scored, rewards: Sequence[str], places: Sequence[int]) -> str:
 def _cell(score: float | tuple[str, str]) -> str:
     if isinstance(score, tuple):
         reason, detail = score
-        return f'<td class="missing" title="{escape(detail)}">missing: {escape(reason)}</td>'
+        return f'<td class="missing" title="{escape(detail)}">{escape(reason)}</td>'
     return f"<td>{score:.4f}</td>"

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import re
 import socket
 import time
 from collections.abc import Sequence
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -221,6 +225,20 @@ def test_wrong_options_are_one_line(options: dict[str, Any], says: str, monkeypa
     with pytest.raises(UserError) as raised:
         remote(**{"url": "http://127.0.0.1:1/", **options})
     assert says in str(raised.value) and "secret" not in str(raised.value)
+
+
+def test_the_scorer_of_the_docs_page_is_one(root: Path) -> None:
+    page = (root / "docs" / "remote-rewards.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    assert code.rstrip().endswith('ThreadingHTTPServer(("127.0.0.1", 8802), Scorer).serve_forever()')
+    scope: dict[str, Any] = {}
+    exec(code[: code.index("ThreadingHTTPServer((")], scope)
+    scope["Scorer"].log_message = lambda *_: None
+    with ThreadingHTTPServer(("127.0.0.1", 0), scope["Scorer"]) as scorer:
+        Thread(target=scorer.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        scores = remote(f"http://127.0.0.1:{scorer.server_address[1]}/").score(grey(0, 51, 255))
+        scorer.shutdown()
+    assert scores == pytest.approx([0, 0.2, 1])
 
 
 def test_settings_with_a_remote_reward_travel() -> None:

@@ -124,6 +124,22 @@ def test_a_second_service_and_a_taken_port_are_one_line(services: dict[str, str]
             reward_service._require_free(busy)
 
 
+class Pairs:
+    def score(self, requests: list[RewardRequest]) -> list[Score]:
+        raise NotImplementedError
+
+    def score_groups(self, groups: list[list[RewardRequest]]) -> list[list[Score]]:
+        raise NotImplementedError
+
+
+def test_a_reward_that_compares_images_is_not_served() -> None:
+    from actors.reward_service import Hosting, start_services
+
+    pairs = pool("pairs", **{"class": "tests.rewards.remote.test_service:Pairs"})
+    with pytest.raises(UserError, match=r"rewards\.pairs: compares images of a prompt"):
+        start_services([pairs], Hosting("127.0.0.1", 1, "", 1), gpus=False, deadline_s=5)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
