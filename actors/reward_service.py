@@ -3,7 +3,7 @@
     POST /NAME ─▶ Serve's proxy ─▶ replica: token, size, images ─▶ batches of several calls ─▶ the reward, in one thread
 
 Serve starts more replicas when calls queue, and answers 503 when too many wait. A reward's own error answers 500 to the
-calls whose images it was given; the replica lives on.
+calls whose images it was given; the replica lives on. One whose reward hangs for longer than `deadline_s` is replaced.
 """
 
 from __future__ import annotations
@@ -58,11 +58,18 @@ class RewardService:
 
     def __init__(self, pool: PoolSettings, token_hash: str) -> None:
         self._pool, self._token_hash = pool, token_hash
+        self._since: float | None = None  # when the reward got the batch that it is scoring
         # Rewards are not made for calls beside each other, and some libraries want one thread for all.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
         self._reward = self._thread.submit(build_reward, pool).result()
         grey = RewardRequest('a sign with the word "ok"', "a sign", "t2i", np.full((64, 64, 3), 128, dtype=np.uint8))
         self._thread.submit(self._reward.score, [grey]).result()  # a first call takes longer
+
+    def check_health(self) -> None:
+        """Raise RuntimeError if the reward hangs. Serve asks now and then, and replaces the replica after that."""
+        age = 0.0 if (since := self._since) is None else time.monotonic() - since
+        if age > self._pool.deadline_s:
+            raise RuntimeError(f"{self._pool.pool_name}: a batch has taken {age:.0f} s (deadline_s)")
 
     async def __call__(self, request: Request) -> Response:
         if not self._may(request.headers.get("authorization", "")):
@@ -126,7 +133,11 @@ class RewardService:
         scores, size = list[Score](), self._pool.batch_size
         for start in range(0, len(requests), size):
             batch = requests[start : start + size]
-            found = self._reward.score(batch)
+            self._since = time.monotonic()
+            try:
+                found = self._reward.score(batch)
+            finally:
+                self._since = None
             if len(found) != len(batch):
                 raise ValueError(f"{len(found)} scores for {len(batch)} requests")
             scores += found

@@ -154,7 +154,7 @@ def check_url(url: str, key: str) -> None:
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        httpx.URL(url)
+        usable = usable and bool(httpx.URL(url).host)  # names with letters of other scripts are decoded here
     except (ValueError, httpx.InvalidURL) as error:
         raise UserError(f"{key}: got {url!r}, which is no address; {allowed}") from error
     if parts.username is not None or parts.password is not None:

@@ -31,6 +31,8 @@ def chosen(args: argparse.Namespace) -> tuple[Settings, list[PoolSettings]]:
     names, classes = list[str](), list[str]()
     for given in filter(None, (args.rewards or "").replace(" ", ",").split(",")):
         name = given.rpartition(":")[2].lower() if ":" in given else given
+        if name in names:
+            raise UserError(f"--rewards: {name!r} is there twice; allowed: once; for a second, rewards.NAME.class=...")
         names.append(name)
         classes += [f"rewards.{name}.class={given}"] if ":" in given else []
     address = [f"cluster.address={args.address}"] if args.address else []
@@ -43,7 +45,7 @@ def chosen(args: argparse.Namespace) -> tuple[Settings, list[PoolSettings]]:
                 f"--rewards: got {name!r}{nearest(name, pools)}; allowed: {', '.join(pools)}, a pool whose "
                 "rewards.NAME.class is given, or package.module:Class"
             )
-    found = [pools[name] for name in dict.fromkeys(names or settings.rewards.used())]
+    found = [pools[name] for name in names or settings.rewards.used()]
     if not found:
         raise UserError(f"--recipe: {args.recipe} gives no reward a weight; name some with --rewards")
     for pool in found:

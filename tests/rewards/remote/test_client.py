@@ -28,7 +28,8 @@ from rewards.remote.protocol import read_question, write_answer
 from tests.helpers.fault_server import FAULTS, fault_server
 from tests.helpers.servers import redirect, reply, server
 
-DEADLINE_S, SLACK_S, PLENTY_S = 0.4, 2.0, 30.0
+DEADLINE_S, SLACK_S, PLENTY_S = 0.4, 10.0, 40.0  # slack: the machine may be busy
+TRICKLE = {"pause_s": 0.5, "late_s": 40.0}  # far longer than deadline and slack
 WANTED = {
     "refuse": RewardUnavailable,
     "hang": "deadline",
@@ -73,7 +74,7 @@ def test_every_fault_is_expected() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_gives_its_reason_in_time_and_the_next_call_is_right(fault: str) -> None:
-    with fault_server(brightness, script=[fault], retry_after="0") as scorer:
+    with fault_server(brightness, script=[fault], retry_after="0", **TRICKLE) as scorer:
         wanted = WANTED[fault]
         reward = remote(scorer.url, timeout_s=DEADLINE_S if wanted == "deadline" else PLENTY_S)
         began = time.monotonic()
@@ -123,7 +124,7 @@ def test_a_closed_port_and_an_unknown_host_are_unavailable() -> None:
 
 
 def test_a_service_that_wants_a_pause_gets_it() -> None:
-    with fault_server(brightness, script=["429"], retry_after="40") as scorer:
+    with fault_server(brightness, script=["429"], retry_after="9999") as scorer:
         reward = remote(scorer.url)
         for said in ("status 429: slow down", "asked again in", "asked again in"):
             with pytest.raises(RewardUnavailable, match=said):
@@ -215,6 +216,7 @@ def test_large_requests_are_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"url": "http://user:secret@host/"}, "rewards.far.url: holds a user or password"),
         ({"url": "http://host:99999/"}, "rewards.far.url"),
         ({"url": "http://[::1/"}, "rewards.far.url"),
+        ({"url": "http://xn--/"}, "rewards.far.url: got 'http://xn--/', which is no address"),
         ({"token_env": "NOT_SET_HERE"}, "rewards.far.token_env: the environment variable 'NOT_SET_HERE' is not set"),
         ({"token_env": "ODD_TOKEN"}, "rewards.far.token_env: the token in 'ODD_TOKEN' has letters"),
         ({"timeout_s": 120.0}, "rewards.far.timeout_s: got 120 with a deadline_s of 120"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -124,6 +125,19 @@ def test_a_second_service_and_a_taken_port_are_one_line(services: dict[str, str]
             reward_service._require_free(busy)
 
 
+def test_a_replica_whose_reward_hangs_is_not_healthy() -> None:
+    from actors.reward_service import RewardService
+
+    service = RewardService(pool("bright", **BRIGHTNESS, deadline_s=5.0), "")
+    assert service._score(grey(255)) == [1.0]
+    service.check_health()
+    service._since = time.monotonic() - 4
+    service.check_health()
+    service._since = time.monotonic() - 6
+    with pytest.raises(RuntimeError, match="bright: a batch has taken"):
+        service.check_health()
+
+
 class Pairs:
     def score(self, requests: list[RewardRequest]) -> list[Score]:
         raise NotImplementedError
@@ -144,6 +158,7 @@ def test_a_reward_that_compares_images_is_not_served() -> None:
     ("options", "says"),
     [
         ([], "--rewards: got none; allowed: names of rewards, or a --recipe"),
+        (["--rewards", "ocr, ocr"], "--rewards: 'ocr' is there twice"),
         (["--rewards", "clipp"], "--rewards: got 'clipp'; did you mean 'clip'?"),
         (["--rewards", "clip", "rewards.clip.path=/nowhere"], "rewards.clip.path: no file or folder '/nowhere'"),
         (["--rewards", "examples.own_reward.brightness:Dark"], "has no 'Dark'"),
