@@ -152,6 +152,9 @@ class RewardService:
 
 async def _body(request: Request) -> bytes | None:
     """The body; None if it is too large, which is known before all of it is here."""
+    told = request.headers.get("content-length", "")
+    if told.isascii() and told.isdecimal() and int(told[:20]) > MAX_BODY:
+        return None
     body = bytearray()
     async for piece in request.stream():
         body += piece
