@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 CALLS = 8  # that a replica works on at once, and at most scores together
 WAIT_S = 0.01  # for other calls to score together with
-QUEUE = 64  # calls for a replica that wait, beyond which Serve answers 503
+QUEUE = 64  # calls for a reward that wait at the proxy, beyond which Serve answers 503
 BODY_S = 30.0  # for a body to arrive
 POLL_S = 0.2
 _ERROR = re.compile(r"^\s*(?:[\w.]+\.)?(\w*(?:Error|Exception)\w*(?:\(\w+\))?): (.+)$", re.MULTILINE)
@@ -117,8 +117,10 @@ class RewardService:
     async def _together(self, calls: list[list[RewardRequest]]) -> list[list[Score] | Exception]:
         """The scores of the requests of each call, or why there are none. A call with a fault costs no other one."""
         found = await self._attempt([one for call in calls for one in call])
+        if isinstance(found, RewardUnavailable) or (isinstance(found, Exception) and len(calls) == 1):
+            return [found] * len(calls)
         if isinstance(found, Exception):
-            return [found] if len(calls) == 1 else [await self._attempt(call) for call in calls]
+            return [await self._attempt(call) for call in calls]
         scores = iter(found)
         return [list(islice(scores, len(call))) for call in calls]
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from stages.scoring.score_table import Scored
 
 TABLE, SHEET, JOURNAL, LOCK = "scores.parquet", "scores.html", "journal", ".lock"
-TOGETHER = 64  # pictures in one call of the pools, unless a reward compares all of a prompt
-CALLS = 4  # at once, so that few pictures are in memory
+TOGETHER = 64  # pictures in one call of the pools, unless a reward compares those of a prompt
+AT_ONCE = 256  # pictures in memory, unless one prompt has more
 THEN = "run the same command again"
 
 
@@ -102,8 +102,7 @@ class Scoring:
             pool.pool_name: RewardPool(pool, gpus=gpus, start_deadline_s=start_deadline_s, journal=journal)
             for pool in pools
         }
-        compares = any(hasattr(pool.reward_class(), "score_groups") for pool in pools)
-        self._together = sys.maxsize if compares else TOGETHER
+        self._compares = any(hasattr(pool.reward_class(), "score_groups") for pool in pools)
 
     async def run(self, pictures: Sequence[Picture]) -> list[Scored]:
         """Score the pictures; what cannot be read is told and left out. Raises UserError if a reward fails."""
@@ -111,7 +110,8 @@ class Scoring:
 
         from actors.experience.reward_pool import RewardPoolError
 
-        turns = asyncio.Semaphore(CALLS)
+        parts = parts_of(pictures, by_prompt=self._compares)
+        turns = asyncio.Semaphore(max(1, AT_ONCE // max(map(len, parts))))
         rows: dict[Path, Scored] = {}
         try:
             await asyncio.gather(*(pool.start() for pool in self._pools.values()))
@@ -125,7 +125,7 @@ class Scoring:
                     bar.update(len(part))
 
                 async with asyncio.TaskGroup() as tasks:
-                    for part in parts_of(pictures, self._together):
+                    for part in parts:
                         tasks.create_task(one(part))
         except* (RewardPoolError, TimeoutError) as failed:
             raise UserError(f"--rewards: {_first(failed)}") from failed
@@ -167,14 +167,14 @@ class Scoring:
         return rows
 
 
-def parts_of(pictures: Iterable[Picture], most: int) -> Iterator[list[Picture]]:
-    """The pictures of each prompt together, at most so many."""
+def parts_of(pictures: Sequence[Picture], *, by_prompt: bool) -> list[list[Picture]]:
+    """The pictures in pieces that are scored together: all of a prompt, or as many as make good batches."""
+    if not by_prompt:
+        return [list(pictures[start : start + TOGETHER]) for start in range(0, len(pictures), TOGETHER)]
     groups: dict[tuple[str, str], list[Picture]] = {}
     for picture in pictures:
         groups.setdefault(picture.group, []).append(picture)
-    for group in groups.values():
-        for start in range(0, len(group), most):
-            yield group[start : start + most]
+    return list(groups.values())
 
 
 def _read(picture: Picture) -> RewardRequest | None:

@@ -144,6 +144,15 @@ def test_a_folder_without_pictures_is_one_line(tmp_path: Path) -> None:
         find_pictures(tmp_path / "nowhere", "a cat")
 
 
+def test_pictures_of_a_prompt_stay_together_where_a_reward_compares_them(tmp_path: Path) -> None:
+    drawn(tmp_path, record("a", "a cat"), record("b", "a dog"), samples=2)
+    pictures = find_pictures(tmp_path, None).pictures
+    mixed = [pictures[place] for place in (0, 2, 1, 3)]
+    assert [[one.record.id for one in part] for part in score.parts_of(mixed, by_prompt=True)] == [["a"] * 2, ["b"] * 2]
+    pieces = score.parts_of(mixed * 20, by_prompt=False)
+    assert [len(part) for part in pieces] == [64, 16] and [one for part in pieces for one in part] == mixed * 20
+
+
 def rows() -> list[Scored]:
     small = thumbnail(np.zeros((400, 200, 3), np.uint8))
     late = ("deadline", "judge #0: 20 s <late>")
@@ -215,11 +224,11 @@ def test_a_folder_is_scored_once(
     assert table["none-0.png"]["missing/counted"] and table["skip-0.png"]["missing/counted"]
     assert table["none-0.png"]["score/brightness"] == pytest.approx(0.5)
     assert "skip it" in (out / "scores.html").read_text()
-    assert log.read_text().splitlines().count("2 a cat") == 2  # both in one call
+    assert "3 a cat\n3 a cat\n3 none\n" in log.read_text()  # in one call
 
     log.unlink()
     drawn(folder, record("new", "new"), level=0)
     run(monkeypatch, *options)
     asked = log.read_text()
-    assert "1 new" in asked and "1 none" in asked and "cat" not in asked  # what has a score is not asked for again
+    assert "2 new" in asked and "2 none" in asked and "cat" not in asked  # what has a score is not asked for again
     assert len(pq.read_table(out / "scores.parquet")) == 5
