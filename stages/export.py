@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is c
 
 from deepgen.config import UserError, run_program  # noqa: E402
 from deepgen.config.schema.paths import argument  # noqa: E402
-from stages.export_run import find_source, is_checkpoint, padding_of, read_checkpoint  # noqa: E402
+from stages.exporting.export_run import find_source, is_checkpoint, padding_of, read_checkpoint  # noqa: E402
 
 if TYPE_CHECKING:
     from deepgen.models.weights_io.layout_reader import Weights

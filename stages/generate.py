@@ -152,7 +152,7 @@ def main() -> int:
     from deepgen.drawing.picture_files import PictureFolder
     from deepgen.drawing.prompts import Reader, read_wanted
     from deepgen.models.weights_io.folder import read_architecture
-    from stages.drawn_weights import component_folder
+    from stages.exporting.drawn_weights import component_folder
 
     PictureFolder(args.out).check()
     with component_folder(args.weights, args.out, averages=args.ema, base=args.base) as weights:
@@ -180,7 +180,7 @@ def draw(args: argparse.Namespace, weights: Path, request: DrawRequest, records:
     from deepgen.drawing.picture_files import SHEET, PictureFolder
     from deepgen.drawing.pixels import is_picture
     from deepgen.fingerprint import fingerprint
-    from stages.export_run import padding_of
+    from stages.exporting.export_run import padding_of
 
     gpus = connect(load_settings(None, [f"cluster.address={args.address}"]), no_needs, code_root=ROOT)
     precision, padding = args.precision or ("bf16" if gpus else "fp32"), args.padding or padding_of(args.weights)

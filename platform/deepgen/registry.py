@@ -107,6 +107,7 @@ REWARDS = Registry(
         "ocr": "rewards.ocr:OcrReward",
         "clip": "rewards.clip:ClipReward",
         "aesthetic": "rewards.aesthetic:AestheticReward",
+        "remote": "rewards.remote.client:RemoteReward",
     },
 )
 

@@ -23,8 +23,8 @@ from deepgen.fingerprint import fingerprint
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings
 from stages import export
-from stages.drawn_weights import component_folder
-from stages.export_run import padding_of
+from stages.exporting.drawn_weights import component_folder
+from stages.exporting.export_run import padding_of
 from tests.helpers.exported_pipeline import load_pipeline
 from tests.helpers.factories import make_tiny_folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from deepgen.algorithms.rules import (
@@ -72,6 +73,11 @@ def check_inputs(settings: Settings, stage: Stage) -> None:
         needed["data.prompts"] = settings.data.prompts
         for name in settings.rewards.used():
             needed |= settings.rewards.pools[name].input_paths()
+    require_paths(needed)
+
+
+def require_paths(needed: Mapping[str, Path]) -> None:
+    """Raise UserError, naming the key, for the first of these files and folders that is missing."""
     for key, path in needed.items():
         if not exists(resolve_path(path)):
             places = [] if path.is_absolute() else [Path.cwd(), *([CHECKOUT] if CHECKOUT else [])]

@@ -108,7 +108,7 @@ def read_wanted(
     """
     require_regular(images)
     sources = tuple(map(_bytes_of, images))
-    if not _is_file(given):
+    if not names_a_file(given):
         record = _record(given, sources)
         if fault := _fault(record, reader):
             raise UserError(f"--prompts: {fault}")
@@ -141,7 +141,8 @@ def _bytes_of(image: Path) -> bytes:
     return image.read_bytes()
 
 
-def _is_file(given: str) -> bool:
+def names_a_file(given: str) -> bool:
+    """Whether `--prompts` gives a file or folder, and not a prompt. Raises UserError for a file that is not there."""
     if not given.strip() or not is_unicode(given):
         return False
     if exists(Path(given)):

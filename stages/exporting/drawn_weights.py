@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deepgen.config import UserError
 from deepgen.errors import writing
-from stages.export_run import find_source, is_checkpoint, read_checkpoint
+from stages.exporting.export_run import find_source, is_checkpoint, read_checkpoint
 
 
 @contextmanager

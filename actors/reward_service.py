@@ -1,0 +1,278 @@
+"""Hosts a reward on Ray Serve, for the protocol of docs/remote-rewards.md.
+
+    POST /NAME ─▶ Serve's proxy ─▶ replica: token, size, images ─▶ batches of several calls ─▶ the reward, in one thread
+
+Serve starts more replicas when calls queue, and answers 503 when too many wait. A reward's own error answers 500 to the
+calls whose images it was given; the replica lives on. One whose reward hangs for longer than `deadline_s` is replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import socket
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from deepgen.cluster.resources import pool_resources
+from deepgen.config import PoolSettings
+from deepgen.errors import UserError
+from rewards import Missing, RewardRequest, RewardUnavailable, Score, applies, build_reward
+from rewards.remote.protocol import MAX_BODY, ProtocolError, one_line, read_question, write_answer
+
+log = logging.getLogger(__name__)
+
+CALLS = 8  # that a replica works on at once, and at most scores together
+WAIT_S = 0.01  # for other calls to score together with
+QUEUE = 64  # calls for a reward that wait at the proxy, beyond which Serve answers 503
+BODY_S = 30.0  # for a body to arrive
+POLL_S = 0.2
+_ERROR = re.compile(r"^\s*(?:[\w.]+\.)?(\w*(?:Error|Exception)\w*(?:\(\w+\))?): (.+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Hosting:
+    """How rewards are served. token: what callers have to send; "" for none. most: replicas of each, when busy."""
+
+    host: str
+    port: int
+    token: str
+    most: int
+
+
+class RewardService:
+    """A replica of one reward. token_hash: SHA-256 of the token, so that Ray's state never holds the token itself."""
+
+    def __init__(self, pool: PoolSettings, token_hash: str) -> None:
+        self._pool, self._token_hash = pool, token_hash
+        self._since: float | None = None  # when the reward got the batch that it is scoring
+        # Rewards are not made for calls beside each other, and some libraries want one thread for all.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
+        self._reward = self._thread.submit(build_reward, pool).result()
+        grey = RewardRequest('a sign with the word "ok"', "a sign", "t2i", np.full((64, 64, 3), 128, dtype=np.uint8))
+        self._thread.submit(self._reward.score, [grey]).result()  # a first call takes longer
+
+    def check_health(self) -> None:
+        """Raise RuntimeError if the reward hangs. Serve asks now and then, and replaces the replica after that."""
+        age = 0.0 if (since := self._since) is None else time.monotonic() - since
+        if age > self._pool.deadline_s:
+            raise RuntimeError(f"{self._pool.pool_name}: a batch has taken {age:.0f} s (deadline_s)")
+
+    async def __call__(self, request: Request) -> Response:
+        if not self._may(request.headers.get("authorization", "")):
+            return _says(401, "the token is missing or wrong; allowed: Authorization: Bearer TOKEN")
+        if request.method != "POST":
+            return _says(405, "allowed: POST")
+        try:
+            body = await asyncio.wait_for(_body(request), BODY_S)
+        except TimeoutError:
+            return _says(408, f"the body did not arrive within {BODY_S:g} s")
+        if body is None:
+            return _says(413, f"allowed: a body of at most {MAX_BODY:,} bytes")
+        try:
+            read = await asyncio.to_thread(read_question, body)
+        except ProtocolError as error:
+            return _says(400, str(error))
+        try:
+            return Response(write_answer(await self._scores(read)), media_type="application/json")
+        except RewardUnavailable as error:
+            return _says(503, str(error) or "the reward is unavailable")
+        except Exception as error:  # the process boundary: the reward's bug must not end the service
+            log.exception("reward %s", self._pool.pool_name)
+            return _says(500, f"{self._pool.class_} failed: {type(error).__name__}: {error}")
+
+    async def _scores(self, read: Sequence[RewardRequest | Missing]) -> list[Score]:
+        """The reward's scores of what could be read and it applies to."""
+        scores: list[Score] = [None] * len(read)
+        asked: dict[int, RewardRequest] = {}
+        for index, one in enumerate(read):
+            if isinstance(one, Missing):
+                scores[index] = one
+            elif applies(self._pool, one):
+                asked[index] = one
+            else:
+                scores[index] = Missing("refused", "the reward does not apply to this prompt")
+        if asked:
+            given = await self._together(list(asked.values()))
+            if isinstance(given, Exception):
+                raise given
+            for index, score in zip(asked, given, strict=True):
+                scores[index] = score
+        return scores
+
+    @serve.batch(max_batch_size=CALLS, batch_wait_timeout_s=WAIT_S)
+    async def _together(self, calls: list[list[RewardRequest]]) -> list[list[Score] | Exception]:
+        """The scores of the requests of each call, or why there are none. A call with a fault costs no other one."""
+        found = await self._attempt([one for call in calls for one in call])
+        if isinstance(found, RewardUnavailable) or (isinstance(found, Exception) and len(calls) == 1):
+            return [found] * len(calls)
+        if isinstance(found, Exception):
+            return [await self._attempt(call) for call in calls]
+        scores = iter(found)
+        return [list(islice(scores, len(call))) for call in calls]
+
+    async def _attempt(self, requests: list[RewardRequest]) -> list[Score] | Exception:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._score, requests)
+        except Exception as error:  # noqa: BLE001  raised again by the calls that it concerns
+            return error
+
+    def _score(self, requests: list[RewardRequest]) -> list[Score]:
+        """The reward's scores, in batches of the pool's size."""
+        scores, size = list[Score](), self._pool.batch_size
+        for start in range(0, len(requests), size):
+            batch = requests[start : start + size]
+            self._since = time.monotonic()
+            try:
+                found = self._reward.score(batch)
+            finally:
+                self._since = None
+            if len(found) != len(batch):
+                raise ValueError(f"{len(found)} scores for {len(batch)} requests")
+            scores += found
+        return scores
+
+    def _may(self, given: str) -> bool:
+        if not self._token_hash:
+            return True
+        kind, _, token = given.partition(" ")
+        return kind.lower() == "bearer" and hmac.compare_digest(digest(token.strip()), self._token_hash)
+
+
+async def _body(request: Request) -> bytes | None:
+    """The body; None if it is too large, which is known before all of it is here."""
+    told = request.headers.get("content-length", "")
+    if told.isascii() and told.isdecimal() and int(told[:20]) > MAX_BODY:
+        return None
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_BODY:
+            return None
+    return bytes(body)
+
+
+def _says(status: int, text: str) -> Response:
+    return PlainTextResponse(one_line(text), status)
+
+
+def digest(token: str) -> str:
+    """SHA-256 of a token, or "" of none."""
+    return hashlib.sha256(token.encode()).hexdigest() if token else ""
+
+
+# ---- from the program's side ----
+
+
+def start_services(pools: Sequence[PoolSettings], hosting: Hosting, *, gpus: bool, deadline_s: float) -> dict[str, str]:
+    """Serve each pool's reward. Returns its address by name, once all of them can score.
+
+    Raises UserError for a reward that compares images, if the port is taken, if Ray Serve already runs on the cluster,
+    if a reward does not start, or if they are not there within `deadline_s`.
+    """
+    for pool in pools:
+        if hasattr(pool.reward_class(), "score_groups"):
+            raise UserError(f"rewards.{pool.pool_name}: compares images of a prompt; allowed: rewards that score each")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if serve.status().proxies or serve.status().applications:
+        raise UserError(
+            "--address: Ray Serve already runs on that cluster, with an address of its own; allowed: another"
+        )
+    _require_free(hosting)
+    longest = max(pool.deadline_s for pool in pools)
+    http = HTTPOptions(host=hosting.host, port=hosting.port, request_timeout_s=longest)
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=quiet)
+    targets = [
+        serve.RunTarget(_application(pool, hosting, gpus=gpus), pool.pool_name, f"/{pool.pool_name}", quiet)
+        for pool in pools
+    ]
+    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    _wait([pool.pool_name for pool in pools], deadline_s)
+    host = f"[{hosting.host}]" if ":" in hosting.host else hosting.host
+    return {pool.pool_name: f"http://{host}:{hosting.port}/{pool.pool_name}" for pool in pools}
+
+
+def stop_services() -> None:
+    """End what `start_services` has started. On a cluster that nobody reaches any more there is nothing to end."""
+    serve.shutdown()
+
+
+def faults() -> dict[str, str]:
+    """Rewards that do not score now, and why."""
+    found = serve.status().applications
+    return {name: f"{one.status.value.lower()}: {_why(one)}" for name, one in found.items() if one.status != "RUNNING"}
+
+
+def _application(pool: PoolSettings, hosting: Hosting, *, gpus: bool) -> Any:
+    resources = pool_resources(pool, gpus=gpus)
+    deployment = serve.deployment(
+        RewardService,
+        name=pool.pool_name,
+        ray_actor_options={"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0.0)},
+        max_ongoing_requests=CALLS,
+        max_queued_requests=QUEUE,
+        max_constructor_retry_count=1,
+        autoscaling_config={
+            "min_replicas": pool.replicas,
+            "max_replicas": max(pool.replicas, hosting.most),
+            "target_ongoing_requests": CALLS / 2,
+        },
+    )
+    return deployment.bind(pool, digest(hosting.token))
+
+
+def _require_free(hosting: Hosting) -> None:
+    try:
+        with socket.create_server((hosting.host, hosting.port), family=_family(hosting.host)):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--port: cannot listen on {hosting.host}, port {hosting.port}: {error.strerror or error}; allowed: "
+            "another --port, or an address of this machine as --host"
+        ) from error
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _wait(names: Sequence[str], deadline_s: float) -> None:
+    end = time.monotonic() + deadline_s
+    while True:
+        found = serve.status().applications
+        for name in names:
+            if name in found and found[name].status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise UserError(f"rewards.{name}: cannot be served: {_why(found[name])}")
+        waiting = [name for name in names if name not in found or found[name].status != "RUNNING"]
+        if not waiting:
+            return
+        if time.monotonic() > end:
+            raise UserError(
+                f"rewards.{waiting[0]}: not there after {deadline_s:g} s (cluster.start_deadline_s)"
+                + (f": {_why(found[waiting[0]])}" if waiting[0] in found else "")
+            )
+        time.sleep(POLL_S)
+
+
+def _why(application: Any) -> str:
+    """What Serve says of an application in one line: the error that the reward raised, if there is one."""
+    texts = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    for text in texts:
+        if errors := _ERROR.findall(text):
+            kind, said = errors[-1]
+            return one_line(said if kind.startswith("UserError") else f"{kind}: {said}")
+    return one_line(" ".join(texts)) or "no reason given"

@@ -1,0 +1,1 @@
+"""What scoring and serving rewards outside of training share."""

@@ -1,0 +1,195 @@
+"""The pictures of a folder, each with its prompt.
+
+Which prompt a picture has, in this order: the row of the list that names its file as `image`, the id or the prompt that
+a picture of `stages/generate.py` says inside, the id with which its file's name begins. A picture without one is left
+out and told.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from deepgen.config.settings import TASKS
+from deepgen.data.images import DECODE_ERRORS, decode_image, read_header
+from deepgen.data.parquet import read_rows
+from deepgen.data.quotes import quoted_words
+from deepgen.data.records import Record, RecordError
+from deepgen.data.uris import MAX_BYTES
+from deepgen.drawing.picture_files import MANIFEST, SHEET, PictureFolder
+from deepgen.drawing.prompts import names_a_file
+from deepgen.errors import UserError
+from deepgen.reading.file_reader import read_file
+from rewards import RewardRequest
+
+# fmt: off
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".qoi", ".tga",
+)
+# fmt: on
+_SAMPLE = re.compile(r"[-_]\d+$")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file and its prompt."""
+
+    file: Path
+    record: Record
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """What pictures of one prompt have in common."""
+        return self.record.id, self.record.prompt
+
+    def request(self) -> RewardRequest:
+        """What the rewards are asked. Raises ValueError if the picture or one of its sources cannot be read."""
+        one = self.record
+        try:
+            data = read_picture(self.file)
+        except OSError as error:
+            raise ValueError(f"picture: {error.strerror or error}") from error
+        image, *sources = (_decoded(data, "picture"), *(_decoded(source, "source") for source in one.references))
+        return RewardRequest(one.prompt, one.answer, one.task, image, tuple(sources))
+
+
+def _decoded(image: bytes | str, what: str) -> np.ndarray:
+    try:
+        return decode_image(image)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def read_picture(file: Path) -> bytes:
+    """The bytes of a picture, which may be behind a link. Raises OSError."""
+    return read_file(str(file.resolve()), MAX_BYTES)
+
+
+@dataclass
+class Found:
+    """Pictures in the order of their files' names, and what is left out, a line each."""
+
+    pictures: list[Picture] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def find_pictures(folder: Path, prompts: str | None, allow: Sequence[str] = ()) -> Found:
+    """The pictures in a folder and their prompts.
+
+    prompts: a list of them, as for `stages/generate.py`; one prompt for all; or None for what the pictures say inside.
+
+    Raises UserError if the folder has no picture, if the list cannot be read, or if no picture has a prompt.
+    """
+    files, found = _files(folder), Found()
+    listed = prompts is not None and names_a_file(prompts)
+    rows = list(_rows(Path(prompts), allow, found.left_out)) if listed and prompts is not None else []
+    if prompts is not None and not listed and not prompts.strip():
+        raise UserError("--prompts: the prompt is empty")
+    known = _Known.of(rows)
+    for file in files:
+        try:
+            told = _told(file)
+        except OSError as error:
+            found.left_out.append(f"{file}: {error.strerror or error}")
+            continue
+        record = known.find(file, told) if listed else _record(prompts or told.get("prompt", ""), told, prompts)
+        if record is None:
+            found.left_out.append(f"{file}: has no prompt, {_why(prompts, listed)}")
+        else:
+            found.pictures.append(Picture(file, record))
+    if not found.pictures:
+        why = "; the first: " + found.left_out[0] if found.left_out else ""
+        raise UserError(f"--images: no picture in {folder} has a prompt{why}")
+    return found
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Records by all that a picture may name them with."""
+
+    files: Mapping[str, Record]
+    ids: Mapping[str, Record]
+    prompts: Mapping[str, Record]
+    names: Mapping[str, Record]
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> _Known:
+        folder = PictureFolder(Path())
+        return cls(
+            {Path(one.image).name: one for one in records if isinstance(one.image, str)},
+            {one.id: one for one in records},
+            {one.prompt: one for one in reversed(records)},
+            {_SAMPLE.sub("", folder.path(one, 0).stem): one for one in records},
+        )
+
+    def find(self, file: Path, told: Mapping[str, str]) -> Record | None:
+        stem = file.stem
+        return (
+            self.files.get(file.name)
+            or self._drawn(told)
+            or self.names.get(stem)
+            or self.ids.get(stem)
+            or self.names.get(_SAMPLE.sub("", stem))
+        )
+
+    def _drawn(self, told: Mapping[str, str]) -> Record | None:
+        """The record that a picture was drawn for: an id may stand for another prompt in another list."""
+        by_id = self.ids.get(told.get("id", ""))
+        if by_id is not None and by_id.prompt == told.get("prompt"):
+            return by_id
+        return self.prompts.get(told.get("prompt", ""))
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"--images: {folder} is no folder")
+    ours = (folder / MANIFEST).is_file()
+    files = sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in SUFFIXES
+        and not file.name.startswith(".")
+        and file.is_file()
+        and not (ours and file.name == SHEET)
+    )
+    if not files:
+        raise UserError(f"--images: {folder} has no picture in it; allowed: {', '.join(SUFFIXES)}")
+    return files
+
+
+def _rows(path: Path, allow: Sequence[str], left_out: list[str]) -> Iterator[Record]:
+    for row in read_rows(path, allow, each_line=True):
+        if isinstance(row.record, RecordError):
+            left_out.append(f"{row.file}, row {row.number}: {row.record.reason}")
+        else:
+            yield row.record
+
+
+def _told(file: Path) -> dict[str, str]:
+    """What a picture of `stages/generate.py` says of itself; {} for any other. Raises OSError."""
+    data = read_picture(file)
+    try:
+        with read_header(data) as image:
+            told = {str(key): str(value) for key, value in image.info.items()}
+    except DECODE_ERRORS:
+        return {}  # reported when it is decoded
+    return told if "noise_seed" in told else {}
+
+
+def _record(prompt: str, told: Mapping[str, str], given: str | None) -> Record | None:
+    if not prompt:
+        return None
+    task = "" if given is not None else told.get("task", "")
+    if task not in TASKS:
+        task = "text" if quoted_words(prompt) else "t2i"
+    return Record("" if given is not None else told.get("id", ""), task, prompt, prompt, None, (), "--images")
+
+
+def _why(prompts: str | None, listed: bool) -> str:
+    if listed:
+        return f"as no row of {prompts} has its file as image, its id or its prompt"
+    return "as it was not drawn by stages/generate.py; allowed: --prompts with a list, or with one prompt for all"
