@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate, normalize
 
 from deepgen.errors import UserError
 from rewards.base import existing_folder
+from rewards.published_weights import load_model, model_config
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -32,15 +33,22 @@ def preprocess(image: np.ndarray, size: int) -> Tensor:
     Returns:
         float32 [3, size, size].
     """
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()  # copy: arrays from Ray are read-only
+    pixels = _pixels(image)
     height, width = pixels.shape[1:]
     if min(height, width) != size:
-        scale = size / min(height, width)
-        sides = (max(size, round(height * scale)), max(size, round(width * scale)))
+        # The longer side is cut to whole pixels, not rounded, as in CLIP's own processor.
+        sides = (size * height // min(height, width), size * width // min(height, width))
         pixels = interpolate(pixels[None], sides, mode="bicubic", antialias=True)[0].clamp(0, 255)
     top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
-    pixels = pixels[:, top : top + size, left : left + size] / 255
-    return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+    return _normalised(pixels[:, top : top + size, left : left + size])
+
+
+def _pixels(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()  # copy: arrays from Ray are read-only
+
+
+def _normalised(pixels: Tensor) -> Tensor:
+    return (pixels / 255 - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
 
 class ClipEncoder:
@@ -56,15 +64,13 @@ class ClipEncoder:
     """
 
     def __init__(self, path: str | Path, batch_size: int = 64, *, key: str = "CLIP folder") -> None:
-        from transformers import AutoConfig, AutoTokenizer, CLIPModel
+        from transformers import AutoTokenizer, CLIPModel
 
-        folder = existing_folder(key, path, "config.json")
-        config = AutoConfig.from_pretrained(folder)
-        if config.model_type != "clip":
-            raise UserError(f"{key}: {str(folder)!r} holds a {config.model_type!r} model; wanted a 'clip'")
+        folder = existing_folder(key, path, "config.json", "tokenizer.json")
+        config = model_config(folder, "clip", key=key)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.batch_size = batch_size
-        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False).to(self.device)
+        self.model = load_model(CLIPModel, config, folder, key=key).to(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         text_config = config.text_config
         self.max_length = min(self.tokenizer.model_max_length, text_config.max_position_embeddings)
@@ -110,3 +116,13 @@ class ClipEncoder:
             output = self.model.get_text_features(tokens.input_ids, attention_mask=tokens.attention_mask)
             features.append(output.pooler_output.cpu())
         return normalize(torch.cat(features), dim=-1)
+
+    def similarities(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> list[float]:
+        """Cosine of each image with the text at the same place, -1..1."""
+        if not images:
+            return []
+        # All samples of a group have the same description, so encode each distinct text once.
+        distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        features = self.embed_texts(list(distinct))[[distinct[text] for text in texts]]  # [B, D]
+        cosines: list[float] = (self.embed_images(images) * features).sum(-1).tolist()
+        return cosines

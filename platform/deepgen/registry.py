@@ -107,6 +107,7 @@ REWARDS = Registry(
         "ocr": "rewards.ocr:OcrReward",
         "clip": "rewards.clip:ClipReward",
         "aesthetic": "rewards.aesthetic:AestheticReward",
+        "pickscore": "rewards.preference.pickscore:PickScoreReward",
     },
 )
 

@@ -50,6 +50,7 @@ KEYS = {
     "rewards.judge": "gpus path gpu_memory_share",
     "rewards.clip": "path",
     "rewards.aesthetic": "path",
+    "rewards.pickscore": "gpus path",
     "experience": "max_staleness overlap transport deadline_s silence_s journal",
     "cluster": "address num_cpus start_deadline_s",
     "tracking": "uri experiment grid_every alarms",

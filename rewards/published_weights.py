@@ -1,0 +1,73 @@
+"""Weights as their authors published them, in transformers' classes. Every name and shape is checked.
+
+transformers itself only warns of weights that are missing and leaves them random, and a random judge gives scores too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepgen.errors import UserError
+
+
+def model_config(folder: Path, kind: str, *, key: str) -> Any:
+    """The transformers config in a folder. Raises UserError if it is of another kind of model than `kind`."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{key}: {str(folder / 'config.json')!r} is no model's config: {_one_line(error)}") from error
+    if config.model_type != kind:
+        raise UserError(f"{key}: {str(folder)!r} holds a {config.model_type!r} model; wanted a {kind!r}")
+    return config
+
+
+def load_model(
+    kind: Any, config: Any, source: Path, *, key: str, state: dict[str, Tensor] | None = None, **arguments: Any
+) -> Any:
+    """A transformers model, frozen, in evaluation mode and in float32.
+
+    Args:
+        kind: its class, such as CLIPModel.
+        config: its config.
+        source: folder with its weights, or the file from which `state` was read.
+        key: setting that error messages name.
+        state: weights by transformers' names; by default those in the folder.
+        arguments: of the class, besides its config.
+
+    Raises:
+        UserError: there are no weights, one is missing, one has another shape than the config says, or `state` has
+            one that the model does not have.
+    """
+    try:
+        model, report = kind.from_pretrained(
+            source if state is None else None,
+            config=config,
+            state_dict=state,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # the report has them
+            output_loading_info=True,
+            **arguments,
+        )
+    except OSError as error:
+        raise UserError(f"{key}: {str(source)!r} holds no weights of a {kind.__name__}: {_one_line(error)}") from error
+    if wrong := sorted(str(name) for name, *_ in report["mismatched_keys"]):
+        raise UserError(f"{key}: in {str(source)!r} {wrong[0]} has another shape than config.json says{_more(wrong)}")
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{key}: {str(source)!r} has no {missing[0]}{_more(missing)}")
+    if state is not None and (strange := sorted(report["unexpected_keys"])):
+        raise UserError(f"{key}: {str(source)!r} has {strange[0]}{_more(strange)}, for which its model has no place")
+    return model.eval().requires_grad_(False)
+
+
+def _more(names: list[str]) -> str:
+    return f", nor {len(names) - 1:,} others" if len(names) > 1 else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
