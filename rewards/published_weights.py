@@ -5,6 +5,7 @@ transformers itself only warns of weights that are missing and leaves them rando
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,30 @@ import torch
 from torch import Tensor
 
 from deepgen.errors import UserError
+
+
+def read_checkpoint(file: Path, *, key: str) -> dict[str, Any]:
+    """The dictionary that `torch.save` wrote; only tensors and plain values are read, so no code in it can run.
+
+    key: setting that error messages name. Raises UserError for anything else, and for a file that is damaged.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"{key}: {str(file)!r} is no file of weights: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{key}: {str(file)!r} holds a {type(content).__name__}; wanted a dictionary of weights")
+    return content
+
+
+def tensors_in(content: object, file: Path, *, key: str) -> dict[str, Tensor]:
+    """`content` as weights by name, in float32. Raises UserError if it is anything else."""
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{key}: {str(file)!r} holds no weights by name")
+    strange = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise UserError(f"{key}: in {str(file)!r} {strange[0]!r} is no tensor")
+    return {str(name): value.float() if value.is_floating_point() else value for name, value in content.items()}
 
 
 def model_config(folder: Path, kind: str, *, key: str) -> Any:

@@ -108,6 +108,7 @@ REWARDS = Registry(
         "clip": "rewards.clip:ClipReward",
         "aesthetic": "rewards.aesthetic:AestheticReward",
         "pickscore": "rewards.preference.pickscore:PickScoreReward",
+        "hpsv2": "rewards.preference.hpsv2:HpsV2Reward",
     },
 )
 
