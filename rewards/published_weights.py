@@ -6,11 +6,12 @@ transformers itself only warns of weights that are missing and leaves them rando
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepgen.errors import UserError
 
@@ -88,6 +89,18 @@ def load_model(
     if state is not None and (strange := sorted(report["unexpected_keys"])):
         raise UserError(f"{key}: {str(source)!r} has {strange[0]}{_more(strange)}, for which its model has no place")
     return model.eval().requires_grad_(False)
+
+
+def load_linear(weights: Mapping[str, Tensor], name: str, inside: int, out: int, file: Path, *, key: str) -> nn.Linear:
+    """A frozen linear layer of given widths, in float32. Raises UserError if `weights` has none called `name`."""
+    layer = nn.Linear(inside, out)
+    for kind, parameter in layer.named_parameters():
+        value = weights.get(f"{name}.{kind}")
+        if value is None or value.shape != parameter.shape:
+            found = "none" if value is None else list(value.shape)
+            raise UserError(f"{key}: in {str(file)!r} {name}.{kind} must be {list(parameter.shape)}, is {found}")
+        parameter.data = value.float()
+    return layer.requires_grad_(False)
 
 
 def _more(names: list[str]) -> str:

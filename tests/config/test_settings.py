@@ -52,6 +52,7 @@ KEYS = {
     "rewards.aesthetic": "path",
     "rewards.pickscore": "gpus path",
     "rewards.hpsv2": "gpus path version",
+    "rewards.image_reward": "gpus path",
     "experience": "max_staleness overlap transport deadline_s silence_s journal",
     "cluster": "address num_cpus start_deadline_s",
     "tracking": "uri experiment grid_every alarms",
