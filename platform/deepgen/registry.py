@@ -110,6 +110,9 @@ REWARDS = Registry(
         "pickscore": "rewards.preference.pickscore:PickScoreReward",
         "hpsv2": "rewards.preference.hpsv2:HpsV2Reward",
         "image_reward": "rewards.preference.image_reward:ImageReward",
+        "clip_direction": "rewards.editing.direction:ClipDirectionReward",
+        "clip_source": "rewards.editing.direction:ClipSourceReward",
+        "kept": "rewards.editing.kept:KeptReward",
     },
 )
 
