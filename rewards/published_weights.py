@@ -54,9 +54,16 @@ def model_config(folder: Path, kind: str, *, key: str) -> Any:
 
 
 def load_model(
-    kind: Any, config: Any, source: Path, *, key: str, state: dict[str, Tensor] | None = None, **arguments: Any
+    kind: Any,
+    config: Any,
+    source: Path,
+    *,
+    key: str,
+    state: dict[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **arguments: Any,
 ) -> Any:
-    """A transformers model, frozen, in evaluation mode and in float32.
+    """A transformers model, frozen and in evaluation mode.
 
     Args:
         kind: its class, such as CLIPModel.
@@ -64,6 +71,7 @@ def load_model(
         source: folder with its weights, or the file from which `state` was read.
         key: setting that error messages name.
         state: weights by transformers' names; by default those in the folder.
+        dtype: of the weights, whatever they were stored in.
         arguments: of the class, besides its config.
 
     Raises:
@@ -75,7 +83,7 @@ def load_model(
             source if state is None else None,
             config=config,
             state_dict=state,
-            dtype=torch.float32,
+            dtype=dtype,
             ignore_mismatched_sizes=True,  # the report has them
             output_loading_info=True,
             **arguments,

@@ -109,6 +109,7 @@ REWARDS = Registry(
         "aesthetic": "rewards.aesthetic:AestheticReward",
         "pickscore": "rewards.preference.pickscore:PickScoreReward",
         "hpsv2": "rewards.preference.hpsv2:HpsV2Reward",
+        "hpsv3": "rewards.preference.hpsv3:HpsV3Reward",
         "image_reward": "rewards.preference.image_reward:ImageReward",
         "clip_direction": "rewards.editing.direction:ClipDirectionReward",
         "clip_source": "rewards.editing.direction:ClipSourceReward",

@@ -52,6 +52,7 @@ KEYS = {
     "rewards.aesthetic": "path",
     "rewards.pickscore": "gpus path",
     "rewards.hpsv2": "gpus path version",
+    "rewards.hpsv3": "batch_size gpus path",
     "rewards.image_reward": "gpus path",
     "rewards.clip_direction": "path source_text",
     "rewards.clip_source": "path",
