@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from deepgen.errors import UserError
@@ -88,7 +89,7 @@ def load_model(
             output_loading_info=True,
             **arguments,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{key}: {str(source)!r} holds no weights of a {kind.__name__}: {_one_line(error)}") from error
     if wrong := sorted(str(name) for name, *_ in report["mismatched_keys"]):
         raise UserError(f"{key}: in {str(source)!r} {wrong[0]} has another shape than config.json says{_more(wrong)}")

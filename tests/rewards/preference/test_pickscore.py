@@ -93,6 +93,8 @@ def test_weights_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> No
     name = "visual_projection.weight"
     assert f"{name} has another shape" in refusal(with_weights("wide", {name: torch.zeros(16, 8)}))
     bare = shutil.copytree(folder, tmp_path / "bare")
+    (bare / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert "holds no weights of a CLIPModel" in refusal(bare)
     (bare / "model.safetensors").unlink()
     assert "holds no weights of a CLIPModel" in refusal(bare)
     other = shutil.copytree(folder, tmp_path / "other")
