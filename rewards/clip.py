@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepgen.config import InputPath, PoolSettings, setting
-from rewards.base import RewardRequest, TextLimit
+from rewards.base import RewardRequest, Score, TextLimit
 
 USUAL_TOKENS = 77  # a CLIP whose files give no other length
 
@@ -31,24 +31,19 @@ class ClipReward:
     @staticmethod
     def text_limit(options: Options) -> TextLimit | None:
         """As in `ClipEncoder`, from files alone; None without them, which `ClipEncoder` reports."""
-        folder = Path(options.path)
-        config, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
-        if not (config.is_file() and tokenizer.is_file()):
-            return None
-        model = json.loads(config.read_text(encoding="utf-8")).get("text_config", {})
-        positions = model.get("max_position_embeddings", USUAL_TOKENS)
-        tokens = int(
-            min(json.loads(tokenizer.read_text(encoding="utf-8")).get("model_max_length", positions), positions)
-        )
-        return TextLimit(folder, tokens, "does not read their end")
+        return clip_text_limit(options.path)
 
-    def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
+    def score(self, requests: Sequence[RewardRequest]) -> Sequence[Score]:
         """Cosine of each image with its answer, or with its prompt if the answer is empty."""
-        if not requests:
-            return []
-        # All samples of a group have the same description, so encode each distinct text once.
-        texts = list(dict.fromkeys(request.target for request in requests))
-        rows = [texts.index(request.target) for request in requests]
-        images = self.encoder.embed_images([request.image for request in requests])  # [B, D]
-        scores: list[float] = (images * self.encoder.embed_texts(texts)[rows]).sum(-1).tolist()
-        return list(scores)
+        return self.encoder.similarities([r.image for r in requests], [r.target for r in requests])
+
+
+def clip_text_limit(folder: Path) -> TextLimit | None:
+    """How much text the CLIP in a folder reads, from its files alone; None without them."""
+    config, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
+    if not (config.is_file() and tokenizer.is_file()):
+        return None
+    model = json.loads(config.read_text(encoding="utf-8")).get("text_config", {})
+    positions = model.get("max_position_embeddings", USUAL_TOKENS)
+    tokens = int(min(json.loads(tokenizer.read_text(encoding="utf-8")).get("model_max_length", positions), positions))
+    return TextLimit(folder, tokens, "does not read their end")

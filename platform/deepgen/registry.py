@@ -108,6 +108,13 @@ REWARDS = Registry(
         "clip": "rewards.clip:ClipReward",
         "aesthetic": "rewards.aesthetic:AestheticReward",
         "remote": "rewards.remote.client:RemoteReward",
+        "pickscore": "rewards.preference.pickscore:PickScoreReward",
+        "hpsv2": "rewards.preference.hpsv2:HpsV2Reward",
+        "hpsv3": "rewards.preference.hpsv3:HpsV3Reward",
+        "image_reward": "rewards.preference.image_reward:ImageReward",
+        "clip_direction": "rewards.editing.direction:ClipDirectionReward",
+        "clip_source": "rewards.editing.direction:ClipSourceReward",
+        "kept": "rewards.editing.kept:KeptReward",
     },
 )
 

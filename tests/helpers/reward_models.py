@@ -11,20 +11,25 @@ SENTENCES = "Yes No Does this image show Answer or a an the red green blue apple
 WORDS = tuple(SENTENCES.split())
 
 
-def make_clip_folder(folder: Path, *, image_size: int = 32, projection: int = 16, end_token: bool = True) -> Path:
-    """A CLIP of two layers with a word tokenizer; `end_token=False` makes one that does not fit the model."""
+def make_clip_folder(
+    folder: Path, *, image_size: int = 32, projection: int = 16, end_token: bool = True, end_last: bool = False
+) -> Path:
+    """A CLIP of two layers with a word tokenizer; `end_token=False` makes one that does not fit the model.
+
+    end_last: the end token has the highest id and the config calls it 2, as in the folders of OpenAI and LAION.
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-    vocabulary = {
-        word: i for i, word in enumerate(["<pad>", "<unk>", "<sot>", "<eot>", *(word.lower() for word in WORDS)])
-    }
+    words = [word.lower() for word in WORDS]
+    words = [*words, "<eot>"] if end_last else ["<eot>", *words]
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<sot>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if end_token:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="<sot> $A <eot>", special_tokens=[("<sot>", 2), ("<eot>", 3)]
+            single="<sot> $A <eot>", special_tokens=[("<sot>", 2), ("<eot>", vocabulary["<eot>"])]
         )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eot>", model_max_length=12
@@ -34,7 +39,7 @@ def make_clip_folder(folder: Path, *, image_size: int = 32, projection: int = 16
     config = CLIPConfig(
         text_config={
             **widths, "vocab_size": len(vocabulary), "max_position_embeddings": 12,
-            "eos_token_id": 3, "bos_token_id": 2, "pad_token_id": 0,
+            "eos_token_id": 2 if end_last else vocabulary["<eot>"], "bos_token_id": 2, "pad_token_id": 0,
         },
         vision_config={**widths, "image_size": image_size, "patch_size": 8},
         projection_dim=projection,

@@ -1,0 +1,1 @@
+"""Rewards that compare the result of an edit with its source."""

@@ -1,0 +1,1 @@
+"""Rewards that people's choices between pictures have taught."""

@@ -1,0 +1,43 @@
+"""HPS v3: how well people like a picture for its prompt (Ma et al. 2025, arXiv 2508.03789).
+
+`rewards.preference.qwen_scorer` describes the files in its folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deepgen.config import InputPath, PoolSettings, Share, setting
+from rewards.base import Missing, RewardRequest, Score
+from rewards.clip import ClipReward
+
+
+class HpsV3Reward:
+    """The mean of the published score's normal distribution; its spread is left out, as in the project's examples."""
+
+    class Options(PoolSettings):
+        path: InputPath = setting("weights/hpsv3", "Folder of HPS v3 with the files of Qwen2-VL-7B-Instruct.")
+        batch_size: int = setting(16, "Images in one call.", unit="images", ge=1)
+        gpus: Share = setting(1.0, "GPUs of one replica; on a cluster without any none are asked for.", unit="GPUs")
+
+    def __init__(self, options: Options) -> None:
+        from rewards.preference.qwen_scorer import QwenScorer
+
+        self.scorer = QwenScorer(options.path, key=options.dotted("path"))
+
+    applies = staticmethod(ClipReward.applies)
+
+    def score(self, requests: Sequence[RewardRequest]) -> Sequence[Score]:
+        """One score for each request; `Missing` where the description contains a token of the model's own."""
+        scores: list[Score] = [
+            Missing("refused", f"a description contains the reserved token {token}")
+            if (token := self.scorer.reserved(request.target))
+            else None
+            for request in requests
+        ]
+        asked = [place for place, score in enumerate(scores) if score is None]
+        if asked:
+            images, texts = [requests[place].image for place in asked], [requests[place].target for place in asked]
+            for place, score in zip(asked, self.scorer.scores(images, texts), strict=True):
+                scores[place] = score
+        return scores
