@@ -15,18 +15,19 @@ A judge may still believe what a prompt says in plain words. No rule on text can
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
 
 from rewards.base import Missing, RewardRequest
 
-if TYPE_CHECKING:
-    import numpy as np
-
 FIELDS = ("prompt", "answer")
+TOP_LOGPROBS = 20  # likeliest first tokens of an answer: as many as OpenAI's form allows, and vLLM's own default limit
 MAX_LETTERS = 8000  # of one field's text
 _FIELD = re.compile(r"\{([A-Za-z_]+)\}")
 _FENCE = re.compile(rf"<\s*/?\s*({'|'.join(FIELDS)})\s*/?\s*>", re.IGNORECASE)
@@ -118,6 +119,16 @@ def fault(
         if pattern and (pattern.search(text) or pattern.search(plain)):
             return Missing("refused", f"the {name} contains a verdict of the form that is looked for in the answer")
     return None
+
+
+def bounded(image: np.ndarray, max_pixels: int) -> np.ndarray:
+    """An image, uint8 [H, W, 3], scaled down (bicubic, same shape of sides) if it has more than max_pixels."""
+    height, width = image.shape[:2]
+    if height * width <= max_pixels:
+        return image
+    scale = math.sqrt(max_pixels / (height * width))
+    size = (max(1, math.floor(width * scale)), max(1, math.floor(height * scale)))
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC))
 
 
 def _texts(request: RewardRequest) -> Mapping[str, str]:
