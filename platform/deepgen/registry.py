@@ -107,6 +107,8 @@ REWARDS = Registry(
         "ocr": "rewards.ocr:OcrReward",
         "clip": "rewards.clip:ClipReward",
         "aesthetic": "rewards.aesthetic:AestheticReward",
+        "vlm_judge": "rewards.judging.vlm_judge:VlmJudge",
+        "vlm_duel": "rewards.judging.vlm_duel:VlmDuel",
     },
 )
 

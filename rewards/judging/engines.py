@@ -50,7 +50,7 @@ class JudgeOptions(PoolSettings):
         "Base address of a server with OpenAI's chat form (vLLM, SGLang, ...); empty: vLLM in this process.",
         allowed="http://HOST:PORT/v1, or https",
     )
-    token_variable: str = setting(
+    token_env: str = setting(
         "", "Name of the environment variable with the endpoint's token; empty: no token.", allowed="a variable's name"
     )
     concurrency: int = setting(16, "Questions that wait for the endpoint at the same time.", ge=1, le=1024)
@@ -83,11 +83,13 @@ class JudgeOptions(PoolSettings):
             return self
         parts = urlsplit(self.endpoint)
         if parts.username or parts.password:
-            raise ValueError("endpoint: has a user or password in it; allowed: a token, in token_variable's variable")
+            raise ValueError("endpoint: has a user or password in it; allowed: a token, in token_env's variable")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError(f"endpoint: got {self.endpoint!r}; allowed: http://HOST:PORT/v1, or https")
         if not self.model:
             raise ValueError("model: got '' beside an endpoint; allowed: the model's name there")
+        if self.gpus:  # the default: a GPU would stand idle
+            raise ValueError(f"gpus: got {self.gpus:g} beside an endpoint; allowed: 0")
         return self
 
     def input_paths(self) -> dict[str, Path]:
@@ -169,10 +171,10 @@ def asked_about(
 
 
 def _token(options: JudgeOptions) -> str:
-    if not options.token_variable:
+    if not options.token_env:
         return ""
-    token = os.environ.get(options.token_variable, "")
+    token = os.environ.get(options.token_env, "")
     if not token:
-        key = options.dotted("token_variable")
-        raise UserError(f"{key}: the variable {options.token_variable!r} is not set where this judge runs")
+        key = options.dotted("token_env")
+        raise UserError(f"{key}: the variable {options.token_env!r} is not set where this judge runs")
     return token

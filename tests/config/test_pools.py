@@ -178,7 +178,7 @@ def test_wrong_pool_is_one_clear_line(overrides: list[str], parts: list[str]) ->
         ("wieghts: {t2i: {ocr: 1}}", ["rewards.wieghts", "did you mean 'weights'"]),
         ("judge: 5", ["rewards.judge: got 5 in mine.yaml; allowed: a section"]),
         ("judge.path: x", ["rewards.judge.path: written with dots in mine.yaml"]),
-        ("judge: {class: 3}", ["rewards.judge.class: got 3 in mine.yaml", "judge, ocr, clip or aesthetic"]),
+        ("judge: {class: 3}", ["rewards.judge.class: got 3 in mine.yaml", "allowed: judge, ocr, clip"]),
         ("judge: {pth: 3}", ["unknown key 'rewards.judge.pth' in mine.yaml; did you mean 'rewards.judge.path'?"]),
         ("judge: {retries: many}", ["rewards.judge.retries: got 'many' in mine.yaml", "from 0 to 20"]),
         (f"mine: {{class: '{HERE}:Blurry', words: 3}}", ["rewards.mine.words: got 3 in mine.yaml; allowed: list"]),
