@@ -50,6 +50,7 @@ class VllmEngine:
         try:
             self._engine = LLM(
                 model=model,
+                runner="generate",  # or else a CLIP would be taken, and refuse every question
                 tensor_parallel_size=split,
                 distributed_executor_backend="uni" if split == 1 else "mp",
                 max_model_len=context or AS_LONG_AS_FITS,
@@ -64,6 +65,8 @@ class VllmEngine:
         except (ValueError, OSError) as error:  # an unknown architecture, no such model, a context that does not fit
             why = " ".join(str(error).split())[:400]
             raise UserError(f"{key}: vLLM cannot serve {model!r}: {why}") from error
+        if not self._engine.model_config.is_multimodal_model:
+            raise UserError(f"{key}: {model!r} reads no images; allowed: a vision-language model")
         self.reserved = reserved_tokens(self._engine.get_tokenizer())
 
     def ask(self, questions: Sequence[Question]) -> list[Answer | Missing]:
