@@ -14,6 +14,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -58,7 +59,8 @@ class EndpointEngine:
 
     def ask(self, questions: Sequence[Question]) -> list[Answer | Missing]:
         """The server's answers, or why there is none: deadline, transport, refused, too_long or parse."""
-        return asyncio.run(self._ask(questions))
+        with ThreadPoolExecutor(1) as thread:  # the caller's may have a loop already, as a replica of Ray Serve has
+            return thread.submit(asyncio.run, self._ask(questions)).result()
 
     async def _ask(self, questions: Sequence[Question]) -> list[Answer | Missing]:
         headers = {"Accept-Encoding": "identity"}

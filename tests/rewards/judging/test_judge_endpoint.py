@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -148,6 +149,14 @@ def test_servers_that_break_off_trickle_or_send_for_ever() -> None:
     with server({"": reply(b"", "200 OK", "Content-Encoding: gzip")}) as port:
         (empty,) = engine(f"http://127.0.0.1:{port}/v1", deadline_s=5).ask([QUESTION])
     assert reason(empty) == "parse"
+
+
+def test_a_caller_with_a_loop_of_its_own_may_ask() -> None:
+    async def caller(base: str) -> list[Answer | Missing]:
+        return engine(base).ask([QUESTION])
+
+    with chat_server(lambda body: (200, GOOD)) as (base, _):
+        assert asyncio.run(caller(base)) == [YES]
 
 
 def test_one_bad_answer_disturbs_no_other() -> None:
