@@ -18,8 +18,6 @@ from pydantic import model_validator
 from deepgen.config import InputPath, PoolSettings, Share, setting
 from deepgen.errors import UserError
 from rewards.base import Missing, RewardRequest, RewardUnavailable, existing_folder
-from rewards.judging.judge_endpoint import EndpointEngine
-from rewards.judging.judge_vllm import VllmEngine
 from rewards.judging.questions import Answer, Question, bounded, filled
 
 GIVE_UP = 0.9  # share of the pool's deadline after which questions without an answer are given up
@@ -113,6 +111,10 @@ def build_engine(options: JudgeOptions, images: int) -> Engine:
     Raises:
         UserError: the folder is missing, the token's variable is not set, or vLLM does not serve the model.
     """
+    # Imported here, because every process that reads settings imports this module.
+    from rewards.judging.judge_endpoint import EndpointEngine
+    from rewards.judging.judge_vllm import VllmEngine
+
     if options.endpoint:
         return EndpointEngine(
             options.endpoint,
