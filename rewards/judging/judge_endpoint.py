@@ -11,6 +11,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import math
 import random
 from collections.abc import Sequence
@@ -54,6 +55,7 @@ class EndpointEngine:
         self._url = base.rstrip("/") + "/chat/completions"
         self._model, self._token, self._deadline_s = model, token, deadline_s
         self._concurrency, self._quality, self._backoff_s = concurrency, jpeg_quality, backoff_s
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each question
         # Reading the certificates takes longer than many a call, so it is done once, and not for plain http.
         self._verify = httpx.create_ssl_context() if base.startswith("https:") else False
 
@@ -102,7 +104,7 @@ class EndpointEngine:
             ) as reply:
                 content = await _bounded(reply)
                 status, retry_after = reply.status_code, reply.headers.get("Retry-After", "")
-        except httpx.HTTPError as error:  # refused, broken off, half an answer, not HTTP
+        except (httpx.HTTPError, httpx.InvalidURL) as error:  # refused, broken off, half an answer, not HTTP
             return Missing("transport", f"{self._url}: {self._clean(str(error) or type(error).__name__)}"), 0.0
         if content is None:
             return Missing("parse", f"{self._url}: an answer of more than {MAX_ANSWER_BYTES} bytes"), None

@@ -53,7 +53,7 @@ def test_scores_are_shares_of_wins_in_a_full_tournament() -> None:
     assert first == pytest.approx([0, 2 / 3, 1 / 3, 1]) and second == [1.0, 0.0]
     assert len(engine.asked) == 4 * 3 + 2
     assert all(not question.choices and question.max_tokens == 4096 for question in engine.asked)
-    assert "<answer>a dog</answer>" in engine.asked[-1].text
+    assert "<description>a dog</description>" in engine.asked[-1].text
 
 
 def test_both_orders_cancel_a_liking_for_a_position() -> None:
