@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -181,5 +182,6 @@ rewards:
     pools = load_settings(recipe).rewards.pools
     assert pools["kept"].reward_class() is pools["graded"].reward_class() is VlmJudge
     assert [*pools["kept"].input_paths()] == ["rewards.kept.path"] and pools["graded"].input_paths() == {}
+    assert pickle.loads(pickle.dumps(pools["kept"])) == pools["kept"]  # as a replica gets it
     with pytest.raises(UserError, match=r"rewards\.vlm_judge\.path: no such folder"):
         VlmJudge(options(path="nowhere"))
