@@ -94,7 +94,7 @@ class JudgeReward:
     def __init__(self, options: Options) -> None:
         self._pool, self._key = options.pool_name, options.dotted("path")
         folder = existing_folder(self._key, options.path, "config.json")
-        _prepare_process()
+        prepare_process()
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
         model_type = AutoConfig.from_pretrained(folder).model_type
@@ -147,7 +147,7 @@ class JudgeReward:
         return int(ids[0])
 
 
-def _prepare_process() -> None:
+def prepare_process() -> None:
     """Set the environment variables vLLM reads on import. Variables that are already set keep their value."""
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine in this process: dies with its actor, starts faster

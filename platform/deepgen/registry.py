@@ -115,6 +115,8 @@ REWARDS = Registry(
         "clip_direction": "rewards.editing.direction:ClipDirectionReward",
         "clip_source": "rewards.editing.direction:ClipSourceReward",
         "kept": "rewards.editing.kept:KeptReward",
+        "vlm_judge": "rewards.judging.vlm_judge:VlmJudge",
+        "vlm_duel": "rewards.judging.vlm_duel:VlmDuel",
     },
 )
 

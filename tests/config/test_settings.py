@@ -58,6 +58,12 @@ KEYS = {
     "rewards.clip_direction": "path source_text",
     "rewards.clip_source": "path",
     "rewards.kept": "gpus path may_change",
+    "rewards.vlm_judge": "gpus path model endpoint token_env concurrency jpeg_quality gpu_memory_share context "
+    "max_pixels sources system fence max_tokens temperature mode questions combine lowest "
+    "highest pattern",
+    "rewards.vlm_duel": "gpus path model endpoint token_env concurrency jpeg_quality gpu_memory_share context "
+    "max_pixels sources system fence max_tokens temperature mode question pattern tournament "
+    "partners both_orders",
     "experience": "max_staleness overlap transport deadline_s silence_s journal",
     "cluster": "address num_cpus start_deadline_s",
     "tracking": "uri experiment grid_every alarms",
