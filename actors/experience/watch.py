@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 
-from actors.experience.reward_router import RewardRouter
 from actors.experience.rollout_fleet import RolloutFleet
+from actors.experience.scoring.reward_router import RewardRouter
 from actors.experience.step_metrics import StepClock
 from deepgen.config import Settings
 from deepgen.tracking.status import Call, GroupsOfStep, Rank, Status, silence_text, status_to_json, write_status

@@ -19,34 +19,25 @@ import asyncio
 import logging
 import math
 import time
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
-from actors.experience.journal.score_journal import ScoreJournal
-from actors.messages import BatchReply
+from actors.experience.scoring.pool_parts import COUNTERS, NOT_APPLICABLE, Part, PoolCall, RewardScores
+from actors.experience.scoring.replica import CallTimeout, Replica
+from actors.experience.scoring.score_cache import ScoreCache
 from deepgen.cluster.resources import pool_resources
 from deepgen.config import PoolSettings
 from deepgen.errors import UserError
 from deepgen.tracking.timeline import Recorder
-from rewards import Missing, RewardRequest, RewardUnavailable, Score, build_reward
 
 log = logging.getLogger(__name__)
 
-COUNTERS = ("calls", "retries", "timeouts", "missing", "cache_hits", "restarts", "unwritten", "seconds")
-NOT_APPLICABLE = "the reward does not apply to this prompt, or there is no picture"
 MAX_BACKOFF_S = 10.0
-_LARGEST = float(np.finfo(np.float32).max)
-
-
-class CallTimeout(TimeoutError):
-    """A remote call passed its deadline; the message names actor, call and age."""
 
 
 class RequestsLostError(RuntimeError):
@@ -55,93 +46,6 @@ class RequestsLostError(RuntimeError):
 
 class RewardPoolError(RuntimeError):
     """The pool has no replica left and cannot create one."""
-
-
-@dataclass(frozen=True)
-class RewardScores:
-    """Scores of one call of `RewardPool.score`, in the order of its keys.
-
-    Attributes:
-        values: the scores; None if a score is missing.
-        reasons: why a score is missing; None if it is not.
-        counters: counts for this call, keys as in COUNTERS. `calls` counts replica calls with at least one of its
-            requests; `missing` excludes requests without a key; `unwritten` scores are not in the journal, though it
-            is on; `seconds` is wall time.
-    """
-
-    values: list[float | None]
-    reasons: list[str | None]
-    counters: dict[str, float]
-
-
-class RewardActor:
-    """Hosts one reward in its own Ray process. `start` builds the reward, so its errors reach the caller unchanged."""
-
-    def __init__(self, settings: PoolSettings) -> None:
-        self._settings = settings
-
-    def start(self) -> None:
-        """Load the reward and score one grey image, so that no real request pays the extra time of a first call."""
-        self._reward = build_reward(self._settings)
-        grey = np.full((64, 64, 3), 128, dtype=np.uint8)
-        self._reward.score([RewardRequest('a sign with the word "ok"', "a sign", "t2i", grey)])
-
-    def score(self, picks: list[list[int]], *lists: list[RewardRequest]) -> BatchReply:
-        """Score the requests of each list that the same place of `picks` names. Ray has read the lists already."""
-        requests = [listed[index] for picked, listed in zip(picks, lists, strict=True) for index in picked]
-        try:
-            values = self._reward.score(requests)
-        except RewardUnavailable as error:
-            return BatchReply([], str(error) or "unavailable")
-        if len(values) != len(requests):
-            raise ValueError(f"{self._settings.class_} returned {len(values)} scores for {len(requests)} requests")
-        return BatchReply([_finite(value) for value in values])
-
-
-@dataclass(eq=False)
-class _Call:
-    """One call of `RewardPool.score`."""
-
-    requests: ray.ObjectRef  # of a list[RewardRequest]
-    values: list[float | None]
-    reasons: list[str | None]
-    counters: dict[str, float]
-    waiting: int  # requests without an outcome
-    done: asyncio.Future[None]
-
-    def fail(self, error: BaseException) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
-
-
-@dataclass(eq=False)
-class _Part:
-    """Requests of one call, by their index, that are tried together."""
-
-    call: _Call
-    indices: list[int]
-    failures: int = 0
-
-    def settle(self, values: Sequence[float | None], reason: str) -> None:
-        """Enter the outcomes; `reason` is that of the missing ones."""
-        for index, value in zip(self.indices, values, strict=True):
-            self.call.values[index] = value
-            self.call.reasons[index] = reason if value is None else None
-        self.call.waiting -= len(self.indices)
-        if not self.call.waiting and not self.call.done.done():
-            self.call.done.set_result(None)
-
-    def split(self, count: int) -> _Part:
-        """Take the first `count` requests out of this part."""
-        taken, self.indices = self.indices[:count], self.indices[count:]
-        return _Part(self.call, taken, self.failures)
-
-
-@dataclass(eq=False)
-class _Replica:
-    label: str
-    actor: Any
-    failures: int = 0  # restarts since the last successful call
 
 
 class RewardPool:
@@ -174,15 +78,12 @@ class RewardPool:
         resources = pool_resources(settings, gpus=gpus)
         self._resources = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0.0)}
         self._start_deadline_s, self._max_restarts, self._backoff_s = start_deadline_s, max_restarts, backoff_s
-        self._cache_size, self._recorder = cache_size, recorder or Recorder()
-        self._cache: OrderedDict[bytes, float] = OrderedDict()
-        self._journal_folder, self._warned = journal, False
-        self._journal: ScoreJournal | None = None
-        self._replicas: list[_Replica] = []
+        self._cache, self._recorder = ScoreCache(settings, cache_size, journal), recorder or Recorder()
+        self._replicas: list[Replica] = []
         self._workers: list[asyncio.Task[None]] = []
-        self._queue: deque[_Part] = deque()
+        self._queue: deque[Part] = deque()
         self._filled = asyncio.Event()  # set while the queue is not empty
-        self._open: set[_Call] = set()
+        self._open: set[PoolCall] = set()
         self._broken: BaseException | None = None
         self._totals = dict.fromkeys(COUNTERS, 0.0)
 
@@ -197,9 +98,9 @@ class RewardPool:
         if self._workers:
             raise RuntimeError(f"reward pool {self.name}: started twice")
         labels = [f"{self.name} reward #{index}" for index in range(self._settings.replicas)]
-        self._replicas = [_Replica(label, self._create()) for label in labels]
+        self._replicas = [Replica(label, self._settings, self._resources) for label in labels]
         try:
-            await asyncio.gather(self._open_journal(), *(self._first_start(replica) for replica in self._replicas))
+            await asyncio.gather(self._cache.open(), *(self._first_start(replica) for replica in self._replicas))
         except BaseException:
             self.stop()
             raise
@@ -214,10 +115,9 @@ class RewardPool:
             worker.cancel()
         self._break(RewardPoolError(f"reward pool {self.name} was stopped"))
         for replica in self._replicas:
-            ray.kill(replica.actor)
-        if self._journal:
-            self._journal.close()
-        self._workers, self._replicas, self._journal = [], [], None
+            replica.kill()
+        self._cache.close()
+        self._workers, self._replicas = [], []
 
     def counters(self) -> dict[str, float]:
         """Totals since the start, keys as in COUNTERS. `seconds` is the time that replicas spent in calls."""
@@ -245,68 +145,33 @@ class RewardPool:
         if self._broken is not None or not self._workers:
             raise self._broken or RewardPoolError(f"reward pool {self.name}: start() comes first")
         counters = dict.fromkeys(COUNTERS, 0.0)
-        values: list[float | None] = [None if key is None else self._recall(key) for key in keys]
+        values: list[float | None] = [None if key is None else self._cache.recall(key) for key in keys]
         reasons: list[str | None] = [NOT_APPLICABLE if key is None else None for key in keys]
         self._count("cache_hits", counters, by=len(values) - values.count(None))
         new = {index: key for index, key in enumerate(keys) if key is not None and values[index] is None}
         if new:
-            call = _Call(requests, values, reasons, counters, len(new), asyncio.get_running_loop().create_future())
+            call = PoolCall(requests, values, reasons, counters, len(new), asyncio.get_running_loop().create_future())
             await self._outcome(call, list(new))
             found = {key: value for index, key in new.items() if (value := values[index]) is not None}
             self._count("missing", counters, by=sum(values[index] is None for index in new))
-            self._remember(found)
+            self._count("unwritten", by=self._cache.remember(found))
         counters["seconds"] = time.monotonic() - began
         return RewardScores(values, reasons, counters)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
-    async def _outcome(self, call: _Call, indices: list[int]) -> None:
+    async def _outcome(self, call: PoolCall, indices: list[int]) -> None:
         """Fill in the scores of these requests, or why they are missing."""
         self._open.add(call)
         try:
-            self._enqueue([_Part(call, indices)])
+            self._enqueue([Part(call, indices)])
             await call.done
         finally:
             self._open.discard(call)
 
-    def _enqueue(self, parts: Iterable[_Part]) -> None:
+    def _enqueue(self, parts: Iterable[Part]) -> None:
         self._queue.extend(parts)
         self._filled.set()
-
-    def _recall(self, key: bytes) -> float | None:
-        if key not in self._cache:
-            return None
-        self._cache.move_to_end(key)
-        return self._cache[key]
-
-    def _remember(self, scores: Mapping[bytes, float]) -> None:
-        self._cache.update(scores)
-        while len(self._cache) > self._cache_size:
-            self._cache.popitem(last=False)
-        if self._journal:
-            try:
-                self._journal.add(scores, self._cache)
-            except OSError as error:
-                self._count("unwritten", by=len(scores))
-                self._warn(error)
-
-    async def _open_journal(self) -> None:
-        """Fill the cache with what was scored before this process. In a thread: it looks at the reward's weights."""
-        if self._journal_folder is None or not self._cache_size:
-            return
-        arguments = self._journal_folder, self._settings, self._cache_size
-        try:
-            self._journal = await asyncio.to_thread(ScoreJournal, *arguments)
-        except OSError as error:
-            self._warn(error)
-        else:
-            self._cache.update(self._journal.read)
-
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
-            what = f"{self.name}: cannot keep scores in {self._journal_folder}: {error.strerror or error}"
-            log.warning("reward pool %s; after a death of the run they would be asked for again", what)
-        self._warned = True
 
     def _count(self, key: str, *calls: dict[str, float], by: int = 1) -> None:
         """Count events in the totals and in the counters of their `score` calls."""
@@ -315,14 +180,10 @@ class RewardPool:
 
     # ---- replicas ----------------------------------------------------------------------------------------------------
 
-    def _create(self) -> Any:
-        remote = ray.remote(RewardActor).options(**self._resources)
-        return remote.remote(self._settings)
-
-    async def _warm_up(self, replica: _Replica) -> None:
+    async def _warm_up(self, replica: Replica) -> None:
         span = self._recorder.begin(replica.label, self.name, "start", call="start of the reward")
         try:
-            await _answer(replica.actor.start.remote(), replica.label, "start", self._start_deadline_s)
+            await replica.start(self._start_deadline_s)
         except RayTaskError as error:
             if isinstance(error.cause, UserError):  # not a bug, so leave out the remote traceback
                 raise error.cause from None
@@ -330,13 +191,13 @@ class RewardPool:
         finally:
             self._recorder.end(span)
 
-    async def _first_start(self, replica: _Replica) -> None:
+    async def _first_start(self, replica: Replica) -> None:
         try:
             await self._warm_up(replica)
         except RayActorError as error:
             await self._replace(replica, f"{replica.label}: died during start: {_first_line(error)}")
 
-    async def _serve(self, replica: _Replica) -> None:
+    async def _serve(self, replica: Replica) -> None:
         """Score batches on one replica until the pool drops the replica."""
         while True:
             batch = await self._take()
@@ -348,12 +209,12 @@ class RewardPool:
             if lost and not await self._replace(replica, reason):
                 return
 
-    async def _take(self) -> list[_Part]:
+    async def _take(self) -> list[Part]:
         """Wait for requests and take a fair share of them, so that other replicas get some too."""
         await self._filled.wait()
         self._queue = deque(part for part in self._queue if not part.call.done.done())  # the others' callers are gone
         share = math.ceil(sum(len(part.indices) for part in self._queue) / len(self._replicas))
-        left, batch = min(share, self._settings.batch_size), list[_Part]()
+        left, batch = min(share, self._settings.batch_size), list[Part]()
         while left and self._queue:
             first = self._queue[0]
             batch.append(self._queue.popleft() if len(first.indices) <= left else first.split(left))
@@ -362,7 +223,7 @@ class RewardPool:
             self._filled.clear()
         return batch
 
-    async def _attempt(self, replica: _Replica, batch: list[_Part]) -> tuple[str, bool] | None:
+    async def _attempt(self, replica: Replica, batch: list[Part]) -> tuple[str, bool] | None:
         """Call a replica once. Returns None on success, else why the call failed and whether the replica is lost."""
         if not batch:
             return None
@@ -370,8 +231,8 @@ class RewardPool:
         began = time.monotonic()
         span = self._recorder.begin(replica.label, self.name, "score", call=f"score of {len(batch)} images")
         try:
-            sent = replica.actor.score.remote([part.indices for part in batch], *(part.call.requests for part in batch))
-            reply: BatchReply = await _answer(sent, replica.label, "score", self._settings.deadline_s)
+            picks, lists = [part.indices for part in batch], [part.call.requests for part in batch]
+            reply = await replica.score(picks, lists, self._settings.deadline_s)
         except CallTimeout as error:
             self._count_batch(batch, "timeouts")
             return str(error), True
@@ -392,7 +253,7 @@ class RewardPool:
             part.settle([next(values) for _ in part.indices], f"{replica.label}: the reward gave no finite score")
         return None
 
-    def _raise(self, batch: list[_Part], error: RayError) -> None:
+    def _raise(self, batch: list[Part], error: RayError) -> None:
         """Raise an error that another attempt would meet again in the `score` calls that it concerns."""
         cause = error.cause if isinstance(error, RayTaskError) else error
         lost = cause.object_ref_hex if isinstance(cause, ObjectLostError) else None
@@ -405,12 +266,12 @@ class RewardPool:
                 part.call.fail(RequestsLostError(f"reward pool {self.name}: {_first_line(cause)}"))
         self._enqueue(batch)  # for the others; `_take` drops those that have failed
 
-    def _count_batch(self, batch: list[_Part], key: str) -> None:
+    def _count_batch(self, batch: list[Part], key: str) -> None:
         self._count(key, *{id(part.call): part.call.counters for part in batch}.values())
 
-    def _fail(self, batch: list[_Part], reason: str) -> None:
+    def _fail(self, batch: list[Part], reason: str) -> None:
         """Queue a failed batch again after a pause. Scores of requests with no attempts left are missing."""
-        again: list[_Part] = []
+        again: list[Part] = []
         for part in batch:
             part.failures += 1
             if part.failures > self._settings.retries:
@@ -425,13 +286,12 @@ class RewardPool:
             pause = min(self._backoff_s * 2 ** (part.failures - 1), MAX_BACKOFF_S)
             asyncio.get_running_loop().call_later(pause, self._enqueue, [part])
 
-    async def _replace(self, replica: _Replica, reason: str) -> bool:
+    async def _replace(self, replica: Replica, reason: str) -> bool:
         """Replace a lost replica's actor with a new one. Returns False if the pool drops the replica instead."""
         while replica.failures < self._max_restarts:
             replica.failures += 1
             self._count("restarts")
-            ray.kill(replica.actor)  # a hanging actor still holds memory
-            replica.actor = self._create()
+            replica.replace()
             try:
                 await self._warm_up(replica)
             except (CallTimeout, RayActorError) as error:
@@ -439,7 +299,7 @@ class RewardPool:
                 log.warning("restart %d failed: %s", replica.failures, reason)
                 continue
             return True
-        ray.kill(replica.actor)
+        replica.kill()
         self._replicas.remove(replica)
         log.error("%s is given up after %d restarts in a row; last: %s", replica.label, replica.failures, reason)
         if not self._replicas:
@@ -455,29 +315,6 @@ class RewardPool:
         self._broken = self._broken or error
         for call in list(self._open):
             call.fail(error)
-
-
-def _finite(value: Score) -> float | None:
-    """A score as it is, or None for a missing one and for one that fp32, in which scores travel on, cannot hold.
-
-    NaN or infinity must not reach the cache or the mean of a group.
-    """
-    if value is None or isinstance(value, Missing):
-        return None
-    return float(value) if abs(value) <= _LARGEST else None
-
-
-async def _answer(reference: ray.ObjectRef, actor: str, call: str, deadline_s: float) -> Any:
-    """The result of a remote call. Raises `CallTimeout` if it is late."""
-    future = asyncio.wrap_future(reference.future())
-    # After a timeout nothing awaits the future. asyncio would then log its exception unless this callback reads it.
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())
-    began = time.monotonic()
-    finished, _ = await asyncio.wait({future}, timeout=deadline_s)
-    if not finished:
-        age = time.monotonic() - began
-        raise CallTimeout(f"{actor}: call {call!r} has not answered after {age:.1f} s (deadline {deadline_s:g} s)")
-    return future.result()
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """Calls all rewards of each image at once: those that have a weight for its prompt.
 
-A missing score is NaN. `actors.experience.reward_pool` handles retries, deadlines and caches,
+A missing score is NaN. `actors.experience.scoring.reward_pool` handles retries, deadlines and caches,
 `actors.experience.reward_requests` says which rewards a prompt has.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 import ray
 
 from actors.experience.journal.origin import JOURNAL
-from actors.experience.reward_pool import RewardPool
+from actors.experience.scoring.reward_pool import RewardPool
 from deepgen.config import Settings
 from deepgen.tracking.timeline import Recorder
 
