@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from deepgen.config import InputPath, PoolSettings, setting
-from rewards.base import Missing, Reward, RewardRequest, RewardUnavailable, Score, TextLimit
+from rewards.base import REASONS, Missing, Reward, RewardRequest, RewardUnavailable, Score, TextLimit
 
 __all__ = [
+    "REASONS",
     "InputPath",
     "Missing",
     "PoolSettings",

@@ -183,12 +183,19 @@ def test_missing_scores_are_none_with_reason_and_counter(shared: Shared) -> None
     down, odd = shared.run(scenario)
     assert down.values == [None, None]
     assert down.reasons[0] is not None
-    assert "the service is down (attempt 3, the last)" in down.reasons[0]
-    assert (down.counters["missing"], down.counters["calls"]) == (2, 3)
+    assert down.reasons[0].reason == "transport"
+    assert "the service is down (attempt 3, the last)" in down.reasons[0].detail
+    assert [down.counters[key] for key in ("missing", "missing/transport", "calls")] == [2, 2, 3]
     assert levels(odd) == [None, 24, *[None] * len(SPECIAL)]
     assert odd.reasons[0] == NOT_APPLICABLE
-    assert all(reason is not None and "the reward gave no finite score" in reason for reason in odd.reasons[2:])
+    said = [reason for reason in odd.reasons[2:] if reason is not None]
+    assert [(why.reason, why.detail.partition(": ")[2]) for why in said] == [
+        *[("parse", "the reward gave no finite score")] * (len(SPECIAL) - 1),
+        ("too_long", "more than it reads"),  # what the reward itself says
+    ]
     assert odd.counters["missing"] == len(SPECIAL)  # a request that is never sent does not count
+    assert odd.counters["missing/parse"] == len(SPECIAL) - 1 and odd.counters["missing/too_long"] == 1
+    assert sum(value for key, value in odd.counters.items() if key.startswith("missing/")) == len(SPECIAL)
 
 
 def test_hanging_replica_is_replaced_and_its_request_scored(ray_local: ModuleType, tmp_path: Path) -> None:
@@ -216,8 +223,9 @@ def test_timeout_without_retries_is_missing_and_names_actor_call_and_age(ray_loc
     scores = run(tmp_path, scenario, deadline_s=2.0, retries=0)
     assert scores.values == [None]
     assert scores.reasons[0] is not None
-    assert "FakeReward reward #0: call 'score' has not answered after 2.0 s (deadline 2 s)" in scores.reasons[0]
-    assert (scores.counters["timeouts"], scores.counters["missing"]) == (1, 1)
+    assert scores.reasons[0].reason == "deadline"
+    assert "FakeReward reward #0: call 'score' has not answered after 2.0 s (deadline 2 s)" in scores.reasons[0].detail
+    assert [scores.counters[key] for key in ("timeouts", "missing", "missing/deadline")] == [1, 1, 1]
 
 
 def ask_until_dead(ray_local: ModuleType, actor: Any) -> None:

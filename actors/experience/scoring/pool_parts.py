@@ -8,8 +8,13 @@ from dataclasses import dataclass
 
 import ray
 
-COUNTERS = ("calls", "retries", "timeouts", "missing", "cache_hits", "restarts", "unwritten", "seconds")
-NOT_APPLICABLE = "the reward does not apply to this prompt, or there is no picture"
+from rewards import REASONS, Missing
+
+COUNTERS = (
+    *("calls", "retries", "timeouts", "missing", "cache_hits", "restarts", "unwritten", "seconds"),
+    *(f"missing/{reason}" for reason in REASONS),
+)
+NOT_APPLICABLE = Missing("refused", "the reward does not apply to this prompt, or there is no picture")
 
 
 @dataclass(frozen=True)
@@ -20,12 +25,12 @@ class RewardScores:
         values: the scores; None if a score is missing.
         reasons: why a score is missing; None if it is not.
         counters: counts for this call, keys as in COUNTERS. `calls` counts replica calls with at least one of its
-            requests; `missing` excludes requests without a key; `unwritten` scores are not in the journal, though it
+            requests; `missing`, also by reason, excludes requests without a key; `unwritten` scores are not in the journal, though it
             is on; `seconds` is wall time.
     """
 
     values: list[float | None]
-    reasons: list[str | None]
+    reasons: list[Missing | None]
     counters: dict[str, float]
 
 
@@ -35,7 +40,7 @@ class PoolCall:
 
     requests: ray.ObjectRef  # of a list[RewardRequest]
     values: list[float | None]
-    reasons: list[str | None]
+    reasons: list[Missing | None]
     counters: dict[str, float]
     waiting: int  # requests without an outcome
     done: asyncio.Future[None]
@@ -53,11 +58,12 @@ class Part:
     indices: list[int]
     failures: int = 0
 
-    def settle(self, values: Sequence[float | None], reason: str) -> None:
-        """Enter the outcomes; `reason` is that of the missing ones."""
-        for index, value in zip(self.indices, values, strict=True):
-            self.call.values[index] = value
-            self.call.reasons[index] = reason if value is None else None
+    def settle(self, outcomes: Sequence[float | Missing]) -> None:
+        """Enter a score, or why there is none, for each request."""
+        for index, outcome in zip(self.indices, outcomes, strict=True):
+            missing = isinstance(outcome, Missing)
+            self.call.values[index] = None if missing else outcome
+            self.call.reasons[index] = outcome if missing else None
         self.call.waiting -= len(self.indices)
         if not self.call.waiting and not self.call.done.done():
             self.call.done.set_result(None)

@@ -85,11 +85,13 @@ class Replica:
         return future.result()
 
 
-def _finite(value: Score) -> float | None:
-    """A score as it is, or None for a missing one and for one that fp32, in which scores travel on, cannot hold.
+def _finite(value: Score) -> float | Missing:
+    """A score as it is; `Missing` for none, and for one that fp32, in which scores travel on, cannot hold.
 
     NaN or infinity must not reach the cache or the mean of a group.
     """
-    if value is None or isinstance(value, Missing):
-        return None
-    return float(value) if abs(value) <= _LARGEST else None
+    if isinstance(value, Missing):
+        return value
+    if value is None or not abs(value) <= _LARGEST:
+        return Missing("parse", "the reward gave no finite score")
+    return float(value)

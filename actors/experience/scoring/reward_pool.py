@@ -34,6 +34,7 @@ from deepgen.cluster.resources import pool_resources
 from deepgen.config import PoolSettings
 from deepgen.errors import UserError
 from deepgen.tracking.timeline import Recorder
+from rewards import Missing
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class RewardPool:
         self._open: set[PoolCall] = set()
         self._broken: BaseException | None = None
         self._totals = dict.fromkeys(COUNTERS, 0.0)
+        self._told_reasons = set[str]()  # of missing scores, on the log
 
     async def start(self) -> None:
         """Create and warm up all replicas. Returns when every replica can score. One that dies meanwhile is replaced.
@@ -146,14 +148,16 @@ class RewardPool:
             raise self._broken or RewardPoolError(f"reward pool {self.name}: start() comes first")
         counters = dict.fromkeys(COUNTERS, 0.0)
         values: list[float | None] = [None if key is None else self._cache.recall(key) for key in keys]
-        reasons: list[str | None] = [NOT_APPLICABLE if key is None else None for key in keys]
+        reasons: list[Missing | None] = [NOT_APPLICABLE if key is None else None for key in keys]
         self._count("cache_hits", counters, by=len(values) - values.count(None))
         new = {index: key for index, key in enumerate(keys) if key is not None and values[index] is None}
         if new:
             call = PoolCall(requests, values, reasons, counters, len(new), asyncio.get_running_loop().create_future())
             await self._outcome(call, list(new))
             found = {key: value for index, key in new.items() if (value := values[index]) is not None}
-            self._count("missing", counters, by=sum(values[index] is None for index in new))
+            for why in filter(None, (reasons[index] for index in new)):
+                self._count("missing", counters)
+                self._count(f"missing/{why.reason}", counters)
             self._count("unwritten", by=self._cache.remember(found))
         counters["seconds"] = time.monotonic() - began
         return RewardScores(values, reasons, counters)
@@ -204,9 +208,9 @@ class RewardPool:
             failure = await self._attempt(replica, batch)
             if failure is None:
                 continue
-            reason, lost = failure
-            self._fail(batch, reason)
-            if lost and not await self._replace(replica, reason):
+            why, lost = failure
+            self._fail(batch, why)
+            if lost and not await self._replace(replica, why.detail):
                 return
 
     async def _take(self) -> list[Part]:
@@ -223,7 +227,7 @@ class RewardPool:
             self._filled.clear()
         return batch
 
-    async def _attempt(self, replica: Replica, batch: list[Part]) -> tuple[str, bool] | None:
+    async def _attempt(self, replica: Replica, batch: list[Part]) -> tuple[Missing, bool] | None:
         """Call a replica once. Returns None on success, else why the call failed and whether the replica is lost."""
         if not batch:
             return None
@@ -235,10 +239,11 @@ class RewardPool:
             reply = await replica.score(picks, lists, self._settings.deadline_s)
         except CallTimeout as error:
             self._count_batch(batch, "timeouts")
-            return str(error), True
+            return Missing("deadline", str(error)), True
         except RayActorError as error:
             age = time.monotonic() - began
-            return f"{replica.label}: died during score, {age:.1f} s after the call: {_first_line(error)}", True
+            what = f"{replica.label}: died during score, {age:.1f} s after the call: {_first_line(error)}"
+            return Missing("died", what), True
         except RayError as error:
             self._raise(batch, error)
             return None
@@ -246,12 +251,23 @@ class RewardPool:
             self._totals["seconds"] += time.monotonic() - began
             self._recorder.end(span)
         if reply.unavailable is not None:
-            return f"{replica.label}: {reply.unavailable}", False
+            return Missing("transport", f"{replica.label}: {reply.unavailable}"), False
         replica.failures = 0
-        values = iter(reply.values)
+        outcomes = iter(reply.values)
         for part in batch:
-            part.settle([next(values) for _ in part.indices], f"{replica.label}: the reward gave no finite score")
+            part.settle([self._told(next(outcomes), replica) for _ in part.indices])
         return None
+
+    def _told(self, outcome: float | Missing, replica: Replica) -> float | Missing:
+        """The outcome, with the replica's name where it is missing. The first for each reason is a line on the log."""
+        if not isinstance(outcome, Missing):
+            return outcome
+        why = Missing(outcome.reason, f"{replica.label}: {outcome.detail or 'the reward does not say more'}")
+        if why.reason not in self._told_reasons:
+            self._told_reasons.add(why.reason)
+            text = "%s: a score is missing (%s); more with this reason are only counted: pool/%s/missing/%s"
+            log.warning(text, why.detail, why.reason, self.name, why.reason)
+        return why
 
     def _raise(self, batch: list[Part], error: RayError) -> None:
         """Raise an error that another attempt would meet again in the `score` calls that it concerns."""
@@ -269,17 +285,18 @@ class RewardPool:
     def _count_batch(self, batch: list[Part], key: str) -> None:
         self._count(key, *{id(part.call): part.call.counters for part in batch}.values())
 
-    def _fail(self, batch: list[Part], reason: str) -> None:
+    def _fail(self, batch: list[Part], why: Missing) -> None:
         """Queue a failed batch again after a pause. Scores of requests with no attempts left are missing."""
         again: list[Part] = []
         for part in batch:
             part.failures += 1
             if part.failures > self._settings.retries:
-                part.settle([None] * len(part.indices), f"{reason} (attempt {part.failures}, the last)")
+                last = Missing(why.reason, f"{why.detail} (attempt {part.failures}, the last)")
+                part.settle([last] * len(part.indices))
             else:
                 again.append(part)
         retried, asked = (sum(len(part.indices) for part in parts) for parts in (again, batch))
-        log.warning("%s; %d requests are tried again, %d are missing", reason, retried, asked - retried)
+        log.warning("%s; %d requests are tried again, %d are missing", why.detail, retried, asked - retried)
         if again:
             self._count_batch(again, "retries")
         for part in again:
