@@ -17,6 +17,7 @@ __all__ = [
     "TextLimit",
     "applies",
     "build_reward",
+    "is_groupwise",
     "setting",
     "text_limit",
 ]
@@ -37,6 +38,11 @@ def applies(pool: PoolSettings, request: RewardRequest) -> bool:
     """Whether the pool's reward can score this request."""
     reward = pool.reward_class()
     return bool(reward.applies(request)) if hasattr(reward, "applies") else True
+
+
+def is_groupwise(pool: PoolSettings) -> bool:
+    """Whether the pool's reward compares the images of a prompt: it gets them together, in `score_groups`."""
+    return hasattr(pool.reward_class(), "score_groups")
 
 
 def text_limit(pool: PoolSettings) -> TextLimit | None:

@@ -96,8 +96,9 @@ class RewardUnavailable(Exception):
 class Reward(Protocol):
     """One scorer. Calls are not concurrent: a replica scores one batch at a time.
 
-    A reward that compares the images of a prompt with each other defines `score_groups` in the place of `score`: it
-    gets lists of requests, each all images of one prompt, and returns a list of scores for each.
+    A reward that compares the images of a prompt with each other defines `score_groups(groups)` in the place of
+    `score`: it gets lists of requests, each all images of one prompt (may be a single one), and returns a list of
+    scores for each.
 
     A reward class may define three more members:
 

@@ -350,7 +350,7 @@ class ExperienceStream:
             known = functools.partial(self._known_now, version, policy)
             reply, requests = await self._fleet.call("evaluate", request, known, outputs=2)
             weights = np.repeat(reply.reward_weights, samples, axis=0)
-            scores = await self._rewards.score(requests, reply.keys, weights)
+            scores = await self._rewards.score(requests, reply.keys, weights, samples)
             images = [request.image for request in await _read(requests, f"images of the {request}", deadline_s)]
             return reply, scores, [np.stack(images[i : i + samples]) for i in range(0, len(images), samples)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,7 @@ class Part:
 
     call: PoolCall
     indices: list[int]
+    whole: bool = False  # all images of a prompt, for a reward that compares them: never split
     failures: int = 0
 
     def settle(self, outcomes: Sequence[float | Missing]) -> None:
@@ -71,4 +73,22 @@ class Part:
     def split(self, count: int) -> Part:
         """Take the first `count` requests out of this part."""
         taken, self.indices = self.indices[:count], self.indices[count:]
-        return Part(self.call, taken, self.failures)
+        return Part(self.call, taken, self.whole, self.failures)
+
+
+def asked_groups(keys: Sequence[bytes | None], size: int | None) -> list[list[int]]:
+    """The indices of the requests that have a key, by group; `size`: of a group, in a row, None for 1 request each.
+
+    Groups without a key are left out.
+    """
+    if size is not None and (size < 1 or len(keys) % size):
+        raise ValueError(f"{len(keys)} requests in groups of {size}")
+    size = size or 1
+    groups = [[i for i in range(start, start + size) if keys[i] is not None] for start in range(0, len(keys), size)]
+    return [group for group in groups if group]
+
+
+def group_keys(keys: Sequence[bytes]) -> list[bytes]:
+    """Cache keys of a group's members: a score that comes of a comparison depends on all of them and their order."""
+    whole = hashlib.blake2b(b"".join(keys), digest_size=16).digest()
+    return [hashlib.blake2b(whole + bytes(str(place), "ascii"), digest_size=16).digest() for place in range(len(keys))]

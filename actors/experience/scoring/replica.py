@@ -11,7 +11,7 @@ import ray
 
 from actors.messages import BatchReply
 from deepgen.config import PoolSettings
-from rewards import Missing, RewardRequest, RewardUnavailable, Score, build_reward
+from rewards import Missing, RewardRequest, RewardUnavailable, Score, build_reward, is_groupwise
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -30,18 +30,32 @@ class RewardActor:
         """Load the reward and score one grey image, so that no real request pays the extra time of a first call."""
         self._reward = build_reward(self._settings)
         grey = np.full((64, 64, 3), 128, dtype=np.uint8)
-        self._reward.score([RewardRequest('a sign with the word "ok"', "a sign", "t2i", grey)])
+        request = RewardRequest('a sign with the word "ok"', "a sign", "t2i", grey)
+        self._scores([[request]])
 
     def score(self, picks: list[list[int]], *lists: list[RewardRequest]) -> BatchReply:
         """Score the requests of each list that the same place of `picks` names. Ray has read the lists already."""
-        requests = [listed[index] for picked, listed in zip(picks, lists, strict=True) for index in picked]
+        parts = [[listed[index] for index in picked] for picked, listed in zip(picks, lists, strict=True)]
         try:
-            values = self._reward.score(requests)
+            values = self._scores(parts)
         except RewardUnavailable as error:
             return BatchReply([], str(error) or "unavailable")
-        if len(values) != len(requests):
-            raise ValueError(f"{self._settings.class_} returned {len(values)} scores for {len(requests)} requests")
         return BatchReply([_finite(value) for value in values])
+
+    def _scores(self, parts: list[list[RewardRequest]]) -> list[Score]:
+        """The scores of all requests in a row. For a reward that compares images, each part is one prompt's images."""
+        asked = [request for part in parts for request in part]
+        if not is_groupwise(self._settings):
+            values = list(self._reward.score(asked))
+        else:
+            groups = self._reward.score_groups(parts)  # type: ignore[attr-defined]
+            sizes, wanted = [len(group) for group in groups], [len(part) for part in parts]
+            if sizes != wanted:
+                raise ValueError(f"{self._settings.class_} returned {sizes} scores for groups of {wanted} requests")
+            values = [value for group in groups for value in group]
+        if len(values) != len(asked):
+            raise ValueError(f"{self._settings.class_} returned {len(values)} scores for {len(asked)} requests")
+        return values
 
 
 class Replica:

@@ -3,6 +3,8 @@
     score(requests, keys) ─▶ cache ─▶ queue ─▶ replica 0 ┐  each takes waiting requests, at most batch_size at a time,
                                           └──▶ replica 1 ┘  so requests of several groups share a call
 
+A reward that compares the images of a prompt (`score_groups`) gets them all in one call.
+
 The pool never sees an image. It gets a reference to a list of requests, which replicas read, and the requests' keys.
 
 A call fails if its deadline passes, its actor dies or the reward raises `RewardUnavailable`. The pool retries it on any
@@ -27,14 +29,22 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
-from actors.experience.scoring.pool_parts import COUNTERS, NOT_APPLICABLE, Part, PoolCall, RewardScores
+from actors.experience.scoring.pool_parts import (
+    COUNTERS,
+    NOT_APPLICABLE,
+    Part,
+    PoolCall,
+    RewardScores,
+    asked_groups,
+    group_keys,
+)
 from actors.experience.scoring.replica import CallTimeout, Replica
 from actors.experience.scoring.score_cache import ScoreCache
 from deepgen.cluster.resources import pool_resources
 from deepgen.config import PoolSettings
 from deepgen.errors import UserError
 from deepgen.tracking.timeline import Recorder
-from rewards import Missing
+from rewards import Missing, is_groupwise
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +85,7 @@ class RewardPool:
         recorder: Recorder | None = None,
         journal: Path | None = None,
     ) -> None:
-        self.name, self._settings = settings.pool_name, settings
+        self.name, self._settings, self._groupwise = settings.pool_name, settings, is_groupwise(settings)
         resources = pool_resources(settings, gpus=gpus)
         self._resources = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0.0)}
         self._start_deadline_s, self._max_restarts, self._backoff_s = start_deadline_s, max_restarts, backoff_s
@@ -133,10 +143,14 @@ class RewardPool:
         """Ray handles of the current replicas, for operations and tests."""
         return [replica.actor for replica in self._replicas]
 
-    async def score(self, requests: ray.ObjectRef, keys: Sequence[bytes | None]) -> RewardScores:
+    async def score(
+        self, requests: ray.ObjectRef, keys: Sequence[bytes | None], group: int | None = None
+    ) -> RewardScores:
         """Score the list of requests behind a reference.
 
         keys: what tells the requests apart (`request_key`), in their order; None where this reward is not asked.
+        group: images of one prompt, side by side; None: all are. It matters to a reward that compares them: they are
+        asked for together, from the cache or from the reward, and a score is kept for just these images.
 
         Raises:
             RequestsLostError: the node that held the requests died.
@@ -147,14 +161,22 @@ class RewardPool:
         if self._broken is not None or not self._workers:
             raise self._broken or RewardPoolError(f"reward pool {self.name}: start() comes first")
         counters = dict.fromkeys(COUNTERS, 0.0)
-        values: list[float | None] = [None if key is None else self._cache.recall(key) for key in keys]
+        groups = asked_groups(keys, (group or len(keys)) if self._groupwise else None) if keys else []
+        cache_keys = self._cache_keys(keys, groups)
+        values: list[float | None] = [None] * len(keys)
+        for members in groups:
+            known = [self._cache.recall(cache_keys[index]) for index in members]
+            if None not in known:
+                for index, value in zip(members, known, strict=True):
+                    values[index] = value
         reasons: list[Missing | None] = [NOT_APPLICABLE if key is None else None for key in keys]
         self._count("cache_hits", counters, by=len(values) - values.count(None))
-        new = {index: key for index, key in enumerate(keys) if key is not None and values[index] is None}
+        groups = [members for members in groups if values[members[0]] is None]
+        new = [index for members in groups for index in members]
         if new:
             call = PoolCall(requests, values, reasons, counters, len(new), asyncio.get_running_loop().create_future())
-            await self._outcome(call, list(new))
-            found = {key: value for index, key in new.items() if (value := values[index]) is not None}
+            await self._outcome(call, groups if self._groupwise else [new])
+            found = {cache_keys[index]: value for index in new if (value := values[index]) is not None}
             for why in filter(None, (reasons[index] for index in new)):
                 self._count("missing", counters)
                 self._count(f"missing/{why.reason}", counters)
@@ -164,11 +186,19 @@ class RewardPool:
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
-    async def _outcome(self, call: PoolCall, indices: list[int]) -> None:
+    def _cache_keys(self, keys: Sequence[bytes | None], groups: list[list[int]]) -> dict[int, bytes]:
+        """Keys in the cache by index of the request."""
+        found: dict[int, bytes] = {}
+        for members in groups:
+            own = [key for index in members if (key := keys[index]) is not None]
+            found |= zip(members, group_keys(own) if self._groupwise else own, strict=True)
+        return found
+
+    async def _outcome(self, call: PoolCall, parts: list[list[int]]) -> None:
         """Fill in the scores of these requests, or why they are missing."""
         self._open.add(call)
         try:
-            self._enqueue([Part(call, indices)])
+            self._enqueue(Part(call, indices, self._groupwise) for indices in parts)
             await call.done
         finally:
             self._open.discard(call)
@@ -219,9 +249,14 @@ class RewardPool:
         self._queue = deque(part for part in self._queue if not part.call.done.done())  # the others' callers are gone
         share = math.ceil(sum(len(part.indices) for part in self._queue) / len(self._replicas))
         left, batch = min(share, self._settings.batch_size), list[Part]()
-        while left and self._queue:
+        while left > 0 and self._queue:
             first = self._queue[0]
-            batch.append(self._queue.popleft() if len(first.indices) <= left else first.split(left))
+            if len(first.indices) <= left or (first.whole and not batch):
+                batch.append(self._queue.popleft())
+            elif first.whole:
+                break
+            else:
+                batch.append(first.split(left))
             left -= len(batch[-1].indices)
         if not self._queue:
             self._filled.clear()

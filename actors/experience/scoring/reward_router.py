@@ -42,16 +42,19 @@ class RewardRouter:
         for pool in self._pools.values():
             pool.stop()
 
-    async def score(self, requests: ray.ObjectRef, keys: Sequence[bytes | None], weights: np.ndarray) -> np.ndarray:
+    async def score(
+        self, requests: ray.ObjectRef, keys: Sequence[bytes | None], weights: np.ndarray, group: int | None = None
+    ) -> np.ndarray:
         """Scores, float32 [N, K], of the N requests behind a reference; NaN if missing or not asked for.
 
         keys, weights [N, K]: of the requests (`actors.experience.reward_requests`). One without a key is not asked.
+        group: images of one prompt, side by side; None: all N.
         """
         scores = np.full(weights.shape, np.nan, dtype=np.float32)
 
         async def one(k: int, name: str) -> None:
             asked = [key if weight else None for key, weight in zip(keys, weights[:, k].tolist(), strict=True)]
-            result = await self._pools[name].score(requests, asked)
+            result = await self._pools[name].score(requests, asked, group)
             scores[:, k] = [np.nan if value is None else value for value in result.values]
 
         await asyncio.gather(*(one(k, name) for k, name in enumerate(self.names)))

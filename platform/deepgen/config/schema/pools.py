@@ -23,6 +23,7 @@ from deepgen.errors import UserError, nearest
 from deepgen.registry import REWARDS
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_METHODS = ("score", "score_groups")
 _RESERVED = ("weights", "total")  # a key beside the pools; the weighted sum's name in metrics
 
 
@@ -73,10 +74,11 @@ def reward_class(given: str, key: str) -> type[Any]:
     that is not a reward.
     """
     found, path = REWARDS.load(given, key), REWARDS.path(given, key)
-    if not isinstance(found, type) or not callable(getattr(found, "score", None)):
+    if not isinstance(found, type) or not any(callable(getattr(found, method, None)) for method in _METHODS):
         what = "class without it" if isinstance(found, type) else type(found).__name__
         raise UserError(
-            f"{key}: got {path!r}, a {what}; allowed: a class with a method score(requests), see docs/own-reward.md"
+            f"{key}: got {path!r}, a {what}; allowed: a class with a method score(requests), or score_groups(groups) "
+            "if it compares the images of a prompt, see docs/own-reward.md"
         )
     if hasattr(found, "from_settings"):
         raise UserError(
