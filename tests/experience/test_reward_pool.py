@@ -52,7 +52,7 @@ def batches(folder: Path) -> list[int]:
 def make_pool(folder: Path, **changes: Any) -> RewardPool:
     """A pool of the fake reward. `changes`: its name, settings, or constructor arguments."""
     settings = {"class": FAKE, "path": str(folder), "cpus": 0.1}
-    settings |= {"replicas": 1, "batch_size": 4, "deadline_s": 60.0, "retries": 2}
+    settings |= {"replicas": 1, "batch_size": 4, "deadline_s": 60.0, "retries": 2, "required": False}
     name = changes.pop("name", "FakeReward")
     arguments: dict[str, Any] = {"backoff_s": 0.01}
     for key, value in changes.items():
@@ -250,7 +250,7 @@ def test_killed_replica_is_replaced(ray_local: ModuleType, tmp_path: Path) -> No
     assert totals["missing"] == 0
 
 
-def test_pool_without_replicas_fails_loud(ray_local: ModuleType, tmp_path: Path) -> None:
+def test_required_pool_without_replicas_fails_loud(ray_local: ModuleType, tmp_path: Path) -> None:
     mishaps(tmp_path, "die", 9)
 
     async def scenario(pool: RewardPool) -> None:
@@ -259,7 +259,7 @@ def test_pool_without_replicas_fails_loud(ray_local: ModuleType, tmp_path: Path)
         with pytest.raises(RewardPoolError, match="has no replica left"):
             await score(pool, [request(3)])
 
-    run(tmp_path, scenario, max_restarts=1, retries=5)
+    run(tmp_path, scenario, max_restarts=1, retries=5, required=True)
 
 
 def test_replica_that_dies_in_its_start_is_replaced(ray_local: ModuleType, tmp_path: Path) -> None:
@@ -310,8 +310,10 @@ def test_scores_outlive_the_pool_but_a_full_disk_ends_nothing(
 
 def test_bugs_of_a_reward_are_raised_and_leave_the_pool_working(shared: Shared) -> None:
     async def scenario(pool: RewardPool) -> RewardScores:
+        odd = await score(pool, [request(30, "bug"), request(31)])
+        assert levels(odd) == [None, 31] and odd.counters["missing/refused"] == 1
         with pytest.raises(ZeroDivisionError, match="a bug in the reward"):
-            await score(pool, [request(31, "bug")])
+            await score(pool, [request(level, "bug") for level in range(3)])
         return await score(pool, [request(32)])
 
     assert levels(shared.run(scenario)) == [32]

@@ -26,8 +26,8 @@ class RewardScores:
         values: the scores; None if a score is missing.
         reasons: why a score is missing; None if it is not.
         counters: counts for this call, keys as in COUNTERS. `calls` counts replica calls with at least one of its
-            requests; `missing`, also by reason, excludes requests without a key; `unwritten` scores are not in the journal, though it
-            is on; `seconds` is wall time.
+            requests; `missing`, also by reason, excludes requests without a key; `unwritten` scores are not in the
+            journal, though it is on; `seconds` is wall time.
     """
 
     values: list[float | None]
@@ -44,6 +44,7 @@ class PoolCall:
     reasons: list[Missing | None]
     counters: dict[str, float]
     waiting: int  # requests without an outcome
+    began: float  # by the monotonic clock
     done: asyncio.Future[None]
 
     def fail(self, error: BaseException) -> None:
@@ -63,9 +64,8 @@ class Part:
     def settle(self, outcomes: Sequence[float | Missing]) -> None:
         """Enter a score, or why there is none, for each request."""
         for index, outcome in zip(self.indices, outcomes, strict=True):
-            missing = isinstance(outcome, Missing)
-            self.call.values[index] = None if missing else outcome
-            self.call.reasons[index] = outcome if missing else None
+            self.call.values[index] = None if isinstance(outcome, Missing) else outcome
+            self.call.reasons[index] = outcome if isinstance(outcome, Missing) else None
         self.call.waiting -= len(self.indices)
         if not self.call.waiting and not self.call.done.done():
             self.call.done.set_result(None)
@@ -90,5 +90,5 @@ def asked_groups(keys: Sequence[bytes | None], size: int | None) -> list[list[in
 
 def group_keys(keys: Sequence[bytes]) -> list[bytes]:
     """Cache keys of a group's members: a score that comes of a comparison depends on all of them and their order."""
-    whole = hashlib.blake2b(b"".join(keys), digest_size=16).digest()
-    return [hashlib.blake2b(whole + bytes(str(place), "ascii"), digest_size=16).digest() for place in range(len(keys))]
+    whole = hashlib.blake2b(b"".join([b"%d:" % len(keys), *keys]), digest_size=16).digest()
+    return [hashlib.blake2b(b"%d:" % place + whole, digest_size=16).digest() for place in range(len(keys))]

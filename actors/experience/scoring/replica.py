@@ -26,12 +26,17 @@ class RewardActor:
     def __init__(self, settings: PoolSettings) -> None:
         self._settings = settings
 
-    def start(self) -> None:
-        """Load the reward and score one grey image, so that no real request pays the extra time of a first call."""
+    def start(self, check: list[RewardRequest]) -> Missing | None:
+        """Load the reward and score the images of `check`, which are one prompt's. Returns why a score is missing.
+
+        So no real request pays the extra time of a first call, and a reward that cannot score is found now.
+        """
         self._reward = build_reward(self._settings)
-        grey = np.full((64, 64, 3), 128, dtype=np.uint8)
-        request = RewardRequest('a sign with the word "ok"', "a sign", "t2i", grey)
-        self._scores([[request]])
+        try:
+            values = self._scores([check]) if check else []
+        except RewardUnavailable as error:
+            return Missing("transport", str(error) or "unavailable")
+        return next((found for found in map(_finite, values) if isinstance(found, Missing)), None)
 
     def score(self, picks: list[list[int]], *lists: list[RewardRequest]) -> BatchReply:
         """Score the requests of each list that the same place of `picks` names. Ray has read the lists already."""
@@ -70,8 +75,9 @@ class Replica:
     def _create(self) -> Any:
         return ray.remote(RewardActor).options(**self._resources).remote(self._settings)
 
-    async def start(self, deadline_s: float) -> None:
-        await self._answer(self.actor.start.remote(), "start", deadline_s)
+    async def start(self, check: list[RewardRequest], deadline_s: float) -> Missing | None:
+        missing: Missing | None = await self._answer(self.actor.start.remote(check), "start", deadline_s)
+        return missing
 
     async def score(self, picks: list[list[int]], lists: list[ray.ObjectRef], deadline_s: float) -> BatchReply:
         reply: BatchReply = await self._answer(self.actor.score.remote(picks, *lists), "score", deadline_s)

@@ -26,15 +26,21 @@ class RewardRouter:
 
     def __init__(self, settings: Settings, *, gpus: bool, recorder: Recorder | None = None) -> None:
         self.names = settings.rewards.used()
-        pools, deadline = settings.rewards.pools, settings.cluster.start_deadline_s
         journal = settings.run.folder / JOURNAL if settings.experience.journal else None
         self._pools = {
-            name: RewardPool(pools[name], gpus=gpus, start_deadline_s=deadline, recorder=recorder, journal=journal)
+            name: RewardPool(
+                settings.rewards.pools[name],
+                gpus=gpus,
+                start_deadline_s=settings.cluster.start_deadline_s,
+                recorder=recorder,
+                journal=journal,
+                tasks=[task for task, row in settings.rewards.weights.items() if row.get(name)],
+            )
             for name in self.names
         }
 
     async def start(self) -> None:
-        """Start all pools at once. Returns when every pool can score."""
+        """Start all pools at once. Returns when every pool can score. Raises UserError that names one that cannot."""
         await asyncio.gather(*(pool.start() for pool in self._pools.values()))
 
     def stop(self) -> None:
