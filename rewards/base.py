@@ -89,7 +89,7 @@ class RewardUnavailable(Exception):
     """Raised by a reward that cannot score right now, for example because a service does not answer.
 
     The pool retries and finally reports the scores as missing. After any other exception it looks for the request that
-    causes it, whose score is missing; if several in a row do, it is a bug and ends the run.
+    causes it, whose score is missing; if several prompts in a row do, it is a bug and ends the run.
     """
 
 

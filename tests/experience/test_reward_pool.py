@@ -313,7 +313,7 @@ def test_bugs_of_a_reward_are_raised_and_leave_the_pool_working(shared: Shared) 
         odd = await score(pool, [request(30, "bug"), request(31)])
         assert levels(odd) == [None, 31] and odd.counters["missing/refused"] == 1
         with pytest.raises(ZeroDivisionError, match="a bug in the reward"):
-            await score(pool, [request(level, "bug") for level in range(3)])
+            await asyncio.gather(*(score(pool, [request(level, "bug")]) for level in range(3)))
         return await score(pool, [request(32)])
 
     assert levels(shared.run(scenario)) == [32]

@@ -13,7 +13,7 @@ that did it is alone. After the last attempt the scores are missing: None, a rea
 replaces a replica that died or did not answer. If all calls fail, the breaker opens (`Breaker`): then requests wait for
 at most `deadline_s`, while single ones probe whether the reward answers again; with `required` the run ends after that.
 
-Exceptions with one request after the other are a bug in the reward, and `score` raises them. Requests lost with their
+Exceptions with one prompt after the other are a bug in the reward, and `score` raises them. Requests lost with their
 node cannot be read by another attempt either: `score` raises `RequestsLostError`.
 """
 
@@ -54,7 +54,7 @@ from rewards import Missing, is_groupwise
 log = logging.getLogger(__name__)
 
 MAX_BACKOFF_S = 10.0
-BUGS_IN_A_ROW = 3  # requests with which a reward raises an exception, without a score in between: then it is a bug
+BUGS_IN_A_ROW = 3  # prompts with which a reward raises an exception, without a score in between: then it is a bug
 GROW_AFTER_S, IDLE_S = 10.0, 60.0  # before a replica is added, and before one that idles goes
 _LOOK_S = 0.25  # how often a replica looks whether the breaker lets a call go on
 
@@ -106,7 +106,7 @@ class RewardPool:
         self._jitter = random.Random(self.name)  # moves pauses, never a score
         self._breaker = Breaker(backoff_s, self._jitter)
         self._check = check_requests(settings, tasks)
-        self._raised = 0  # requests in a row with which the reward raised an exception
+        self._raised = set[PoolCall]()  # with whose requests the reward raised exceptions, since its last score
         self._numbered = 0  # replicas so far
         self._growing: asyncio.TimerHandle | None = None
         self._open: set[PoolCall] = set()
@@ -169,7 +169,7 @@ class RewardPool:
         Raises:
             RequestsLostError: the node that held the requests died.
             RewardPoolError: the reward is required and does not answer, or the pool is not running.
-            Exception: the reward raised it with BUGS_IN_A_ROW requests in a row.
+            Exception: the reward raised it with BUGS_IN_A_ROW prompts in a row.
         """
         began = time.monotonic()
         if self._broken is not None or not self._workers:
@@ -328,7 +328,7 @@ class RewardPool:
     def _settle(self, replica: Replica, batch: Batch, values: list[float | Missing]) -> None:
         outcomes = [self._told(value, replica) for value in values]
         replica.failures = 0
-        self._raised = 0
+        self._raised.clear()
         down = [why for why in outcomes if isinstance(why, Missing) and why.reason in ("transport", "deadline")]
         if len(down) == len(outcomes):  # the reward itself has tried a service in vain
             self._no_answer(batch, down[0])
@@ -354,8 +354,8 @@ class RewardPool:
     def _meet(self, replica: Replica, batch: list[Part], error: RayError) -> None:
         """An exception in the replica. Another attempt would meet it again: so find the request that causes it.
 
-        Its score is missing. But if that happens again and again without a score in between, it is a bug in the
-        reward, and the `score` calls raise it.
+        Its score is missing. All images of an odd prompt may fail like this, but if several prompts do and no score
+        comes in between, it is a bug in the reward, and the `score` calls raise it.
         """
         cause = error.cause if isinstance(error, RayTaskError) else error
         lost = cause.object_ref_hex if isinstance(cause, ObjectLostError) else None
@@ -371,8 +371,8 @@ class RewardPool:
             for half in reversed(halves(batch)):  # the first half first and down to its end: a bug is soon told so
                 self._queue.add_suspects(half, first=True)
             return
-        self._raised += 1
-        if self._raised >= BUGS_IN_A_ROW:
+        self._raised.update(part.call for part in batch)
+        if len(self._raised) >= BUGS_IN_A_ROW:
             for part in batch:
                 part.call.fail(error)
             return

@@ -12,7 +12,7 @@ import pytest
 
 from actors.experience.scoring import reward_pool
 from actors.experience.scoring.pool_parts import RewardScores
-from actors.experience.scoring.reward_pool import BUGS_IN_A_ROW, RewardPool, RewardPoolError
+from actors.experience.scoring.reward_pool import RewardPool, RewardPoolError
 from deepgen.config.schema.pools import make_pool
 from deepgen.errors import UserError
 from rewards import Missing, RewardUnavailable, Score
@@ -83,13 +83,28 @@ def test_a_request_that_hangs_costs_few_others_and_only_the_attempts_that_are_al
     assert len(why(scores)) == 8 and len([call for call in script.calls if NAMES[5] in call]) == 2
 
 
-def test_errors_with_one_request_after_the_other_are_a_bug(script: Script) -> None:
+def test_a_prompt_with_which_the_reward_always_fails_costs_its_own_scores(script: Script) -> None:
+    def score(names: list[str]) -> list[Score]:
+        if any(name.startswith("odd") for name in names):
+            raise UnicodeDecodeError("ascii", b"x", 0, 1, "odd")
+        return [1.0 for _ in names]
+
+    script.score = score
+
+    async def work(pool: RewardPool) -> list[RewardScores]:
+        return await asyncio.gather(*(ask(pool, [f"{kind}{n}" for n in range(8)]) for kind in ("a", "odd", "b")))
+
+    found = in_pool(work, batch_size=64)
+    assert [scores.values for scores in found] == [[1.0] * 8, [None] * 8, [1.0] * 8]
+
+
+def test_errors_with_one_prompt_after_the_other_are_a_bug(script: Script) -> None:
     script.score = unless(None, ZeroDivisionError("a bug"))
 
     async def work(pool: RewardPool) -> RewardScores:
         with pytest.raises(ZeroDivisionError, match="a bug"):
-            await ask(pool, NAMES)
-        assert len(script.calls) == 1 + math.log2(64) + BUGS_IN_A_ROW  # one more, as the third shares a pair
+            await asyncio.gather(*(ask(pool, NAMES[n : n + 4]) for n in range(0, 64, 4)))
+        assert len(script.calls) <= 4 + 2 * 7 + 5  # down to the first prompt, all of two prompts, a few more
         script.score = unless("none of these", Death())
         return await ask(pool, NAMES[:2])
 
