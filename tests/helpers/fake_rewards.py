@@ -20,18 +20,6 @@ SPECIAL: dict[str, Score] = {
 }
 
 
-class Rank:
-    """Compares the images of a prompt: an image's score is how many of them are darker. A single one has no score."""
-
-    def score_groups(self, groups: Sequence[Sequence[RewardRequest]]) -> list[list[Score]]:
-        return [self._ranks([float(request.image.mean()) for request in group]) for group in groups]
-
-    def _ranks(self, levels: list[float]) -> list[Score]:
-        if len(levels) < 2:
-            return [Missing("refused", "nothing to compare with") for _ in levels]
-        return [float(sum(other < level for other in levels)) for level in levels]
-
-
 class FakeReward:
     """Scores an image by its first pixel / 255. Files in the folder `path` control how often it misbehaves.
 
