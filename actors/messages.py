@@ -17,6 +17,7 @@ import numpy as np
 from deepgen.config import Settings
 from deepgen.data.records import Record
 from deepgen.drawing.request import DrawRequest
+from rewards import Missing
 
 Arrays = dict[str, np.ndarray]
 OBJECT_STORE, NIXL = "object_store", "nixl"  # how weights travel
@@ -105,9 +106,12 @@ class EvaluationReply:
 
 @dataclass(frozen=True)
 class BatchReply:
-    """A reward replica's answer: one score per request, or the reason why it has none. Reward actor → pool."""
+    """A reward replica's answer: for each request its score or why it has none. Reward actor → pool.
 
-    values: list[float | None]
+    unavailable: why the reward could not score any of them now; None if it could.
+    """
+
+    values: list[float | Missing]
     unavailable: str | None = None
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from actors.experience.reward_pool import RewardPool
 from actors.experience.reward_requests import request_key
+from actors.experience.scoring.reward_pool import RewardPool
 from benchmarks.timing import Result, compare, recipe
 from deepgen.cluster.private import start_private
 from deepgen.config.schema.pools import make_pool

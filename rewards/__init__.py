@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from deepgen.config import InputPath, PoolSettings, setting
-from rewards.base import Missing, Reward, RewardRequest, RewardUnavailable, Score, TextLimit
+from rewards.base import REASONS, Missing, Reward, RewardRequest, RewardUnavailable, Score, TextLimit
 
 __all__ = [
+    "REASONS",
     "InputPath",
     "Missing",
     "PoolSettings",
@@ -16,6 +17,7 @@ __all__ = [
     "TextLimit",
     "applies",
     "build_reward",
+    "is_groupwise",
     "setting",
     "text_limit",
 ]
@@ -36,6 +38,11 @@ def applies(pool: PoolSettings, request: RewardRequest) -> bool:
     """Whether the pool's reward can score this request."""
     reward = pool.reward_class()
     return bool(reward.applies(request)) if hasattr(reward, "applies") else True
+
+
+def is_groupwise(pool: PoolSettings) -> bool:
+    """Whether the pool's reward compares the images of a prompt: it gets them together, in `score_groups`."""
+    return hasattr(pool.reward_class(), "score_groups")
 
 
 def text_limit(pool: PoolSettings) -> TextLimit | None:

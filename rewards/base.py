@@ -88,16 +88,17 @@ Score = float | Missing | None  # higher is better; None: missing, and the rewar
 class RewardUnavailable(Exception):
     """Raised by a reward that cannot score right now, for example because a service does not answer.
 
-    The pool retries and finally reports the scores as missing. Any other exception from a reward is a bug and ends
-    the run.
+    The pool retries and finally reports the scores as missing. After any other exception it looks for the request that
+    causes it, whose score is missing; if several prompts in a row do, it is a bug and ends the run.
     """
 
 
 class Reward(Protocol):
     """One scorer. Calls are not concurrent: a replica scores one batch at a time.
 
-    A reward that compares the images of a prompt with each other defines `score_groups` in the place of `score`: it
-    gets lists of requests, each all images of one prompt, and returns a list of scores for each.
+    A reward that compares the images of a prompt with each other defines `score_groups(groups)` in the place of
+    `score`: it gets lists of requests, each all images of one prompt (may be a single one), and returns a list of
+    scores for each.
 
     A reward class may define three more members:
 

@@ -7,7 +7,7 @@ One training step, and where each part of it is:
 
     generate   actors/experience/rollout_actor.py: RolloutActor.sample_group
                platform/deepgen/diffusion/trajectory.py: sample
-    score      actors/experience/reward_router.py: RewardRouter.score
+    score      actors/experience/scoring/reward_router.py: RewardRouter.score
                rewards/ocr.py: OcrReward.score                           (one file a reward)
     advantage  platform/deepgen/algorithms/advantages.py: group_advantages
     update     actors/learner/loop.py: update

@@ -26,10 +26,10 @@ from ray.exceptions import ObjectLostError
 
 from actors.experience.journal.journal_counts import JournalCounts
 from actors.experience.prompt_order import PromptOrder, check_state
-from actors.experience.reward_pool import RequestsLostError
-from actors.experience.reward_router import RewardRouter
 from actors.experience.rollout_actor import Pictures
 from actors.experience.rollout_fleet import ATTEMPTS, RolloutError, RolloutFleet
+from actors.experience.scoring.reward_pool import RequestsLostError
+from actors.experience.scoring.reward_router import RewardRouter
 from actors.experience.step_advantages import factor_and_clamped, own_advantages, step_advantages
 from actors.experience.step_metrics import StepClock, stacked_scores, step_metrics
 from actors.experience.stream_client import StreamForgotError, VersionGoneError
@@ -350,7 +350,7 @@ class ExperienceStream:
             known = functools.partial(self._known_now, version, policy)
             reply, requests = await self._fleet.call("evaluate", request, known, outputs=2)
             weights = np.repeat(reply.reward_weights, samples, axis=0)
-            scores = await self._rewards.score(requests, reply.keys, weights)
+            scores = await self._rewards.score(requests, reply.keys, weights, samples)
             images = [request.image for request in await _read(requests, f"images of the {request}", deadline_s)]
             return reply, scores, [np.stack(images[i : i + samples]) for i in range(0, len(images), samples)]
 

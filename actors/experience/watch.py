@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 
-from actors.experience.reward_router import RewardRouter
 from actors.experience.rollout_fleet import RolloutFleet
+from actors.experience.scoring.reward_router import RewardRouter
 from actors.experience.step_metrics import StepClock
 from deepgen.config import Settings
 from deepgen.tracking.status import Call, GroupsOfStep, Rank, Status, silence_text, status_to_json, write_status
@@ -31,7 +31,8 @@ class Watch:
         self._folder, self._steps = settings.run.folder, settings.train.steps
         self._groups, self._silence_s = settings.rollout.prompts_per_step, settings.experience.silence_s
         self._recorder, self._fleet, self._rewards = recorder, fleet, rewards
-        pools = {name: settings.rewards.pools[name].replicas for name in rewards.names}
+        used = {name: settings.rewards.pools[name] for name in rewards.names}
+        pools = {name: max(pool.replicas, pool.max_replicas) for name, pool in used.items()}
         self._actors = {ROLLOUT: len(fleet.names), **pools}
         self._clocks: dict[int, StepClock] = {}
         self._ranks: dict[int, Rank] = {}

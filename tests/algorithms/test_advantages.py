@@ -150,6 +150,26 @@ def test_a_sample_without_scores_gets_zero_and_moves_nobody(name: str) -> None:
     assert with_lost.spread_after == pytest.approx(plain.spread_after)
 
 
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_a_score_that_is_left_alone_moves_nobody(name: str) -> None:
+    """A group that lost all but one score of its only reward is as if it had lost all."""
+    rewards, weights, ids = _batch(rewards=1)
+    rewards[:6] = NAN
+    none_left = group_advantages(name, rewards, weights, ids)
+    rewards[2] = 1000.0
+    one_left = group_advantages(name, rewards, weights, ids)
+    assert torch.equal(one_left.advantages, none_left.advantages)
+    assert one_left.spread_after == none_left.spread_after and one_left.factor == none_left.factor
+    assert (one_left.missing.tolist(), none_left.missing.tolist()) == ([5], [6])
+
+
+def test_a_single_image_is_not_alone_because_others_are_missing() -> None:
+    """REINFORCE++ needs no groups: with one image in each, each score counts."""
+    rewards = torch.tensor([[1.0], [2.0], [4.0]])
+    result = group_advantages("reinforcepp", rewards, torch.ones(3, 1), torch.arange(3))
+    assert result.advantages[0] < 0 < result.advantages[2]
+
+
 @pytest.mark.parametrize("name", ["grpo", "grpo_global_std"])
 def test_in_a_raw_sum_a_missing_score_is_average_not_zero(name: str) -> None:
     rewards = torch.tensor([[10.0, 1.0], [11.0, 1.0], [12.0, 1.0], [NAN, 1.0]])

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from actors.experience.reward_requests import make_requests, request_key, reward_weights
-from actors.experience.reward_router import RewardRouter
+from actors.experience.scoring.reward_router import RewardRouter
 from deepgen.algorithms.advantages import group_advantages
 from deepgen.cluster.resources import rl_needs
 from deepgen.config import Settings, parse_command_line

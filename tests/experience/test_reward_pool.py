@@ -15,15 +15,10 @@ import pytest
 
 from actors.experience.journal import score_journal
 from actors.experience.journal.score_journal import ScoreJournal
-from actors.experience.reward_pool import (
-    NOT_APPLICABLE,
-    CallTimeout,
-    RequestsLostError,
-    RewardPool,
-    RewardPoolError,
-    RewardScores,
-)
 from actors.experience.reward_requests import request_key
+from actors.experience.scoring.pool_parts import NOT_APPLICABLE, RewardScores
+from actors.experience.scoring.replica import CallTimeout
+from actors.experience.scoring.reward_pool import RequestsLostError, RewardPool, RewardPoolError
 from deepgen.config.schema.pools import make_pool as make_pool_settings
 from deepgen.errors import UserError
 from rewards.base import RewardRequest
@@ -57,7 +52,7 @@ def batches(folder: Path) -> list[int]:
 def make_pool(folder: Path, **changes: Any) -> RewardPool:
     """A pool of the fake reward. `changes`: its name, settings, or constructor arguments."""
     settings = {"class": FAKE, "path": str(folder), "cpus": 0.1}
-    settings |= {"replicas": 1, "batch_size": 4, "deadline_s": 60.0, "retries": 2}
+    settings |= {"replicas": 1, "batch_size": 4, "deadline_s": 60.0, "retries": 2, "required": False}
     name = changes.pop("name", "FakeReward")
     arguments: dict[str, Any] = {"backoff_s": 0.01}
     for key, value in changes.items():
@@ -188,12 +183,19 @@ def test_missing_scores_are_none_with_reason_and_counter(shared: Shared) -> None
     down, odd = shared.run(scenario)
     assert down.values == [None, None]
     assert down.reasons[0] is not None
-    assert "the service is down (attempt 3, the last)" in down.reasons[0]
-    assert (down.counters["missing"], down.counters["calls"]) == (2, 3)
+    assert down.reasons[0].reason == "transport"
+    assert "the service is down (attempt 3, the last)" in down.reasons[0].detail
+    assert [down.counters[key] for key in ("missing", "missing/transport", "calls")] == [2, 2, 3]
     assert levels(odd) == [None, 24, *[None] * len(SPECIAL)]
     assert odd.reasons[0] == NOT_APPLICABLE
-    assert all(reason is not None and "the reward gave no finite score" in reason for reason in odd.reasons[2:])
+    said = [reason for reason in odd.reasons[2:] if reason is not None]
+    assert [(why.reason, why.detail.partition(": ")[2]) for why in said] == [
+        *[("parse", "the reward gave no finite score")] * (len(SPECIAL) - 1),
+        ("too_long", "more than it reads"),  # what the reward itself says
+    ]
     assert odd.counters["missing"] == len(SPECIAL)  # a request that is never sent does not count
+    assert odd.counters["missing/parse"] == len(SPECIAL) - 1 and odd.counters["missing/too_long"] == 1
+    assert sum(value for key, value in odd.counters.items() if key.startswith("missing/")) == len(SPECIAL)
 
 
 def test_hanging_replica_is_replaced_and_its_request_scored(ray_local: ModuleType, tmp_path: Path) -> None:
@@ -221,8 +223,9 @@ def test_timeout_without_retries_is_missing_and_names_actor_call_and_age(ray_loc
     scores = run(tmp_path, scenario, deadline_s=2.0, retries=0)
     assert scores.values == [None]
     assert scores.reasons[0] is not None
-    assert "FakeReward reward #0: call 'score' has not answered after 2.0 s (deadline 2 s)" in scores.reasons[0]
-    assert (scores.counters["timeouts"], scores.counters["missing"]) == (1, 1)
+    assert scores.reasons[0].reason == "deadline"
+    assert "FakeReward reward #0: call 'score' has not answered after 2.0 s (deadline 2 s)" in scores.reasons[0].detail
+    assert [scores.counters[key] for key in ("timeouts", "missing", "missing/deadline")] == [1, 1, 1]
 
 
 def ask_until_dead(ray_local: ModuleType, actor: Any) -> None:
@@ -247,7 +250,7 @@ def test_killed_replica_is_replaced(ray_local: ModuleType, tmp_path: Path) -> No
     assert totals["missing"] == 0
 
 
-def test_pool_without_replicas_fails_loud(ray_local: ModuleType, tmp_path: Path) -> None:
+def test_required_pool_without_replicas_fails_loud(ray_local: ModuleType, tmp_path: Path) -> None:
     mishaps(tmp_path, "die", 9)
 
     async def scenario(pool: RewardPool) -> None:
@@ -256,7 +259,7 @@ def test_pool_without_replicas_fails_loud(ray_local: ModuleType, tmp_path: Path)
         with pytest.raises(RewardPoolError, match="has no replica left"):
             await score(pool, [request(3)])
 
-    run(tmp_path, scenario, max_restarts=1, retries=5)
+    run(tmp_path, scenario, max_restarts=1, retries=5, required=True)
 
 
 def test_replica_that_dies_in_its_start_is_replaced(ray_local: ModuleType, tmp_path: Path) -> None:
@@ -307,8 +310,10 @@ def test_scores_outlive_the_pool_but_a_full_disk_ends_nothing(
 
 def test_bugs_of_a_reward_are_raised_and_leave_the_pool_working(shared: Shared) -> None:
     async def scenario(pool: RewardPool) -> RewardScores:
+        odd = await score(pool, [request(30, "bug"), request(31)])
+        assert levels(odd) == [None, 31] and odd.counters["missing/refused"] == 1
         with pytest.raises(ZeroDivisionError, match="a bug in the reward"):
-            await score(pool, [request(31, "bug")])
+            await asyncio.gather(*(score(pool, [request(level, "bug")]) for level in range(3)))
         return await score(pool, [request(32)])
 
     assert levels(shared.run(scenario)) == [32]

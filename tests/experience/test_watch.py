@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.experience.reward_pool import RewardPool
 from actors.experience.reward_requests import request_key
 from actors.experience.rollout_fleet import RolloutFleet
+from actors.experience.scoring.reward_pool import RewardPool
 from actors.experience.watch import Watch
 from actors.messages import Canary, Group, PolicyWeights
 from deepgen.config import load_settings

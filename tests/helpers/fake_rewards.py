@@ -8,14 +8,15 @@ import time
 from collections.abc import Sequence
 
 from deepgen.errors import UserError
-from rewards import InputPath, PoolSettings, RewardRequest, RewardUnavailable, setting
+from rewards import InputPath, Missing, PoolSettings, RewardRequest, RewardUnavailable, Score, setting
 
-SPECIAL: dict[str, float | None] = {
+SPECIAL: dict[str, Score] = {
     "none": None,
     "nan": math.nan,
     "inf": math.inf,
     "-inf": -math.inf,
     "1e39": 1e39,  # infinite as fp32
+    "long": Missing("too_long", "more than it reads"),
 }
 
 
@@ -41,7 +42,7 @@ class FakeReward:
     def applies(request: RewardRequest) -> bool:
         return "skip" not in request.prompt
 
-    def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
+    def score(self, requests: Sequence[RewardRequest]) -> list[Score]:
         with (self.folder / "calls").open("a") as calls:
             calls.write(f"{len(requests)}\n")
         prompts = {request.prompt for request in requests}

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import ray
 
-from actors.experience.reward_pool import RewardPool, RewardScores
 from actors.experience.reward_requests import request_key
+from actors.experience.scoring.pool_parts import RewardScores
+from actors.experience.scoring.reward_pool import RewardPool
 from rewards import RewardRequest, applies
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from actors.experience.reward_pool import RewardPool, RewardScores
+from actors.experience.scoring.pool_parts import RewardScores
+from actors.experience.scoring.reward_pool import RewardPool
 from deepgen.config.schema.pools import make_pool
 from deepgen.errors import UserError
 from rewards import Reward, RewardRequest, build_reward

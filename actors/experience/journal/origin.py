@@ -18,7 +18,8 @@ from deepgen.fingerprint import fingerprint
 
 JOURNAL = "journal"  # folder in the run folder
 _PACKAGES = (actors.experience, deepgen, rewards)  # whose code decides what is drawn, and how it is scored
-_HOW_ASKED = {"replicas", "deadline_s", "retries", "cpus"}  # keys of a pool that change no score
+# Keys of a pool that change no score.
+_HOW_ASKED = {"replicas", "max_replicas", "deadline_s", "retries", "required", "cpus"}
 
 
 @cache

@@ -5,14 +5,17 @@ raw rewards first (GRPO) lets the reward with the widest scale decide; normalisi
 
 A missing score is NaN. Means and spreads leave it out, and it counts as "average": it adds 0 to the normalised sum, or
 its group's mean to a raw sum. The other weights are not scaled up to make up for it, so a sample is not pushed harder
-because a judge was away. A sample without any score gets advantage 0 and is left out of the batch statistics. A score
-with weight 0 has no effect and does not count as missing.
+because a judge was away. A sample without any score gets advantage 0 and is left out of the batch statistics. Where
+scores of a reward are missing in a group and fewer than MIN_SCORES are left, the group learns nothing from that reward:
+a score that is alone has nothing to be compared with. In the loss an advantage of 0 is a mask: the sample adds nothing
+to the policy gradient, and the mean stays one over all samples, so that the others are not pushed harder. A score with
+weight 0 has no effect and does not count as missing.
 
 All functions are pure. Statistics are in fp64, with the sample standard deviation (n - 1) and eps outside the root.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +23,8 @@ from torch import Tensor
 from deepgen.algorithms.rules import WHITEN
 from deepgen.errors import UserError
 from deepgen.registry import ADVANTAGES, lookup
+
+MIN_SCORES = 2  # of a reward in a group in which others are missing; with fewer they count as missing, too
 
 
 @dataclass(frozen=True)
@@ -73,19 +78,20 @@ def group_advantages(
     method: Callable[[Scores], tuple[Tensor, Tensor]] = ADVANTAGES.load(name)
     scores = _checked(rewards, weights, group_ids, _scope(whiten, rewards, rank_ids), eps)
     normalised, flat = normalise(scores.rewards, scores.present, scores.groups, eps)
-    combined, advantages = method(scores)
-    advantages = torch.where(scores.usable, advantages, 0.0)
+    compared = _without_lone_scores(scores)
+    combined, advantages = method(compared)
+    advantages = torch.where(compared.usable, advantages, 0.0)
     if clip is not None:
         advantages = advantages.clamp(-clip, clip)
     asked = scores.weights != 0
-    spread = _spread(combined[scores.usable])
+    spread = _spread(combined[compared.usable])
     return AdvantageResult(
         advantages=advantages.float(),
         normalised=torch.where(scores.present, normalised, torch.nan).float(),
         zero_spread=_share_of_groups(flat, asked, scores.groups).float(),
         missing=(~scores.present & asked).sum(dim=0),
         spread_before=spread,
-        spread_after=_spread(advantages[scores.usable]),
+        spread_after=_spread(advantages[compared.usable]),
         factor=1 / (spread + eps),
     )
 
@@ -142,6 +148,17 @@ def weighted_total(scores: Scores) -> Tensor:
     batch_mean, _, _ = _statistics(scores.rewards, scores.present, torch.zeros_like(scores.groups))
     stand_in = torch.where(count > 0, group_mean, batch_mean)
     return (scores.weights * torch.where(scores.present, scores.rewards, stand_in)).sum(dim=1)
+
+
+def _without_lone_scores(scores: Scores) -> Scores:
+    """The scores, without those of a reward in a group that has lost so many that too few are left."""
+    asked = scores.weights != 0
+    _, _, count = _statistics(scores.rewards, scores.present & asked, scores.groups)
+    _, _, lost = _statistics(scores.rewards, ~scores.present & asked, scores.groups)
+    lone = asked & (count < MIN_SCORES) & (lost > 0)
+    if not lone.any():
+        return scores
+    return replace(scores, present=scores.present & ~lone, rewards=torch.where(lone, 0.0, scores.rewards))
 
 
 def _statistics(values: Tensor, present: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,6 +40,12 @@ class PoolSettings(Section):
         120.0, "Longest wait for one call; after all retries the score is missing.", unit="s", gt=0
     )
     retries: int = setting(2, "Further attempts after a failed call.", ge=0, le=20)
+    required: bool = setting(
+        False, "Whether the run ends when the reward has not answered for deadline_s; else its scores are missing."
+    )
+    max_replicas: int = setting(
+        0, "Actors that the pool may grow to while requests wait; idle ones go again. 0: as many as replicas.", ge=0
+    )
     gpus: Share = setting(0.0, "GPUs of one replica; on a cluster without any none are asked for.", unit="GPUs")
     cpus: Share = setting(0.05, "CPUs of one replica: a share for placement, not a limit.", unit="CPUs")
     _pool: str = PrivateAttr("")
@@ -136,6 +142,11 @@ def make_pool(name: str, content: Any, context: Any = None) -> PoolSettings:
     pools: TypeAdapter[dict[str, PoolSettings]] = TypeAdapter(dict[str, kind])  # type: ignore[valid-type]
     pool = pools.validate_python({name: content}, context=context)[name]
     pool._pool = name
+    if 0 < pool.max_replicas < pool.replicas:
+        raise UserError(
+            f"{pool.dotted('max_replicas')}: got {pool.max_replicas} with {pool.replicas} replicas; "
+            f"allowed: 0, or {pool.replicas} and more"
+        )
     return pool
 
 

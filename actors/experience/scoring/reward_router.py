@@ -1,6 +1,6 @@
 """Calls all rewards of each image at once: those that have a weight for its prompt.
 
-A missing score is NaN. `actors.experience.reward_pool` handles retries, deadlines and caches,
+A missing score is NaN. `actors.experience.scoring.reward_pool` handles retries, deadlines and caches,
 `actors.experience.reward_requests` says which rewards a prompt has.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 import ray
 
 from actors.experience.journal.origin import JOURNAL
-from actors.experience.reward_pool import RewardPool
+from actors.experience.scoring.reward_pool import RewardPool
 from deepgen.config import Settings
 from deepgen.tracking.timeline import Recorder
 
@@ -26,15 +26,21 @@ class RewardRouter:
 
     def __init__(self, settings: Settings, *, gpus: bool, recorder: Recorder | None = None) -> None:
         self.names = settings.rewards.used()
-        pools, deadline = settings.rewards.pools, settings.cluster.start_deadline_s
         journal = settings.run.folder / JOURNAL if settings.experience.journal else None
         self._pools = {
-            name: RewardPool(pools[name], gpus=gpus, start_deadline_s=deadline, recorder=recorder, journal=journal)
+            name: RewardPool(
+                settings.rewards.pools[name],
+                gpus=gpus,
+                start_deadline_s=settings.cluster.start_deadline_s,
+                recorder=recorder,
+                journal=journal,
+                tasks=[task for task, row in settings.rewards.weights.items() if row.get(name)],
+            )
             for name in self.names
         }
 
     async def start(self) -> None:
-        """Start all pools at once. Returns when every pool can score."""
+        """Start all pools at once. Returns when every pool can score. Raises UserError that names one that cannot."""
         await asyncio.gather(*(pool.start() for pool in self._pools.values()))
 
     def stop(self) -> None:
@@ -42,16 +48,19 @@ class RewardRouter:
         for pool in self._pools.values():
             pool.stop()
 
-    async def score(self, requests: ray.ObjectRef, keys: Sequence[bytes | None], weights: np.ndarray) -> np.ndarray:
+    async def score(
+        self, requests: ray.ObjectRef, keys: Sequence[bytes | None], weights: np.ndarray, group: int | None = None
+    ) -> np.ndarray:
         """Scores, float32 [N, K], of the N requests behind a reference; NaN if missing or not asked for.
 
         keys, weights [N, K]: of the requests (`actors.experience.reward_requests`). One without a key is not asked.
+        group: images of one prompt, side by side; None: all N.
         """
         scores = np.full(weights.shape, np.nan, dtype=np.float32)
 
         async def one(k: int, name: str) -> None:
             asked = [key if weight else None for key, weight in zip(keys, weights[:, k].tolist(), strict=True)]
-            result = await self._pools[name].score(requests, asked)
+            result = await self._pools[name].score(requests, asked, group)
             scores[:, k] = [np.nan if value is None else value for value in result.values]
 
         await asyncio.gather(*(one(k, name) for k, name in enumerate(self.names)))

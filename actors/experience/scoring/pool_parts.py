@@ -1,0 +1,94 @@
+"""What waits in a reward pool: calls of `RewardPool.score`, parts of them, and what comes of a call."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ray
+
+from rewards import REASONS, Missing
+
+COUNTERS = (
+    *("calls", "retries", "timeouts", "missing", "cache_hits", "restarts", "unwritten", "seconds"),
+    *(f"missing/{reason}" for reason in REASONS),
+)
+NOT_APPLICABLE = Missing("refused", "the reward does not apply to this prompt, or there is no picture")
+
+
+@dataclass(frozen=True)
+class RewardScores:
+    """Scores of one call of `RewardPool.score`, in the order of its keys.
+
+    Attributes:
+        values: the scores; None if a score is missing.
+        reasons: why a score is missing; None if it is not.
+        counters: counts for this call, keys as in COUNTERS. `calls` counts replica calls with at least one of its
+            requests; `missing`, also by reason, excludes requests without a key; `unwritten` scores are not in the
+            journal, though it is on; `seconds` is wall time.
+    """
+
+    values: list[float | None]
+    reasons: list[Missing | None]
+    counters: dict[str, float]
+
+
+@dataclass(eq=False)
+class PoolCall:
+    """One call of `RewardPool.score`."""
+
+    requests: ray.ObjectRef  # of a list[RewardRequest]
+    values: list[float | None]
+    reasons: list[Missing | None]
+    counters: dict[str, float]
+    waiting: int  # requests without an outcome
+    began: float  # by the monotonic clock
+    done: asyncio.Future[None]
+
+    def fail(self, error: BaseException) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+@dataclass(eq=False)
+class Part:
+    """Requests of one call, by their index, that are tried together."""
+
+    call: PoolCall
+    indices: list[int]
+    whole: bool = False  # all images of a prompt, for a reward that compares them: never split
+    failures: int = 0
+
+    def settle(self, outcomes: Sequence[float | Missing]) -> None:
+        """Enter a score, or why there is none, for each request."""
+        for index, outcome in zip(self.indices, outcomes, strict=True):
+            self.call.values[index] = None if isinstance(outcome, Missing) else outcome
+            self.call.reasons[index] = outcome if isinstance(outcome, Missing) else None
+        self.call.waiting -= len(self.indices)
+        if not self.call.waiting and not self.call.done.done():
+            self.call.done.set_result(None)
+
+    def split(self, count: int) -> Part:
+        """Take the first `count` requests out of this part."""
+        taken, self.indices = self.indices[:count], self.indices[count:]
+        return Part(self.call, taken, self.whole, self.failures)
+
+
+def asked_groups(keys: Sequence[bytes | None], size: int | None) -> list[list[int]]:
+    """The indices of the requests that have a key, by group; `size`: of a group, in a row, None for 1 request each.
+
+    Groups without a key are left out.
+    """
+    if size is not None and (size < 1 or len(keys) % size):
+        raise ValueError(f"{len(keys)} requests in groups of {size}")
+    size = size or 1
+    groups = [[i for i in range(start, start + size) if keys[i] is not None] for start in range(0, len(keys), size)]
+    return [group for group in groups if group]
+
+
+def group_keys(keys: Sequence[bytes]) -> list[bytes]:
+    """Cache keys of a group's members: a score that comes of a comparison depends on all of them and their order."""
+    whole = hashlib.blake2b(b"".join([b"%d:" % len(keys), *keys]), digest_size=16).digest()
+    return [hashlib.blake2b(b"%d:" % place + whole, digest_size=16).digest() for place in range(len(keys))]

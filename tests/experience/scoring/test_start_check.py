@@ -1,0 +1,102 @@
+"""Before the first step each reward scores a request like the run's, and says by name what is wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from actors.experience.scoring.pool_parts import RewardScores
+from actors.experience.scoring.reward_pool import RewardPool, RewardPoolError
+from actors.experience.scoring.start_check import check_requests
+from deepgen.config.schema.pools import make_pool
+from deepgen.config.schema.sections import TASKS
+from deepgen.errors import UserError
+from rewards import Missing, RewardRequest, RewardUnavailable, Score
+from tests.helpers.local_replicas import Death, Script, ask, in_pool, script
+
+__all__ = ["script"]
+
+HERE = "tests.experience.scoring.test_start_check"
+
+
+class EditsOnly:
+    @staticmethod
+    def applies(request: RewardRequest) -> bool:
+        return bool(request.references)
+
+    def score_groups(self, groups: Any) -> Any: ...
+
+
+def raising(error: BaseException) -> Callable[[list[str]], list[Score]]:
+    def check(names: list[str]) -> list[Score]:
+        raise error
+
+    return check
+
+
+async def nothing(pool: RewardPool) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("check", "said"),
+    [
+        (
+            raising(RewardUnavailable("no route to judge")),
+            "no route to judge; see to what it asks for scores",
+        ),
+        (lambda names: [Missing("transport", "HTTP 502")], "HTTP 502; see to what it asks for scores"),
+        (raising(ValueError("shapes\nof two")), "ValueError: shapes; see the traceback above"),
+        (lambda names: [], "ValueError: tests.helpers.local_replicas:Scripted returned 0 scores for 1 requests; see"),
+    ],
+)
+def test_a_reward_that_cannot_score_is_named_before_the_first_step(script: Script, check: Any, said: str) -> None:
+    script.check = check
+    with pytest.raises(UserError) as caught:
+        in_pool(nothing)
+    line = str(caught.value)
+    assert line.startswith(f"rewards.mine: the reward cannot score a first request: {said}") and "\n" not in line
+    assert line.endswith("its options rewards.mine.*, or give it no weight")
+
+
+def test_a_first_request_without_a_score_is_told_but_ends_nothing(
+    script: Script, caplog: pytest.LogCaptureFixture
+) -> None:
+    script.check = lambda names: [Missing("parse", "no digit in 'hm'")]
+    in_pool(nothing)
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert line == "rewards.mine: the first request has no score (parse: no digit in 'hm')"
+
+
+def test_a_process_that_dies_in_its_first_request_again_and_again(script: Script) -> None:
+    script.check = raising(Death())
+    with pytest.raises(RewardPoolError, match="reward pool mine has no replica left; last: mine reward #0"):
+        in_pool(nothing, max_restarts=2)
+    assert script.processes == 3
+
+
+def test_a_service_that_is_down_when_a_replica_is_replaced_ends_nothing(script: Script) -> None:
+    def once(names: list[str]) -> list[Score]:
+        script.check = raising(RewardUnavailable("restarting"))
+        script.score = lambda names: [2.0 for _ in names]
+        raise Death
+
+    script.score = once
+
+    async def work(pool: RewardPool) -> RewardScores:
+        return await ask(pool, ["a", "b"])
+
+    assert in_pool(work).values == [2.0, 2.0] and script.processes == 2
+
+
+def test_the_request_is_one_of_the_tasks_that_the_reward_scores() -> None:
+    plain = make_pool("plain", {"class": "tests.helpers.local_replicas:Scripted"})
+    edits = make_pool("edits", {"class": f"{HERE}:EditsOnly"})
+    (request,) = check_requests(plain, ["reasoning", "edit"])
+    assert request.task == "reasoning" and request.target != request.prompt and not request.references
+    first, second = check_requests(edits, TASKS)  # two, because it compares them
+    assert first.task == "edit" and (first.image != second.image).any()
+    assert first.references[0].shape == first.image.shape == (64, 64, 3) and first.image.dtype == "uint8"
+    assert check_requests(edits, ["t2i"]) == []
