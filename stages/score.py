@@ -31,7 +31,7 @@ from stages.generate import Parser, whole  # noqa: E402
 from stages.scoring.reward_choice import add_arguments, chosen, needs_of  # noqa: E402
 
 if TYPE_CHECKING:
-    from actors.experience.reward_pool import RewardPool
+    from actors.experience.scoring.reward_pool import RewardPool
     from rewards import RewardRequest
     from stages.scoring.picture_list import Picture
     from stages.scoring.score_table import Scored
@@ -95,7 +95,7 @@ class Scoring:
     """The pools of the chosen rewards. Scores are kept in a journal, so that none is asked for twice."""
 
     def __init__(self, pools: Sequence[PoolSettings], journal: Path, *, gpus: bool, start_deadline_s: float) -> None:
-        from actors.experience.reward_pool import RewardPool
+        from actors.experience.scoring.reward_pool import RewardPool
 
         self._settings = {pool.pool_name: pool for pool in pools}
         self._pools: dict[str, RewardPool] = {
@@ -108,7 +108,7 @@ class Scoring:
         """Score the pictures; what cannot be read is told and left out. Raises UserError if a reward fails."""
         from tqdm import tqdm
 
-        from actors.experience.reward_pool import RewardPoolError
+        from actors.experience.scoring.reward_pool import RewardPoolError
 
         parts = parts_of(pictures, by_prompt=self._compares)
         turns = asyncio.Semaphore(max(1, AT_ONCE // max(map(len, parts))))
