@@ -53,9 +53,8 @@ class _Pool:
         self._jobs, self._model = jobs, model
         self._todo = deque(range(len(jobs)))
         self._deaths: Counter[int | None] = Counter()
-        self._doing: dict[
-            Any, tuple[Any, int | None]
-        ] = {}  # reference -> process, and its job's number; None: it starts
+        # Reference of what is waited for -> process, and its job's number; None while it starts.
+        self._doing: dict[Any, tuple[Any, int | None]] = {}
         self._started = False
         count, self._share = _shares(len(jobs), model.weights, gpus=gpus)
         for _ in range(count):

@@ -31,14 +31,21 @@ def file_lock(path: Path, key: str, what: str, taken: Callable[[str], str], then
     except OSError as error:
         raise UserError(f"{key}: cannot write {what} folder {path.parent}: {error.strerror or error}") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock(file.fileno()):
             file.seek(0)
-            raise UserError(taken(file.read().strip())) from error
+            raise UserError(taken(file.read().strip()))
         now = datetime.now().astimezone()
         with writing(f"who has {what}", path, then, key):
             os.ftruncate(file.fileno(), 0)
             holder = f"process {os.getpid()} on {socket.gethostname()} since {now:%Y-%m-%d %H:%M:%S %z}\n"
             os.write(file.fileno(), holder.encode())  # by no buffer, which closing the file would try to write again
         yield
+
+
+def lock(descriptor: int) -> bool:
+    """Hold an open file or folder until it is closed. False if another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

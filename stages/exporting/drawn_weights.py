@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from deepgen.config import UserError
 from deepgen.errors import writing
+from deepgen.file_lock import lock
 from stages.exporting.export_run import find_source, is_checkpoint, read_checkpoint
 
 
@@ -73,11 +73,6 @@ def _locked(folder: Path) -> Iterator[bool]:
     """Hold a folder. Whether nobody else has it."""
     number = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        alone = True
-    except BlockingIOError:
-        alone = False
-    try:
-        yield alone
+        yield lock(number)
     finally:
         os.close(number)

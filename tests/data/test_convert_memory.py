@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from deepgen.data.conversion.readers.parquet_footer import row_groups
+from deepgen.data.conversion.readers.parquet_footer import footer_at, row_groups
 from deepgen.data.conversion.readers.unpacked_sizes import batch_size, pages_of
 from deepgen.data.images import check_pixels, header_size
 from deepgen.errors import UserError
@@ -249,7 +249,7 @@ def test_sizes_of_pages_and_batches_are_those_that_were_written(tmp_path):
     pq.write_table(table(20, 1000), tmp_path / "a.parquet", row_group_size=20, compression="zstd", use_dictionary=False)
     footer = pq.ParquetFile(tmp_path / "a.parquet").metadata.serialized_size
     data = memoryview((tmp_path / "a.parquet").read_bytes())
-    sizes = [page.size for page in pages_of(data, row_groups(data, footer)[0][0])]
+    sizes = [page.size for page in pages_of(data, row_groups(data, footer_at(data, footer))[0][0])]
     assert 20 * 1000 < sum(sizes) < 21 * 1000
     path = arrow(tmp_path / "a.arrow", pa.table({"a": [bytes(5000)] * 3}), compression="lz4", rows=3)
     found = [batch_size(message) for message in pa.ipc.MessageReader.open_stream(pa.OSFile(str(path)))]

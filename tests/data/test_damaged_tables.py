@@ -9,7 +9,7 @@ import pytest
 
 from deepgen.data.conversion.raw_data import guess_form
 from deepgen.data.conversion.readers.columnar import read_columnar
-from deepgen.data.conversion.readers.parquet_footer import row_groups
+from deepgen.data.conversion.readers.parquet_footer import footer_at, row_groups
 from deepgen.data.conversion.readers.raw_sample import RawData, Unit
 from deepgen.data.conversion.readers.thrift import read_struct
 from deepgen.errors import UserError
@@ -46,7 +46,7 @@ def test_a_footer_says_what_pyarrow_reads_in_it(tmp_path, options):
     rows = [{"image": {"bytes": picture(), "path": "a.png"}, "text": "a cat", "tags": ["x", "y"], "n": 1.5}] * 20
     source = parquet(tmp_path / "a.parquet", rows, row_group_size=3, **options)
     metadata, data = pq.ParquetFile(source).metadata, memoryview(source.read_bytes())
-    found = row_groups(data, metadata.serialized_size)
+    found = row_groups(data, footer_at(data, metadata.serialized_size))
     assert len(found) == metadata.num_row_groups == 7
     for number, chunks in enumerate(found):
         group = metadata.row_group(number)

@@ -160,7 +160,11 @@ def _record(prompt: str, sources: tuple[bytes, ...]) -> Record:
 
 
 def _read(record: Record, sources: tuple[bytes, ...]) -> tuple[Record, str]:
-    """The record with its sources as bytes, or those of all prompts; and why they cannot be read."""
+    """The record with its sources as bytes, or those of all prompts; and why they cannot be read.
+
+    Without its target, which nobody needs who draws.
+    """
+    record = replace(record, image=None)
     if sources:
         return replace(record, task="edit", references=sources), ""
     try:

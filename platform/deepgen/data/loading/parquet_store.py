@@ -94,13 +94,13 @@ class ParquetStore:
         sizes, tasks = [], []
         self._fragments = _fragments(self._files)
         for file, fragment in zip(self._files, self._fragments, strict=True):
-            found, row = _read_tasks(file, fragment), 0
-            for group in fragment.row_groups:
+            counts, row = [group.num_rows for group in fragment.row_groups], 0
+            for group, count in zip(fragment.row_groups, counts, strict=True):
                 self._groups.append((file, group.id, row))
-                sizes.append(group.num_rows)
-                row += group.num_rows
-            _require_rows(file, [group.num_rows for group in fragment.row_groups], len(found))
-            tasks.append(found)
+                row += count
+            sizes += counts
+            tasks.append(_read_tasks(file, fragment))
+            _require_rows(file, counts, len(tasks[-1]))
         self.tasks = np.concatenate(tasks)
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         if not len(self.tasks):

@@ -9,15 +9,17 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deepgen.data.conversion.readers.image_values import MAX_SAMPLE
-from deepgen.data.conversion.readers.parquet_footer import Chunk, row_groups
+from deepgen.data.conversion.readers.parquet_footer import Chunk, footer_at, row_groups
 from deepgen.data.conversion.readers.raw_sample import RawData, RawSample, Unit, stem_of
 from deepgen.data.conversion.readers.row_forms import columns_of, sample_of
 from deepgen.data.conversion.readers.unpacked_sizes import batch_size, pages_of
@@ -68,14 +70,14 @@ def is_arrow(file: Path) -> bool:
 def column_names(file: Path) -> list[str]:
     if is_arrow(file):
         return _arrow_names(file, _Mapped(file))
-    return _open_parquet(file, _Mapped(file)).names
+    return _Parquet(file, _Mapped(file)).names
 
 
 def is_prompts(file: Path) -> bool:
     """Whether a file of records, by its first row group, has no target images."""
     if is_arrow(file):
         return False
-    parquet = _open_parquet(file, _Mapped(file))
+    parquet = _Parquet(file, _Mapped(file))
     rows = parquet.rows[0] if parquet.rows else -1
     return any(chunk.path == ("image",) and chunk.nulls == rows for chunk in chain(*parquet.chunks[:1]))
 
@@ -86,7 +88,7 @@ def parts_of(file: Path, rows: int) -> list[tuple[int, int]]:
     if is_arrow(file):
         sizes = [batch.num_rows for batch in _batches(file, mapped)]
     else:
-        sizes = _open_parquet(file, mapped).rows
+        sizes = _Parquet(file, mapped).rows
     runs, first, count = [], 0, 0
     for i, size in enumerate(sizes):
         count += size
@@ -112,31 +114,40 @@ def read_columnar(raw: RawData, unit: Unit) -> Iterator[RawSample]:
 # ---------------------------------------------------------------- parquet
 
 
-class _Parquet(NamedTuple):
-    """An open file: its columns' names, and for each row group its rows and the places of its columns."""
+class _Parquet:
+    """An open file: its columns' names, and the rows of each row group.
 
-    file: pq.ParquetFile
-    names: list[str]
-    rows: list[int]
-    chunks: list[list[Chunk]]
+    Raises UserError if it cannot be read, for example because it is encrypted.
+    """
 
+    def __init__(self, file: Path, mapped: _Mapped) -> None:
+        self._path, self._mapped = file, mapped
+        with self._reading():
+            # pre_buffer would read a whole row group in advance.
+            self.file = pq.ParquetFile(pa.BufferReader(mapped.buffer), pre_buffer=False)
+            metadata = self.file.metadata
+            self._footer = footer_at(mapped.view, metadata.serialized_size)
+            self.names: list[str] = list(self.file.schema_arrow.names)
+            self.rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
 
-def _open_parquet(file: Path, mapped: _Mapped) -> _Parquet:
-    try:
-        # pre_buffer would read a whole row group in advance.
-        parquet = pq.ParquetFile(pa.BufferReader(mapped.buffer), pre_buffer=False)
-        metadata = parquet.metadata
-        rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        chunks = row_groups(mapped.view, metadata.serialized_size)
-        return _Parquet(parquet, list(parquet.schema_arrow.names), rows, chunks)
-    except _ERRORS as error:
-        raise UserError(f"{file}: can't be read as parquet ({_why(error)})") from error
+    @cached_property
+    def chunks(self) -> list[list[Chunk]]:
+        """The places of the columns of each row group. Only on demand: a footer of many groups takes half a second."""
+        with self._reading():
+            return row_groups(self._mapped.view, self._footer)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except _ERRORS as error:
+            raise UserError(f"{self._path}: can't be read as parquet ({_why(error)})") from error
 
 
 def _parquet_rows(file: Path, unit: Unit, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbers and rows of the row groups of a unit, some columns of them."""
     mapped = _Mapped(file)
-    parquet = _open_parquet(file, mapped)
+    parquet = _Parquet(file, mapped)
     number = sum(parquet.rows[: unit.first])
     for group in range(unit.first, unit.last):
         place = f"{file}: row group {group + 1} of {len(parquet.rows)}"

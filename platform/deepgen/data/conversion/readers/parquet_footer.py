@@ -15,6 +15,7 @@ from deepgen.data.conversion.readers.thrift import read_struct
 # Numbers of fields in parquet.thrift.
 _ROW_GROUPS, _COLUMNS, _META_DATA = 4, 1, 3
 _PATH, _PACKED_SIZE, _DATA, _DICTIONARY, _STATISTICS, _NULLS = 3, 7, 9, 11, 12, 3
+_DAMAGED = "encrypted, or its footer is damaged"
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,21 @@ class Chunk:
     nulls: int | None
 
 
-def row_groups(data: memoryview, footer_size: int) -> list[list[Chunk]]:
+def footer_at(data: memoryview, size: int) -> int:
+    """The first byte of the footer in a file's bytes. size: of its content. Raises ValueError if it is signed."""
+    # An encrypted column may stand in a footer that is readable; that one is signed behind its content.
+    if struct.unpack_from("<I", data, len(data) - 8)[0] != size:
+        raise ValueError(_DAMAGED)
+    return len(data) - 8 - size
+
+
+def row_groups(data: memoryview, footer: int) -> list[list[Chunk]]:
     """The columns of every row group in a file's bytes. Raises ValueError if the footer is damaged or encrypted."""
     try:
-        # An encrypted column may stand in a footer that is readable; that one is signed behind its content.
-        if struct.unpack_from("<I", data, len(data) - 8)[0] != footer_size:
-            raise ValueError("encrypted, or its footer is damaged")
-        footer, _ = read_struct(data, len(data) - 8 - footer_size)
-        return [[_chunk(column[_META_DATA]) for column in group[_COLUMNS]] for group in footer[_ROW_GROUPS]]
+        content, _ = read_struct(data, footer)
+        return [[_chunk(column[_META_DATA]) for column in group[_COLUMNS]] for group in content[_ROW_GROUPS]]
     except (LookupError, TypeError, AttributeError) as error:  # absent, or of another kind
-        raise ValueError("encrypted, or its footer is damaged") from error
+        raise ValueError(_DAMAGED) from error
 
 
 def _chunk(column: dict[int, Any]) -> Chunk:
@@ -44,5 +50,5 @@ def _chunk(column: dict[int, Any]) -> Chunk:
     path = tuple(str(name, "utf-8", "surrogateescape") for name in column[_PATH])
     chunk = Chunk(path, min(starts), column[_PACKED_SIZE], column.get(_STATISTICS, {}).get(_NULLS))
     if chunk.start < 0 or chunk.size < 0:
-        raise ValueError("encrypted, or its footer is damaged")
+        raise ValueError(_DAMAGED)
     return chunk
