@@ -1,3 +1,10 @@
 """The imports of worker processes for `tests.helpers.forked`. They are code, so ruff and mypy notice stale names."""
 
+import deepspeed  # noqa: F401
 import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+import actors.learner.loop  # noqa: F401
+import actors.learner.worker  # noqa: F401
+import actors.objectives.build  # noqa: F401
+import actors.objectives.flow_matching  # noqa: F401
+import deepgen.models.unified  # noqa: F401

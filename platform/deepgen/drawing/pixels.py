@@ -7,9 +7,12 @@ other case.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SQUARE = 8  # pixels
 _COLOURS = np.array([[255, 0, 255], [0, 0, 0]], dtype=np.uint8)
@@ -22,7 +25,7 @@ def to_pixels(image: Tensor) -> np.ndarray:
     """
     if not image.isfinite().all():
         return no_picture(*image.shape[1:])
-    return (image.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return (image.float() * 127.5 + 128).clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
 
 
 def no_picture(height: int, width: int) -> np.ndarray:
