@@ -124,7 +124,7 @@ def try_mixing(count: int) -> int:
         runs.append(run)
     draw_mixing(runs, folder / "mixing.png")
     print(f"picture: {folder / 'mixing.png'}")
-    return sum((run.share("clip") > 0.5) != (run.method == "gdpo") for run in runs)
+    return sum((run.share("aesthetic") > 0.5) != (run.method == "gdpo") for run in runs)
 
 
 TRIALS = {

@@ -1,6 +1,6 @@
 """GDPO against a sum of raw rewards: two rewards at weights 2:1, of which one has a scale a hundred times wider.
 
-Each run is `stages/rl.py` on the tiny world. The rewards are `clip` (about 0..1, weight 2) and `light`, which is the
+Each run is `stages/rl.py` on the tiny world. The rewards are `aesthetic` (0..1, weight 2) and `light`, which is the
 brightness of a picture times 100 (weight 1). With `gdpo` the weights decide, with `grpo` the scale does
 (`deepgen.algorithms.advantages`). docs/reward-mixing.md shows what comes out.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS, SEEDS = ("gdpo", "grpo"), (42, 1, 7)
-REWARDS = {"clip": 2.0, "light": 1.0}  # and their weights
+REWARDS = {"aesthetic": 2.0, "light": 1.0}  # and their weights
 SCALE = 100.0
 LABELS = {
     "gdpo": "gdpo: each reward normalised in its group",

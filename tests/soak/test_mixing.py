@@ -29,9 +29,9 @@ def test_runs_differ_in_the_method_alone(tmp_path: Path, method: str) -> None:
 
 
 def test_table_has_shares_and_changes() -> None:
-    before, after = {"clip": [0.5, 0.6], "light": [80.0, 90.0]}, {"clip": [0.6, 0.7], "light": [80.0, 88.0]}
-    shares = {"advantage/share/clip": ([1, 2], [0.75, 0.85]), "advantage/share/light": ([1, 2], [0.25, 0.15])}
+    before, after = {"aesthetic": [0.5, 0.6], "light": [80.0, 90.0]}, {"aesthetic": [0.6, 0.7], "light": [80.0, 88.0]}
+    shares = {"advantage/share/aesthetic": ([1, 2], [0.75, 0.85]), "advantage/share/light": ([1, 2], [0.25, 0.15])}
     run = MixedRun("gdpo", 7, shares, paired_table(before, after))
-    clip, light = mixing_rows(run)
-    assert clip == "| gdpo | 7 | clip | 80.0% | 0.550 | +0.100 (+0.100 to +0.100) |"
+    first, light = mixing_rows(run)
+    assert first == "| gdpo | 7 | aesthetic | 80.0% | 0.550 | +0.100 (+0.100 to +0.100) |"
     assert light.startswith("| gdpo | 7 | light | 20.0% | 85.000 | -1.000 (-2.000 to")
