@@ -20,6 +20,7 @@ from deepgen.data.parquet import read_records
 from soak.defects import DEFECT_HEADER, defect_rows, run_defects
 from soak.fuzz import FUZZ_HEADER, SHARES, run_fuzz
 from soak.kills import KILL_HEADER, kill_rows, run_kills
+from soak.mixing import MIXING_HEADER, ROOT, SEEDS, draw_mixing, mixing_rows, run_mixing
 from soak.schedules import Outcome, Schedule, draw_schedules, run_schedule, start_actors
 
 ACTORS = 4
@@ -55,6 +56,7 @@ def main() -> int:
     parser.add_argument("--defects", type=int, default=500, help="damaged weights (default 500)")
     parser.add_argument("--kills", type=int, default=200, help="killed processes (default 200)")
     parser.add_argument("--fuzz", type=int, default=55_000, help="damaged and hostile inputs (default 55,000)")
+    parser.add_argument("--mixing", type=int, default=len(SEEDS), help="seeds of mixed rewards, at most 3 (default 3)")
     arguments = parser.parse_args()
     failed = [try_it(getattr(arguments, n)) for n, try_it in TRIALS.items() if arguments.only in (None, n)]
     return 1 if any(failed) else 0
@@ -113,7 +115,25 @@ def try_fuzz(count: int) -> int:
     return faults
 
 
-TRIALS = {"schedules": try_schedules, "defects": try_defects, "kills": try_kills, "fuzz": try_fuzz}
+def try_mixing(count: int) -> int:
+    """Print the table of mixed rewards and draw it. Returns in how many runs something else than expected decides."""
+    print(MIXING_HEADER, flush=True)
+    runs, folder = [], ROOT / "runs" / "mixing"
+    for run in run_mixing(folder, SEEDS[:count]):
+        print(*mixing_rows(run), sep="\n", flush=True)
+        runs.append(run)
+    draw_mixing(runs, folder / "mixing.png")
+    print(f"picture: {folder / 'mixing.png'}")
+    return sum((run.share("aesthetic") > 0.5) != (run.method == "gdpo") for run in runs)
+
+
+TRIALS = {
+    "schedules": try_schedules,
+    "defects": try_defects,
+    "kills": try_kills,
+    "fuzz": try_fuzz,
+    "mixing": try_mixing,
+}
 
 
 def odd_ones(outcomes: Sequence[Outcome]) -> int:

@@ -51,7 +51,7 @@ from deepgen.tracking.alarms import last_words  # noqa: E402
 from deepgen.tracking.journal import FILE_NAME, read_steps  # noqa: E402
 from stages.rl_prompts import check_prompts  # noqa: E402
 from stages.rl_replay import rollout_only, train_only  # noqa: E402
-from stages.rl_report import BeforeAfter, record_timeline, say  # noqa: E402
+from stages.rl_report import BeforeAfter, record_pictures, say  # noqa: E402
 from stages.rl_status import show_status  # noqa: E402
 
 MARGIN_S = 30.0  # lets an actor's own error, which says more, arrive first
@@ -68,7 +68,7 @@ def main() -> int:
     with run_lock(settings):
         settings = prepare_run(settings, "rl")
         wire(settings, run)
-        record_timeline(settings)
+        record_pictures(settings)
         for line in last_words(read_steps(settings.run.folder / FILE_NAME, settings.train.steps)):
             say(line)
     return 0

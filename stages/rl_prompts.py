@@ -10,10 +10,12 @@ from pathlib import Path
 from actors.experience.prompt_order import check_state
 from actors.learner.checkpoints.checkpoint_store import Manifest
 from deepgen.config import Settings, UserError
+from deepgen.config.schema.reward_weights import BY_SOURCE, ever_positive
 from deepgen.config.settings import TASKS
 from deepgen.data.quotes import quoted_words
 from deepgen.data.records import Record
 from deepgen.data.usable import Place, usable_records
+from deepgen.errors import nearest
 from deepgen.models.chat_template import render
 from deepgen.models.presets import Architecture
 from rewards import TextLimit, text_limit
@@ -26,22 +28,41 @@ def check_prompts(settings: Settings, checkpoint: Manifest | None) -> None:
     The stream reads its own.
     """
     found = read_prompts(settings)
-    for line in [*about_prompts(found), *about_lengths(settings, [record for _, record in found])]:
+    lengths = about_lengths(settings, [record for _, record in found])
+    for line in [*about_prompts(found), *about_rows(settings, found), *lengths]:
         say(line)
     if checkpoint:
         check_state(settings, [record for _, record in found], checkpoint.source)
 
 
 def read_prompts(settings: Settings) -> list[tuple[Place, Record]]:
-    """Usable RL prompts (`usable_records`). Raises UserError, naming file and row, for a task that has no reward."""
-    found = usable_records(settings, "data.prompts")
+    """Usable RL prompts (`usable_records`). Raises UserError for one without rewards, and for a row without prompts."""
+    found, rewards = usable_records(settings, "data.prompts"), settings.rewards
     for (file, row), record in found:
-        if not any(weight > 0 for weight in settings.rewards.weights.get(record.task, {}).values()):
+        if not any(map(ever_positive, rewards.weights_of(record.task, record.source).values())):
+            title = rewards.row_of(record.task, record.source)
             raise UserError(
-                f"{file}, row {row}: task {record.task} has no weight above 0 in rewards.weights; "
-                f"allowed: tasks with a reward, so remove it or set e.g. rewards.weights.{record.task}.judge=1"
+                f"{file}, row {row}: {'task ' if title == record.task else ''}{title} has no weight above 0 in "
+                f"rewards.weights; allowed: prompts with a reward, so remove it or set e.g. "
+                f"rewards.weights.{title}.judge=1"
+            )
+    sources = sorted({record.source for _, record in found})
+    for title in rewards.weights:
+        if title.startswith(BY_SOURCE) and (name := title.removeprefix(BY_SOURCE)) not in sources:
+            raise UserError(
+                f"rewards.weights.{title}: no prompt of data.prompts has the source {name!r}; "
+                f"allowed: {_some(sources)}{nearest(name, sources)}"
             )
     return found
+
+
+def about_rows(settings: Settings, found: list[tuple[Place, Record]]) -> list[str]:
+    """A line that says how many prompts each row of rewards.weights is for, if data sets have rows of their own."""
+    rewards = settings.rewards
+    if not any(title.startswith(BY_SOURCE) for title in rewards.weights):
+        return []
+    counts = Counter(rewards.row_of(record.task, record.source) for _, record in found)
+    return [f"rewards.weights: {', '.join(f'{counts[row]:,} by {row}' for row in rewards.weights if counts[row])}"]
 
 
 def about_prompts(found: list[tuple[Place, Record]]) -> list[str]:
@@ -70,7 +91,8 @@ def about_lengths(settings: Settings, records: Sequence[Record]) -> Iterator[str
     policy = TextLimit(Path(settings.model.weights) / "tokenizer", tokens, "does not read their beginning", render)
     yield from _about_length("the policy", policy, [record.prompt for record in records])
     for name in settings.rewards.used():
-        asked = [record for record in records if settings.rewards.weights.get(record.task, {}).get(name, 0) > 0]
+        rows = ((record, settings.rewards.weights_of(record.task, record.source)) for record in records)
+        asked = [record for record, row in rows if name in row and ever_positive(row[name])]
         if limit := text_limit(settings.rewards.pools[name]):
             yield from _about_length(f"rewards.{name}", limit, [record.answer or record.prompt for record in asked])
 
@@ -90,6 +112,11 @@ def _about_length(name: str, limit: TextLimit, texts: Sequence[str]) -> Iterator
             f"{count:,} of {len(texts):,} prompts are too long for {name}: it {limit.beyond} "
             f"(more than {limit.tokens:,} tokens)"
         )
+
+
+def _some(names: Sequence[str], most: int = 10) -> str:
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
 
 
 def _shortened(prompt: str, longest: int = 120) -> str:

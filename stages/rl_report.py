@@ -114,12 +114,18 @@ def write_report(settings: Settings, before: Evaluation, after: Evaluation, aver
     say(f"MLflow: {page}")
 
 
-def record_timeline(settings: Settings) -> None:
-    """Draw the timeline of the run and attach it to its MLflow run."""
+def record_pictures(settings: Settings) -> None:
+    """Draw the rewards and the timeline of the run and attach them to its MLflow run."""
+    from deepgen.tracking.curves import REWARDS, draw_rewards
+    from deepgen.tracking.journal import FILE_NAME
     from deepgen.tracking.timeline_picture import log_timeline
     from deepgen.tracking.tracker import Tracker
 
+    rewards = settings.run.folder / REWARDS
     with Tracker(settings, "rl", attach=True) as tracker:
+        if draw_rewards(settings.run.folder / FILE_NAME, rewards, title=settings.run.name):
+            tracker.log_file(rewards)
+            say(f"rewards: {rewards}")
         for path in log_timeline(tracker, settings.run.name):
             say(f"timeline: {path}")
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from deepgen.config.schema.reward_weights import weight_at
 from deepgen.config.schema.sections import RewardSettings
 from deepgen.data.images import decode_image
 from deepgen.data.records import Record
@@ -36,12 +37,15 @@ def request_key(request: RewardRequest) -> bytes | None:
     return key.digest()
 
 
-def reward_weights(rewards: RewardSettings, request: RewardRequest) -> np.ndarray:
-    """Weight of each of the K used rewards for a request's prompt, float32 [K]; 0 = never called.
+def reward_weights(rewards: RewardSettings, record: Record, request: RewardRequest, step: int | None) -> np.ndarray:
+    """Weight in a training step of each of the K used rewards for a record, float32 [K]; 0 = not asked.
 
-    It is 0 where the task has no weight for a reward, or the reward does not apply to the prompt.
+    It is 0 where the record's row has no weight for a reward, or none yet, or the reward does not apply to the prompt.
+    It depends on nothing else, so a group has the same weights whenever and wherever it is drawn.
+
+    request: one of the record's. step: None for an evaluation, whose weights are those after all warm-ups.
     """
-    row, prompt = rewards.weights.get(request.task, {}), replace(request, image=_NO_IMAGE)
-    weights = {name: row.get(name, 0.0) for name in rewards.used()}
+    row, prompt = rewards.weights_of(record.task, record.source), replace(request, image=_NO_IMAGE)
+    weights = {name: weight_at(row.get(name, 0.0), step) for name in rewards.used()}
     asked = [weight if weight and applies(rewards.pools[name], prompt) else 0.0 for name, weight in weights.items()]
     return np.array(asked, dtype=np.float32)

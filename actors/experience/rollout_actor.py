@@ -79,7 +79,7 @@ class RolloutActor:
         drawn = replace(
             group,
             version=version,
-            reward_weights=reward_weights(self._settings.rewards, requests[0]),
+            reward_weights=reward_weights(self._settings.rewards, group.record, requests[0], group.step),
             keys=tuple(map(request_key, requests)),
             journal=journal.news() if journal else None,
             diversity=group_diversity(arrays["trajectory/final"]),
@@ -95,7 +95,8 @@ class RolloutActor:
         else:
             self._policy.read(request.folder, None if request.averaged else policy)
         drawn = zip(request.drawing.records, self._policy.sampler.draw(request.drawing), strict=True)
-        by_prompt = [make_requests(record, images) for record, images in drawn]
-        requests = list(chain(*by_prompt))
-        weights = np.stack([reward_weights(self._settings.rewards, first) for first, *_ in by_prompt])
+        by_prompt = [(record, make_requests(record, images)) for record, images in drawn]
+        requests = list(chain.from_iterable(asked for _, asked in by_prompt))
+        rewards = self._settings.rewards
+        weights = np.stack([reward_weights(rewards, record, first, None) for record, (first, *_) in by_prompt])
         return EvaluationReply(tuple(map(request_key, requests)), weights), requests

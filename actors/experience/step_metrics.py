@@ -62,17 +62,31 @@ def group_diversity(final: np.ndarray) -> float | None:
     return sum(apart) / len(apart) if apart else None
 
 
+def mean_spread(scores: np.ndarray) -> float | None:
+    """Mean over groups of the sample standard deviation of a reward's scores [groups, G]; NaN is missing.
+
+    Groups with fewer than two scores are left out; None if there is no other.
+    """
+    found = [row[np.isfinite(row)].astype(np.float64) for row in scores]
+    spreads = [float(row.std(ddof=1)) for row in found if len(row) > 1]
+    return sum(spreads) / len(spreads) if spreads else None
+
+
 def step_metrics(
-    groups: Sequence[Group], reward_weights: np.ndarray, names: Sequence[str], result: AdvantageResult
+    groups: Sequence[Group],
+    reward_weights: np.ndarray,
+    names: Sequence[str],
+    result: AdvantageResult,
+    shares: np.ndarray,
 ) -> tuple[dict[str, float], Tally]:
     """Metrics of a step, and its contribution to the run's reward statistics.
 
     reward_weights: [groups, K], 0 where a prompt does not use a reward. names: names of the K rewards.
+    shares: [K], which reward moves the policy (`step_shares`).
     """
-    scores = stacked_scores(groups)
-    size = scores.shape[1]
-    scores = scores.reshape(-1, len(names))  # [N, K]
-    weights = np.repeat(reward_weights, size, axis=0)
+    by_group = stacked_scores(groups)  # [groups, G, K]
+    scores = by_group.reshape(-1, len(names))  # [N, K]
+    weights = np.repeat(reward_weights, by_group.shape[1], axis=0)
     metrics = {
         "advantage/std": result.spread_after,
         "policy/staleness_max": float(max(group.step - (group.version or 0) for group in groups)),
@@ -92,8 +106,12 @@ def step_metrics(
         tally[name] = int(had.sum()), int(asked.sum() - had.sum()), float(scores[had, k].sum())
         metrics[f"reward_missing/{name}"] = float(tally[name][1])
         metrics[f"reward_missing_share/{name}"] = float(tally[name][1] / asked.sum())
+        metrics[f"reward_weight/{name}"] = float(weights[asked, k].mean())
         metrics[f"advantage/zero_spread/{name}"] = float(result.zero_spread[k])
         if had.any():
             metrics[f"reward/{name}"] = float(scores[had, k].mean())
-            metrics[f"reward_normalised/{name}"] = float(np.abs(result.normalised[:, k].numpy()[had]).mean())
+            if (spread := mean_spread(by_group[:, :, k])) is not None:
+                metrics[f"reward_spread/{name}"] = spread
+            if np.isfinite(shares[k]):
+                metrics[f"advantage/share/{name}"] = float(shares[k])
     return metrics, tally

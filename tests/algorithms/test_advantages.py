@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepgen.algorithms.advantages import AdvantageResult, Scores, group_advantages, weighted_total
+from deepgen.algorithms.advantages import AdvantageResult, Scores, group_advantages, reward_shares, weighted_total
 from deepgen.errors import UserError
 from deepgen.registry import ADVANTAGES
 
@@ -241,3 +241,59 @@ def test_misfitting_arguments() -> None:
         group_advantages("gdpo", rewards / 0, weights, ids)
     with pytest.raises(ValueError, match="rank_ids"):
         group_advantages("gdpo", rewards, weights, ids, whiten="rank")
+
+
+# -- which reward moves the policy -----------------------------------------------------------------
+
+# Two uncorrelated rewards, the second on a scale 100 times wider.
+APART = torch.tensor([[0.0, 0.0], [0.0, 100.0], [1.0, 0.0], [1.0, 100.0]])
+
+
+def _shares(name: str, rewards: Tensor, weights: list[float], ids: Tensor | None = None, **options: Any) -> list[float]:
+    ids = torch.zeros(len(rewards)) if ids is None else ids
+    shares: list[float] = reward_shares(
+        name, rewards, torch.tensor(weights).expand_as(rewards), ids, **options
+    ).tolist()
+    return shares
+
+
+def test_shares_by_hand() -> None:
+    """At weights 2:1 each part has the square of its weight under gdpo, of weight times scale in a raw sum."""
+    assert _shares("gdpo", APART, [2, 1], eps=0.0) == pytest.approx([4 / 5, 1 / 5])
+    for name in ("grpo", "grpo_global_std", "reinforcepp"):
+        assert _shares(name, APART, [2, 1]) == pytest.approx([4 / 10004, 10000 / 10004])
+
+
+def test_a_reward_that_is_outvoted_has_a_negative_share() -> None:
+    against = torch.tensor([[0.0, 1.0], [1.0, 0.0]])  # the first part is 2, the second -1, both together 1
+    assert _shares("gdpo", against, [2, 1]) == pytest.approx([2, -1])
+
+
+def test_shares_of_a_raw_sum_are_covariances_with_the_advantages() -> None:
+    """Groups with other spreads count alike, as their advantages are equally large."""
+    rewards, _, ids = _batch(rewards=2)
+    rewards = rewards * (1 + 9 * (ids == 0))[:, None]
+    advantages = group_advantages(
+        "grpo", rewards, torch.ones_like(rewards), ids, eps=0.0, clip=None
+    ).advantages.double()
+    parts = torch.stack([_centred(rewards.double(), ids, g) / rewards[ids == g].sum(1).std() for g in range(4)]).sum(0)
+    by_hand = (parts * advantages[:, None]).sum(0) / (advantages**2).sum()
+    assert _shares("grpo", rewards, [1, 1], ids, eps=0.0) == pytest.approx(by_hand.tolist(), abs=1e-5)
+
+
+def _centred(rewards: Tensor, ids: Tensor, group: int) -> Tensor:
+    rows = (ids == group)[:, None]
+    return torch.where(rows, rewards - rewards[ids == group].mean(dim=0), 0.0)
+
+
+@pytest.mark.parametrize("name", [*ADVANTAGES, "examples.own_advantage.ranks:ranks"])
+def test_shares_add_up_and_missing_scores_have_none(name: str) -> None:
+    rewards, _, ids = _batch()
+    rewards[:6, 2] = NAN  # nothing of this group
+    rewards[7, 0] = NAN
+    whole = reward_shares(name, rewards, torch.ones_like(rewards), ids)
+    assert whole.sum().item() == pytest.approx(1) and (whole > 0).all()
+    rewards[:, 2] = NAN
+    without = reward_shares(name, rewards, torch.ones_like(rewards), ids)
+    assert without.sum().item() == pytest.approx(1) and without[2].item() == pytest.approx(0, abs=1e-12)
+    assert reward_shares(name, torch.zeros(24, 3), torch.ones(24, 3), ids).isnan().all()

@@ -24,6 +24,7 @@ from deepgen.config import (
 from deepgen.config.cli import WIDTH
 from deepgen.config.recipes import find_recipe, parse_value
 from deepgen.config.schema.paths import CHECKOUT
+from deepgen.config.schema.reward_weights import weight_at
 from deepgen.config.schema.sections import TASKS
 from deepgen.config.settings import allowed_values, leaf_keys, sections
 from deepgen.config.stage_rules import check_stage
@@ -227,6 +228,38 @@ def test_recipe_that_is_no_text_or_missing(tmp_path: Path) -> None:
         find_recipe("tiny-rll")
 
 
+def test_weights_may_change_over_steps_and_belong_to_data_sets(tmp_path: Path) -> None:
+    recipe = recipe_file(
+        tmp_path,
+        """
+        rewards:
+          weights:
+            t2i: {judge: [0, 0.5, 20], clip: 1}
+            source:posters.txt: {ocr: 0.7}
+        """,
+    )
+    overrides = ["rewards.weights.text.clip=[1, 0.2, 4]", "rewards.weights.source:posters.txt.clip=[0, 1, 3]"]
+    settings = load_settings(recipe, [*overrides, "rewards.weights.source:a.b={aesthetic: 1}"])
+    weights = settings.rewards.weights
+    assert weights["t2i"] == {"judge": (0, 0.5, 20), "clip": 1}
+    assert weights["text"]["clip"] == (1, 0.2, 4)
+    assert weights["source:posters.txt"] == {"ocr": 0.7, "clip": (0, 1, 3)}
+    assert weights["source:a.b"] == {"aesthetic": 1}
+    assert settings.rewards.used() == ("judge", "ocr", "clip", "aesthetic")
+    assert settings.rewards.tasks_of("aesthetic") == TASKS  # those of the data set are not known
+    assert settings.rewards.tasks_of("judge") == ("t2i", "reasoning", "text", "edit")
+
+    again = recipe_file(tmp_path, yaml.safe_dump(shown_settings(settings)))
+    for same in (load_settings(again), settings_from_dict(settings.model_dump()), pickle.loads(pickle.dumps(settings))):
+        assert same.rewards.weights == weights and settings_hash(same) == settings_hash(settings)
+
+
+def test_a_weight_goes_linearly_from_first_to_last() -> None:
+    assert [weight_at((0.0, 0.5, 5), step) for step in (0, 1, 4, 5, 6, None)] == [0, 0.1, 0.4, 0.5, 0.5, 0.5]
+    assert [weight_at((1.0, 0.0, 2), step) for step in (0, 1, 2, None)] == [1, 0.5, 0, 0]
+    assert [weight_at(0.3, step) for step in (0, None)] == [0.3, 0.3]
+
+
 # ---- Values ----
 
 
@@ -249,6 +282,14 @@ def test_recipe_that_is_no_text_or_missing(tmp_path: Path) -> None:
         (["rewards.weights.txt.ocr=1"], ["rewards.weights.txt: unknown task", "did you mean 'text'"]),
         (["rewards.weights.text.orc=1"], ["unknown reward 'orc'", "judge, ocr, clip, aesthetic", "'ocr'"]),
         (["rewards.weights.text.ocr=-1"], ["rewards.weights.text.ocr: got -1 on the command line"]),
+        (["rewards.weights.text.ocr=true"], ["rewards.weights.text.ocr: got True", "[first, last, steps]"]),
+        (["rewards.weights.text.ocr=[0, 1]"], ["rewards.weights.text.ocr: got [0, 1] on the command line"]),
+        (["rewards.weights.text.ocr=[0, 1, 0]"], ["rewards.weights.text.ocr: got [0, 1, 0]"]),
+        (["rewards.weights.text.ocr=[0, 2e6, 5]"], ["rewards.weights.text.ocr: got [0, 2000000.0, 5]"]),
+        (["rewards.weights.text={ocr: [0, 1, 9]}"], ["rewards.weights.text: every weight is 0 at step 0"]),
+        (["rewards.weights.text={ocr: [1, 0, 9], clip: 0}"], ["rewards.weights.text: every weight is 0 in the end"]),
+        (["rewards.weights.sauce:posters={ocr: 1}"], ["unknown task 'sauce:posters'", "of a data set: source:NAME"]),
+        (["rewards.weights.source:posters.orc=1"], ["rewards.weights.source:posters.orc: unknown reward 'orc'"]),
         (["rollout.num_steps=10", "rollout.sde_steps=10"], ["rollout.sde_steps: got 10", "1 to 9"]),
         (["rollout.eta=1.5"], ["rollout.eta: got 1.5 with rollout.sampler cps", "<= 1"]),
         (["rollout.group_size=1"], ["rollout.group_size: got 1 with algorithm.advantage gdpo", ">= 2"]),

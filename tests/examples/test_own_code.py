@@ -74,8 +74,9 @@ def test_pools_of_one_class_score_beside_each_other(ray_local: ModuleType, setti
     router = RewardRouter(settings.model_copy(update={"rewards": rewards}), gpus=False)
     drawn, edited = (Record(task, task, "a cat", "", None, (), "test") for task in ("t2i", "edit"))
     requests = [*make_requests(drawn, [grey(255)]), *make_requests(edited, [grey(51)])]
+    asked = zip((drawn, edited), requests, strict=True)
     keys = [request_key(request) for request in requests]
-    weights = np.stack([reward_weights(rewards, request) for request in requests])
+    weights = np.stack([reward_weights(rewards, record, request, 0) for record, request in asked])
 
     async def score() -> np.ndarray:
         await router.start()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
-from deepgen.config import load_settings
-from stages.rl_prompts import about_lengths, about_prompts, read_prompts
+import numpy as np
+import pytest
+
+from actors.experience.reward_requests import make_requests, reward_weights
+from deepgen.config import Settings, UserError, load_settings
+from stages.rl_prompts import about_lengths, about_prompts, about_rows, read_prompts
 from tests.data.test_records import GOOD
 
 
@@ -42,3 +47,31 @@ def test_it_says_how_many_prompts_are_longer_than_a_model_reads(root: Path, tmp_
         root / "stages" / "recipes" / "tiny-rl.yaml", [f"run.dir={tmp_path}", "rewards.weights.text={}"]
     )
     assert list(about_lengths(few, [short[0], quoted])) == []  # no reward looks at it
+
+
+def test_weights_of_a_data_set_come_before_those_of_the_task(tmp_path: Path) -> None:
+    rows = [{"prompt": f"a cat {i}", "source": "cats"} for i in range(3)] + ["a dog", 'the word "hi"']
+    (tmp_path / "mine.json").write_text(json.dumps(rows), encoding="utf-8")
+
+    def settings_with(*weights: str) -> Settings:
+        own = [f"run.dir={tmp_path / 'runs'}", f"data.prompts={tmp_path / 'mine.json'}", f"model.weights={tmp_path}"]
+        return load_settings(None, [*own, *weights])
+
+    settings = settings_with("rewards.weights.source:cats={aesthetic: 1, clip: [0, 2, 10]}")
+    found = read_prompts(settings)
+    assert about_rows(settings, found) == ["rewards.weights: 1 by t2i, 1 by text, 3 by source:cats"]
+    assert about_rows(settings_with(), found) == []
+    cat, dog = found[0][1], found[3][1]
+    (asked,) = make_requests(cat, [np.zeros((8, 8, 3), np.uint8)])
+    assert settings.rewards.used() == ("judge", "ocr", "clip", "aesthetic")
+    by_step = [reward_weights(settings.rewards, cat, asked, step).tolist() for step in (0, 5, 10, None)]
+    assert by_step == [[0, 0, clip, 1] for clip in (0, 1, 2, 2)]  # 0 is not asked yet
+    (asked,) = make_requests(dog, [np.zeros((8, 8, 3), np.uint8)])
+    assert reward_weights(settings.rewards, dog, asked, 0).tolist() == pytest.approx([0.7, 0, 0.3, 0])
+
+    with pytest.raises(
+        UserError, match=r"weights\.source:cat: no prompt of data\.prompts has the source 'cat'; .*'cats'"
+    ):
+        read_prompts(settings_with("rewards.weights.source:cat={aesthetic: 1}"))
+    with pytest.raises(UserError, match=r"mine\.json, row 1: source:cats has no weight above 0 in rewards\.weights"):
+        read_prompts(settings_with("rewards.weights.source:cats={}"))

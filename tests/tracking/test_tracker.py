@@ -18,7 +18,7 @@ from PIL import Image
 
 from deepgen.config.settings import Settings, load_settings
 from deepgen.errors import UserError
-from deepgen.tracking.curves import draw_curves, smoothed
+from deepgen.tracking.curves import draw_curves, draw_rewards, reward_changes, smoothed
 from deepgen.tracking.journal import Journal, make_entry, read_entries, read_series
 from deepgen.tracking.progress import Phases, Progress, format_duration, format_value
 from deepgen.tracking.provenance import git_state, package_versions
@@ -458,6 +458,21 @@ def test_curves_are_drawn_only_from_what_is_there(tmp_path: Path) -> None:
         journal.append(make_entry(step, time.time(), {"reward/judge": step / 30, "policy/kl": 1e-4 * (step + 1)}))
     assert draw_curves(journal.path, tmp_path / "plots" / "curves.png", title="trial")
     assert Image.open(tmp_path / "plots" / "curves.png").width > 800
+
+
+def test_rewards_are_drawn_on_one_scale(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, resume=False)
+    for step in range(10):
+        rewards = {"reward/small": 0.5 + step / 10, "reward/large": 500 + 100 * step, "reward/total": 1.0}
+        spreads = {"reward_spread/small": 0.1, "reward_spread/large": 100.0, "reward_spread/flat": 0.0}
+        shares = {"advantage/share/small": 1.2, "advantage/share/large": -0.2}
+        journal.append(make_entry(step, time.time(), rewards | spreads | shares | {"reward/flat": 1.0}))
+    changes = reward_changes(read_series(journal.path))
+    assert changes.keys() == {"reward_change/small", "reward_change/large"}  # others have no spread
+    for steps, values in changes.values():
+        assert steps == list(range(10)) and values == pytest.approx([step - 0.5 for step in range(10)])
+    assert draw_rewards(journal.path, tmp_path / "rewards.png", title="trial")
+    assert Image.open(tmp_path / "rewards.png").width > 800
 
 
 def test_smoothing_has_no_start_up_bias() -> None:

@@ -34,7 +34,7 @@ class RewardRouter:
                 start_deadline_s=settings.cluster.start_deadline_s,
                 recorder=recorder,
                 journal=journal,
-                tasks=[task for task, row in settings.rewards.weights.items() if row.get(name)],
+                tasks=settings.rewards.tasks_of(name),
             )
             for name in self.names
         }

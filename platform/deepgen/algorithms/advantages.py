@@ -96,6 +96,40 @@ def group_advantages(
     )
 
 
+def reward_shares(
+    name: str,
+    rewards: Tensor,
+    weights: Tensor,
+    group_ids: Tensor,
+    *,
+    eps: float = 1e-4,
+    whiten: str = "global",
+    rank_ids: Tensor | None = None,
+) -> Tensor:
+    """Which reward moves the policy: its share of the advantages' differences within groups; [K] fp64, the sum is 1.
+
+    Arguments and errors as for `group_advantages`, without the clip. A reward's part of the combined signal is what the
+    method makes of this reward alone. Advantages of a group differ as its combined signal does, times a factor; the
+    same factor makes the part comparable between groups. Share: covariance of part and advantage within groups, divided
+    by the sum over the rewards. Of uncorrelated rewards each has the square of what it adds (gdpo: of its weight). It
+    is negative for a reward against which the others decide, and NaN where no group has differences.
+    """
+    method: Callable[[Scores], tuple[Tensor, Tensor]] = ADVANTAGES.load(name)
+    scores = _without_lone_scores(_checked(rewards, weights, group_ids, _scope(whiten, rewards, rank_ids), eps))
+    combined, advantages = method(scores)
+    moved, whole = (_within_groups(values, scores) for values in (advantages, combined))
+    factor = _of_groups(moved * whole, scores) / _of_groups(whole**2, scores)
+    factor = torch.where(factor.isfinite(), factor, 0.0)
+    shares = torch.zeros(rewards.shape[1], dtype=torch.float64, device=rewards.device)
+    for k in (scores.weights != 0).any(dim=0).nonzero()[:, 0].tolist():
+        alone = torch.zeros_like(scores.weights)
+        alone[:, k] = scores.weights[:, k]
+        part, _ = method(replace(scores, weights=alone))
+        shares[k] = (factor * _within_groups(part, scores) * moved).sum()
+    total = shares.sum()
+    return shares / total if total > 0 else torch.full_like(shares, torch.nan)
+
+
 # -- the methods: Scores -> (combined signal [N], advantages [N]) ----------------------------------
 
 
@@ -175,6 +209,18 @@ def _statistics(values: Tensor, present: Tensor, ids: Tensor) -> tuple[Tensor, T
     mean = total(torch.where(present, values, 0.0)) / count.clamp(min=1)
     squares = total(torch.where(present, (values - mean) ** 2, 0.0))
     return mean, torch.sqrt(squares / (count - 1).clamp(min=1)), count
+
+
+def _within_groups(values: Tensor, scores: Scores) -> Tensor:
+    """Values minus their group's mean [N], 0 for samples without any score."""
+    mean, _, _ = _statistics(values, scores.usable, scores.groups)
+    return torch.where(scores.usable, values - mean, 0.0)
+
+
+def _of_groups(values: Tensor, scores: Scores) -> Tensor:
+    """Each group's sum of the values, repeated for its samples; [N] -> [N]."""
+    sums = values.new_zeros(int(scores.groups.max()) + 1).index_add(0, scores.groups, values)
+    return sums[scores.groups]
 
 
 def _share_of_groups(flat: Tensor, asked: Tensor, groups: Tensor) -> Tensor:

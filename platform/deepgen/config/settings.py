@@ -23,6 +23,7 @@ from deepgen.algorithms.rules import Overlap, check_group, choose_overlap
 from deepgen.config.recipes import describe_yaml_error, parse_value, read_recipe
 from deepgen.config.schema.choices import OneOf, ShareRule
 from deepgen.config.schema.pools import PoolSettings, own_keys, pool_keys, pool_type, pool_types
+from deepgen.config.schema.reward_weights import BY_SOURCE
 from deepgen.config.schema.section import Section
 from deepgen.config.schema.sections import TASKS as TASKS
 from deepgen.config.schema.sections import (
@@ -44,6 +45,7 @@ from deepgen.registry import REWARDS
 
 _NO_HINT = "; --help lists all keys"
 _SHOWN = 200  # letters of a wrong value in an error
+_OF_SOURCE = f"rewards.weights.{BY_SOURCE}"
 ANY_POOL = "rewards.<name>"  # stands for every reward pool in lists of keys
 
 
@@ -199,7 +201,7 @@ def _merge_pool(rewards: dict[str, Any], name: str, value: Any, place: str, orig
 def _override(
     content: dict[str, Any], key: str, text: str, leaves: Mapping[str, FieldInfo], groups: Sequence[str]
 ) -> None:
-    cell = key.startswith("rewards.weights.") and key.count(".") <= 3
+    cell = key.startswith("rewards.weights.") and (key.count(".") <= 3 or key.startswith(_OF_SOURCE))
     if key in groups:
         inside = [leaf for leaf in leaves if leaf.startswith(f"{key}.")]
         raise UserError(f"{key}: is a section; allowed: one of its keys, as in {inside[0]}=...")
@@ -208,11 +210,20 @@ def _override(
         new = pool.startswith("rewards.") and pool not in groups
         more = f" (a new pool needs {pool}.class=NAME or package.module:Class)" if new else ""
         raise UserError(f"unknown key {key!r} on the command line{_hint(key, leaves) or _NO_HINT}{more}")
-    *path, name = key.split(".")
+    value = text if not cell and leaves[key].annotation in (str, Path) else _parse(key, text)
+    *path, name = _parts(key, value)
     for part in path:
         inner = content.setdefault(part, {})
         content = inner if isinstance(inner, dict) else {}  # validation reports it if a recipe has no mapping here
-    content[name] = text if not cell and leaves[key].annotation in (str, Path) else _parse(key, text)
+    content[name] = value
+
+
+def _parts(key: str, value: Any) -> list[str]:
+    """The names in a dotted key. The name of a data set may have dots; the reward after it has none."""
+    if not key.startswith(_OF_SOURCE):
+        return key.split(".")
+    row = key.removeprefix("rewards.weights.")
+    return ["rewards", "weights", *([row] if isinstance(value, Mapping) else row.rsplit(".", 1))]
 
 
 def _hint(key: str, leaves: Iterable[str]) -> str:

@@ -7,9 +7,12 @@ slash, the curves select them by name):
 | name | meaning |
 |---|---|
 | reward/<name>, reward/total                  | mean raw score of the step's samples; weighted over the rewards |
-| reward_normalised/<name>                     | mean absolute advantage part of this reward after normalisation |
+| reward_spread/<name>                         | standard deviation of a reward within a group, mean over groups |
+| reward_weight/<name>                         | mean weight of a reward, over the samples that it is asked about |
 | reward_missing/<name>                        | missing scores in this step |
 | advantage/std, advantage/zero_spread/<name>  | spread of advantages, share of groups without spread |
+| advantage/share/<name>                       | which reward moves the policy: its share of the differences between |
+|                                              | the advantages of a group; all together 1 (`algorithms.advantages`) |
 | policy/ratio_{mean,max,deviation_max}        | probability ratio of the update, largest distance from 1 |
 | policy/clip_share, policy/kl                 | share of clipped samples, KL to the reference |
 | policy/staleness_max                         | steps between the policy that drew and the one that learns |

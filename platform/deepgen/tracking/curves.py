@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from deepgen.config.settings import Settings
 
-CURVES = "curves.png"
+CURVES, REWARDS = "curves.png", "rewards.png"
 Series = dict[str, tuple[list[int], list[float]]]
 
 
@@ -30,6 +30,7 @@ class Panel:
     title: str
     pattern: str
     log: bool = False  # logarithmic where the values span a wide range
+    whole: bool = False  # the values of a step are shares of a whole
 
 
 PANELS = (
@@ -42,6 +43,12 @@ PANELS = (
     Panel("share of clipped samples", r"policy/(clip_share)"),
     Panel("gradient norm", r"train/(grad_norm)", log=True),
 )
+REWARD_PANELS = (
+    Panel("change since the first steps, in spreads within a group", r"reward_change/([^/]+)"),
+    Panel("which reward moves the policy (share of the advantages)", r"advantage/share/([^/]+)", whole=True),
+    Panel("weight where it is asked for", r"reward_weight/([^/]+)"),
+)
+_FIRST = 5  # steps that a change starts from, or a fifth of the run
 _LOG_RANGE = 20
 _SMOOTHING_SPAN = 10  # recent steps that carry about 87 % of the weight in the thick line
 
@@ -57,6 +64,14 @@ def record_curves(settings: Settings, stage: str) -> str:
     return "\n".join(lines)
 
 
+def draw_rewards(metrics: Path, output: Path, *, title: str = "") -> bool:
+    """Draw the rewards of a run side by side, whatever their scales, and which of them moves the policy.
+
+    As `draw_curves`.
+    """
+    return draw_curves(metrics, output, title=title, panels=REWARD_PANELS)
+
+
 def draw_curves(metrics: Path, output: Path, *, title: str = "", panels: tuple[Panel, ...] = PANELS) -> bool:
     """Draw the panels that have data from `metrics` (metrics.jsonl) into `output` (PNG).
 
@@ -67,6 +82,7 @@ def draw_curves(metrics: Path, output: Path, *, title: str = "", panels: tuple[P
     from matplotlib.figure import Figure
 
     series = read_series(metrics)
+    series |= reward_changes(series)
     chosen = [(panel, found) for panel in panels if (found := _select(series, panel.pattern))]
     if not chosen:
         return False
@@ -82,6 +98,23 @@ def draw_curves(metrics: Path, output: Path, *, title: str = "", panels: tuple[P
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output)
     return True
+
+
+def reward_changes(series: Series) -> Series:
+    """Curves "reward_change/<name>" of rewards on one scale: the change of the mean since the first steps.
+
+    Its unit is the mean spread of the reward within a group in these steps, so a reward that has none has no curve.
+    """
+    found: Series = {}
+    for name, (steps, values) in series.items():
+        reward = name.removeprefix("reward/")
+        spreads = series.get(f"reward_spread/{reward}", ([], []))[1]
+        first = max(1, min(_FIRST, len(values) // 5))
+        if name == reward or not spreads or not (unit := float(np.mean(spreads[:first]))):
+            continue
+        start = float(np.mean(values[:first]))
+        found[f"reward_change/{reward}"] = steps, [(value - start) / unit for value in values]
+    return found
 
 
 def _select(series: Series, pattern: str) -> Series:
@@ -103,6 +136,9 @@ def _draw_panel(axes: Axes, panel: Panel, found: Series) -> None:
             axes.plot(steps, smoothed(values), color=colour, linewidth=2, label=label)
         else:
             axes.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
+    if panel.whole:
+        axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.axhline(1, color="0.6", linewidth=0.8)
     every = [value for _, values in found.values() for value in values]
     if panel.log and min(every) > 0 and max(every) > _LOG_RANGE * min(every):
         axes.set_yscale("log")

@@ -124,7 +124,7 @@ def _view(metrics: list[str], sections: list[str]) -> str:
 
 
 _VIEWS = {
-    "rl": _view(["reward/total", "eval/total"], ["reward", "eval"]),
+    "rl": _view(["reward/total", "eval/total"], ["reward", "eval", "advantage"]),
     "supervised": _view(["loss/flow_matching", "heldout_loss/all"], ["loss", "heldout_loss"]),
 }
 EXPERIMENT_TAGS = {

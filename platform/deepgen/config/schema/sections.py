@@ -24,6 +24,7 @@ from deepgen.algorithms.rules import WHITEN, check_noise
 from deepgen.config.schema.choices import OneOf
 from deepgen.config.schema.paths import InputPath, OptionalOutputPath, OutputPath
 from deepgen.config.schema.pools import PoolSettings, make_pools
+from deepgen.config.schema.reward_weights import BY_SOURCE, RewardWeight, WeightRule, check_row, ever_positive
 from deepgen.config.schema.section import Section, setting
 from deepgen.errors import nearest
 from deepgen.models.presets import PADDINGS, PRESETS
@@ -31,7 +32,7 @@ from deepgen.reading import reach
 from deepgen.registry import ADVANTAGES, KL_FORMS, POLICY_LOSSES, REWARDS, SAMPLERS, SDE_WINDOWS
 
 TASKS = ("t2i", "reasoning", "text", "edit")
-Weight = Annotated[float, Field(ge=0, le=1e6)]  # times a score it stays finite in fp32
+Weight = Annotated[float, Field(ge=0, le=1e6)]
 MAX_NAME = 100  # files and folders have up to 255 bytes, and longer names are made of this one
 _TAKEN = ("mlflow.db", "mlflow.db-journal", "mlflow.db-shm", "mlflow.db-wal", "mlartifacts")
 _DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # no folder can be called so over SMB
@@ -295,12 +296,13 @@ class RewardSettings(Section):
     """`weights` and any number of pools. Recipes and `model_dump()` list each pool by name, beside `weights`."""
 
     about: ClassVar[str] = "the pools of rewards, and their weights by task"
-    weights: dict[str, dict[str, Weight]] = setting(
+    weights: dict[str, dict[str, RewardWeight]] = setting(
         {"t2i": _GENERAL, "reasoning": _GENERAL, "text": _TEXT, "edit": _GENERAL},
-        "Weight of each pool's reward for the prompts of each task; absent or 0 is never called. A recipe replaces "
-        "whole tasks; one weight is set as rewards.weights.text.ocr=0.5.",
-        allowed=f"a weight >= 0, at most 1e6, for each pool ({', '.join(REWARDS)}, or one of your own) of a task "
-        f"({', '.join(TASKS)})",
+        "Weight of each pool's reward for the prompts of each task; absent or 0 is never called. [0, 0.5, 200] rises "
+        "from 0 at step 0 to 0.5 at step 200. A row source:NAME is for the prompts of that data set, whatever their "
+        "task. A recipe replaces whole rows; one weight is set as rewards.weights.text.ocr=0.5.",
+        allowed=f"{WeightRule.allowed}, for each pool ({', '.join(REWARDS)}, or one of your own) of a task "
+        f"({', '.join(TASKS)}) or of {BY_SOURCE}NAME",
     )
     pools: dict[str, SerializeAsAny[PoolSettings]] = Field(default_factory=dict)  # filled by `_gather_pools`
 
@@ -320,16 +322,32 @@ class RewardSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for task, row in self.weights.items():
-            _require_known(f"rewards.weights.{task}", "task", task, TASKS)
+        for title, row in self.weights.items():
+            key = f"rewards.weights.{title}"
+            if not title.startswith(BY_SOURCE):
+                _require_known(key, "task", title, TASKS, f"; for the prompts of a data set: {BY_SOURCE}NAME")
             for name in row:
                 own = f"; a new one: rewards.{name}.class=package.module:Class"
-                _require_known(f"rewards.weights.{task}.{name}", "reward", name, tuple(self.pools), own)
+                _require_known(f"{key}.{name}", "reward", name, tuple(self.pools), own)
+            check_row(key, row)
         return self
 
+    def row_of(self, task: str, source: str) -> str:
+        """Name of the row with the weights of a prompt: that of its data set, if there is one, or else of its task."""
+        return BY_SOURCE + source if BY_SOURCE + source in self.weights else task
+
+    def weights_of(self, task: str, source: str) -> dict[str, RewardWeight]:
+        """Weights of the rewards, by pool, for a prompt of a task from a data set."""
+        return self.weights.get(self.row_of(task, source), {})
+
     def used(self) -> tuple[str, ...]:
-        """Pools with a weight above 0 for some task."""
-        return tuple(n for n in self.pools if any(row.get(n, 0) > 0 for row in self.weights.values()))
+        """Pools with a weight above 0 for some prompts in some step."""
+        return tuple(n for n in self.pools if self.tasks_of(n))
+
+    def tasks_of(self, name: str) -> tuple[str, ...]:
+        """Tasks whose prompts a pool may be asked about; all of them if a data set has a weight for it."""
+        rows = [title for title, row in self.weights.items() if name in row and ever_positive(row[name])]
+        return TASKS if any(title.startswith(BY_SOURCE) for title in rows) else tuple(rows)
 
 
 class ExperienceSettings(Section):
