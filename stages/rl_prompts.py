@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from actors.experience.prompt_order import check_state
 from actors.learner.checkpoints.checkpoint_store import Manifest
 from deepgen.config import Settings, UserError
@@ -16,7 +18,8 @@ from deepgen.data.records import Record
 from deepgen.data.usable import Place, usable_records
 from deepgen.models.chat_template import render
 from deepgen.models.presets import Architecture
-from rewards import TextLimit, text_limit
+from rewards import RewardRequest, TextLimit, applies, text_limit
+from rewards.ocr import OcrReward
 from stages.rl_report import say
 
 
@@ -26,10 +29,11 @@ def check_prompts(settings: Settings, checkpoint: Manifest | None) -> None:
     The stream reads its own.
     """
     found = read_prompts(settings)
-    for line in [*about_prompts(found), *about_lengths(settings, [record for _, record in found])]:
+    records = [record for _, record in found]
+    for line in [*about_prompts(found), *about_applying(settings, found), *about_lengths(settings, records)]:
         say(line)
     if checkpoint:
-        check_state(settings, [record for _, record in found], checkpoint.source)
+        check_state(settings, records, checkpoint.source)
 
 
 def read_prompts(settings: Settings) -> list[tuple[Place, Record]]:
@@ -48,18 +52,35 @@ def about_prompts(found: list[tuple[Place, Record]]) -> list[str]:
     """Lines for the console: prompts by task, and what is taken for words to draw, which is a guess from quotes."""
     counts = Counter(record.task for _, record in found)
     lines = [f"prompts: {', '.join(f'{counts[task]:,} {task}' for task in TASKS if counts[task])}"]
-    texts = [(place, record.prompt, quoted_words(record.prompt)) for place, record in found if record.task == "text"]
-    example = next(((prompt, words) for _, prompt, words in texts if words), None)
+    texts = ((record.prompt, quoted_words(record.prompt)) for _, record in found if record.task == "text")
+    example = next(((prompt, words) for prompt, words in texts if words), None)
     if example:
         shown = " and ".join(map(repr, example[1]))
         lines.append(f"words to draw, for example: {shown} in {_shortened(example[0])!r}")
-    if without := [place for place, _, words in texts if not words]:
-        file, row = without[0]
-        lines.append(
-            f"{len(without):,} of the {counts['text']:,} text prompts quote no words to draw, so the OCR reward does "
-            f"not apply to them: first {file}, row {row}"
-        )
     return lines
+
+
+def about_applying(settings: Settings, found: list[tuple[Place, Record]]) -> Iterator[str]:
+    """Lines that say how many prompts of a task have a reward that cannot score them, as OCR without quoted words."""
+    for name in settings.rewards.used():
+        pool = settings.rewards.pools[name]
+        for task in TASKS:
+            if not settings.rewards.weights.get(task, {}).get(name, 0) > 0:
+                continue
+            asked = [(place, record) for place, record in found if record.task == task]
+            if without := [place for place, record in asked if not applies(pool, _request(record))]:
+                file, row = without[0]
+                why = ": they quote no words to draw" if issubclass(pool.reward_class(), OcrReward) else ""
+                yield (
+                    f"{len(without):,} of {len(asked):,} {task} prompts get no score from rewards.{name}, which does "
+                    f"not apply to them{why}; first {file}, row {row}"
+                )
+
+
+def _request(record: Record) -> RewardRequest:
+    """What a reward may look at to say whether it applies: the pictures do not matter, but how many there are."""
+    none = np.zeros((1, 1, 3), dtype=np.uint8)
+    return RewardRequest(record.prompt, record.answer, record.task, none, (none,) * len(record.references))
 
 
 def about_lengths(settings: Settings, records: Sequence[Record]) -> Iterator[str]:

@@ -48,6 +48,7 @@ KEYS = {
     "rewards": "weights",
     "rewards.<name>": "class replicas batch_size deadline_s retries required max_replicas gpus cpus",
     "rewards.judge": "gpus path gpu_memory_share",
+    "rewards.ocr": "match_case punctuation look_alikes ngram",
     "rewards.clip": "path",
     "rewards.aesthetic": "path",
     "rewards.remote": "url token_env timeout_s",
