@@ -22,11 +22,15 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import ray
 from ray import serve
+from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from deepgen.cluster.own_environment import OwnEnvironment, own_environment
 from deepgen.cluster.resources import pool_resources
 from deepgen.config import PoolSettings
 from deepgen.errors import UserError
@@ -57,6 +61,9 @@ class RewardService:
     """A replica of one reward. token_hash: SHA-256 of the token, so that Ray's state never holds the token itself."""
 
     def __init__(self, pool: PoolSettings, token_hash: str) -> None:
+        own = own_environment(pool)
+        if own and not own.is_here():
+            raise RuntimeError(f"{own.key}: this node has joined later and has no {own.folder}")
         self._pool, self._token_hash = pool, token_hash
         self._since: float | None = None  # when the reward got the batch that it is scoring
         # Rewards are not made for calls beside each other, and some libraries want one thread for all.
@@ -192,6 +199,7 @@ def start_services(pools: Sequence[PoolSettings], hosting: Hosting, *, gpus: boo
             "--address: Ray Serve already runs on that cluster, with an address of its own; allowed: another"
         )
     _require_free(hosting)
+    _make_environments(pools, deadline_s)
     longest = max(pool.deadline_s for pool in pools)
     http = HTTPOptions(host=hosting.host, port=hosting.port, request_timeout_s=longest)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
@@ -217,18 +225,46 @@ def faults() -> dict[str, str]:
     return {name: f"{one.status.value.lower()}: {_why(one)}" for name, one in found.items() if one.status != "RUNNING"}
 
 
+def _make_environments(pools: Sequence[PoolSettings], deadline_s: float) -> None:
+    """Make the rewards' own environments on every node, as Serve may place a replica on any. Raises UserError."""
+    make = ray.remote(_make_environment)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    made = [
+        make.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+            own, deadline_s
+        )
+        for own in map(own_environment, pools)
+        if own
+        for node in nodes
+    ]
+    try:
+        ray.get(made, timeout=deadline_s + BODY_S)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    except GetTimeoutError as error:
+        raise UserError(f"rewards.*.environment: not made on {len(nodes)} nodes within {deadline_s:g} s") from error
+
+
+def _make_environment(own: OwnEnvironment, deadline_s: float) -> None:
+    own.make(deadline_s)
+
+
 def _application(pool: PoolSettings, hosting: Hosting, *, gpus: bool) -> Any:
     resources = pool_resources(pool, gpus=gpus)
+    own = own_environment(pool)
+    runtime = {"runtime_env": {**ray.get_runtime_context().runtime_env, **own.runtime_env()}} if own else {}
     deployment = serve.deployment(
         RewardService,
         name=pool.pool_name,
-        ray_actor_options={"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0.0)},
+        ray_actor_options={"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0.0), **runtime},
         max_ongoing_requests=CALLS,
         max_queued_requests=QUEUE,
         max_constructor_retry_count=1,
         autoscaling_config={
-            "min_replicas": pool.replicas,
-            "max_replicas": max(pool.replicas, hosting.most),
+            "min_replicas": pool.least_replicas,
+            "max_replicas": max(pool.most_replicas, hosting.most),
             "target_ongoing_requests": CALLS / 2,
         },
     )

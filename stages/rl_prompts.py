@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
+
+import numpy as np
 
 from actors.experience.prompt_order import check_state
 from actors.learner.checkpoints.checkpoint_store import Manifest
@@ -18,7 +21,8 @@ from deepgen.data.usable import Place, usable_records
 from deepgen.errors import nearest
 from deepgen.models.chat_template import render
 from deepgen.models.presets import Architecture
-from rewards import TextLimit, text_limit
+from rewards import RewardRequest, TextLimit, applies, text_limit
+from rewards.ocr import OcrReward
 from stages.rl_report import say
 
 
@@ -28,11 +32,12 @@ def check_prompts(settings: Settings, checkpoint: Manifest | None) -> None:
     The stream reads its own.
     """
     found = read_prompts(settings)
-    lengths = about_lengths(settings, [record for _, record in found])
-    for line in [*about_prompts(found), *about_rows(settings, found), *lengths]:
+    records = [record for _, record in found]
+    about = [about_prompts(found), about_rows(settings, found), about_applying(settings, found)]
+    for line in chain(*about, about_lengths(settings, records)):
         say(line)
     if checkpoint:
-        check_state(settings, [record for _, record in found], checkpoint.source)
+        check_state(settings, records, checkpoint.source)
 
 
 def read_prompts(settings: Settings) -> list[tuple[Place, Record]]:
@@ -69,18 +74,39 @@ def about_prompts(found: list[tuple[Place, Record]]) -> list[str]:
     """Lines for the console: prompts by task, and what is taken for words to draw, which is a guess from quotes."""
     counts = Counter(record.task for _, record in found)
     lines = [f"prompts: {', '.join(f'{counts[task]:,} {task}' for task in TASKS if counts[task])}"]
-    texts = [(place, record.prompt, quoted_words(record.prompt)) for place, record in found if record.task == "text"]
-    example = next(((prompt, words) for _, prompt, words in texts if words), None)
+    texts = ((record.prompt, quoted_words(record.prompt)) for _, record in found if record.task == "text")
+    example = next(((prompt, words) for prompt, words in texts if words), None)
     if example:
         shown = " and ".join(map(repr, example[1]))
         lines.append(f"words to draw, for example: {shown} in {_shortened(example[0])!r}")
-    if without := [place for place, _, words in texts if not words]:
-        file, row = without[0]
-        lines.append(
-            f"{len(without):,} of the {counts['text']:,} text prompts quote no words to draw, so the OCR reward does "
-            f"not apply to them: first {file}, row {row}"
-        )
     return lines
+
+
+def about_applying(settings: Settings, found: list[tuple[Place, Record]]) -> Iterator[str]:
+    """Lines that say how many prompts of a task have a reward that cannot score them, as OCR without quoted words."""
+    for name in settings.rewards.used():
+        pool = settings.rewards.pools[name]
+        for task in TASKS:
+            asked = [
+                (place, record) for place, record in found if record.task == task and _asks(settings, record, name)
+            ]
+            if without := [place for place, record in asked if not applies(pool, _request(record))]:
+                file, row = without[0]
+                why = ": they quote no words to draw" if issubclass(pool.reward_class(), OcrReward) else ""
+                yield (
+                    f"{len(without):,} of {len(asked):,} {task} prompts get no score from rewards.{name}, which does "
+                    f"not apply to them{why}; first {file}, row {row}"
+                )
+
+
+def _asks(settings: Settings, record: Record, name: str) -> bool:
+    return ever_positive(settings.rewards.weights_of(record.task, record.source).get(name, 0.0))
+
+
+def _request(record: Record) -> RewardRequest:
+    """What a reward may look at to say whether it applies: the pictures do not matter, but how many there are."""
+    none = np.zeros((1, 1, 3), dtype=np.uint8)
+    return RewardRequest(record.prompt, record.answer, record.task, none, (none,) * len(record.references))
 
 
 def about_lengths(settings: Settings, records: Sequence[Record]) -> Iterator[str]:
@@ -91,8 +117,7 @@ def about_lengths(settings: Settings, records: Sequence[Record]) -> Iterator[str
     policy = TextLimit(Path(settings.model.weights) / "tokenizer", tokens, "does not read their beginning", render)
     yield from _about_length("the policy", policy, [record.prompt for record in records])
     for name in settings.rewards.used():
-        rows = ((record, settings.rewards.weights_of(record.task, record.source)) for record in records)
-        asked = [record for record, row in rows if name in row and ever_positive(row[name])]
+        asked = [record for record in records if _asks(settings, record, name)]
         if limit := text_limit(settings.rewards.pools[name]):
             yield from _about_length(f"rewards.{name}", limit, [record.answer or record.prompt for record in asked])
 

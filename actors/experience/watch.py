@@ -32,7 +32,7 @@ class Watch:
         self._groups, self._silence_s = settings.rollout.prompts_per_step, settings.experience.silence_s
         self._recorder, self._fleet, self._rewards = recorder, fleet, rewards
         used = {name: settings.rewards.pools[name] for name in rewards.names}
-        pools = {name: max(pool.replicas, pool.max_replicas) for name, pool in used.items()}
+        pools = {name: pool.most_replicas for name, pool in used.items()}
         self._actors = {ROLLOUT: len(fleet.names), **pools}
         self._clocks: dict[int, StepClock] = {}
         self._ranks: dict[int, Rank] = {}

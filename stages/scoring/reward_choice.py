@@ -56,6 +56,6 @@ def chosen(args: argparse.Namespace) -> tuple[Settings, list[PoolSettings]]:
 def needs_of(pools: Sequence[PoolSettings], *, gpus: bool) -> list[Need]:
     """What their replicas need of a cluster."""
     return [
-        Need(f"{pool.pool_name} reward", pool.replicas, pool_resources(pool, gpus=gpus), pool.dotted("replicas"))
+        Need(f"{pool.pool_name} reward", pool.least_replicas, pool_resources(pool, gpus=gpus), pool.dotted("replicas"))
         for pool in pools
     ]

@@ -84,7 +84,7 @@ def blurry(tmp_path: Path) -> Settings:
     text = f"""
     rewards:
       sharp: {{class: "{HERE}:Blurry", replicas: 3, path: tests}}
-      soft: {{class: "{HERE}:Blurry", words: [a, b]}}
+      soft: {{class: "{HERE}:Blurry", words: [a, b], replicas: 1..4}}
       weights: {{t2i: {{sharp: 1, soft: 0.5, clip: 0}}, edit: {{}}, text: {{}}, reasoning: {{}}}}
     """
     return load_settings(recipe_file(tmp_path, text), ["rewards.soft.batch_size=7", "rewards.soft.gpus=2"])
@@ -94,7 +94,7 @@ def test_each_pool_has_its_own_values_and_its_class_the_defaults(blurry: Setting
     sharp, soft = blurry.rewards.pools["sharp"], blurry.rewards.pools["soft"]
     assert isinstance(sharp, Blurry.Options) and isinstance(soft, Blurry.Options)
     assert (sharp.replicas, sharp.batch_size, sharp.path) == (3, 64, root / "tests")
-    assert (soft.replicas, soft.batch_size, soft.path, soft.words) == (1, 7, root / "tests/golden", ["a", "b"])
+    assert (soft.replicas, soft.batch_size, soft.path, soft.words) == ("1..4", 7, root / "tests/golden", ["a", "b"])
     assert (sharp.pool_name, soft.dotted("path")) == ("sharp", "rewards.soft.path")
     assert blurry.rewards.used() == ("sharp", "soft")
     assert pool_resources(sharp, gpus=True) == {"CPU": 0.05, "GPU": 0.5}
@@ -108,6 +108,7 @@ def test_pools_travel_between_nodes(blurry: Settings, tmp_path: Path) -> None:
     again = settings_from_dict(content)
     assert again == blurry == pickle.loads(pickle.dumps(blurry))
     assert again.rewards.pools["soft"].pool_name == "soft"
+    assert (again.rewards.pools["soft"].least_replicas, again.rewards.pools["soft"].most_replicas) == (1, 4)
     alone = pickle.loads(pickle.dumps(blurry.rewards.pools["soft"]))
     assert (alone, alone.pool_name) == (blurry.rewards.pools["soft"], "soft")
     assert load_settings(recipe_file(tmp_path, yaml.safe_dump(content))) == blurry  # as --print-config prints it
@@ -155,6 +156,9 @@ def test_a_registered_name_needs_no_class_and_may_get_another() -> None:
         (["rewards.jugde.path=x"], ["unknown key 'rewards.jugde.path'", "did you mean 'rewards.judge.path'"]),
         (["rewards.mine.replicas=2"], ["'rewards.mine.replicas'", "a new pool needs rewards.mine.class="]),
         (["rewards.mine.class=ocr", "rewards.mine.replicas=0"], ["rewards.mine.replicas: got 0", "number >= 1"]),
+        (["rewards.ocr.replicas=4..2"], ["rewards.ocr.replicas: got '4..2'", "or a range of them, e.g. 1..4"]),
+        (["rewards.ocr.replicas=few"], ["rewards.ocr.replicas: got 'few'", "whole number >= 1, or a range"]),
+        (["rewards.ocr.replicas=1.5"], ["rewards.ocr.replicas: got 1.5"]),
         (["rewards.ocr.path=x"], ["'rewards.ocr.path'", "allowed in this pool: class, replicas"]),
         (["rewards.ocr.gpus=1.5"], ["rewards.ocr.gpus: got 1.5", "0 or more, above 1 a whole number"]),
         (["rewards.judge=x"], ["rewards.judge: is a section"]),

@@ -47,8 +47,9 @@ KEYS = {
     "algorithm": "advantage whiten advantage_clip policy_loss clip_range kl kl_beta sft_coef sft_batch "
     "update_micro_batch updates_per_batch decoupled_loss importance_cap off_policy_min_sigma",
     "rewards": "weights",
-    "rewards.<name>": "class replicas batch_size deadline_s retries required max_replicas gpus cpus",
+    "rewards.<name>": "class replicas batch_size deadline_s retries required environment gpus cpus",
     "rewards.judge": "gpus path gpu_memory_share",
+    "rewards.ocr": "match_case punctuation look_alikes ngram",
     "rewards.clip": "path",
     "rewards.aesthetic": "path",
     "rewards.remote": "url token_env timeout_s",

@@ -6,12 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from rewards.base import RewardRequest
-from rewards.ocr import OcrReward, edit_distance, normalise, target_words, text_accuracy
+from deepgen.config.schema.pools import make_pool
+from rewards import build_reward
+from rewards.base import Missing, RewardRequest
+from rewards.look_alikes import fold_look_alikes
+from rewards.ocr import OcrReward, TextRules, edit_distance, normalise, target_words, text_accuracy
+
+CASED, LETTERS, ALIKE = TextRules(match_case=True), TextRules(punctuation=False), TextRules(look_alikes=True)
 
 
-def accuracy(targets: str, *lines: str) -> float:
-    return text_accuracy([normalise(word) for word in targets.split("|")], lines)
+def accuracy(targets: str, *lines: str, rules: TextRules | None = None) -> float:
+    rules = rules or TextRules()
+    return text_accuracy([normalise(word, rules) for word in targets.split("|")], lines, rules)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +62,54 @@ def test_extra_text_costs_credit() -> None:
     assert accuracy("sale", "xxsalexx") == pytest.approx(0.5)
     assert accuracy("sale", "sale sale sale") == pytest.approx(1 / 3)
     assert accuracy("sale", "sale") > accuracy("sale", "sale x") > accuracy("sale", "sale now now now")
+
+
+def test_letters_are_equal_however_they_are_encoded() -> None:
+    assert accuracy("ｶﾞ １２", "ガ12") == 1.0  # half and full width
+    assert accuracy("Cafe\u0301", "CAFÉ") == accuracy("café", "CAFE\u0301") == 1.0
+    assert accuracy("café", "cafe") == 0.75
+    assert accuracy("Don’t – Walk", "DON'T-WALK") == accuracy("don't", "DON´T") == 1.0
+    assert accuracy("sale\u200b\ufe0f", "\u00adSALE") == 1.0  # zero width, a selector, a soft hyphen
+    assert accuracy("Straße", "STRASSE") == 1.0
+
+
+def test_case_and_punctuation_by_the_rules() -> None:
+    assert accuracy("Sale", "SALE", rules=CASED) == 0.25
+    assert accuracy("Sale", "Sale", rules=CASED) == 1.0
+    assert accuracy("SALE!", "sale") == 0.8
+    assert accuracy("SALE!", "sale", rules=LETTERS) == accuracy("大减价", "「大减价。」", rules=LETTERS) == 1.0
+    assert accuracy("big sale", "BIG", "--", "SALE", rules=LETTERS) == 1.0  # neighbours once the dashes are gone
+
+
+def test_look_alikes_by_the_rules() -> None:
+    for target, read in [
+        ("OIL", "0I1"),
+        ("МОСКВА", "MOCKBA"),
+        ("москва", "MOCKBA"),
+        ("ΑΘΗΝΑ", "AΘHNA"),
+        ("Hello", "HEL1O"),
+    ]:
+        assert accuracy(target, read) < 1.0 == accuracy(target, read, rules=ALIKE)
+    for target, read in [("S5", "55"), ("vn", "nv"), ("RN", "M")]:
+        assert accuracy(target, read, rules=ALIKE) == accuracy(target, read) < 1.0
+    assert fold_look_alikes("lIL oO0", match_case=True) == "11L o00"
+
+
+def test_a_target_of_more_words_than_ngram_loses_credit() -> None:
+    lines = ["NOW", "A", "BC", "DE", "FG"]
+    assert accuracy("abcdefg|no", *lines, rules=TextRules(ngram=4)) == 0.9
+    assert accuracy("abcdefg|no", *lines, rules=TextRules(ngram=1)) < 0.9
+
+
+def test_options_reach_the_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"match_case": True, "punctuation": False, "look_alikes": True, "ngram": 1}
+    reward = build_reward(make_pool("ocr", given))
+    assert isinstance(reward, OcrReward)
+    monkeypatch.setattr(reward, "read", lambda image: ["0pen!"])
+    asked = [request(f'a sign "{word}"', drawn("")) for word in ("Open", "open", "?!")]
+    right, wrong, nothing = reward.score(asked)
+    assert (right, wrong) == (1.0, 0.75)
+    assert isinstance(nothing, Missing) and nothing.reason == "refused"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from actors.experience.reward_requests import make_requests, reward_weights
 from deepgen.config import Settings, UserError, load_settings
-from stages.rl_prompts import about_lengths, about_prompts, about_rows, read_prompts
+from stages.rl_prompts import about_applying, about_lengths, about_prompts, about_rows, read_prompts
 from tests.data.test_records import GOOD
 
 
@@ -29,6 +29,27 @@ def test_it_says_how_many_prompts_each_task_has_and_one_target(tmp_path: Path) -
     assert lines_about(tmp_path, "a cat", "a dog") == ["prompts: 2 t2i"]
     long = lines_about(tmp_path, f'"HI" on {"a very " * 50}large sign')[1]
     assert len(long) < 180 and long.startswith("words to draw, for example: 'HI' in '\"HI\" on a very") and "…" in long
+
+
+def test_it_says_which_prompts_a_reward_cannot_score(tmp_path: Path) -> None:
+    found = [
+        ((f"{task}.txt", row), replace(GOOD, task=task, prompt=prompt, references=(b"",) * (task == "edit")))
+        for task, prompts in {
+            "text": ['a sign "NO"', 'a 19" rack', "a sign"],
+            "edit": ["write “YES”", "make it red"],
+            "t2i": ["a cat"],
+        }.items()
+        for row, prompt in enumerate(prompts)
+    ]
+    own = ["rewards.letters.class=ocr", "rewards.weights.edit={letters: 1, kept: 0.1}", "rewards.weights.text.kept=1"]
+    settings = load_settings(None, [f"run.dir={tmp_path}", *own])
+    assert list(about_applying(settings, found)) == [
+        "2 of 3 text prompts get no score from rewards.ocr, which does not apply to them: they quote no words to draw; "
+        "first text.txt, row 1",
+        "3 of 3 text prompts get no score from rewards.kept, which does not apply to them; first text.txt, row 0",
+        "1 of 2 edit prompts get no score from rewards.letters, which does not apply to them: they quote no words to "
+        "draw; first edit.txt, row 1",
+    ]
 
 
 def test_it_says_how_many_prompts_are_longer_than_a_model_reads(root: Path, tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 import actors.experience
 import deepgen
 import rewards
+from deepgen.cluster.own_environment import own_environment
 from deepgen.config import PoolSettings
 from deepgen.fingerprint import fingerprint
 
 JOURNAL = "journal"  # folder in the run folder
 _PACKAGES = (actors.experience, deepgen, rewards)  # whose code decides what is drawn, and how it is scored
 # Keys of a pool that change no score.
-_HOW_ASKED = {"replicas", "max_replicas", "deadline_s", "retries", "required", "cpus"}
+_HOW_ASKED = {"replicas", "deadline_s", "retries", "required", "cpus"}
 
 
 @cache
@@ -49,4 +50,5 @@ def scorer_hash(pool: PoolSettings) -> str:
     source = inspect.getsourcefile(pool.reward_class())
     code = hashlib.blake2b(Path(source).read_bytes() if source else b"").hexdigest()
     read = {name: fingerprint(path) for name, path in pool.input_paths().items()}
-    return hash_of(options, code, read, code_version())
+    own = own_environment(pool)
+    return hash_of(options, code, read, code_version(), own.folder.name if own else "")

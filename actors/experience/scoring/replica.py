@@ -10,10 +10,14 @@ import numpy as np
 import ray
 
 from actors.messages import BatchReply
+from deepgen.cluster.own_environment import OwnEnvironment, own_environment
 from deepgen.config import PoolSettings
+from deepgen.errors import UserError
 from rewards import Missing, RewardRequest, RewardUnavailable, Score, build_reward, is_groupwise
 
 _LARGEST = float(np.finfo(np.float32).max)
+_NODES = 8  # tries to have a process in a reward's own environment
+_GRACE_S = 10.0  # for an actor to say that its node could not make one in time
 
 
 class CallTimeout(TimeoutError):
@@ -25,6 +29,13 @@ class RewardActor:
 
     def __init__(self, settings: PoolSettings) -> None:
         self._settings = settings
+
+    def enter(self, environment: OwnEnvironment, deadline_s: float) -> bool:
+        """Make the reward's environment on this node. Returns whether this process runs in it."""
+        if environment.is_here():
+            return True
+        environment.make(deadline_s)
+        return False
 
     def start(self, check: list[RewardRequest]) -> Missing | None:
         """Load the reward and score the images of `check`, which are one prompt's. Returns why a score is missing.
@@ -70,12 +81,17 @@ class Replica:
         self.label = label
         self.failures = 0  # restarts since the last successful call
         self._settings, self._resources = settings, resources
+        self._environment = own_environment(settings)
         self.actor = self._create()
 
     def _create(self) -> Any:
-        return ray.remote(RewardActor).options(**self._resources).remote(self._settings)
+        runtime = {"runtime_env": self._environment.runtime_env()} if self._environment else {}
+        return ray.remote(RewardActor).options(**self._resources, **runtime).remote(self._settings)
 
     async def start(self, check: list[RewardRequest], deadline_s: float) -> Missing | None:
+        """Load the reward, as `RewardActor.start`; before that, make the environment of its own, if it has one."""
+        if self._environment is not None:
+            await self._enter(self._environment, deadline_s)
         missing: Missing | None = await self._answer(self.actor.start.remote(check), "start", deadline_s)
         return missing
 
@@ -90,6 +106,18 @@ class Replica:
         """Kill the actor, as one that hangs still holds memory, and put a new one, not yet started, in its place."""
         self.kill()
         self.actor = self._create()
+
+    async def _enter(self, environment: OwnEnvironment, deadline_s: float) -> None:
+        """Have a process in the reward's environment. One of a node without it makes it, and a new one takes its place.
+
+        That may be on another node, without it again. Raises UserError if it cannot be made or is never used.
+        """
+        for _ in range(_NODES):
+            asked = self.actor.enter.remote(environment, deadline_s)
+            if await self._answer(asked, "environment", deadline_s + _GRACE_S):
+                return
+            self.replace()
+        raise UserError(f"{environment.key}: Ray starts no process in {environment.folder}; after {_NODES} tries")
 
     async def _answer(self, reference: ray.ObjectRef, call: str, deadline_s: float) -> Any:
         """The result of a remote call. Raises `CallTimeout` if it is late."""

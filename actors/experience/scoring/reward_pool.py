@@ -96,6 +96,7 @@ class RewardPool:
         tasks: Sequence[str] = TASKS,
     ) -> None:
         self.name, self._settings, self._groupwise = settings.pool_name, settings, is_groupwise(settings)
+        self._grows = settings.most_replicas > settings.least_replicas
         resources = pool_resources(settings, gpus=gpus)
         self._resources = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0.0)}
         self._start_deadline_s, self._max_restarts, self._backoff_s = start_deadline_s, max_restarts, backoff_s
@@ -124,7 +125,7 @@ class RewardPool:
         """
         if self._workers:
             raise RuntimeError(f"reward pool {self.name}: started twice")
-        self._replicas = [self._new_replica() for _ in range(self._settings.replicas)]
+        self._replicas = [self._new_replica() for _ in range(self._settings.least_replicas)]
         try:
             await asyncio.gather(self._cache.open(), *(self._first_start(replica) for replica in self._replicas))
         except BaseException:
@@ -276,7 +277,7 @@ class RewardPool:
     async def _take(self) -> Batch | None:
         """Wait for a batch to try. None: this replica is not needed."""
         while True:
-            if not await self._filled() and len(self._replicas) > self._settings.replicas:
+            if not await self._filled() and len(self._replicas) > self._settings.least_replicas:
                 return None
             pause = self._breaker.wait_s()
             if pause is None or pause > 0:
@@ -289,7 +290,7 @@ class RewardPool:
 
     async def _filled(self) -> bool:
         """Wait until something waits for a score. Returns False after a long time, in a pool that may shrink."""
-        if not self._settings.max_replicas:
+        if not self._grows:
             return await self._queue.filled.wait()
         waiter = asyncio.ensure_future(self._queue.filled.wait())
         try:
@@ -507,7 +508,8 @@ class RewardPool:
 
     def _crowded(self) -> bool:
         count = len(self._replicas)
-        return count < self._settings.max_replicas and self._queue.images > count * self._settings.batch_size
+        may = self._grows and count < self._settings.most_replicas
+        return may and self._queue.images > count * self._settings.batch_size
 
     def _grow(self) -> None:
         if self._crowded() and self._breaker.opened is None and self._broken is None:

@@ -65,7 +65,9 @@ def rl_needs(settings: Settings, *, gpus: bool) -> list[Need]:
     needs.append(Need("experience stream", 1, process_resources("experience", gpus=gpus), "always 1"))
     for name in settings.rewards.used():
         pool = settings.rewards.pools[name]
-        needs.append(Need(f"{name} reward", pool.replicas, pool_resources(pool, gpus=gpus), pool.dotted("replicas")))
+        needs.append(
+            Need(f"{name} reward", pool.least_replicas, pool_resources(pool, gpus=gpus), pool.dotted("replicas"))
+        )
     return needs
 
 

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from deepgen.algorithms.rules import Overlap, check_group, choose_overlap
 from deepgen.config.recipes import describe_yaml_error, parse_value, read_recipe
-from deepgen.config.schema.choices import OneOf, ShareRule
+from deepgen.config.schema.choices import OneOf, ReplicasRule, ShareRule
 from deepgen.config.schema.pools import PoolSettings, own_keys, pool_keys, pool_type, pool_types
 from deepgen.config.schema.reward_weights import BY_SOURCE
 from deepgen.config.schema.section import Section
@@ -345,7 +345,7 @@ def _section_type(field: FieldInfo) -> type[Section]:
 def allowed_values(field: FieldInfo) -> str:
     """The allowed values of a key in words: "whole number >= 1", "cps, flow_sde, dance_sde or ode", "path"."""
     for limit in field.metadata:
-        if isinstance(limit, OneOf | ShareRule):
+        if isinstance(limit, OneOf | ShareRule | ReplicasRule):
             return limit.allowed
     said = field.json_schema_extra.get("allowed") if isinstance(field.json_schema_extra, dict) else ""
     return str(said or _allowed(field.annotation, field.metadata))

@@ -13,8 +13,6 @@ import pytest
 from actors.experience.scoring import reward_pool
 from actors.experience.scoring.pool_parts import RewardScores
 from actors.experience.scoring.reward_pool import RewardPool, RewardPoolError
-from deepgen.config.schema.pools import make_pool
-from deepgen.errors import UserError
 from rewards import Missing, RewardUnavailable, Score
 from tests.helpers.local_replicas import Death, Hang, Script, ask, in_pool, script
 
@@ -223,14 +221,8 @@ def test_a_pool_grows_while_requests_wait_and_shrinks_when_idle(
         await until(pool, 1)
         return [*found, await ask(pool, ["0063"])]
 
-    found = in_pool(work, batch_size=4, deadline_s=1.0, retries=0, max_replicas=3)
+    found = in_pool(work, batch_size=4, deadline_s=1.0, retries=0, replicas="1..3")
     assert [scores.values[0] for scores in found[4:]] == [*range(5, 40), 63]  # those before were asked with the one
-
-
-def test_limits_of_replicas_must_fit() -> None:
-    with pytest.raises(UserError) as caught:
-        make_pool("ocr", {"replicas": 3, "max_replicas": 2})
-    assert str(caught.value) == "rewards.ocr.max_replicas: got 2 with 3 replicas; allowed: 0, or 3 and more"
 
 
 def test_pauses_change_no_score_and_are_the_same_in_two_runs(

@@ -1,7 +1,8 @@
-"""Types of keys that are checked by rule: a name from a list or registry (`OneOf`), or a share of a resource."""
+"""Types of keys that are checked by rule: a name from a list or registry (`OneOf`), a share of a resource, a range."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -57,3 +58,30 @@ class ShareRule:
 
 
 Share = Annotated[float, ShareRule()]
+
+
+class ReplicasRule:
+    """Annotation of an `int | str` key: a fixed number of processes, or the least and the most of them."""
+
+    allowed = "whole number >= 1, or a range of them, e.g. 1..4"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    @staticmethod
+    def _check(given: int | str) -> int | str:
+        least, most = limits(given)
+        if not 1 <= least <= most:
+            raise PydanticCustomError("replicas", "no number of processes")
+        return given
+
+
+def limits(replicas: int | str) -> tuple[int, int]:
+    """The least and the most of a number of processes, or of a range "1..4"; (0, 0) if it is neither."""
+    if isinstance(replicas, int):
+        return replicas, replicas
+    found = re.fullmatch(r"([0-9]{1,6})\.\.([0-9]{1,6})", replicas)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+Replicas = Annotated[int | str, ReplicasRule()]

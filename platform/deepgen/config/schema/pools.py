@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import PrivateAttr, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from deepgen.config.schema.choices import OneOf, Share
+from deepgen.config.schema.choices import OneOf, Replicas, Share, limits
 from deepgen.config.schema.paths import is_input
 from deepgen.config.schema.section import Section, setting
 from deepgen.errors import UserError, nearest
@@ -34,7 +34,9 @@ class PoolSettings(Section):
     class_: Annotated[str, OneOf(REWARDS)] = setting(
         ..., "The reward. May be left out where the pool is called like a registered one.", alias="class"
     )
-    replicas: int = setting(1, "Actors that score in parallel.", ge=1)
+    replicas: Replicas = setting(
+        1, "Actors that score in parallel; with 1..4 between 1, when idle, and 4, while requests wait."
+    )
     batch_size: int = setting(64, "Images in one call.", unit="images", ge=1)
     deadline_s: float = setting(
         120.0, "Longest wait for one call; after all retries the score is missing.", unit="s", gt=0
@@ -43,12 +45,22 @@ class PoolSettings(Section):
     required: bool = setting(
         False, "Whether the run ends when the reward has not answered for deadline_s; else its scores are missing."
     )
-    max_replicas: int = setting(
-        0, "Actors that the pool may grow to while requests wait; idle ones go again. 0: as many as replicas.", ge=0
+    environment: list[str] = setting(
+        [], "Lines of a pip requirements file for a virtual environment of the reward's own; none: it runs in ours."
     )
     gpus: Share = setting(0.0, "GPUs of one replica; on a cluster without any none are asked for.", unit="GPUs")
     cpus: Share = setting(0.05, "CPUs of one replica: a share for placement, not a limit.", unit="CPUs")
     _pool: str = PrivateAttr("")
+
+    @property
+    def least_replicas(self) -> int:
+        """How many actors there are at the start and when idle."""
+        return limits(self.replicas)[0]
+
+    @property
+    def most_replicas(self) -> int:
+        """How many actors there are at most."""
+        return limits(self.replicas)[1]
 
     @property
     def pool_name(self) -> str:
@@ -142,11 +154,6 @@ def make_pool(name: str, content: Any, context: Any = None) -> PoolSettings:
     pools: TypeAdapter[dict[str, PoolSettings]] = TypeAdapter(dict[str, kind])  # type: ignore[valid-type]
     pool = pools.validate_python({name: content}, context=context)[name]
     pool._pool = name
-    if 0 < pool.max_replicas < pool.replicas:
-        raise UserError(
-            f"{pool.dotted('max_replicas')}: got {pool.max_replicas} with {pool.replicas} replicas; "
-            f"allowed: 0, or {pool.replicas} and more"
-        )
     return pool
 
 
