@@ -27,6 +27,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from actors.experience.journal.origin import hash_of, scorer_hash
 from deepgen.cluster.resources import pool_resources
 from deepgen.config import PoolSettings
 from deepgen.errors import UserError
@@ -57,7 +58,7 @@ class RewardService:
     """A replica of one reward. token_hash: SHA-256 of the token, so that Ray's state never holds the token itself."""
 
     def __init__(self, pool: PoolSettings, token_hash: str) -> None:
-        self._pool, self._token_hash = pool, token_hash
+        self._pool, self._token_hash, self._scorer = pool, token_hash, scorer_hash(pool)
         self._since: float | None = None  # when the reward got the batch that it is scoring
         # Rewards are not made for calls beside each other, and some libraries want one thread for all.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
@@ -87,12 +88,17 @@ class RewardService:
         except ProtocolError as error:
             return _says(400, str(error))
         try:
-            return Response(write_answer(await self._scores(read)), media_type="application/json")
+            return Response(write_answer(await self._scores(read), self._version()), media_type="application/json")
         except RewardUnavailable as error:
             return _says(503, str(error) or "the reward is unavailable")
         except Exception as error:  # the process boundary: the reward's bug must not end the service
             log.exception("reward %s", self._pool.pool_name)
             return _says(500, f"{self._pool.class_} failed: {type(error).__name__}: {error}")
+
+    def _version(self) -> str:
+        """What decides the scores, as one text; "" if the reward asks a service that does not say."""
+        served: str | None = getattr(self._reward, "version", None)
+        return "" if served == "" else hash_of(self._scorer, served)
 
     async def _scores(self, read: Sequence[RewardRequest | Missing]) -> list[Score]:
         """The reward's scores of what could be read and it applies to."""

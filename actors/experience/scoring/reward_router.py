@@ -34,6 +34,7 @@ class RewardRouter:
                 start_deadline_s=settings.cluster.start_deadline_s,
                 recorder=recorder,
                 journal=journal,
+                runs=settings.run.dir,
                 tasks=[task for task, row in settings.rewards.weights.items() if row.get(name)],
             )
             for name in self.names
