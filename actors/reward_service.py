@@ -30,6 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from actors.experience.journal.origin import hash_of, scorer_hash
 from deepgen.cluster.own_environment import OwnEnvironment, own_environment
 from deepgen.cluster.resources import pool_resources
 from deepgen.config import PoolSettings
@@ -64,7 +65,7 @@ class RewardService:
         own = own_environment(pool)
         if own and not own.is_here():
             raise RuntimeError(f"{own.key}: this node has joined later and has no {own.folder}")
-        self._pool, self._token_hash = pool, token_hash
+        self._pool, self._token_hash, self._scorer = pool, token_hash, scorer_hash(pool)
         self._since: float | None = None  # when the reward got the batch that it is scoring
         # Rewards are not made for calls beside each other, and some libraries want one thread for all.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
@@ -94,12 +95,17 @@ class RewardService:
         except ProtocolError as error:
             return _says(400, str(error))
         try:
-            return Response(write_answer(await self._scores(read)), media_type="application/json")
+            return Response(write_answer(await self._scores(read), self._version()), media_type="application/json")
         except RewardUnavailable as error:
             return _says(503, str(error) or "the reward is unavailable")
         except Exception as error:  # the process boundary: the reward's bug must not end the service
             log.exception("reward %s", self._pool.pool_name)
             return _says(500, f"{self._pool.class_} failed: {type(error).__name__}: {error}")
+
+    def _version(self) -> str:
+        """What decides the scores, as one text; "" if the reward asks a service that does not say."""
+        served: str | None = getattr(self._reward, "version", None)
+        return "" if served == "" else hash_of(self._scorer, served)
 
     async def _scores(self, read: Sequence[RewardRequest | Missing]) -> list[Score]:
         """The reward's scores of what could be read and it applies to."""

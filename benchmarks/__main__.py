@@ -7,7 +7,7 @@ import importlib
 import tempfile
 from pathlib import Path
 
-# Each module has run(weights, repeats, threads) -> list[Result].
+# Each module has run(weights, repeats, threads) -> Iterable[Result].
 BENCHMARKS = {
     "rollout": "benchmarks.rollout_floor",
     "draw": "benchmarks.drawing_floor",
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "loader": "benchmarks.loader_floor",
     "training": "benchmarks.training_floor",
     "judge": "benchmarks.judge_batch",
+    "rewards": "benchmarks.rewards",
     "overlap": "benchmarks.overlap",
     "control": "benchmarks.control_plane",
     "canary": "benchmarks.canary_share",

@@ -72,10 +72,18 @@ REASONS = (
 
 @dataclass(frozen=True)
 class Missing:
-    """In place of a score: why there is none. reason: one of REASONS. detail: one line for the log, without secrets."""
+    """In place of a score: why there is none.
+
+    Attributes:
+        reason: one of REASONS.
+        detail: one line for the log, without secrets.
+        options: options of the reward that have to change before any request gets a score, for example the one with the
+            token that a service refuses. Found before the first step, it ends the run with a line that names them.
+    """
 
     reason: str
     detail: str = ""
+    options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.reason not in REASONS:
@@ -111,6 +119,10 @@ class Reward(Protocol):
 
     `text_limit(options) -> TextLimit | None`, a static method, says how much of a request's target the reward's model
     reads. The start of a run then says how many prompts are longer.
+
+    A reward whose scores are not decided by its options, its files and our code, because a service gives them, has an
+    attribute `version`, a text that is read after each call: what the service calls itself, "" while that is unknown.
+    Scores of one version are never taken for those of another.
     """
 
     def score(self, requests: Sequence[RewardRequest]) -> Sequence[Score]:

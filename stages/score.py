@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
-from deepgen.config import PoolSettings, UserError, run_program  # noqa: E402
+from deepgen.config import PoolSettings, Settings, UserError, run_program  # noqa: E402
 from deepgen.config.schema.paths import argument  # noqa: E402
 from deepgen.errors import writing  # noqa: E402
 from deepgen.file_lock import file_lock  # noqa: E402
@@ -65,7 +65,7 @@ def main() -> int:
     pictures, names = found.pictures[: args.limit], [pool.pool_name for pool in pools]
     with file_lock(args.out / LOCK, "--out", "the scores", lambda who: _taken(args.out, who), THEN):
         gpus = connect(settings, lambda _, gpus: needs_of(pools, gpus=gpus), code_root=ROOT)
-        scoring = Scoring(pools, args.out / JOURNAL, gpus=gpus, start_deadline_s=settings.cluster.start_deadline_s)
+        scoring = Scoring(pools, args.out / JOURNAL, settings, gpus=gpus)
         rows = asyncio.run(scoring.run(pictures))
         if not rows:
             raise UserError(f"--images: none of the {len(pictures):,} pictures can be read")
@@ -92,14 +92,23 @@ def write(out: Path, rows: Sequence[Scored], names: Sequence[str], title: str) -
 
 
 class Scoring:
-    """The pools of the chosen rewards. Scores are kept in a journal, so that none is asked for twice."""
+    """The pools of the chosen rewards. Scores are kept in a journal, so that none is asked for twice.
 
-    def __init__(self, pools: Sequence[PoolSettings], journal: Path, *, gpus: bool, start_deadline_s: float) -> None:
+    Journals of the runs below `run.dir` are read as well.
+    """
+
+    def __init__(self, pools: Sequence[PoolSettings], journal: Path, settings: Settings, *, gpus: bool) -> None:
         from actors.experience.scoring.reward_pool import RewardPool
 
         self._settings = {pool.pool_name: pool for pool in pools}
         self._pools: dict[str, RewardPool] = {
-            pool.pool_name: RewardPool(pool, gpus=gpus, start_deadline_s=start_deadline_s, journal=journal)
+            pool.pool_name: RewardPool(
+                pool,
+                gpus=gpus,
+                start_deadline_s=settings.cluster.start_deadline_s,
+                journal=journal,
+                runs=settings.run.dir,
+            )
             for pool in pools
         }
         self._compares = any(hasattr(pool.reward_class(), "score_groups") for pool in pools)

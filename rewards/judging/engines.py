@@ -137,6 +137,11 @@ def build_engine(options: JudgeOptions, images: int) -> Engine:
     )
 
 
+def served_version(options: JudgeOptions) -> str | None:
+    """The judge's version (`Reward`): neither a server nor a name on the hub says which weights it stands for."""
+    return "" if options.endpoint or options.model else None
+
+
 def ask_all(engine: Engine, questions: Sequence[Question | Missing]) -> list[Answer | Missing]:
     """Answers to those questions that may be asked, in order.
 

@@ -29,6 +29,8 @@ ATTEMPTS = 3
 MAX_ANSWER_BYTES = 1 << 20
 MAX_PAUSE_S = 10.0  # before another attempt, also where the server asks for more
 _TRY_AGAIN = (408, 429, 500, 502, 503, 504)
+# Options to blame for a status; a server that does not have a model answers 404, too.
+_AT_FAULT = {401: ("token_env",), 403: ("token_env",), 404: ("endpoint", "model"), 405: ("endpoint",)}
 _TOO_LONG = ("context length", "context_length", "maximum model length", "too long", "too many tokens")
 
 
@@ -113,7 +115,8 @@ class EndpointEngine:
         if status != 200:
             said = self._said(content)
             long = status == 413 or any(words in said.lower() for words in _TOO_LONG)
-            return Missing("too_long" if long else "refused", f"{self._url}: status {status}: {said}"), None
+            options = ("endpoint",) if 300 <= status < 400 else _AT_FAULT.get(status, ())
+            return Missing("too_long" if long else "refused", f"{self._url}: status {status}: {said}", options), None
         return read_answer(content, question.choices), None
 
     def _body(self, question: Question) -> bytes:

@@ -16,7 +16,7 @@ from pydantic import model_validator
 from deepgen.config import setting
 from deepgen.config.schema.choices import OneOf
 from rewards.base import Missing, RewardRequest
-from rewards.judging.engines import Engine, JudgeOptions, ask_all, asked_about, build_engine, compiled
+from rewards.judging.engines import Engine, JudgeOptions, ask_all, asked_about, build_engine, compiled, served_version
 from rewards.judging.questions import Question, fault, unknown_field
 from rewards.judging.tournaments import TOURNAMENTS, mean_wins, pairs
 from rewards.judging.verdicts import BETTER, combined, first_wins
@@ -72,6 +72,7 @@ class VlmDuel:
         self._options, self._template = options, options.asked()
         self._pattern = compiled(options.pattern, "pattern") if options.mode == "text" else None
         self._engine = engine or build_engine(options, options.sources + 2)
+        self.version = served_version(options)
 
     def score_groups(self, groups: Sequence[Sequence[RewardRequest]]) -> list[list[float | Missing]]:
         """One list of scores per group, in order; a group is all images of one prompt.
@@ -136,5 +137,6 @@ def group_scores(size: int, wins: dict[tuple[int, int], float | Missing], both_o
 def _commonest(lost: Sequence[Missing]) -> Missing:
     reasons = [missing.reason for missing in lost]
     reason = max(reasons, key=reasons.count)
-    detail = next(missing.detail for missing in lost if missing.reason == reason)
-    return Missing(reason, f"none of {len(lost)} comparisons has a result; one of them: {detail}")
+    one = next(missing for missing in lost if missing.reason == reason)
+    detail = f"none of {len(lost)} comparisons has a result; one of them: {one.detail}"
+    return Missing(reason, detail, one.options)

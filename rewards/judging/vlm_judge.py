@@ -15,7 +15,7 @@ from pydantic import model_validator
 from deepgen.config import setting
 from deepgen.config.schema.choices import OneOf
 from rewards.base import Missing, RewardRequest
-from rewards.judging.engines import Engine, JudgeOptions, ask_all, asked_about, build_engine, compiled
+from rewards.judging.engines import Engine, JudgeOptions, ask_all, asked_about, build_engine, compiled, served_version
 from rewards.judging.questions import Answer, Question, fault, unknown_field
 from rewards.judging.verdicts import combined, graded, parsed, yes
 
@@ -83,6 +83,7 @@ class VlmJudge:
         self._options, self._templates = options, options.asked()
         self._pattern = compiled(options.pattern, "pattern") if options.mode == "text" else None
         self._engine = engine or build_engine(options, options.sources + 1)
+        self.version = served_version(options)
 
     def score(self, requests: Sequence[RewardRequest]) -> list[float | Missing]:
         """One score per request: a probability 0..1, or a grade from lowest to highest.

@@ -30,14 +30,16 @@ if TYPE_CHECKING:
 MAX_RETRY_AFTER_S = 60.0  # a service that asks for more is asked again anyway
 _TOLD = 2048  # bytes of the answer to a refused call that are read for the log
 _GRACE_S = 2.0  # for the event loop to cancel what is late
+# What has to be set otherwise where a service always answers with a status: no path of it takes such questions.
+_AT_FAULT = {401: ("token_env",), 403: ("token_env",), 404: ("url",), 405: ("url",), 410: ("url",)}
 
 
 class NoAnswer(Exception):
-    """A call that another attempt would not mend. reason: one of `rewards.base.REASONS`."""
+    """A call that another attempt would not mend. Reason, detail and options as in `rewards.base.Missing`."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, options: tuple[str, ...] = ()) -> None:
         super().__init__(detail)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail, self.options = reason, detail, options
 
 
 class Caller:
@@ -119,8 +121,9 @@ class Caller:
             self._not_before = time.monotonic() + _retry_after_s(response.headers.get("Retry-After", ""))
             raise RewardUnavailable(said)
         if 300 <= status < 400:
-            raise NoAnswer("refused", f"{self.where} answers with status {status}, and redirects are not followed")
-        raise NoAnswer("too_long" if status == 413 else "refused", said)
+            what = f"{self.where} answers with status {status}, and redirects are not followed"
+            raise NoAnswer("refused", what, ("url",))
+        raise NoAnswer("too_long" if status == 413 else "refused", said, _AT_FAULT.get(status, ()))
 
 
 async def _at_most(response: httpx.Response, limit: int) -> bytes:

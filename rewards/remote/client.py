@@ -36,6 +36,7 @@ class RemoteReward:
         keys = {"url_key": options.dotted("url"), "token_key": options.dotted("token_env")}
         self._timeout_s = options.timeout_s
         self._caller = Caller(options.url, options.token_env, **keys)
+        self.version = ""  # of the scorer, as it was told with the last scores
 
     def score(self, requests: Sequence[RewardRequest]) -> list[Score]:
         """The service's scores, or why there are none. Raises `RewardUnavailable` where asking again may help."""
@@ -45,17 +46,23 @@ class RemoteReward:
         scores: list[Score] = [fault(request) for request in requests]
         places = iter([index for index, score in enumerate(scores) if score is None])
         sent = [request for request, score in zip(requests, scores, strict=True) if score is None]
+        told = set[str]()
         for count, body in questions(sent):
-            for index, score in zip(islice(places, count), self._ask(body, count, end), strict=True):
+            answer, scorer = self._ask(body, count, end)
+            if any(isinstance(score, float) for score in answer):
+                told.add(scorer)
+            for index, score in zip(islice(places, count), answer, strict=True):
                 scores[index] = score
+        if told:
+            self.version = told.pop() if len(told) == 1 else ""  # "": nobody knows which scores are whose
         return scores
 
-    def _ask(self, body: bytes, count: int, end: float) -> Sequence[Score]:
+    def _ask(self, body: bytes, count: int, end: float) -> tuple[Sequence[Score], str]:
         from rewards.remote.caller import NoAnswer
         from rewards.remote.protocol import answer_limit, read_answer
 
         try:
             answer = self._caller.post(body, within_s=end - time.monotonic(), limit=answer_limit(count))
         except NoAnswer as none:
-            return [Missing(none.reason, none.detail)] * count
+            return [Missing(none.reason, none.detail, none.options)] * count, ""
         return read_answer(answer, count)

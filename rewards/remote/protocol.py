@@ -3,7 +3,7 @@
     POST URL, application/json
     {"version": 1, "requests": [{"prompt": "...", "answer": "", "task": "t2i", "image": "iVBOR...", "references": []}]}
     200, application/json
-    {"version": 1, "scores": [{"score": 0.75}, {"missing": "too_long", "detail": "..."}]}
+    {"version": 1, "scorer": "clip 3", "scores": [{"score": 0.75}, {"missing": "too_long", "detail": "..."}]}
 
 Images are PNG files in base64. Both sides distrust each other: sizes are checked before anything is decoded, and what
 one request or one score has wrong costs only this one. Nothing is ever unpickled.
@@ -36,6 +36,7 @@ MAX_BODY_PIXELS = 1 << 27  # of all images of a body together, 400 MB once they 
 MAX_LETTERS = 20_000  # of a prompt, and of an answer
 MAX_REFERENCES = 8
 MAX_DETAIL = 300  # letters
+MAX_SCORER = 200  # letters of the scorer's version
 MAX_ANSWER, MAX_SCORE = 1 << 14, 1 << 11  # bytes of a whole answer, besides so many for each score
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LARGEST = float(np.finfo(np.float32).max)  # in fp32 scores travel on
@@ -81,6 +82,7 @@ class _Answer(BaseModel):
 
     version: int
     scores: list[Any]
+    scorer: Any = None
 
 
 _ONE_REQUEST, _ONE_SCORE = TypeAdapter(WireRequest), TypeAdapter(WireScore)
@@ -199,13 +201,20 @@ def answer_limit(count: int) -> int:
     return MAX_ANSWER + count * MAX_SCORE
 
 
-def write_answer(scores: Sequence[Score]) -> bytes:
-    """The body that answers with these scores. A score that is not finite is missing."""
-    return json.dumps({"version": VERSION, "scores": [_wire(score) for score in scores]}).encode("ascii")
+def write_answer(scores: Sequence[Score], scorer: str = "") -> bytes:
+    """The body that answers with these scores. A score that is not finite is missing.
+
+    scorer: a text that is another one whenever the same question may get other scores; "" is not sent.
+    """
+    told = {"scorer": scorer} if scorer else {}
+    return json.dumps({"version": VERSION, **told, "scores": [_wire(score) for score in scores]}).encode("ascii")
 
 
-def read_answer(body: bytes, count: int) -> list[float | Missing]:
-    """`count` scores from a body. What cannot be read is missing: one score, or all if the whole is wrong."""
+def read_answer(body: bytes, count: int) -> tuple[list[float | Missing], str]:
+    """`count` scores from a body, and what the scorer calls its version, "" if it does not say.
+
+    What cannot be read is missing: one score, or all if the whole is wrong.
+    """
     try:
         if len(body) > answer_limit(count):
             raise ProtocolError(f"answer of more than {answer_limit(count):,} bytes for {count} scores")
@@ -214,8 +223,9 @@ def read_answer(body: bytes, count: int) -> list[float | Missing]:
         if len(answer.scores) != count:
             raise ProtocolError(f"answer of {len(answer.scores)} scores for {count} requests")
     except ProtocolError as error:
-        return [Missing("parse", str(error))] * count
-    return [_score(given) for given in answer.scores]
+        return [Missing("parse", str(error))] * count, ""
+    named = isinstance(answer.scorer, str) and len(answer.scorer) <= MAX_SCORER
+    return [_score(given) for given in answer.scores], answer.scorer if named else ""
 
 
 def one_line(text: str) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from weakref import WeakSet
 
 FAULTS = (
     "refuse",  # hangs up, with a reset
@@ -43,6 +44,7 @@ class FaultServer(ThreadingHTTPServer):
         script: what happens to the first requests: one of FAULTS, or "" for the right answer.
         rate, seed, faults: afterwards each request fails with this chance, in one of these ways.
         late_s, pause_s: seconds before a late answer, and between the bytes of a trickle.
+        port: 0 takes a free one.
 
     Attributes:
         fates: how many requests there were of each fault; "" counts right answers.
@@ -64,11 +66,13 @@ class FaultServer(ThreadingHTTPServer):
         late_s: float = 1.0,
         pause_s: float = 0.05,
         retry_after: str = "1",
+        port: int = 0,
     ) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        self._connections = WeakSet[socket.socket]()
+        super().__init__(("127.0.0.1", port), _Handler)
         self.answer, self.late_s, self.pause_s, self.retry_after = answer, late_s, pause_s, retry_after
         self.fates, self.heads, self.closed = Counter[str](), list[dict[str, str]](), threading.Event()
-        self._script, self._rate, self._faults = list(script), rate, list(faults)
+        self._script, self.rate, self._faults = list(script), rate, list(faults)
         self._chance, self._lock = random.Random(seed), threading.Lock()
 
     @property
@@ -80,10 +84,24 @@ class FaultServer(ThreadingHTTPServer):
             if self._script:
                 fault = self._script.pop(0)
             else:
-                fault = self._chance.choice(self._faults) if self._chance.random() < self._rate else ""
+                fault = self._chance.choice(self._faults) if self._chance.random() < self.rate else ""
             self.fates[fault] += 1
             self.heads.append(headers)
             return fault
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self._connections.add(connection)
+        return connection, address
+
+    def unplug(self) -> None:
+        """Close the port and all connections. Callers keep theirs open, and would still be answered."""
+        self.closed.set()
+        self.shutdown()
+        self.server_close()
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing: callers that hang up are what this server is for."""
@@ -98,8 +116,7 @@ def fault_server(answer: Answer, **options: Any) -> Iterator[FaultServer]:
         try:
             yield server
         finally:
-            server.closed.set()
-            server.shutdown()
+            server.unplug()
             thread.join()
 
 

@@ -141,7 +141,7 @@ def in_pool(work: Callable[[RewardPool], Coroutine[Any, Any, Any]], **changes: A
     settings: dict[str, Any] = {"class": f"{__name__}:Scripted", "batch_size": 8, "deadline_s": 5.0}
     arguments: dict[str, Any] = {"backoff_s": 0.001}
     for key, value in changes.items():
-        (arguments if key in ("backoff_s", "max_restarts", "cache_size", "journal") else settings)[key] = value
+        (arguments if key in ("backoff_s", "max_restarts", "cache_size", "journal", "runs") else settings)[key] = value
 
     async def body() -> Any:
         pool = RewardPool(make_pool("mine", settings), **arguments)

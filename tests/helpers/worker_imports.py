@@ -3,8 +3,8 @@
 import deepspeed  # noqa: F401
 import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
-import actors.learner.loop  # noqa: F401
-import actors.learner.worker  # noqa: F401
-import actors.objectives.build  # noqa: F401
+import actors.learner.loop
+import actors.learner.worker
+import actors.objectives.build
 import actors.objectives.flow_matching  # noqa: F401
 import deepgen.models.unified  # noqa: F401

@@ -1,20 +1,24 @@
-"""Scores on disk: what a reward pool's cache holds outlives the process of the stream.
+"""Scores on disk: what a reward pool's cache holds outlives the process of the stream, and other runs find it.
 
     <run folder>/journal/scores-<pool>-<hash>.bin     records of 32 bytes: key, score, checksum
 
 The hash covers all that decides a score (`scorer_hash`), so another judge never answers with the scores of this one.
 A record is written when the score is there. One that is damaged, or was cut off by a death, counts as none.
+
+Each run writes its own file, and reads those of others with the same hash, which may be growing meanwhile: so there are
+no locks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from actors.experience.journal.origin import scorer_hash
+from actors.experience.journal.origin import JOURNAL, scorer_hash
 from deepgen.config import PoolSettings
 
 _KEY, _CHECKSUM = 16, 8  # bytes
@@ -22,7 +26,12 @@ _RECORD = struct.Struct(f"<{_KEY}sd{_CHECKSUM}s")
 
 
 class ScoreJournal:
-    """The scores of one pool, at most 2 x `limit` records. Raises OSError if it cannot be opened."""
+    """The scores of one pool, at most 2 x `limit` records. Raises OSError if it cannot be opened.
+
+    Attributes:
+        read: what was there, key -> score.
+        damaged: how many damaged records were met, by file.
+    """
 
     def __init__(self, folder: Path, settings: PoolSettings, limit: int) -> None:
         self._scorer, self._limit = scorer_hash(settings), limit
@@ -31,10 +40,27 @@ class ScoreJournal:
         for other in folder.glob(f"scores-{settings.pool_name}-{'[0-9a-f]' * len(self._scorer)}.bin"):
             if other != self._file:
                 other.unlink()
+        self.damaged: dict[Path, int] = {}
         self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
-        content = self._file.read_bytes()
-        self._size = len(content) // _RECORD.size * _RECORD.size  # a cut record is written over
-        self.read = dict(list(self._valid(content[: self._size]))[-limit:])  # what was there, key -> score
+        self._size, self.read = self._read(self._file, limit)  # a cut record is written over
+
+    def read_others(self, runs: Path, limit: int) -> dict[bytes, float]:
+        """Scores that other runs below the folder `runs` have kept, at most `limit`, from the files written last.
+
+        Files that vanish meanwhile, or that cannot be read, are left out.
+        """
+        files = list[tuple[float, Path]]()
+        for file in runs.glob(f"*/{JOURNAL}/scores-*-{self._scorer}.bin"):
+            with contextlib.suppress(OSError):
+                if not file.samefile(self._file):
+                    files.append((file.stat().st_mtime, file))
+        found: dict[bytes, float] = {}
+        for _, file in sorted(files, reverse=True):
+            if len(found) >= limit:
+                break
+            with contextlib.suppress(OSError):
+                found |= self._read(file, limit - len(found))[1]
+        return found
 
     def add(self, scores: Mapping[bytes, float], cache: Mapping[bytes, float]) -> None:
         """Append scores. When the file is full, it begins anew with the `cache`. Raises OSError if the disk is full."""
@@ -61,6 +87,16 @@ class ScoreJournal:
         aside.replace(self._file)
         self.close()
         self._descriptor, self._size = descriptor, len(packed)
+
+    def _read(self, file: Path, limit: int) -> tuple[int, dict[bytes, float]]:
+        """Bytes of a file's whole records, and the last `limit` of its scores; no more than a journal can have."""
+        with file.open("rb") as stream:
+            content = stream.read(2 * self._limit * _RECORD.size)
+        size = len(content) // _RECORD.size * _RECORD.size
+        valid = list(self._valid(content[:size]))
+        if damaged := size // _RECORD.size - len(valid):
+            self.damaged[file] = damaged
+        return size, dict(valid[-limit:] if limit > 0 else [])
 
     def _packed(self, scores: Iterable[tuple[bytes, float]]) -> bytes:
         return b"".join(_RECORD.pack(key, value, self._checksum(key, value)) for key, value in scores)

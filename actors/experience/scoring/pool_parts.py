@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import ray
 
 from rewards import REASONS, Missing
 
 COUNTERS = (
-    *("calls", "retries", "timeouts", "missing", "cache_hits", "restarts", "unwritten", "seconds"),
+    *("asked", "scored", "calls", "retries", "timeouts", "missing", "cache_hits", "restarts", "unwritten", "seconds"),
     *(f"missing/{reason}" for reason in REASONS),
 )
 NOT_APPLICABLE = Missing("refused", "the reward does not apply to this prompt, or there is no picture")
@@ -25,7 +25,8 @@ class RewardScores:
     Attributes:
         values: the scores; None if a score is missing.
         reasons: why a score is missing; None if it is not.
-        counters: counts for this call, keys as in COUNTERS. `calls` counts replica calls with at least one of its
+        counters: counts for this call, keys as in COUNTERS. `asked` requests have a key; each of them is `scored`, by
+            the reward or the cache, or `missing`. `calls` counts replica calls with at least one of its
             requests; `missing`, also by reason, excludes requests without a key; `unwritten` scores are not in the
             journal, though it is on; `seconds` is wall time.
     """
@@ -46,6 +47,7 @@ class PoolCall:
     waiting: int  # requests without an outcome
     began: float  # by the monotonic clock
     done: asyncio.Future[None]
+    versions: dict[int, str | None] = field(default_factory=dict)  # of the reward that gave a score, by index
 
     def fail(self, error: BaseException) -> None:
         if not self.done.done():
@@ -61,11 +63,12 @@ class Part:
     whole: bool = False  # all images of a prompt, for a reward that compares them: never split
     failures: int = 0
 
-    def settle(self, outcomes: Sequence[float | Missing]) -> None:
-        """Enter a score, or why there is none, for each request."""
+    def settle(self, outcomes: Sequence[float | Missing], version: str | None = None) -> None:
+        """Enter a score, or why there is none, for each request. version: of the reward."""
         for index, outcome in zip(self.indices, outcomes, strict=True):
             self.call.values[index] = None if isinstance(outcome, Missing) else outcome
             self.call.reasons[index] = outcome if isinstance(outcome, Missing) else None
+            self.call.versions[index] = version
         self.call.waiting -= len(self.indices)
         if not self.call.waiting and not self.call.done.done():
             self.call.done.set_result(None)

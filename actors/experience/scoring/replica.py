@@ -29,6 +29,7 @@ class RewardActor:
 
     def __init__(self, settings: PoolSettings) -> None:
         self._settings = settings
+        self._reward: Any = None
 
     def enter(self, environment: OwnEnvironment, deadline_s: float) -> bool:
         """Make the reward's environment on this node. Returns whether this process runs in it."""
@@ -37,26 +38,24 @@ class RewardActor:
         environment.make(deadline_s)
         return False
 
-    def start(self, check: list[RewardRequest]) -> Missing | None:
-        """Load the reward and score the images of `check`, which are one prompt's. Returns why a score is missing.
+    def start(self, check: list[RewardRequest]) -> BatchReply:
+        """Load the reward and score the images of `check`, which are one prompt's. Called again, it only scores.
 
         So no real request pays the extra time of a first call, and a reward that cannot score is found now.
         """
-        self._reward = build_reward(self._settings)
-        try:
-            values = self._scores([check]) if check else []
-        except RewardUnavailable as error:
-            return Missing("transport", str(error) or "unavailable")
-        return next((found for found in map(_finite, values) if isinstance(found, Missing)), None)
+        self._reward = self._reward or build_reward(self._settings)
+        return self._reply([check] if check else [])
 
     def score(self, picks: list[list[int]], *lists: list[RewardRequest]) -> BatchReply:
         """Score the requests of each list that the same place of `picks` names. Ray has read the lists already."""
-        parts = [[listed[index] for index in picked] for picked, listed in zip(picks, lists, strict=True)]
+        return self._reply([[listed[index] for index in picked] for picked, listed in zip(picks, lists, strict=True)])
+
+    def _reply(self, parts: list[list[RewardRequest]]) -> BatchReply:
         try:
-            values = self._scores(parts)
+            values = self._scores(parts) if parts else []
         except RewardUnavailable as error:
             return BatchReply([], str(error) or "unavailable")
-        return BatchReply([_finite(value) for value in values])
+        return BatchReply([_finite(value) for value in values], version=getattr(self._reward, "version", None))
 
     def _scores(self, parts: list[list[RewardRequest]]) -> list[Score]:
         """The scores of all requests in a row. For a reward that compares images, each part is one prompt's images."""
@@ -64,7 +63,7 @@ class RewardActor:
         if not is_groupwise(self._settings):
             values = list(self._reward.score(asked))
         else:
-            groups = self._reward.score_groups(parts)  # type: ignore[attr-defined]
+            groups = self._reward.score_groups(parts)
             sizes, wanted = [len(group) for group in groups], [len(part) for part in parts]
             if sizes != wanted:
                 raise ValueError(f"{self._settings.class_} returned {sizes} scores for groups of {wanted} requests")
@@ -88,12 +87,12 @@ class Replica:
         runtime = {"runtime_env": self._environment.runtime_env()} if self._environment else {}
         return ray.remote(RewardActor).options(**self._resources, **runtime).remote(self._settings)
 
-    async def start(self, check: list[RewardRequest], deadline_s: float) -> Missing | None:
+    async def start(self, check: list[RewardRequest], deadline_s: float) -> BatchReply:
         """Load the reward, as `RewardActor.start`; before that, make the environment of its own, if it has one."""
         if self._environment is not None:
             await self._enter(self._environment, deadline_s)
-        missing: Missing | None = await self._answer(self.actor.start.remote(check), "start", deadline_s)
-        return missing
+        reply: BatchReply = await self._answer(self.actor.start.remote(check), "start", deadline_s)
+        return reply
 
     async def score(self, picks: list[list[int]], lists: list[ray.ObjectRef], deadline_s: float) -> BatchReply:
         reply: BatchReply = await self._answer(self.actor.score.remote(picks, *lists), "score", deadline_s)

@@ -24,6 +24,7 @@ import logging
 import random
 import time
 from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ from actors.experience.scoring.pool_parts import (
 from actors.experience.scoring.pool_queue import Batch, PoolQueue, can_split, halves, size_of
 from actors.experience.scoring.replica import CallTimeout, Replica
 from actors.experience.scoring.score_cache import ScoreCache
-from actors.experience.scoring.start_check import check_requests
+from actors.experience.scoring.start_check import check_requests, remedy_for, unfit
+from actors.messages import BatchReply
 from deepgen.cluster.resources import pool_resources
 from deepgen.config import PoolSettings
 from deepgen.config.schema.sections import TASKS
@@ -79,6 +81,7 @@ class RewardPool:
         cache_size: number of cached scores; the least recently used are dropped first; 0 = no cache.
         recorder: gets a span for every call of a replica.
         journal: folder in which the cache outlives this process (`ScoreJournal`); None for none.
+        runs: folder of other runs, whose journals are read as well.
         tasks: those whose prompts the reward scores; `start` checks it with a request of one of them.
     """
 
@@ -93,6 +96,7 @@ class RewardPool:
         cache_size: int = 1 << 16,
         recorder: Recorder | None = None,
         journal: Path | None = None,
+        runs: Path | None = None,
         tasks: Sequence[str] = TASKS,
     ) -> None:
         self.name, self._settings, self._groupwise = settings.pool_name, settings, is_groupwise(settings)
@@ -100,7 +104,7 @@ class RewardPool:
         resources = pool_resources(settings, gpus=gpus)
         self._resources = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0.0)}
         self._start_deadline_s, self._max_restarts, self._backoff_s = start_deadline_s, max_restarts, backoff_s
-        self._cache, self._recorder = ScoreCache(settings, cache_size, journal), recorder or Recorder()
+        self._cache, self._recorder = ScoreCache(settings, cache_size, journal, runs), recorder or Recorder()
         self._replicas: list[Replica] = []
         self._workers: list[asyncio.Task[None]] = []
         self._queue = PoolQueue(settings.batch_size)
@@ -128,6 +132,7 @@ class RewardPool:
         self._replicas = [self._new_replica() for _ in range(self._settings.least_replicas)]
         try:
             await asyncio.gather(self._cache.open(), *(self._first_start(replica) for replica in self._replicas))
+            await self._cache.read_others()
         except BaseException:
             self.stop()
             raise
@@ -191,11 +196,13 @@ class RewardPool:
         if new:
             call = PoolCall(requests, values, reasons, counters, len(new), began, _future())
             await self._outcome(call, groups if self._groupwise else [new])
-            found = {cache_keys[index]: value for index in new if (value := values[index]) is not None}
+            found = {index: (cache_keys[index], value) for index in new if (value := values[index]) is not None}
             for why in filter(None, (reasons[index] for index in new)):
                 self._count("missing", counters)
                 self._count(f"missing/{why.reason}", counters)
-            self._count("unwritten", by=self._cache.remember(found))
+            self._count("unwritten", by=self._cache.remember(found, call.versions))
+        self._count("asked", counters, by=len(keys) - keys.count(None))
+        self._count("scored", counters, by=len(values) - values.count(None))
         counters["seconds"] = time.monotonic() - began
         return RewardScores(values, reasons, counters)
 
@@ -230,34 +237,44 @@ class RewardPool:
         """Load the reward and have it score a request like the run's. Returns why that has no score."""
         span = self._recorder.begin(replica.label, self.name, "start", call="start of the reward")
         try:
-            return await replica.start(self._check, self._start_deadline_s)
+            reply = await replica.start(self._check, self._start_deadline_s)
         except RayTaskError as error:
             if isinstance(error.cause, UserError):  # not a bug, so leave out the remote traceback
                 raise error.cause from None
             raise
         finally:
             self._recorder.end(span)
+        if reply.unavailable is not None:
+            return Missing("transport", reply.unavailable)
+        missing = next((value for value in reply.values if isinstance(value, Missing)), None)
+        if missing is None or self._cache.version is None:
+            self._cache.version = reply.version
+        return missing
 
     async def _first_start(self, replica: Replica) -> None:
-        """Start a replica before the first step. Raises UserError if its reward cannot score then."""
+        """Start a replica before the first step. Raises UserError if its reward cannot score then.
+
+        A service that is down or busy gets as many attempts as in the run.
+        """
         try:
             missing = await self._warm_up(replica)
+            for attempt in range(1, self._settings.retries + 1):
+                if missing is None or missing.reason != "transport":
+                    break
+                await asyncio.sleep(self._pause_s(attempt))
+                missing = await self._warm_up(replica)
         except RayActorError as error:
             await self._replace(replica, f"{replica.label}: died during start: {_first_line(error)}")
             return
         except RayTaskError as error:
             log.error("%s could not score a first request:\n%s", replica.label, error)
             cause = f"{type(error.cause).__name__}: {_first_line(error.cause)}"
-            raise UserError(self._unfit(cause, "see the traceback above, and its options")) from error
+            raise UserError(unfit(self._settings, cause, "see the traceback above, and its options")) from error
         if missing is None:
             return
-        if missing.reason in ("transport", "deadline"):
-            raise UserError(self._unfit(missing.detail, "see to what it asks for scores, and its options"))
+        if remedy := remedy_for(missing):
+            raise UserError(unfit(self._settings, missing.detail, remedy, missing.options))
         log.warning("rewards.%s: the first request has no score (%s: %s)", self.name, missing.reason, missing.detail)
-
-    def _unfit(self, why: str, remedy: str) -> str:
-        key = f"rewards.{self.name}"
-        return f"{key}: the reward cannot score a first request: {why}; {remedy} {key}.*, or give it no weight"
 
     async def _serve(self, replica: Replica) -> None:
         """Score batches on one replica until the pool drops the replica."""
@@ -323,27 +340,29 @@ class RewardPool:
             self._recorder.end(span)
         if reply.unavailable is not None:
             return Missing("transport", f"{replica.label}: {reply.unavailable}"), False
-        self._settle(replica, batch, reply.values)
+        self._settle(replica, batch, reply)
         return None
 
-    def _settle(self, replica: Replica, batch: Batch, values: list[float | Missing]) -> None:
-        outcomes = [self._told(value, replica) for value in values]
+    def _settle(self, replica: Replica, batch: Batch, reply: BatchReply) -> None:
+        outcomes = [self._told(value, replica) for value in reply.values]
+        if not all(isinstance(outcome, Missing) for outcome in outcomes):
+            self._cache.version = reply.version
         replica.failures = 0
         self._raised.clear()
-        down = [why for why in outcomes if isinstance(why, Missing) and why.reason in ("transport", "deadline")]
+        down = [why for why in outcomes if isinstance(why, Missing) and remedy_for(why)]
         if len(down) == len(outcomes):  # the reward itself has tried a service in vain
             self._no_answer(batch, down[0])
         elif self._breaker.succeeded():
             log.warning("reward pool %s: answers again", self.name)
         rest = iter(outcomes)
         for part in batch.parts:
-            part.settle([next(rest) for _ in part.indices])
+            part.settle([next(rest) for _ in part.indices], reply.version)
 
     def _told(self, outcome: float | Missing, replica: Replica) -> float | Missing:
         """The outcome, with the replica's name where it is missing. The first for each reason is a line on the log."""
         if not isinstance(outcome, Missing):
             return outcome
-        why = Missing(outcome.reason, f"{replica.label}: {outcome.detail or 'the reward does not say more'}")
+        why = replace(outcome, detail=f"{replica.label}: {outcome.detail or 'the reward does not say more'}")
         if why.reason not in self._told_reasons:
             self._told_reasons.add(why.reason)
             text = "%s: a score is missing (%s); more with this reason are only counted: pool/%s/missing/%s"

@@ -34,6 +34,7 @@ class RewardRouter:
                 start_deadline_s=settings.cluster.start_deadline_s,
                 recorder=recorder,
                 journal=journal,
+                runs=settings.run.dir,
                 tasks=settings.rewards.tasks_of(name),
             )
             for name in self.names

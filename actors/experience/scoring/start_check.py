@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from deepgen.config import PoolSettings
-from rewards import RewardRequest, applies, is_groupwise
+from rewards import Missing, RewardRequest, applies, is_groupwise
 
 _SIDE = 64
 # For each task what a user might type, and what the picture should show.
@@ -28,6 +28,20 @@ def check_requests(settings: PoolSettings, tasks: Sequence[str]) -> list[RewardR
         if applies(settings, requests[0]):
             return requests if is_groupwise(settings) else requests[:1]
     return []
+
+
+def remedy_for(missing: Missing) -> str:
+    """What to do where a reward has no score for any request, whatever is asked; "" where another may have one."""
+    if missing.options:
+        return "set"
+    return "see to what it asks for scores, and its options" if missing.reason in ("transport", "deadline") else ""
+
+
+def unfit(settings: PoolSettings, why: str, remedy: str, options: Sequence[str] = ("*",)) -> str:
+    """The line that ends a start: the reward, what happened, and which of its options to look at."""
+    keys = " or ".join(settings.dotted(option) for option in options or ("*",))
+    first = f"rewards.{settings.pool_name}: the reward cannot score a first request"
+    return f"{first}: {why}; {remedy} {keys}, or give it no weight"
 
 
 def _picture(number: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from deepgen.config.schema.sections import TASKS
 from deepgen.errors import UserError
 from rewards import Missing, RewardRequest, RewardUnavailable, Score
 from tests.helpers.local_replicas import Death, Script, ask, in_pool, script
+from tests.helpers.servers import reply, server
 
 __all__ = ["script"]
 
@@ -53,7 +55,7 @@ async def nothing(pool: RewardPool) -> None: ...
     ],
 )
 def test_a_reward_that_cannot_score_is_named_before_the_first_step(script: Script, check: Any, said: str) -> None:
-    script.check = check
+    script.check = script.score = check  # a second attempt goes no better
     with pytest.raises(UserError) as caught:
         in_pool(nothing)
     line = str(caught.value)
@@ -68,6 +70,65 @@ def test_a_first_request_without_a_score_is_told_but_ends_nothing(
     in_pool(nothing)
     (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert line == "rewards.mine: the first request has no score (parse: no digit in 'hm')"
+
+
+@pytest.mark.parametrize(
+    ("status", "url", "key"),
+    [
+        ("401 Unauthorized", "/clip", "token_env"),
+        ("403 Forbidden", "/clip", "token_env"),
+        ("404 Not Found", "/cilp", "url"),
+        ("405 Method Not Allowed", "/", "url"),
+        ("302 Found", "/", "url"),
+    ],
+)
+def test_a_wrong_token_or_address_ends_the_start_with_what_to_set(
+    script: Script, status: str, url: str, key: str
+) -> None:
+    with server({"/": reply(b"no", status)}) as port, pytest.raises(UserError) as caught:
+        in_pool(nothing, timeout_s=4.0, **{"class": "remote", "url": f"http://127.0.0.1:{port}{url}"})
+    line = str(caught.value)
+    assert line.startswith(
+        f"rewards.mine: the reward cannot score a first request: http://127.0.0.1:{port}{url} answers"
+    )
+    assert status[:3] in line and line.endswith(f"; set rewards.mine.{key}, or give it no weight") and "\n" not in line
+
+
+@pytest.mark.parametrize("judge", ["vlm_judge", "vlm_duel"])
+@pytest.mark.parametrize(("status", "keys"), [("401 No", ["token_env"]), ("404 Not Found", ["endpoint", "model"])])
+def test_so_does_that_of_a_judge(script: Script, judge: str, status: str, keys: list[str]) -> None:
+    options = {"class": judge, "model": "m", "gpus": 0.0}
+    with server({"/": reply(b"no", status)}) as port, pytest.raises(UserError) as caught:
+        in_pool(nothing, endpoint=f"http://127.0.0.1:{port}/v1", **options)
+    wanted = " or ".join(f"rewards.mine.{key}" for key in keys)
+    assert f"status {status[:3]}" in str(caught.value) and str(caught.value).endswith(
+        f"; set {wanted}, or give it no weight"
+    )
+
+
+def test_a_service_that_is_busy_at_the_start_is_asked_again(script: Script) -> None:
+    script.check = raising(RewardUnavailable("loading"))
+    script.score = lambda names: [1.0 for _ in names]
+    in_pool(nothing, retries=1)
+    assert len(script.calls) == 1 and script.processes == 1
+    script.score = raising(RewardUnavailable("still loading"))
+    with pytest.raises(UserError, match="still loading"):
+        in_pool(nothing, retries=3)
+    assert len(script.calls) == 1 + 3
+
+
+def test_a_token_that_is_refused_during_the_run_is_told_as_a_dead_service(
+    script: Script, caplog: pytest.LogCaptureFixture
+) -> None:
+    script.score = lambda names: [Missing("refused", "status 401", ("token_env",)) for _ in names]
+
+    async def work(pool: RewardPool) -> list[RewardScores]:
+        return await asyncio.gather(*(ask(pool, [f"{n}"]) for n in range(40)))
+
+    found = in_pool(work, batch_size=1, deadline_s=0.3, backoff_s=0.05)
+    reasons = [scores.reasons[0].reason for scores in found if scores.reasons[0]]
+    assert len(reasons) == 40 and set(reasons) == {"refused", "transport"} and len(script.calls) < 20
+    assert "reward pool mine does not answer" in caplog.text and caplog.text.count("status 401") == 2
 
 
 def test_a_process_that_dies_in_its_first_request_again_and_again(script: Script) -> None:

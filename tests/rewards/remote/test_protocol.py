@@ -134,7 +134,7 @@ def test_what_cannot_be_sent_is_said() -> None:
 
 def test_scores_arrive_and_missing_ones_keep_their_reason() -> None:
     sent: list[Score] = [0.25, -3, Missing("deadline", "judge\nlate"), None, float("nan"), float("-inf"), 1e300]
-    got = read_answer(write_answer(sent), len(sent))
+    got, _ = read_answer(write_answer(sent), len(sent))
     assert got[:3] == [0.25, -3.0, Missing("deadline", "judge late")]
     assert [one.reason if isinstance(one, Missing) else one for one in got[3:]] == [
         "refused",
@@ -160,7 +160,7 @@ def test_scores_arrive_and_missing_ones_keep_their_reason() -> None:
 )
 def test_a_wrong_score_costs_only_itself(given: Any) -> None:
     answer = json.dumps({"version": 1, "scores": [{"score": 1}, given, {"score": 0.5, "more": 1}]}).encode()
-    first, wrong, last = read_answer(answer, 3)
+    (first, wrong, last), _ = read_answer(answer, 3)
     assert (first, last) == (1.0, 0.5)
     assert isinstance(wrong, Missing) and wrong.reason == "parse" and wrong.detail
 
@@ -180,19 +180,21 @@ def test_a_wrong_score_costs_only_itself(given: Any) -> None:
     ],
 )
 def test_a_wrong_answer_gives_no_score(given: bytes) -> None:
-    found = read_answer(given, 2)
+    found, _ = read_answer(given, 2)
     assert [type(one) for one in found] == [Missing, Missing]
     assert {one.reason for one in found if isinstance(one, Missing)} == {"parse"}
 
 
 def test_nan_in_json_is_a_missing_score() -> None:
-    first, second = read_answer(b'{"version": 1, "scores": [{"score": NaN}, {"score": 0.5}]}', 2)
+    (first, second), _ = read_answer(b'{"version": 1, "scores": [{"score": NaN}, {"score": 0.5}]}', 2)
     assert isinstance(first, Missing) and first.reason == "parse"
     assert second == 0.5
 
 
 def test_details_of_the_other_side_are_one_printable_line_without_secrets() -> None:
     told = "bad\x1b[31m\nBearer abcdefghijklmnop " + "x" * 5000
-    (missing,) = read_answer(json.dumps({"version": 1, "scores": [{"missing": "parse", "detail": told}]}).encode(), 1)
+    ((missing,), _) = read_answer(
+        json.dumps({"version": 1, "scores": [{"missing": "parse", "detail": told}]}).encode(), 1
+    )
     assert isinstance(missing, Missing)
     assert missing.detail.startswith("bad [31m Bearer *** xxx") and len(missing.detail) == protocol.MAX_DETAIL
