@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -112,30 +112,45 @@ def find_pictures(folder: Path, prompts: str | None, allow: Sequence[str] = ()) 
             found.left_out.append(f"{one_line(file)}: {error.strerror or error}")
             continue
         record = known.find(file, told) if listed else _record(prompts or told.get("prompt", ""), told, prompts)
-        if record is None:
+        if file.name in known.twice:
+            found.left_out.append(f"{one_line(file)}: two rows of {prompts} with different contents name it as image")
+        elif record is None:
             found.left_out.append(f"{one_line(file)}: has no prompt, {_why(prompts, listed)}")
         else:
             found.pictures.append(Picture(file, record, pixels))
+    used = {picture.record.id for picture in found.pictures}
+    if lone := [record.id for record in rows if record.id not in used]:
+        found.left_out.append(
+            f"{prompts}: {len(lone):,} of {len(rows):,} usable rows have no picture, first {lone[0]!r}"
+        )
     if not found.pictures:
-        why = "; the first: " + found.left_out[0] if found.left_out else ""
+        first = next((line for line in found.left_out if "has no prompt" in line), "".join(found.left_out[:1]))
+        why = f"; the first: {first}" if first else ""
         raise UserError(f"--images: no picture in {folder} has a prompt{why}")
     return found
 
 
 @dataclass(frozen=True)
 class _Known:
-    """Records by all that a picture may name them with."""
+    """Records by all that a picture may name them with. twice: names of files that stand for two records."""
 
     files: Mapping[str, Record]
+    twice: Set[str]
     ids: Mapping[str, Record]
     prompts: Mapping[str, Record]
     names: Mapping[str, Record]
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> _Known:
-        folder = PictureFolder(Path())
+        folder, files, twice = PictureFolder(Path()), dict[str, Record](), set[str]()
+        for one in records:
+            if isinstance(one.image, str):
+                first = files.setdefault(Path(one.image).name, one)
+                if replace(first, id=one.id, image=one.image) != one:
+                    twice.add(Path(one.image).name)
         return cls(
-            {Path(one.image).name: one for one in records if isinstance(one.image, str)},
+            files,
+            twice,
             {one.id: one for one in records},
             {one.prompt: one for one in reversed(records)},
             {_SAMPLE.sub("", folder.path(one, 0).stem): one for one in records},

@@ -113,6 +113,18 @@ def test_a_list_names_pictures_by_file_by_what_they_say_and_by_id(tmp_path: Path
     ]
 
 
+def test_rows_that_cannot_be_told_apart_or_have_no_picture_are_told(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        save(tmp_path / name)
+    row = {"prompt": "a cat", "image": "b.png", "source": "one"}
+    rows = [row, row, {"prompt": "a dog", "image": "x/a.png"}, {"prompt": "a cow", "image": "y/a.png"}]
+    found = find_pictures(tmp_path, listed(tmp_path, *rows, {"prompt": "a hen", "id": "c"}, {"prompt": "?", "id": "d"}))
+    assert prompts_of(found) == {"b.png": "a cat", "c.png": "a hen"}
+    twice, lone = found.left_out
+    assert twice.endswith("list.jsonl with different contents name it as image") and "/a.png: two rows of" in twice
+    assert lone.endswith("list.jsonl: 4 of 6 usable rows have no picture, first 'list-2'")
+
+
 def test_sources_of_a_list_reach_the_rewards(tmp_path: Path) -> None:
     save(tmp_path / "source.gif", 7, 16)
     pictures = tmp_path / "pictures"
