@@ -21,6 +21,9 @@ from rewards.published_weights import load_model, model_config
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# Longest side, in shorter ones, that is resized. Of a longer picture only the middle of that length is: the square in
+# the centre is all that the model sees, and a strip of 10,000 x 1 would take gigabytes at a height of 224.
+LONGEST = 16
 
 
 def preprocess(image: np.ndarray, size: int) -> Tensor:
@@ -33,7 +36,7 @@ def preprocess(image: np.ndarray, size: int) -> Tensor:
     Returns:
         float32 [3, size, size].
     """
-    pixels = _pixels(image)
+    pixels = _pixels(_middle(image))
     height, width = pixels.shape[1:]
     if min(height, width) != size:
         # The longer side is cut to whole pixels, not rounded, as in CLIP's own processor.
@@ -53,6 +56,13 @@ def preprocess_whole(image: np.ndarray, size: int) -> Tensor:
         pixels = interpolate(pixels[None], sides, mode="bicubic", antialias=True)[0]
     down, right = size - pixels.shape[1], size - pixels.shape[2]
     return _normalised(pad(pixels, (right // 2, right - right // 2, down // 2, down - down // 2)))
+
+
+def _middle(image: np.ndarray) -> np.ndarray:
+    """The image [H, W, 3]; of a longer one than LONGEST only the middle."""
+    longest = LONGEST * min(image.shape[:2])
+    top, left = (max(0, (side - longest) // 2) for side in image.shape[:2])
+    return image[top : top + longest, left : left + longest]
 
 
 def _pixels(image: np.ndarray) -> Tensor:

@@ -58,6 +58,8 @@ def judge_image(image: np.ndarray, min_pixels: int = JUDGE_PIXELS, max_pixels: i
     cells = [max(1, round(side * scale / PATCH)) for side in (height, width)]
     if cells[0] * cells[1] * PATCH**2 > max_pixels:
         cells = [max(1, math.floor(side * scale / PATCH + 1e-6)) for side in (height, width)]
+        # A strip has one cell across, so that only its length can give way.
+        cells = [min(cell, max(1, max_pixels // PATCH**2)) for cell in cells]
     size = (cells[1] * PATCH, cells[0] * PATCH)
     picture = Image.fromarray(np.ascontiguousarray(image))
     return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)

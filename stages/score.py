@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 TABLE, SHEET, JOURNAL, LOCK = "scores.parquet", "scores.html", "journal", ".lock"
 TOGETHER = 64  # pictures in one call of the pools, unless a reward compares those of a prompt
 AT_ONCE = 256  # pictures in memory, unless one prompt has more
+PIXELS = 1 << 28  # of all pictures in memory, 800 MB, unless one call has more
 THEN = "run the same command again"
 
 
@@ -57,7 +58,7 @@ def main() -> int:
     args = parse(sys.argv[1:])
     settings, pools = chosen(args)
     from deepgen.cluster.connect import connect
-    from stages.scoring.picture_list import find_pictures
+    from stages.scoring.picture_list import find_pictures, one_line
 
     found = find_pictures(args.images, args.prompts, args.allow)
     for line in found.left_out:
@@ -69,7 +70,7 @@ def main() -> int:
         rows = asyncio.run(scoring.run(pictures))
         if not rows:
             raise UserError(f"--images: none of the {len(pictures):,} pictures can be read")
-        write(args.out, rows, names, f"{args.images.name}, scored by {', '.join(names)}")
+        write(args.out, rows, names, f"{one_line(args.images.resolve().name)}, scored by {', '.join(names)}")
     return 0
 
 
@@ -120,7 +121,7 @@ class Scoring:
         from actors.experience.scoring.reward_pool import RewardPoolError
 
         parts = parts_of(pictures, by_prompt=self._compares)
-        turns = asyncio.Semaphore(max(1, AT_ONCE // max(map(len, parts))))
+        turns = asyncio.Semaphore(at_once(parts))
         rows: dict[Path, Scored] = {}
         try:
             await asyncio.gather(*(pool.start() for pool in self._pools.values()))
@@ -170,20 +171,32 @@ class Scoring:
                 continue
             scores = {name: next(column) for name, column in zip(self._pools, columns, strict=True)}
             record = picture.record
-            rows.append(
-                Scored(picture.file.name, record.id, record.prompt, record.task, scores, thumbnail(request.image))
-            )
+            rows.append(Scored(picture.name, record.id, record.prompt, record.task, scores, thumbnail(request.image)))
         return rows
 
 
 def parts_of(pictures: Sequence[Picture], *, by_prompt: bool) -> list[list[Picture]]:
     """The pictures in pieces that are scored together: all of a prompt, or as many as make good batches."""
     if not by_prompt:
-        return [list(pictures[start : start + TOGETHER]) for start in range(0, len(pictures), TOGETHER)]
+        parts: list[list[Picture]] = []
+        left = 0
+        for picture in pictures:
+            if not parts or len(parts[-1]) == TOGETHER or picture.pixels > left:
+                parts.append([])
+                left = PIXELS * TOGETHER // AT_ONCE
+            parts[-1].append(picture)
+            left -= picture.pixels
+        return parts
     groups: dict[tuple[str, str], list[Picture]] = {}
     for picture in pictures:
         groups.setdefault(picture.group, []).append(picture)
     return list(groups.values())
+
+
+def at_once(parts: Sequence[Sequence[Picture]]) -> int:
+    """How many parts may be in memory together."""
+    largest = max(sum(picture.pixels for picture in part) for part in parts)
+    return max(1, min(AT_ONCE // max(map(len, parts)), PIXELS // max(1, largest)))
 
 
 def _read(picture: Picture) -> RewardRequest | None:
@@ -192,7 +205,9 @@ def _read(picture: Picture) -> RewardRequest | None:
     except ValueError as error:
         from tqdm import tqdm
 
-        tqdm.write(f"left out: {picture.file}: {error}", file=sys.stdout)
+        from stages.scoring.picture_list import one_line
+
+        tqdm.write(f"left out: {one_line(picture.file)}: {error}", file=sys.stdout)
         return None
 
 

@@ -11,6 +11,8 @@ from deepgen.config import InputPath, PoolSettings, Share, setting
 from rewards.base import Missing, RewardRequest, Score
 from rewards.clip import ClipReward
 
+MAX_ASPECT = 200  # of Qwen2-VL's image processor
+
 
 class HpsV3Reward:
     """The mean of the published score's normal distribution; its spread is left out, as in the project's examples."""
@@ -28,16 +30,20 @@ class HpsV3Reward:
     applies = staticmethod(ClipReward.applies)
 
     def score(self, requests: Sequence[RewardRequest]) -> Sequence[Score]:
-        """One score for each request; `Missing` where the description contains a token of the model's own."""
-        scores: list[Score] = [
-            Missing("refused", f"a description contains the reserved token {token}")
-            if (token := self.scorer.reserved(request.target))
-            else None
-            for request in requests
-        ]
+        """One score for each request; `Missing` for a description with a token of the model's own, and for a strip."""
+        scores: list[Score] = [self._fault(request) for request in requests]
         asked = [place for place, score in enumerate(scores) if score is None]
         if asked:
             images, texts = [requests[place].image for place in asked], [requests[place].target for place in asked]
             for place, score in zip(asked, self.scorer.scores(images, texts), strict=True):
                 scores[place] = score
         return scores
+
+    def _fault(self, request: RewardRequest) -> Missing | None:
+        """Why the model cannot be asked; its processor would raise an error that costs the whole batch."""
+        if token := self.scorer.reserved(request.target):
+            return Missing("refused", f"a description contains the reserved token {token}")
+        height, width = request.image.shape[:2]
+        if max(height, width) > MAX_ASPECT * min(height, width):
+            return Missing("refused", f"an image of {width} x {height}; allowed: sides in a ratio up to {MAX_ASPECT}")
+        return None

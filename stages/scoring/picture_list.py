@@ -7,9 +7,10 @@ out and told.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from deepgen.config.settings import TASKS
 from deepgen.data.images import DECODE_ERRORS, decode_image, read_header
 from deepgen.data.parquet import read_rows
 from deepgen.data.quotes import quoted_words
-from deepgen.data.records import Record, RecordError
+from deepgen.data.records import Record, RecordError, is_unicode
 from deepgen.data.uris import MAX_BYTES
 from deepgen.drawing.picture_files import MANIFEST, SHEET, PictureFolder
 from deepgen.drawing.prompts import names_a_file
@@ -36,10 +37,16 @@ _SAMPLE = re.compile(r"[-_]\d+$")
 
 @dataclass(frozen=True)
 class Picture:
-    """A file and its prompt."""
+    """A file and its prompt. pixels: by its header, 0 if it has no readable one."""
 
     file: Path
     record: Record
+    pixels: int = 0
+
+    @property
+    def name(self) -> str:
+        """The file's name, as UTF-8 has it: other bytes are spelled out (caf\\xe9.png)."""
+        return os.fsencode(self.file.name).decode("utf-8", "backslashreplace")
 
     @property
     def group(self) -> tuple[str, str]:
@@ -66,7 +73,14 @@ def _decoded(image: bytes | str, what: str) -> np.ndarray:
 
 def read_picture(file: Path) -> bytes:
     """The bytes of a picture, which may be behind a link. Raises OSError."""
-    return read_file(str(file.resolve()), MAX_BYTES)
+    return read_file(os.path.realpath(file), MAX_BYTES)
+
+
+def one_line(name: object) -> str:
+    """A file's name for a line of text: what would break or hide the line is spelled out."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in str(name)
+    )
 
 
 @dataclass
@@ -84,43 +98,59 @@ def find_pictures(folder: Path, prompts: str | None, allow: Sequence[str] = ()) 
 
     Raises UserError if the folder has no picture, if the list cannot be read, or if no picture has a prompt.
     """
-    files, found = _files(folder), Found()
+    found = Found()
+    files = _files(folder, found.left_out)
     listed = prompts is not None and names_a_file(prompts)
     rows = list(_rows(Path(prompts), allow, found.left_out)) if listed and prompts is not None else []
-    if prompts is not None and not listed and not prompts.strip():
-        raise UserError("--prompts: the prompt is empty")
+    if prompts is not None and not listed and not (prompts.strip() and is_unicode(prompts)):
+        raise UserError(f"--prompts: the prompt is {'no UTF-8 text' if prompts.strip() else 'empty'}")
     known = _Known.of(rows)
     for file in files:
         try:
-            told = _told(file)
+            told, pixels = _told(file)
         except OSError as error:
-            found.left_out.append(f"{file}: {error.strerror or error}")
+            found.left_out.append(f"{one_line(file)}: {error.strerror or error}")
             continue
         record = known.find(file, told) if listed else _record(prompts or told.get("prompt", ""), told, prompts)
-        if record is None:
-            found.left_out.append(f"{file}: has no prompt, {_why(prompts, listed)}")
+        if file.name in known.twice:
+            found.left_out.append(f"{one_line(file)}: two rows of {prompts} with different contents name it as image")
+        elif record is None:
+            found.left_out.append(f"{one_line(file)}: has no prompt, {_why(prompts, listed)}")
         else:
-            found.pictures.append(Picture(file, record))
+            found.pictures.append(Picture(file, record, pixels))
+    used = {picture.record.id for picture in found.pictures}
+    if lone := [record.id for record in rows if record.id not in used]:
+        found.left_out.append(
+            f"{prompts}: {len(lone):,} of {len(rows):,} usable rows have no picture, first {lone[0]!r}"
+        )
     if not found.pictures:
-        why = "; the first: " + found.left_out[0] if found.left_out else ""
+        first = next((line for line in found.left_out if "has no prompt" in line), "".join(found.left_out[:1]))
+        why = f"; the first: {first}" if first else ""
         raise UserError(f"--images: no picture in {folder} has a prompt{why}")
     return found
 
 
 @dataclass(frozen=True)
 class _Known:
-    """Records by all that a picture may name them with."""
+    """Records by all that a picture may name them with. twice: names of files that stand for two records."""
 
     files: Mapping[str, Record]
+    twice: Set[str]
     ids: Mapping[str, Record]
     prompts: Mapping[str, Record]
     names: Mapping[str, Record]
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> _Known:
-        folder = PictureFolder(Path())
+        folder, files, twice = PictureFolder(Path()), dict[str, Record](), set[str]()
+        for one in records:
+            if isinstance(one.image, str):
+                first = files.setdefault(Path(one.image).name, one)
+                if replace(first, id=one.id, image=one.image) != one:
+                    twice.add(Path(one.image).name)
         return cls(
-            {Path(one.image).name: one for one in records if isinstance(one.image, str)},
+            files,
+            twice,
             {one.id: one for one in records},
             {one.prompt: one for one in reversed(records)},
             {_SAMPLE.sub("", folder.path(one, 0).stem): one for one in records},
@@ -144,18 +174,21 @@ class _Known:
         return self.prompts.get(told.get("prompt", ""))
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path, left_out: list[str]) -> list[Path]:
+    """All that is called like a picture, also what cannot be read; folders in it are told."""
     if not folder.is_dir():
         raise UserError(f"--images: {folder} is no folder")
     ours = (folder / MANIFEST).is_file()
-    files = sorted(
+    found = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    if inner := [file for file in found if file.is_dir()]:
+        left_out.append(
+            f"{one_line(inner[0])}: a folder ({len(inner):,} of them; only what lies beside them is scored)"
+        )
+    files = [
         file
-        for file in folder.iterdir()
-        if file.suffix.lower() in SUFFIXES
-        and not file.name.startswith(".")
-        and file.is_file()
-        and not (ours and file.name == SHEET)
-    )
+        for file in found
+        if file.suffix.lower() in SUFFIXES and not file.is_dir() and not (ours and file.name == SHEET)
+    ]
     if not files:
         raise UserError(f"--images: {folder} has no picture in it; allowed: {', '.join(SUFFIXES)}")
     return files
@@ -169,15 +202,15 @@ def _rows(path: Path, allow: Sequence[str], left_out: list[str]) -> Iterator[Rec
             yield row.record
 
 
-def _told(file: Path) -> dict[str, str]:
-    """What a picture of `stages/generate.py` says of itself; {} for any other. Raises OSError."""
+def _told(file: Path) -> tuple[dict[str, str], int]:
+    """What a picture of `stages/generate.py` says of itself, {} for any other; and its pixels. Raises OSError."""
     data = read_picture(file)
     try:
         with read_header(data) as image:
-            told = {str(key): str(value) for key, value in image.info.items()}
+            told, pixels = {str(key): str(value) for key, value in image.info.items()}, image.width * image.height
     except DECODE_ERRORS:
-        return {}  # reported when it is decoded
-    return told if "noise_seed" in told else {}
+        return {}, 0  # reported when it is decoded
+    return told if "noise_seed" in told else {}, pixels
 
 
 def _record(prompt: str, told: Mapping[str, str], given: str | None) -> Record | None:

@@ -23,7 +23,7 @@ _STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 24px; color: #1d2129; background: #fff; }
 main { display: flex; flex-wrap: wrap; gap: 14px; align-items: flex-start; }
 figure { margin: 0; width: 190px; padding: 8px; border: 1px solid #d5d9e0; box-sizing: border-box; }
-img { display: block; max-width: 100%; margin: 0 auto 6px; }
+img { display: block; max-width: 100%; margin: 0 auto 6px; outline: 1px solid #d5d9e0; }
 figcaption { overflow-wrap: anywhere; font-size: 12px; }
 p { margin: 0 0 4px; max-height: 5.6em; overflow: auto; }
 table { border-collapse: collapse; width: 100%; }
@@ -52,6 +52,7 @@ def sheet_html(rows: Sequence[Scored], rewards: Sequence[str], title: str) -> st
             f'<input type="radio" name="by" id="by{number}"{checked}><label for="by{number}">{escape(reward)}</label> '
         )
         rules.append(f"#by{number}:checked ~ main figure {{ order: var(--o{number}); }}")
+        rules.append(f"#by{number}:checked ~ main .r{number} {{ font-weight: 600; }}")
     figures = [_figure(row, rewards, [rank[id(row)] for rank in ranks]) for row in shown]
     left = f"; the best and worst {SHOWN:,} by {escape(rewards[0])} are shown" if len(shown) < len(rows) else ""
     return "\n".join(
@@ -71,7 +72,10 @@ def sheet_html(rows: Sequence[Scored], rewards: Sequence[str], title: str) -> st
 def _figure(row: Scored, rewards: Sequence[str], places: Sequence[int]) -> str:
     orders = ";".join(f"--o{number}:{place}" for number, place in enumerate(places))
     image = base64.b64encode(row.thumbnail).decode("ascii")
-    cells = "".join(f"<tr><td>{escape(reward)}</td>{_cell(row.scores[reward])}</tr>" for reward in rewards)
+    cells = "".join(
+        f'<tr class="r{number}"><td>{escape(reward)}</td>{_cell(row.scores[reward])}</tr>'
+        for number, reward in enumerate(rewards)
+    )
     return (
         f'<figure style="{orders}"><img alt="" src="data:image/jpeg;base64,{image}"><figcaption>'
         f'<p>{escape(row.prompt)}</p><table>{cells}</table><span class="file">{escape(row.file)}</span>'

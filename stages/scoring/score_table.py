@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.scoring.picture_list import one_line
+
 ENDS = 5  # best and worst pictures on the console
 _PROMPT = 60  # letters on the console
 
@@ -67,7 +69,9 @@ def console_text(rows: Sequence[Scored], rewards: Sequence[str]) -> str:
     lines += ["", f"by {rewards[0]}, best first:"] if shown else []
     for row in shown:
         prompt = "" if row is None else " ".join(row.prompt.split())
-        lines.append("  ..." if row is None else f"  {row.value(rewards[0]):9.4f}  {row.file}  {prompt[:_PROMPT]}")
+        lines.append(
+            "  ..." if row is None else f"  {row.value(rewards[0]):9.4f}  {one_line(row.file)}  {prompt[:_PROMPT]}"
+        )
     return "\n".join(lines)
 
 

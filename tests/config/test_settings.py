@@ -146,12 +146,51 @@ def test_5b_recipes_are_the_papers(stage: Stage, updates: int, images: int) -> N
     assert s.model.lora_rank == {"pretrain": 0, "sft": 64}[stage]
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_5b_rl_recipe_is_the_papers() -> None:
+    """Method 3: its settings are the defaults, its weights those of the published sets."""
+    s, usual = load_settings(find_recipe("deepgen-5b-rl")), Settings()
+    assert (s.rollout, s.algorithm) == (usual.rollout, usual.algorithm)
+    general, text = {"preference": 0.7, "clip": 0.3}, {"preference": 0.2, "clip": 0.1, "ocr": 0.7}
+    assert s.rewards.weights == {"t2i": general, "reasoning": general, "text": text, "edit": {}}
+    duel = s.rewards.pools["preference"].model_dump()
+    assert (duel["class"], duel["tournament"], duel["both_orders"]) == ("vlm_duel", "full", True)
+    assert (duel["temperature"], duel["max_tokens"], duel["required"]) == (0.0, 4096, True)
+    assert s.rollout.prompts_per_step * s.rollout.group_size == 256 and s.train.steps == 1500
+    assert (s.train.learning_rate, s.train.warmup_steps, s.train.beta2) == (2e-6, 20, 0.999)
+
+
+@pytest.mark.parametrize("recipe", ["deepgen-5b-rl", "deepgen-5b-rl-8gpu", "deepgen-5b-edit-rl"])
+def test_5b_rl_recipes_load_and_differ_only_where_they_say(recipe: str) -> None:
+    path = find_recipe(recipe)
+    s, papers = load_settings(path), load_settings(find_recipe("deepgen-5b-rl"))
+    check_stage(s, "rl")
+    assert "# Verified on: settings and memory arithmetic only; not run on GPUs" in path.read_text()
+    assert s.run.name == recipe and s.experience.max_staleness == 0
+    assert s.algorithm.model_copy(update={"sft_batch": 32, "update_micro_batch": 32}) == papers.algorithm
+    assert s.rollout.model_copy(update={"actors": 8}) == papers.rollout
+    assert s.train.workers * s.algorithm.sft_batch == 256
+    if recipe == "deepgen-5b-edit-rl":
+        assert {task: bool(row) for task, row in s.rewards.weights.items()} == {task: task == "edit" for task in TASKS}
+        assert s.rewards.pools["edited"].model_dump()["sources"] == 1
+    else:
+        assert s.rewards.weights == papers.rewards.weights
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage"),
+    [
+        ("deepgen-5b-pretrain", "pretrain"),
+        ("deepgen-5b-sft", "sft"),
+        ("deepgen-5b-rl", "rl"),
+        ("deepgen-5b-rl-8gpu", "rl"),
+        ("deepgen-5b-edit-rl", "rl"),
+    ],
+)
 def test_5b_recipes_say_which_weights_are_missing(
-    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    argv = ["--recipe", f"deepgen-5b-{stage}"]
+    argv = ["--recipe", recipe]
     with pytest.raises(UserError, match=r"model\.weights: no file or folder .*deepgen-5b") as caught:
         parse_command_line(stage, argv)
     assert "\n" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,12 @@ from torch import nn
 
 from deepgen.config import load_settings
 from deepgen.config.recipes import find_recipe
-from deepgen.models.presets import TINY, Architecture
+from deepgen.models.presets import DEEPGEN_5B, TINY, Architecture
 from deepgen.models.unified import UnifiedModel
 from deepgen.models.vlm import LoraSettings, _decode, add_lora, lora_parameters
 from deepgen.planning import memory, plan
 from deepgen.planning.memory import CPU_BF16, CPU_FP32, Numbers, states
+from deepgen.planning.processes import cards, other_processes
 from tests.helpers.factories import make_tiny_model, narrow_architecture
 from tests.helpers.learner_workers import run_workers
 
@@ -230,7 +232,64 @@ def test_checkpointing_and_precision_count() -> None:
     assert fp32["bf16 copies of the trained weights (autocast)"] == 0
 
 
-def test_plan_of_rl_adds_what_is_not_the_learner() -> None:
-    text = plan.plan_text(load_settings(None, []), "rl")
-    assert "8 rollout actors, one GPU each" in text and "KL reference" in text
-    assert "judge(s), one GPU each" in text and "not estimated" in text
+RL_RECIPES = {"deepgen-5b-rl": 24, "deepgen-5b-rl-8gpu": 8, "deepgen-5b-edit-rl": 8}  # GPUs of 80 GB
+
+
+@pytest.fixture(scope="module")
+def rl_parameters() -> memory.Parameters:
+    return plan.count_parameters(load_settings(None, []), "rl", DEEPGEN_5B)
+
+
+@pytest.mark.parametrize(("recipe", "gpus"), RL_RECIPES.items())
+def test_rl_recipes_fit_what_they_say_and_the_plan_adds_it_up(
+    recipe: str, gpus: int, rl_parameters: memory.Parameters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without weights or data here."""
+    monkeypatch.setattr(plan, "count_parameters", lambda *of: rl_parameters)
+    settings = load_settings(find_recipe(recipe))
+    text = plan.plan_text(settings, "rl")
+    assert f"GPUs in all: {gpus} ({settings.train.workers} learner, {settings.rollout.actors} rollout, " in text
+    assert plan.make_job(settings, "rl").total() <= memory.usable(80)
+    for name in settings.rewards.used():
+        assert f"  {name}: {settings.rewards.pools[name].replicas} replica" in text
+    assert "size of the weights: not known without files in weights/" in text
+    assert max(map(len, text.partition("beside the learner")[2].splitlines())) <= 120
+
+
+def test_plan_of_pools(tmp_path: Path) -> None:
+    """Replicas, GPUs, who asks elsewhere, and the size of weights that are here."""
+    (tmp_path / "part.safetensors").write_bytes(b"")
+    os.truncate(tmp_path / "part.safetensors", 64 * memory.GIB)  # takes no room on the disk
+    judges = ["rewards.large.class=vlm_judge", f"rewards.large.path={tmp_path}", "rewards.large.gpus=4.0"]
+    judges += ["rewards.far.class=vlm_judge", "rewards.far.endpoint=http://judge:1/v1", "rewards.far.model=m"]
+    pools = [*judges, "rewards.far.gpus=0", "rewards.kept.path=nowhere", "rewards.ocr.max_replicas=6"]
+    row = "rewards.weights.edit={large: 1, far: 1, kept: 1, ocr: 1, clip: 0}"
+    none = [f"rewards.weights.{task}={{}}" for task in ("t2i", "reasoning", "text")]
+    text = "\n".join(other_processes(load_settings(None, [*pools, row, *none]), 8 * memory.GIB))
+    assert "8 rollout actors, one GPU each (rollout.actors)\n    the model in fp32: 8.0 GiB" in text
+    assert "large: 1 replica, 4 GPUs each of one machine, over which the model is split (rewards.large.rep" in text
+    assert "vLLM takes 85% of a GPU's memory" in text and "weights on each GPU, as large as their files: 16.0 G" in text
+    assert "far: 1 replica that only ask" in text and "http://judge:1/v1" in text
+    assert "kept: 1 replica, 0.1 of a GPU each" in text and "not known without files in nowhere" in text
+    assert "ocr: 1 replica, up to 6 as requests wait, 0.05 of a CPU each and no GPU (" in text
+    assert "GPUs in all: 21 (8 learner, 8 rollout, 0.1 kept, 4 large)" in text
+    assert "one of them needs 4 GPUs" in text and "clip" not in text
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus"), [([], 0), ([1, 1, 4], 6), ([0.9, 0.1, 0.9], 2), ([0.5, 0.6, 0.5], 2), ([0.1] * 10, 1)]
+)
+def test_parts_of_gpus_lie_side_by_side(wanted: list[float], gpus: int) -> None:
+    assert cards(wanted) == gpus
+
+
+def test_only_what_an_rl_run_draws_counts(rl_parameters: memory.Parameters, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edits need more than generation: where they are rewarded, and where the auxiliary loss has them."""
+    monkeypatch.setattr(plan, "count_parameters", lambda *of: rl_parameters)
+
+    def size(*overrides: str) -> int:
+        settings = load_settings(find_recipe("deepgen-5b-rl"), [*overrides])
+        return plan.make_job(settings, "rl").batch()["activations: DiT"]
+
+    assert size() < size("rewards.weights.edit.clip=1") == size("data.edit_per_cycle=1", "data.t2i_per_cycle=0")
+    assert size() == size("data.edit_per_cycle=1", "algorithm.sft_coef=0")

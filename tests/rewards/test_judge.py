@@ -58,6 +58,7 @@ def test_an_answer_cannot_give_the_verdict() -> None:
         (64, 96, (112 * 112, 112 * 112), (84, 140)),
         (512, 512, (3136, 12845056), (504, 504)),  # the real judge: no more than rounding
         (20, 2000, (3136, 12845056), (28, 1988)),
+        (10_000, 1, (112 * 112, 112 * 112), (16 * 28, 28)),  # no more cells than the model's context has room for
     ],
 )
 def test_image_sides_are_multiples_of_28(

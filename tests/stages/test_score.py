@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -111,6 +113,18 @@ def test_a_list_names_pictures_by_file_by_what_they_say_and_by_id(tmp_path: Path
     ]
 
 
+def test_rows_that_cannot_be_told_apart_or_have_no_picture_are_told(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        save(tmp_path / name)
+    row = {"prompt": "a cat", "image": "b.png", "source": "one"}
+    rows = [row, row, {"prompt": "a dog", "image": "x/a.png"}, {"prompt": "a cow", "image": "y/a.png"}]
+    found = find_pictures(tmp_path, listed(tmp_path, *rows, {"prompt": "a hen", "id": "c"}, {"prompt": "?", "id": "d"}))
+    assert prompts_of(found) == {"b.png": "a cat", "c.png": "a hen"}
+    twice, lone = found.left_out
+    assert twice.endswith("list.jsonl with different contents name it as image") and "/a.png: two rows of" in twice
+    assert lone.endswith("list.jsonl: 4 of 6 usable rows have no picture, first 'list-2'")
+
+
 def test_sources_of_a_list_reach_the_rewards(tmp_path: Path) -> None:
     save(tmp_path / "source.gif", 7, 16)
     pictures = tmp_path / "pictures"
@@ -128,6 +142,7 @@ def test_sources_of_a_list_reach_the_rewards(tmp_path: Path) -> None:
     [
         (None, "has a prompt; the first: "),
         ("", "--prompts: the prompt is empty"),
+        ("caf\udce9", "--prompts: the prompt is no UTF-8 text"),
         ("nowhere.jsonl", "--prompts: there is no file 'nowhere.jsonl'"),
     ],
 )
@@ -151,6 +166,40 @@ def test_pictures_of_a_prompt_stay_together_where_a_reward_compares_them(tmp_pat
     assert [[one.record.id for one in part] for part in score.parts_of(mixed, by_prompt=True)] == [["a"] * 2, ["b"] * 2]
     pieces = score.parts_of(mixed * 20, by_prompt=False)
     assert [len(part) for part in pieces] == [64, 16] and [one for part in pieces for one in part] == mixed * 20
+
+
+def test_odd_files_are_told_and_odd_names_can_be_shown(tmp_path: Path) -> None:
+    """What is called like a picture is scored or told, and no name breaks a line, the table or the sheet."""
+    save(tmp_path / "two\nlines.png")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes((tmp_path / "two\nlines.png").read_bytes())
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    found = find_pictures(tmp_path, "a cat")
+    assert [picture.name for picture in found.pictures] == ["caf\\xe9.png", "two\nlines.png"]
+    assert [line.partition(f"{tmp_path}/")[2] for line in found.left_out] == [
+        "folder.png: a folder (1 of them; only what lies beside them is scored)",
+        "gone.png: No such file or directory",
+        "loop.png: Too many levels of symbolic links",
+        "pipe.png: is a FIFO; allowed: a regular file",
+    ]
+    scored = [Scored(one.name, "", "a cat", "t2i", {"one": 1.0}, b"") for one in found.pictures]
+    assert "caf\\xe9.png" in sheet_html(scored, ["one"], "odd").encode().decode() and parquet_bytes(scored, ["one"])
+    assert "  two\\nlines.png  a cat" in console_text(scored, ["one"])
+
+
+def test_large_pictures_are_fewer_at_once(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", side=100)
+    (small,) = find_pictures(tmp_path, "a cat").pictures
+    assert small.pixels == 10_000
+    photo, half = replace(small, pixels=24_000_000), replace(small, pixels=score.PIXELS // 2)
+    parts = score.parts_of([photo] * 9, by_prompt=False)
+    assert [len(part) for part in parts] == [2, 2, 2, 2, 1] and score.at_once(parts) == 5
+    assert [len(part) for part in score.parts_of([small, half, half], by_prompt=False)] == [1, 1, 1]
+    assert (
+        score.at_once([[half] * 3]) == 1 and score.at_once([[small] * 64]) == 4 and score.at_once([[small] * 8]) == 32
+    )
 
 
 def rows() -> list[Scored]:
@@ -184,6 +233,9 @@ def test_the_sheet_loads_nothing_and_escapes_what_strangers_wrote() -> None:
     assert "default-src 'none'" in page and "http" not in page.replace("http-equiv", "")
     assert re.findall(r'class="file">([^<]*)<', page) == ["c.png", "b.png", "a&amp;b.png"]
     assert 'class="missing" title="judge #0: 20 s &lt;late&gt;">deadline<' in page
+    assert (
+        "#by1:checked ~ main .r1" in page and page.count('<tr class="r1"><td>two</td>') == 3
+    )  # the chosen one is bold
     assert re.findall(r"--o0:(\d);--o1:(\d)", page) == [("0", "1"), ("1", "2"), ("2", "0")]
 
 

@@ -15,6 +15,7 @@ from deepgen.models.presets import PRESETS, Architecture
 from deepgen.models.stage_parts import Stage
 from deepgen.planning import memory
 from deepgen.planning.memory import FP32, GIB, Numbers, Parameters, States
+from deepgen.planning.processes import other_processes
 
 PROMPT_TOKENS = 256  # of a prompt with its chat wrapper; the limit is Architecture.max_prompt_tokens
 GPU_GIB = (24, 40, 48, 80, 96, 141)
@@ -130,22 +131,28 @@ def _policy_activations(job: Job) -> dict[str, int]:
     with its conditioning, all in fp32.
     """
     settings, architecture = job.settings, job.architecture
-    image, context = _tokens(job, edit="edit" in settings.rewards.weights)
+    rewarded = any(weight > 0 for weight in settings.rewards.weights.get("edit", {}).values())
+    image, context = _tokens(job, edit=rewarded)
     branches = 1 if settings.rollout.guidance_scale == 1 else 2
-    auxiliary = settings.algorithm.sft_batch // (settings.data.edit_per_cycle + settings.data.t2i_per_cycle)
-    samples = max(job.records * branches, auxiliary if settings.algorithm.sft_coef else 0)
+    passes = [(job.records * branches, image, context)]
+    if settings.algorithm.sft_coef:
+        cycle = settings.data.edit_per_cycle + settings.data.t2i_per_cycle
+        passes.append((settings.algorithm.sft_batch // cycle, *_tokens(job, edit=settings.data.edit_per_cycle > 0)))
     groups = -(-settings.rollout.prompts_per_step // job.workers)
     transitions = groups * settings.rollout.sde_steps * settings.rollout.group_size
     latent = architecture.transformer["in_channels"] * (settings.data.image_size // architecture.vae_downsample) ** 2
     return {
-        "activations: DiT": memory.dit_activations(
-            architecture,
-            job.numbers,
-            batch=samples,
-            image_tokens=image,
-            context_tokens=context,
-            trained=True,
-            checkpointing=settings.model.gradient_checkpointing,
+        "activations: DiT": max(
+            memory.dit_activations(
+                architecture,
+                job.numbers,
+                batch=batch,
+                image_tokens=image_tokens,
+                context_tokens=context_tokens,
+                trained=True,
+                checkpointing=settings.model.gradient_checkpointing,
+            )
+            for batch, image_tokens, context_tokens in passes
         ),
         "transitions of the step, conditioning of its groups": FP32
         * (2 * latent * transitions + groups * branches * context * architecture.context_dim),
@@ -228,27 +235,11 @@ def _counts(job: Job) -> tuple[int, ...]:
 
 
 def _other_processes(job: Job) -> Iterator[str]:
-    """GPUs beside the learner's."""
-    if job.stage != "rl":
-        return
-    settings, parameters = job.settings, job.parameters
-    model = sum(parameters.frozen) + parameters.trained + parameters.whole
-    yield f"to be added: {settings.rollout.actors} rollout actors, one GPU each (rollout.actors)"
-    yield _row("the model in fp32, on each", FP32 * model)
-    yield "  not estimated: their forward passes and decoding, which keep nothing"
-    for name in settings.rewards.used():
-        pool = settings.rewards.pools[name]
-        if not pool.gpus:
-            continue
-        amount = "one GPU" if pool.gpus == 1 else f"{pool.gpus:g} GPUs"
-        head = f"to be added: {pool.replicas} {name}(s), {amount} each ({pool.dotted('replicas')})"
-        if share := getattr(pool, "gpu_memory_share", 0.0):  # of a reward on vLLM
-            yield f"{head}, of which vLLM takes {share:.0%}"
-            yield "  not estimated: how much of that its weights leave for its cache"
-        else:
-            yield head
-            yield "  not estimated: the memory it needs there"
-    yield ""
+    """Processes beside the learner."""
+    if job.stage == "rl":
+        parameters = job.parameters
+        model = sum(parameters.frozen) + parameters.trained + parameters.whole
+        yield from other_processes(job.settings, FP32 * model)
 
 
 def _notes(job: Job) -> Iterator[str]:

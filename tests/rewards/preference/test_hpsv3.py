@@ -165,6 +165,14 @@ def test_a_description_with_a_token_of_the_models_own_is_refused(folder: Path, t
     assert scores[::2] == pytest.approx(hpsv3(folder).score([first, second]), abs=1e-4)
 
 
+def test_a_strip_costs_no_other_picture_its_score(folder: Path) -> None:
+    first, second, _ = requests()
+    strip = RewardRequest("a cat", "", "t2i", np.zeros((1, 201, 3), np.uint8))
+    scores = hpsv3(folder).score([first, strip, second])
+    assert scores[1] == Missing("refused", "an image of 201 x 1; allowed: sides in a ratio up to 200")
+    assert None not in scores
+
+
 def test_files_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     weights = load_file(folder / qwen_scorer.FILE)
