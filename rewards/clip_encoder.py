@@ -21,6 +21,7 @@ from rewards.published_weights import load_model, model_config
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+LONGEST = 16  # times the shorter side: what is further from the centre is cropped before anything is resized
 
 
 def preprocess(image: np.ndarray, size: int) -> Tensor:
@@ -33,7 +34,7 @@ def preprocess(image: np.ndarray, size: int) -> Tensor:
     Returns:
         float32 [3, size, size].
     """
-    pixels = _pixels(image)
+    pixels = _pixels(_middle(image))
     height, width = pixels.shape[1:]
     if min(height, width) != size:
         # The longer side is cut to whole pixels, not rounded, as in CLIP's own processor.
@@ -53,6 +54,13 @@ def preprocess_whole(image: np.ndarray, size: int) -> Tensor:
         pixels = interpolate(pixels[None], sides, mode="bicubic", antialias=True)[0]
     down, right = size - pixels.shape[1], size - pixels.shape[2]
     return _normalised(pad(pixels, (right // 2, right - right // 2, down // 2, down - down // 2)))
+
+
+def _middle(image: np.ndarray) -> np.ndarray:
+    """An image without the ends of a very long side: resized, a line of 1 x 4096 pixels would take gigabytes."""
+    most = LONGEST * min(image.shape[:2])
+    top, left = (max(0, side - most) // 2 for side in image.shape[:2])
+    return image[top : top + most, left : left + most]
 
 
 def _pixels(image: np.ndarray) -> Tensor:

@@ -67,6 +67,14 @@ def test_preprocess_does_not_touch_a_read_only_image_of_the_right_size() -> None
     np.testing.assert_allclose(shown.numpy(), image, atol=1e-3)
 
 
+def test_a_line_of_pixels_takes_no_gigabytes() -> None:
+    """Resized to the model's height it would be 32 million pixels long, of which the middle 32 are read."""
+    line = np.arange(1_000_001, dtype=np.uint32).astype(np.uint8)[None, :, None].repeat(3, axis=2)
+    middle = line[:, 499_992:500_008]
+    torch.testing.assert_close(preprocess(line, 32), preprocess(middle, 32))
+    assert preprocess(line.transpose(1, 0, 2), 32).shape == (3, 32, 32)
+
+
 def test_features_are_of_unit_length_and_do_not_depend_on_the_batch(encoder: ClipEncoder) -> None:
     images = [*pictures(5), *pictures(1, 40, 64)]
     together = encoder.embed_images(images)
