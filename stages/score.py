@@ -58,10 +58,11 @@ def main() -> int:
     settings, pools = chosen(args)
     from deepgen.cluster.connect import connect
     from stages.scoring.picture_list import find_pictures
+    from stages.scoring.score_table import shown
 
     found = find_pictures(args.images, args.prompts, args.allow)
     for line in found.left_out:
-        print(f"left out: {line}", flush=True)
+        print(f"left out: {shown(line)}", flush=True)
     pictures, names = found.pictures[: args.limit], [pool.pool_name for pool in pools]
     with file_lock(args.out / LOCK, "--out", "the scores", lambda who: _taken(args.out, who), THEN):
         gpus = connect(settings, lambda _, gpus: needs_of(pools, gpus=gpus), code_root=ROOT)
@@ -140,7 +141,7 @@ class Scoring:
         from actors.experience.reward_requests import request_key
         from rewards import applies
         from stages.scoring.score_sheet import thumbnail
-        from stages.scoring.score_table import Scored
+        from stages.scoring.score_table import Scored, shown
 
         read = [await asyncio.to_thread(_read, picture) for picture in part]
         requests = [request for request in read if request is not None]
@@ -160,10 +161,8 @@ class Scoring:
                 rows.append(None)
                 continue
             scores = {name: next(column) for name, column in zip(self._pools, columns, strict=True)}
-            record = picture.record
-            rows.append(
-                Scored(picture.file.name, record.id, record.prompt, record.task, scores, thumbnail(request.image))
-            )
+            record, name = picture.record, shown(picture.file.name)
+            rows.append(Scored(name, record.id, record.prompt, record.task, scores, thumbnail(request.image)))
         return rows
 
 
@@ -183,7 +182,9 @@ def _read(picture: Picture) -> RewardRequest | None:
     except ValueError as error:
         from tqdm import tqdm
 
-        tqdm.write(f"left out: {picture.file}: {error}", file=sys.stdout)
+        from stages.scoring.score_table import shown
+
+        tqdm.write(shown(f"left out: {picture.file}: {error}"), file=sys.stdout)
         return None
 
 

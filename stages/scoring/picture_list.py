@@ -18,7 +18,7 @@ from deepgen.config.settings import TASKS
 from deepgen.data.images import DECODE_ERRORS, decode_image, read_header
 from deepgen.data.parquet import read_rows
 from deepgen.data.quotes import quoted_words
-from deepgen.data.records import Record, RecordError
+from deepgen.data.records import Record, RecordError, is_unicode
 from deepgen.data.uris import MAX_BYTES
 from deepgen.drawing.picture_files import MANIFEST, SHEET, PictureFolder
 from deepgen.drawing.prompts import names_a_file
@@ -84,6 +84,8 @@ def find_pictures(folder: Path, prompts: str | None, allow: Sequence[str] = ()) 
 
     Raises UserError if the folder has no picture, if the list cannot be read, or if no picture has a prompt.
     """
+    if prompts is not None and not is_unicode(prompts):
+        raise UserError("--prompts: got bytes that are no UTF-8; allowed: text, or a file with it")
     files, found = _files(folder), Found()
     listed = prompts is not None and names_a_file(prompts)
     rows = list(_rows(Path(prompts), allow, found.left_out)) if listed and prompts is not None else []
