@@ -62,7 +62,7 @@ def main() -> int:
 
     found = find_pictures(args.images, args.prompts, args.allow)
     for line in found.left_out:
-        print(f"left out: {line}", flush=True)
+        print(f"left out: {one_line(line)}", flush=True)
     pictures, names = found.pictures[: args.limit], [pool.pool_name for pool in pools]
     with file_lock(args.out / LOCK, "--out", "the scores", lambda who: _taken(args.out, who), THEN):
         gpus = connect(settings, lambda _, gpus: needs_of(pools, gpus=gpus), code_root=ROOT)

@@ -7,6 +7,7 @@ deadline of a call counts as dead. Errors raised by the sampling code are not re
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +18,8 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 from actors.experience.rollout_turns import Turns
 from actors.messages import OBJECT_STORE, Group, PolicyWeights
 from deepgen.tracking.timeline import ROLLOUT, Recorder
+
+log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 RESTARTS = -1  # of an actor: no limit. What fails again and again ends with ATTEMPTS, or with the start deadline.
@@ -101,7 +104,9 @@ class RolloutFleet:
         """Send a policy version to one actor a node, which brings it to that node; others find it there.
 
         To every actor if each has to fetch its own, and for version 0, which they compare with the weights folder that
-        they draw with already. An actor that is down fetches a version later, when it samples with it.
+        they draw with already. An actor that is down fetches a version later, when it samples with it. So does one that
+        misses the deadline, after it has been started again: Ray asks an object's owner once about it, and where the
+        answer gets lost the process waits for ever.
         """
         first = {node: name for name, node in reversed(self._nodes.items())}
         each = published.version == 0 or published.transport != OBJECT_STORE
@@ -118,7 +123,8 @@ class RolloutFleet:
             except RayActorError:
                 return
             except TimeoutError as error:
-                raise RolloutError(_failure(name, "prefetch", begin, error)) from error
+                log.warning("%s; it is started again", _failure(name, "prefetch", begin, error))
+                ray.kill(self._actors[name], no_restart=False)  # its next call finds out, as after any other death
             finally:
                 self._recorder.end(span)
 

@@ -71,7 +71,8 @@ async def _tiny_rewards(settings: Settings, repeats: int) -> Result:
     by_task = {task: [r for r in records if r.task == task] for task in {r.task for r in records}}
     mixed = [r for rows in itertools.zip_longest(*by_task.values()) for r in rows if r is not None][:IMAGES]
     pictures = [RewardRequest(r.prompt, r.answer, r.task, decode_image(r.image or b"")) for r in mixed]
-    weighed = np.stack([reward_weights(settings.rewards, request) for request in pictures])
+    asked = zip(mixed, pictures, strict=True)
+    weighed = np.stack([reward_weights(settings.rewards, record, request, None) for record, request in asked])
     router, number = RewardRouter(settings, gpus=False), itertools.count()
     await router.start()
 

@@ -262,7 +262,7 @@ def test_plan_of_pools(tmp_path: Path) -> None:
     os.truncate(tmp_path / "part.safetensors", 64 * memory.GIB)  # takes no room on the disk
     judges = ["rewards.large.class=vlm_judge", f"rewards.large.path={tmp_path}", "rewards.large.gpus=4.0"]
     judges += ["rewards.far.class=vlm_judge", "rewards.far.endpoint=http://judge:1/v1", "rewards.far.model=m"]
-    pools = [*judges, "rewards.far.gpus=0", "rewards.kept.path=nowhere", "rewards.ocr.max_replicas=6"]
+    pools = [*judges, "rewards.far.gpus=0", "rewards.kept.path=nowhere", "rewards.ocr.replicas=1..6"]
     row = "rewards.weights.edit={large: 1, far: 1, kept: 1, ocr: 1, clip: 0}"
     none = [f"rewards.weights.{task}={{}}" for task in ("t2i", "reasoning", "text")]
     text = "\n".join(other_processes(load_settings(None, [*pools, row, *none]), 8 * memory.GIB))

@@ -14,7 +14,7 @@ from deepgen.config.schema.pools import make_pool, reward_class
 from deepgen.errors import UserError
 from deepgen.registry import REWARDS
 from rewards import RewardRequest, build_reward, text_limit
-from rewards.clip import ClipReward
+from rewards.clip import ClipReward, clip_text_limit
 from rewards.clip_encoder import CLIP_MEAN, CLIP_STD, ClipEncoder, preprocess
 from tests.helpers.reward_models import make_clip_folder
 
@@ -74,6 +74,22 @@ def test_preprocess_does_not_touch_a_read_only_image_of_the_right_size() -> None
     image.setflags(write=False)
     shown = (preprocess(image, 32).permute(1, 2, 0) * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)) * 255
     np.testing.assert_allclose(shown.numpy(), image, atol=1e-3)
+
+
+def test_a_line_of_pixels_takes_no_gigabytes() -> None:
+    """Resized to the model's height it would be 32 million pixels long, of which the middle 32 are read."""
+    line = np.arange(1_000_001, dtype=np.uint32).astype(np.uint8)[None, :, None].repeat(3, axis=2)
+    middle = line[:, 499_992:500_008]
+    torch.testing.assert_close(preprocess(line, 32), preprocess(middle, 32))
+    assert preprocess(line.transpose(1, 0, 2), 32).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"text_config": {"max_position_embeddings": null}}'])
+def test_a_damaged_config_is_left_to_the_loading_of_the_model(tmp_path: Path, content: str) -> None:
+    """Every run asks for the limit before it starts anything."""
+    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 77}')
+    assert clip_text_limit(tmp_path) is None
 
 
 def test_features_are_of_unit_length_and_do_not_depend_on_the_batch(encoder: ClipEncoder) -> None:

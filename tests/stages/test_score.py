@@ -227,6 +227,12 @@ def test_a_missing_score_is_null_with_a_reason_and_last(tmp_path: Path) -> None:
     assert re.search(r"^one +0 +1( +-){5}$", console_text(nothing, ["one"]), re.MULTILINE)
 
 
+def test_escapes_of_a_terminal_are_shown_plainly() -> None:
+    scores: dict[str, float | tuple[str, str]] = {"one": 0.5, "two": ("died", "\x1b]0;")}
+    text = console_text([Scored("a\x1b.png", "", "a \x1b[2J cat", "t2i", scores, b"")], ["one", "two"])
+    assert "\x1b" not in text and "a\\x1b.png  a [2J cat" in text and "died: ]0;" in text
+
+
 def test_the_sheet_loads_nothing_and_escapes_what_strangers_wrote() -> None:
     page = sheet_html(rows(), ["one", "two"], "<b>title")
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "&lt;b&gt;title" in page
@@ -241,9 +247,9 @@ def test_the_sheet_loads_nothing_and_escapes_what_strangers_wrote() -> None:
 
 def test_a_long_sheet_has_the_best_and_the_worst() -> None:
     many = [Scored(f"{n}.png", "", "a cat", "t2i", {"one": float(n)}, b"") for n in range(SHOWN + 2)]
-    shown = re.findall(r'class="file">(\d+).png<', sheet_html(many, ["one"], "many"))
-    assert len(shown) == SHOWN and shown[0] == str(SHOWN + 1) and shown[-1] == "0"
-    assert str(SHOWN // 2) not in shown
+    there = re.findall(r'class="file">(\d+).png<', sheet_html(many, ["one"], "many"))
+    assert len(there) == SHOWN and there[0] == str(SHOWN + 1) and there[-1] == "0"
+    assert str(SHOWN // 2) not in there
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
@@ -260,11 +266,13 @@ def test_a_folder_is_scored_once(
     drawn(folder, record("none", "none"), record("skip", "skip it"), level=255)
     drawn(folder, record("half", "half"))
     (folder / "half-0.png").write_bytes((folder / "half-0.png").read_bytes()[:-30])
+    save(folder / os.fsdecode(b"odd\xff.png"))
     rewards = f"tests.stages.test_score:Counted,{BRIGHTNESS}"
     options = ["--rewards", rewards, "--images", str(folder), "--out", str(out), f"rewards.counted.log={log}"]
     run(monkeypatch, *options)
     told = capsys.readouterr().out
     assert re.search(r"left out: .*half-0\.png: picture: not a readable image", told)
+    assert re.search(r"left out: .*odd\ufffd+\.png: has no prompt", told)
     assert re.search(r"^counted +2 +2 ", told, re.MULTILINE) and "look at" in told
     table = {row["file"]: row for row in pq.read_table(out / "scores.parquet").to_pylist()}
     assert {file: row["score/counted"] for file, row in table.items()} == {

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from actors.messages import BatchReply
 from deepgen.cluster.own_environment import OwnEnvironment, own_environment
@@ -15,6 +16,9 @@ from deepgen.config import PoolSettings
 from deepgen.errors import UserError
 from rewards import Missing, RewardRequest, RewardUnavailable, Score, build_reward, is_groupwise
 
+# What a call of a process raises that is gone. Ray's memory monitor, too, kills: then it is no `RayActorError`.
+GONE = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
+_DETAIL = 1000  # letters of why a score is missing, which may be what a service or a judge wrote
 _LARGEST = float(np.finfo(np.float32).max)
 _NODES = 8  # tries to have a process in a reward's own environment
 _GRACE_S = 10.0  # for an actor to say that its node could not make one in time
@@ -133,12 +137,12 @@ class Replica:
 
 
 def _finite(value: Score) -> float | Missing:
-    """A score as it is; `Missing` for none, and for one that fp32, in which scores travel on, cannot hold.
+    """A score as it is; `Missing`, with a bounded text, for none and for one that fp32, as scores travel, cannot hold.
 
     NaN or infinity must not reach the cache or the mean of a group.
     """
     if isinstance(value, Missing):
-        return value
+        return Missing(value.reason, str(value.detail)[:_DETAIL])
     if value is None or not abs(value) <= _LARGEST:
         return Missing("parse", "the reward gave no finite score")
     return float(value)
