@@ -72,6 +72,7 @@ class OwnEnvironment:
                 if (self.folder / _READY).exists():
                     return
                 shutil.rmtree(self.folder, ignore_errors=True)
+                print(f"{self.key}: making {self.folder} with pip, once on each node", flush=True)
                 self._create()
                 self._install(ends, lock)
                 (self.folder / _READY).touch()
