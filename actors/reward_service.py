@@ -63,10 +63,12 @@ class Hosting:
 
 
 class RewardService:
-    """A replica of one reward. token_hash: SHA-256 of the token, so that Ray's state never holds the token itself."""
+    """A replica of one reward.
 
-    def __init__(self, pool: PoolSettings, token_hash: str) -> None:
-        own = own_environment(pool)
+    token_hash: SHA-256 of the token, so that Ray's state never holds the token itself. own: the reward's environment.
+    """
+
+    def __init__(self, pool: PoolSettings, token_hash: str, own: OwnEnvironment | None = None) -> None:
         if own and not own.is_here():
             raise RuntimeError(f"{own.key}: this node has joined later and has no {own.folder}")
         self._pool, self._token_hash, self._scorer = pool, token_hash, scorer_hash(pool)
@@ -238,7 +240,7 @@ def start_services(pools: Sequence[PoolSettings], hosting: Hosting, *, gpus: boo
             "--address: Ray Serve already runs on that cluster, with an address of its own; allowed: another"
         )
     _require_free(hosting)
-    _make_environments(pools, deadline_s)
+    make_environments(pools, deadline_s)
     longest = max(pool.deadline_s for pool in pools)
     http = HTTPOptions(host=hosting.host, port=hosting.port, request_timeout_s=longest)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
@@ -268,7 +270,7 @@ def faults() -> dict[str, str]:
     return {name: f"{one.status.value.lower()}: {_why(one)}" for name, one in found.items() if one.status != "RUNNING"}
 
 
-def _make_environments(pools: Sequence[PoolSettings], deadline_s: float) -> None:
+def make_environments(pools: Sequence[PoolSettings], deadline_s: float) -> None:
     """Make the rewards' own environments on every node, as Serve may place a replica on any. Raises UserError."""
     make = ray.remote(_make_environment)
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
@@ -311,7 +313,7 @@ def _application(pool: PoolSettings, hosting: Hosting, *, gpus: bool) -> Any:
             "target_ongoing_requests": CALLS / 2,
         },
     )
-    return deployment.bind(pool, digest(hosting.token))
+    return deployment.bind(pool, digest(hosting.token), own)
 
 
 def _require_free(hosting: Hosting) -> None:

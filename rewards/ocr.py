@@ -1,9 +1,9 @@
 """OCR reward: does the image show all quoted words and no other text? (M3.8 d)
 
 The targets are the quotations of the prompt that a person would call words to draw (`deepgen.data.quotes`). RapidOCR
-reads the image. Each target is compared with every recognised token, with two or three neighbouring tokens joined, and
+reads the image. Each target is compared with every recognised token, with up to `ngram` neighbouring tokens joined, and
 with all tokens joined. Spaces are ignored, case, too, unless `match_case`; all other characters count, in any script
-the recogniser knows (Latin with accents, Chinese). `TextRules` says which of them are equal.
+the recogniser knows (Latin, Greek, Chinese, Japanese; not Cyrillic). `TextRules` says which of them are equal.
 
 The score is 1 - edits / max(target characters, recognised characters), but at least 0. `edits` is the sum of the edit
 distances between the targets and the tokens chosen for them, plus the number of recognised characters that no target

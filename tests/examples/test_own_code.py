@@ -15,8 +15,9 @@ import yaml
 from actors.experience.reward_requests import make_requests, request_key, reward_weights
 from actors.experience.scoring.reward_router import RewardRouter
 from deepgen.algorithms.advantages import group_advantages
+from deepgen.cluster.own_environment import own_environment
 from deepgen.cluster.resources import rl_needs
-from deepgen.config import Settings, parse_command_line
+from deepgen.config import Settings, load_settings, parse_command_line
 from deepgen.data.records import Record
 from examples.own_reward.brightness import Brightness
 from rewards import RewardRequest, build_reward
@@ -52,6 +53,14 @@ def test_two_pools_of_one_class_have_options_of_their_own(settings: Settings) ->
     assert dark.score(requests) == pytest.approx([0.9, 0.1])
     roles = [need.role for need in rl_needs(settings, gpus=False)]
     assert roles[-3:] == ["ocr reward", "light reward", "dark reward"]
+
+
+def test_a_reward_may_bring_the_environment_that_it_needs(root: Path) -> None:
+    text = (root / "docs" / "own-reward.md").read_text()
+    shown = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[1])["rewards"]["old"]
+    pool = load_settings(None, [f"rewards.old.class={shown['class']}"]).rewards.pools["old"]
+    own = own_environment(pool)
+    assert own and own.lines == tuple(shown["environment"]) == ("transformers<5",)
 
 
 def test_the_same_pool_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

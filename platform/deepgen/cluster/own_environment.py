@@ -72,6 +72,7 @@ class OwnEnvironment:
                 if (self.folder / _READY).exists():
                     return
                 shutil.rmtree(self.folder, ignore_errors=True)
+                print(f"{self.key}: making {self.folder} with pip, once on each node", flush=True)
                 self._create()
                 self._install(ends, lock)
                 (self.folder / _READY).touch()
@@ -135,7 +136,7 @@ def own_environment(pool: PoolSettings) -> OwnEnvironment | None:
     """The environment of a pool's reward; None if it runs in ours.
 
     Its folder's name is a hash of all that decides what is in it: the lines and the files that they name, and our
-    packages below it.
+    packages below it. So ask for it in one of our processes, not in one that runs in it.
     """
     if not pool.environment:
         return None

@@ -17,6 +17,7 @@ import pytest
 
 from actors.experience.journal.origin import scorer_hash
 from actors.experience.scoring.reward_pool import RewardPool
+from actors.reward_service import make_environments
 from deepgen.cluster.own_environment import own_environment
 from deepgen.config import PoolSettings
 from deepgen.config.schema.pools import make_pool
@@ -89,12 +90,10 @@ def test_a_reward_uses_another_version_than_the_run(ray_local: ModuleType, tmp_p
     assert own and (own.folder / "lib").is_dir() and not own.is_here()
 
 
-@pytest.mark.processes
-def test_an_environment_that_cannot_be_made_is_one_line(cache: Path) -> None:
-    own = own_environment(pool_of("--no-index", "prettytable==98"))
-    assert own
+@pytest.mark.ray
+def test_an_environment_that_cannot_be_made_is_one_line(ray_local: ModuleType, cache: Path) -> None:
     with pytest.raises(UserError) as caught:
-        own.make(60)
+        make_environments([pool_of("--no-index", "prettytable==98"), make_pool("ocr", {})], 60)
     said = str(caught.value)
     assert said.startswith(
         "rewards.light.environment: pip could not install --no-index, prettytable==98: it ended with"
