@@ -201,7 +201,9 @@ def start_services(pools: Sequence[PoolSettings], hosting: Hosting, *, gpus: boo
     longest = max(pool.deadline_s for pool in pools)
     http = HTTPOptions(host=hosting.host, port=hosting.port, request_timeout_s=longest)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=quiet)
+    # Its controller warns of every delay of a busy machine. What keeps a reward from starting, `_wait` tells.
+    alarms = quiet | {"log_level": "ERROR"}
+    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=alarms)
     targets = [
         serve.RunTarget(_application(pool, hosting, gpus=gpus), pool.pool_name, f"/{pool.pool_name}", quiet)
         for pool in pools
