@@ -244,12 +244,14 @@ def start_services(pools: Sequence[PoolSettings], hosting: Hosting, *, gpus: boo
     longest = max(pool.deadline_s for pool in pools)
     http = HTTPOptions(host=hosting.host, port=hosting.port, request_timeout_s=longest)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
+    # Its controller warns of every delay of a busy machine. What keeps a reward from starting, `_wait` tells.
+    alarms = quiet | {"log_level": "ERROR"}
     targets = [
         serve.RunTarget(_application(pool, hosting, gpus=gpus), pool.pool_name, f"/{pool.pool_name}", quiet)
         for pool in pools
     ]
     try:
-        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=quiet)
+        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=alarms)
         serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         _wait([pool.pool_name for pool in pools], deadline_s)
     except BaseException:

@@ -34,12 +34,12 @@ from rewards import Missing, RewardRequest
 from rewards.remote.protocol import read_question, write_answer
 from tests.helpers.fault_server import FAULTS, fault_server
 
-IMAGES = 64  # of the tiny world
+IMAGES, TRIES = 64, 4  # of the tiny world; to find the slowest reward
 SLEEPS_S = (0.4, 0.3, 0.2, 0.1)
-KEYS = 4096
-SCORES, BATCH, REPLICAS = 10_000, 16, 8
+KEYS = 4000
+SCORES, BATCH, REPLICAS = 10_000, 16, 12
 CAPACITY, CALL_S = 4, 0.128  # calls that the service answers at once, and how long one takes
-SHARE, TIMEOUT_S = 0.2, 1.0
+SHARE, TIMEOUT_S = 0.2, 2.0
 FEW = 3  # repetitions of 10,000 scores
 SLEEPING = "benchmarks.control_plane:SleepingReward"
 PIXEL = np.zeros((8, 8, 3), dtype=np.uint8)
@@ -85,10 +85,7 @@ async def _tiny_rewards(settings: Settings, repeats: int) -> Result:
     try:
         alone = []
         for k in range(len(router.names)):
-            await score(k)
-            begin = time.perf_counter()
-            await score(k)
-            alone.append(time.perf_counter() - begin)
+            alone.append(min([await _timed(score, k) for _ in range(TRIES)]))
         slowest, run = int(np.argmax(alone)), _FromThread()
         shapes = f"{len(pictures)} images; alone {_listed(router.names, alone)}"
         return await asyncio.to_thread(
@@ -102,6 +99,12 @@ async def _tiny_rewards(settings: Settings, repeats: int) -> Result:
         )
     finally:
         router.stop()
+
+
+async def _timed(work: Callable[..., Awaitable[Any]], *arguments: Any) -> float:
+    begin = time.perf_counter()
+    await work(*arguments)
+    return time.perf_counter() - begin
 
 
 def _marked(image: np.ndarray, number: int) -> np.ndarray:
@@ -149,8 +152,8 @@ async def _cache_hits(repeats: int) -> Result:
         return await asyncio.to_thread(
             compare,
             "scores that the cache has against a dictionary",
-            f"{KEYS} keys",
-            KEYS,
+            f"{KEYS} keys; a sample is 1000 of them",
+            KEYS // 1000,
             run.call(lambda: pool.score(requests, keys)),
             lambda: [known[key] for key in keys if key is not None],
             repeats,
@@ -187,13 +190,14 @@ async def _faults(repeats: int) -> Result:
     pool = _pool("far", options | {"batch_size": BATCH, "replicas": REPLICAS}, cache=0)
     await pool.start()
     size = 8  # a group
-    requests, keys = ray.put(_pixels(size)), _keys(size)
+    requests, keys, lost = ray.put(_pixels(size)), _keys(size), dict[float, float]()
 
     async def score(rate: float) -> None:
         await service.fail.remote(rate)
         found = await asyncio.gather(*(pool.score(requests, keys) for _ in range(SCORES // size)))
         asked, scored, missing = (sum(one.counters[key] for one in found) for key in ("asked", "scored", "missing"))
-        assert asked == SCORES == scored + missing and (missing == 0 or rate), (asked, scored, missing)
+        assert asked == SCORES == scored + missing, (asked, scored, missing)
+        lost[rate] = missing / asked
 
     run = _FromThread()
     try:
@@ -206,9 +210,8 @@ async def _faults(repeats: int) -> Result:
             run.call(lambda: score(0.0)),
             repeats,
         )
-        totals = pool.counters()
-        share = totals["missing"] / (totals["asked"] / 2)
-        return replace(result, shapes=f"{result.shapes}; {share:.1%} of the scores missing with faults")
+        told = f"missing {lost[SHARE]:.1%} with, {lost[0.0]:.1%} without"
+        return replace(result, shapes=f"{result.shapes}; {told}")
     finally:
         pool.stop()
         ray.kill(service)

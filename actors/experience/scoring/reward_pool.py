@@ -271,8 +271,9 @@ class RewardPool:
         try:
             missing = await self._warm_up(replica)
             for attempt in range(1, self._settings.retries + 1):
-                if missing is None or missing.reason != "transport":
+                if missing is None or missing.reason not in ("transport", "deadline"):
                     break
+                log.warning("rewards.%s: a first request has no score yet: %s", self.name, missing.detail)
                 await asyncio.sleep(self._pause_s(attempt))
                 missing = await self._warm_up(replica)
         except GONE as error:

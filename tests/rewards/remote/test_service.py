@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import sys
 import time
@@ -71,6 +72,7 @@ def test_a_hosted_reward_scores_as_it_does_here(services: dict[str, str], token:
     far, here = remote(services["bright"], token_env="SCORER_TOKEN"), build_reward(pool("bright", **BRIGHTNESS))
     requests = grey(0, 51, 255)
     assert far.score(requests) == here.score(requests)
+    assert re.fullmatch("[0-9a-f]{32}", far.version)  # what decides the scores, so that other runs may have them
 
 
 @pytest.mark.ray
@@ -160,7 +162,9 @@ def test_what_is_no_call_is_refused_in_one_line(services: dict[str, str], token:
         answer = httpx.post(url, content=content, headers=sent, timeout=60)
         assert (answer.status_code, answer.text.startswith(says)) == (status, True), answer.text
     assert httpx.get(url, headers=headers).status_code == 405
-    assert reasons(remote(url).score(grey(0))) == ["refused"]
+    for wrong, option in ((remote(url), "token_env"), (remote(f"{url}-not", token_env="SCORER_TOKEN"), "url")):
+        (missing,) = wrong.score(grey(0))
+        assert (missing.reason, missing.options) == ("refused", (option,))
 
 
 @pytest.mark.ray
