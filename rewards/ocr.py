@@ -22,9 +22,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from deepgen.data.quotes import quoted_words
-from rewards.base import RewardRequest
+from rewards.base import Missing, RewardRequest
 
 LONGEST_NGRAM = 3
+MAX_ASPECT = 32
 
 
 class OcrReward:
@@ -56,9 +57,9 @@ class OcrReward:
         """True if the prompt has quoted words."""
         return bool(target_words(request.prompt))
 
-    def score(self, requests: Sequence[RewardRequest]) -> list[float | None]:
-        """One score in 0..1 per request; None if the prompt has no quoted words."""
-        return [self._score_one(request) for request in requests]
+    def score(self, requests: Sequence[RewardRequest]) -> list[float | Missing | None]:
+        """One score in 0..1 per request; None if the prompt has no quoted words, Missing for a strip."""
+        return [_strip(request.image) or self._score_one(request) for request in requests]
 
     def read(self, image: np.ndarray) -> list[str]:
         """The lines of text in an image (uint8 [H, W, 3], RGB), top to bottom; [] if it has no text."""
@@ -70,6 +71,16 @@ class OcrReward:
         if not targets:
             return None
         return text_accuracy(targets, self.read(request.image))
+
+
+def _strip(image: np.ndarray) -> Missing | None:
+    """Why an image, uint8 [H, W, 3], cannot be read: the reader shrinks a long strip to nothing, which is an error, and
+    blows up a short one to gigabytes, as it wants 192 px across.
+    """
+    height, width = image.shape[:2]
+    if max(height, width) <= MAX_ASPECT * min(height, width):
+        return None
+    return Missing("refused", f"an image of {width} x {height}; allowed: sides in a ratio up to {MAX_ASPECT}")
 
 
 def target_words(prompt: str) -> list[str]:
