@@ -262,7 +262,7 @@ def test_plan_of_pools(tmp_path: Path) -> None:
     os.truncate(tmp_path / "part.safetensors", 64 * memory.GIB)  # takes no room on the disk
     judges = ["rewards.large.class=vlm_judge", f"rewards.large.path={tmp_path}", "rewards.large.gpus=4.0"]
     judges += ["rewards.far.class=vlm_judge", "rewards.far.endpoint=http://judge:1/v1", "rewards.far.model=m"]
-    pools = [*judges, "rewards.far.gpus=0", "rewards.kept.path=nowhere", "rewards.ocr.max_replicas=6"]
+    pools = [*judges, "rewards.far.gpus=0", "rewards.kept.path=nowhere", "rewards.ocr.replicas=6"]
     row = "rewards.weights.edit={large: 1, far: 1, kept: 1, ocr: 1, clip: 0}"
     none = [f"rewards.weights.{task}={{}}" for task in ("t2i", "reasoning", "text")]
     text = "\n".join(other_processes(load_settings(None, [*pools, row, *none]), 8 * memory.GIB))
@@ -271,7 +271,7 @@ def test_plan_of_pools(tmp_path: Path) -> None:
     assert "vLLM takes 85% of a GPU's memory" in text and "weights on each GPU, as large as their files: 16.0 G" in text
     assert "far: 1 replica that only ask" in text and "http://judge:1/v1" in text
     assert "kept: 1 replica, 0.1 of a GPU each" in text and "not known without files in nowhere" in text
-    assert "ocr: 1 replica, up to 6 as requests wait, 0.05 of a CPU each and no GPU (" in text
+    assert "ocr: 6 replicas, 0.05 of a CPU each and no GPU (" in text
     assert "GPUs in all: 21 (8 learner, 8 rollout, 0.1 kept, 4 large)" in text
     assert "one of them needs 4 GPUs" in text and "clip" not in text
 

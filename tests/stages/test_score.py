@@ -241,7 +241,9 @@ def test_the_sheet_loads_nothing_and_escapes_what_strangers_wrote() -> None:
 
 def test_a_long_sheet_has_the_best_and_the_worst() -> None:
     many = [Scored(f"{n}.png", "", "a cat", "t2i", {"one": float(n)}, b"") for n in range(SHOWN + 2)]
-    shown = re.findall(r'class="file">(\d+).png<', sheet_html(many, ["one"], "many"))
+    page = sheet_html(many, ["one"], "many")
+    shown = re.findall(r'class="file">(\d+).png<', page)
+    assert "2,002 pictures; the best 1,000 and the worst 1,000 by one are shown" in page
     assert len(shown) == SHOWN and shown[0] == str(SHOWN + 1) and shown[-1] == "0"
     assert str(SHOWN // 2) not in shown
 

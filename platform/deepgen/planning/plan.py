@@ -131,7 +131,7 @@ def _policy_activations(job: Job) -> dict[str, int]:
     with its conditioning, all in fp32.
     """
     settings, architecture = job.settings, job.architecture
-    rewarded = any(weight > 0 for weight in settings.rewards.weights.get("edit", {}).values())
+    rewarded = any(settings.rewards.weights.get("edit", {}).values())
     image, context = _tokens(job, edit=rewarded)
     branches = 1 if settings.rollout.guidance_scale == 1 else 2
     passes = [(job.records * branches, image, context)]

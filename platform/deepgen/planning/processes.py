@@ -32,8 +32,7 @@ def other_processes(settings: Settings, model_bytes: int) -> Iterator[str]:
 def _pool(pool: PoolSettings) -> Iterator[str]:
     """Of one reward pool: replicas, where they run, and the memory that is known."""
     name, key = pool.pool_name, pool.dotted("replicas")
-    grows = f", up to {pool.max_replicas} as requests wait" if pool.max_replicas > pool.replicas else ""
-    head = f"  {name}: {pool.replicas} {'replica' if pool.replicas == 1 else 'replicas'}{grows}"
+    head = f"  {name}: {pool.replicas} {'replica' if pool.replicas == 1 else 'replicas'}"
     if address := getattr(pool, "endpoint", "") or getattr(pool, "url", ""):
         yield f"{head} that only ask {address} ({key}); what that needs is not in this plan"
         return
