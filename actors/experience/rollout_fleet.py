@@ -105,8 +105,7 @@ class RolloutFleet:
 
         To every actor if each has to fetch its own, and for version 0, which they compare with the weights folder that
         they draw with already. An actor that is down fetches a version later, when it samples with it. So does one that
-        misses the deadline, after it has been started again: Ray asks an object's owner once about it, and where the
-        answer gets lost the process waits for ever.
+        misses the deadline, after it has been started again.
         """
         first = {node: name for name, node in reversed(self._nodes.items())}
         each = published.version == 0 or published.transport != OBJECT_STORE
