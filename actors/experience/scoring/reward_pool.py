@@ -201,12 +201,14 @@ class RewardPool:
         new = [index for members in groups for index in members]
         if new:
             call = PoolCall(requests, values, reasons, counters, len(new), began, _future())
-            await self._outcome(call, groups if self._groupwise else [new])
-            found = {cache_keys[index]: value for index in new if (value := values[index]) is not None}
+            try:
+                await self._outcome(call, groups if self._groupwise else [new])
+            finally:  # of a call that is cancelled, too: whoever asks again has these scores
+                found = {cache_keys[index]: value for index in new if (value := values[index]) is not None}
+                self._count("unwritten", by=self._cache.remember(found))
             for why in filter(None, (reasons[index] for index in new)):
                 self._count("missing", counters)
                 self._count(f"missing/{why.reason}", counters)
-            self._count("unwritten", by=self._cache.remember(found))
         counters["seconds"] = time.monotonic() - began
         return RewardScores(values, reasons, counters)
 
@@ -256,9 +258,10 @@ class RewardPool:
         except GONE as error:
             await self._replace(replica, f"{replica.label}: died during start: {_first_line(error)}")
             return
-        except RayTaskError as error:
+        except RayError as error:
             log.error("%s could not score a first request:\n%s", replica.label, error)
-            cause = f"{type(error.cause).__name__}: {_first_line(error.cause)}"
+            met = error.cause if isinstance(error, RayTaskError) else error  # one that cannot be pickled has no cause
+            cause = f"{type(met).__name__}: {_first_line(met)}"
             raise UserError(self._unfit(cause, "see the traceback above, and its options")) from error
         if missing is None:
             return
