@@ -41,9 +41,10 @@ from actors.experience.scoring.pool_parts import (
     group_keys,
 )
 from actors.experience.scoring.pool_queue import Batch, PoolQueue, can_split, halves, size_of
-from actors.experience.scoring.replica import GONE, CallTimeout, Replica
+from actors.experience.scoring.replica import CallTimeout, Replica
 from actors.experience.scoring.score_cache import ScoreCache
 from actors.experience.scoring.start_check import check_requests
+from actors.gone import GONE
 from deepgen.cluster.resources import pool_resources
 from deepgen.config import PoolSettings
 from deepgen.config.schema.sections import TASKS
