@@ -2,8 +2,10 @@
 
     POST /NAME ─▶ Serve's proxy ─▶ replica: token, size, images ─▶ batches of several calls ─▶ the reward, in one thread
 
-Serve starts more replicas when calls queue, and answers 503 when too many wait. A reward's own error answers 500 to the
-calls whose images it was given; the replica lives on. One whose reward hangs for longer than `deadline_s` is replaced.
+Serve starts more replicas when calls queue, and answers 503 when too many wait. If the reward raises an error, it gets
+each call alone, and a call that fails again in halves, until the images that do it are found: they have no score. Where
+none has one, the call is answered 500; the replica lives on. One whose reward hangs for longer than `deadline_s` is
+replaced.
 """
 
 from __future__ import annotations
@@ -17,18 +19,19 @@ import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-import numpy as np
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from actors.experience.scoring.start_check import check_requests
 from deepgen.cluster.resources import pool_resources
 from deepgen.config import PoolSettings
+from deepgen.config.schema.sections import TASKS
 from deepgen.errors import UserError
 from rewards import Missing, RewardRequest, RewardUnavailable, Score, applies, build_reward
 from rewards.remote.protocol import MAX_BODY, ProtocolError, one_line, read_question, write_answer
@@ -40,6 +43,7 @@ WAIT_S = 0.01  # for other calls to score together with
 QUEUE = 64  # calls for a reward that wait at the proxy, beyond which Serve answers 503
 BODY_S = 30.0  # for a body to arrive
 POLL_S = 0.2
+BUGS = 3  # images of a call with which the reward fails, without a score in between: then all of the call fails
 _ERROR = re.compile(r"^\s*(?:[\w.]+\.)?(\w*(?:Error|Exception)\w*(?:\(\w+\))?): (.+)$", re.MULTILINE)
 
 
@@ -49,7 +53,7 @@ class Hosting:
 
     host: str
     port: int
-    token: str
+    token: str = field(repr=False)
     most: int
 
 
@@ -62,8 +66,8 @@ class RewardService:
         # Rewards are not made for calls beside each other, and some libraries want one thread for all.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
         self._reward = self._thread.submit(build_reward, pool).result()
-        grey = RewardRequest('a sign with the word "ok"', "a sign", "t2i", np.full((64, 64, 3), 128, dtype=np.uint8))
-        self._thread.submit(self._reward.score, [grey]).result()  # a first call takes longer
+        if first := check_requests(pool, TASKS):  # of a task that it scores: rewards of edits need a source
+            self._thread.submit(self._reward.score, first).result()  # a first call takes longer
 
     def check_health(self) -> None:
         """Raise RuntimeError if the reward hangs. Serve asks now and then, and replaces the replica after that."""
@@ -92,7 +96,7 @@ class RewardService:
             return _says(503, str(error) or "the reward is unavailable")
         except Exception as error:  # the process boundary: the reward's bug must not end the service
             log.exception("reward %s", self._pool.pool_name)
-            return _says(500, f"{self._pool.class_} failed: {type(error).__name__}: {error}")
+            return _says(500, self._failed(error))
 
     async def _scores(self, read: Sequence[RewardRequest | Missing]) -> list[Score]:
         """The reward's scores of what could be read and it applies to."""
@@ -117,12 +121,41 @@ class RewardService:
     async def _together(self, calls: list[list[RewardRequest]]) -> list[list[Score] | Exception]:
         """The scores of the requests of each call, or why there are none. A call with a fault costs no other one."""
         found = await self._attempt([one for call in calls for one in call])
-        if isinstance(found, RewardUnavailable) or (isinstance(found, Exception) and len(calls) == 1):
+        if isinstance(found, RewardUnavailable):
             return [found] * len(calls)
         if isinstance(found, Exception):
-            return [await self._attempt(call) for call in calls]
+            return [await self._apart(call, found if len(calls) == 1 else None) for call in calls]
         scores = iter(found)
         return [list(islice(scores, len(call))) for call in calls]
+
+    async def _apart(self, call: list[RewardRequest], met: Exception | None) -> list[Score] | Exception:
+        """The scores of one call. If the reward fails, halves are tried, down to the requests with which it does.
+
+        met: the error of the whole call, if it has been tried. Returns an error if there is no score at all.
+        """
+        scores: dict[int, Score] = {}
+        left, failed, worked = [range(len(call))], 0, False
+        while left:
+            part = left.pop()
+            found, met = met or await self._attempt([call[index] for index in part]), None
+            if isinstance(found, RewardUnavailable):
+                return found
+            if not isinstance(found, Exception):
+                scores |= zip(part, found, strict=True)
+                worked = True
+            elif len(part) > 1:
+                middle = len(part) // 2
+                left += [part[middle:], part[:middle]]
+            else:
+                failed += 1
+                scores[part[0]] = Missing("refused", self._failed(found))
+            if not worked and (failed == BUGS or (failed and not left)):
+                assert isinstance(found, Exception)
+                return found
+        return [scores[index] for index in range(len(call))]
+
+    def _failed(self, error: Exception) -> str:
+        return f"{self._pool.class_} failed: {type(error).__name__}: {error}"
 
     async def _attempt(self, requests: list[RewardRequest]) -> list[Score] | Exception:
         try:
@@ -181,7 +214,7 @@ def start_services(pools: Sequence[PoolSettings], hosting: Hosting, *, gpus: boo
     """Serve each pool's reward. Returns its address by name, once all of them can score.
 
     Raises UserError for a reward that compares images, if the port is taken, if Ray Serve already runs on the cluster,
-    if a reward does not start, or if they are not there within `deadline_s`.
+    if a reward does not start, or if they are not there within `deadline_s`; then nothing that it began is left.
     """
     for pool in pools:
         if hasattr(pool.reward_class(), "score_groups"):
@@ -195,13 +228,17 @@ def start_services(pools: Sequence[PoolSettings], hosting: Hosting, *, gpus: boo
     longest = max(pool.deadline_s for pool in pools)
     http = HTTPOptions(host=hosting.host, port=hosting.port, request_timeout_s=longest)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=quiet)
     targets = [
         serve.RunTarget(_application(pool, hosting, gpus=gpus), pool.pool_name, f"/{pool.pool_name}", quiet)
         for pool in pools
     ]
-    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-    _wait([pool.pool_name for pool in pools], deadline_s)
+    try:
+        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=quiet)
+        serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        _wait([pool.pool_name for pool in pools], deadline_s)
+    except BaseException:
+        stop_services()
+        raise
     host = f"[{hosting.host}]" if ":" in hosting.host else hosting.host
     return {pool.pool_name: f"http://{host}:{hosting.port}/{pool.pool_name}" for pool in pools}
 

@@ -39,11 +39,14 @@ class ClipReward:
 
 
 def clip_text_limit(folder: Path) -> TextLimit | None:
-    """How much text the CLIP in a folder reads, from its files alone; None without them."""
+    """How much text the CLIP in a folder reads, from its files alone; None if they are missing or damaged."""
     config, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
     if not (config.is_file() and tokenizer.is_file()):
         return None
-    model = json.loads(config.read_text(encoding="utf-8")).get("text_config", {})
-    positions = model.get("max_position_embeddings", USUAL_TOKENS)
-    tokens = int(min(json.loads(tokenizer.read_text(encoding="utf-8")).get("model_max_length", positions), positions))
+    try:
+        model, words = (json.loads(file.read_text(encoding="utf-8")) for file in (config, tokenizer))
+        positions = (model.get("text_config") or {}).get("max_position_embeddings", USUAL_TOKENS)
+        tokens = int(min(words.get("model_max_length", positions), positions))
+    except (ValueError, TypeError, AttributeError):  # loading the model says what is wrong with them
+        return None
     return TextLimit(folder, tokens, "does not read their end")

@@ -59,10 +59,10 @@ def preprocess_whole(image: np.ndarray, size: int) -> Tensor:
 
 
 def _middle(image: np.ndarray) -> np.ndarray:
-    """The image [H, W, 3]; of a longer one than LONGEST only the middle."""
-    longest = LONGEST * min(image.shape[:2])
-    top, left = (max(0, (side - longest) // 2) for side in image.shape[:2])
-    return image[top : top + longest, left : left + longest]
+    """An image without the ends of a very long side: resized, a line of 1 x 4096 pixels would take gigabytes."""
+    most = LONGEST * min(image.shape[:2])
+    top, left = (max(0, side - most) // 2 for side in image.shape[:2])
+    return image[top : top + most, left : left + most]
 
 
 def _pixels(image: np.ndarray) -> Tensor:

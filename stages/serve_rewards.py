@@ -57,8 +57,9 @@ def main() -> int:
     from actors.reward_service import Hosting, faults, start_services, stop_services
 
     hosting = Hosting(args.host, args.port, args.token, args.max_replicas)
+    # Not inside the `try`: if Ray Serve runs on that cluster already, it is somebody else's and not ours to stop.
+    addresses = start_services(pools, hosting, gpus=gpus, deadline_s=settings.cluster.start_deadline_s)
     try:
-        addresses = start_services(pools, hosting, gpus=gpus, deadline_s=settings.cluster.start_deadline_s)
         for name, address in addresses.items():
             print(f"{name}: {address}", flush=True)
         told: dict[str, str] = {}

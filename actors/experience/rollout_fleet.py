@@ -7,16 +7,20 @@ deadline of a call counts as dead. Errors raised by the sampling code are not re
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError
 
 from actors.experience.rollout_turns import Turns
+from actors.gone import GONE
 from actors.messages import OBJECT_STORE, Group, PolicyWeights
 from deepgen.tracking.timeline import ROLLOUT, Recorder
+
+log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 RESTARTS = -1  # of an actor: no limit. What fails again and again ends with ATTEMPTS, or with the start deadline.
@@ -87,7 +91,7 @@ class RolloutFleet:
                 span = self._recorder.begin(turn.name, ROLLOUT, **_about(method, request, policy))
                 async with asyncio.timeout(self._call_deadline_s):  # `wait_for` would cost a task for each group
                     return (await first, *others)
-            except (RayActorError, TimeoutError) as error:
+            except (*GONE, TimeoutError) as error:
                 reusable = False
                 failures.append(_failure(turn.name, method, begin, error))
                 self._replace(turn.name, failures[-1], kill=isinstance(error, TimeoutError))
@@ -101,7 +105,8 @@ class RolloutFleet:
         """Send a policy version to one actor a node, which brings it to that node; others find it there.
 
         To every actor if each has to fetch its own, and for version 0, which they compare with the weights folder that
-        they draw with already. An actor that is down fetches a version later, when it samples with it.
+        they draw with already. An actor that is down fetches a version later, when it samples with it. So does one that
+        misses the deadline, after it has been started again.
         """
         first = {node: name for name, node in reversed(self._nodes.items())}
         each = published.version == 0 or published.transport != OBJECT_STORE
@@ -115,10 +120,11 @@ class RolloutFleet:
             )
             try:
                 await asyncio.wait_for(call.remote(published), self._call_deadline_s)
-            except RayActorError:
+            except GONE:
                 return
             except TimeoutError as error:
-                raise RolloutError(_failure(name, "prefetch", begin, error)) from error
+                log.warning("%s; it is started again", _failure(name, "prefetch", begin, error))
+                ray.kill(self._actors[name], no_restart=False)  # its next call finds out, as after any other death
             finally:
                 self._recorder.end(span)
 
@@ -142,7 +148,7 @@ class RolloutFleet:
             while not await self._answers(name, left):
                 await asyncio.sleep(_PAUSE_S)
                 left = self._start_deadline_s - (time.monotonic() - begin)
-        except (RayActorError, TimeoutError) as error:
+        except (*GONE, TimeoutError) as error:
             raise RolloutError(_failure(name, "ready", begin, error)) from error
         finally:
             self._recorder.end(span)

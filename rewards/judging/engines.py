@@ -6,7 +6,6 @@ the model's own chat template, and return the log-probabilities of the 20 likeli
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from urllib.parse import urlsplit
 from pydantic import model_validator
 
 from deepgen.config import InputPath, PoolSettings, Share, setting
-from deepgen.errors import UserError
 from rewards.base import Missing, RewardRequest, RewardUnavailable, existing_folder
 from rewards.judging.questions import Answer, Question, bounded, filled
 
@@ -114,12 +112,13 @@ def build_engine(options: JudgeOptions, images: int) -> Engine:
     # Imported here, because every process that reads settings imports this module.
     from rewards.judging.judge_endpoint import EndpointEngine
     from rewards.judging.judge_vllm import VllmEngine
+    from rewards.remote.caller import read_token
 
     if options.endpoint:
         return EndpointEngine(
             options.endpoint,
             options.model,
-            token=_token(options),
+            token=read_token(options.token_env, options.dotted("token_env")) if options.token_env else "",
             deadline_s=GIVE_UP * options.deadline_s,
             concurrency=options.concurrency,
             jpeg_quality=options.jpeg_quality,
@@ -170,13 +169,3 @@ def asked_about(
         temperature=0.0 if choices else options.temperature,
         choices=choices,
     )
-
-
-def _token(options: JudgeOptions) -> str:
-    if not options.token_env:
-        return ""
-    token = os.environ.get(options.token_env, "")
-    if not token:
-        key = options.dotted("token_env")
-        raise UserError(f"{key}: the variable {options.token_env!r} is not set where this judge runs")
-    return token

@@ -17,6 +17,7 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -24,6 +25,7 @@ from PIL import Image
 
 from rewards.base import Missing
 from rewards.judging.questions import TOP_LOGPROBS, Answer, Question
+from rewards.remote.caller import is_loopback
 
 ATTEMPTS = 3
 MAX_ANSWER_BYTES = 1 << 20
@@ -58,6 +60,8 @@ class EndpointEngine:
         logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each question
         # Reading the certificates takes longer than many a call, so it is done once, and not for plain http.
         self._verify = httpx.create_ssl_context() if base.startswith("https:") else False
+        # A proxy of the environment would look for its own loopback address, and get token and images on the way.
+        self._proxies = not is_loopback(urlsplit(base).hostname or "")
 
     def ask(self, questions: Sequence[Question]) -> list[Answer | Missing]:
         """The server's answers, or why there is none: deadline, transport, refused, too_long or parse."""
@@ -72,6 +76,7 @@ class EndpointEngine:
         async with httpx.AsyncClient(
             headers=headers,
             verify=self._verify,
+            trust_env=self._proxies,
             timeout=self._deadline_s,
             limits=httpx.Limits(max_connections=self._concurrency),
         ) as client:
@@ -139,7 +144,7 @@ class EndpointEngine:
     def _clean(self, text: str) -> str:
         """Words of the server for a log: one short line, without the token, which it may have repeated."""
         text = text.replace(self._token, "***") if self._token else text
-        return " ".join(text.split())[:200]
+        return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:200]
 
 
 def data_url(image: np.ndarray, jpeg_quality: int = 0) -> str:
@@ -157,18 +162,20 @@ def read_answer(content: bytes, choices: bool) -> Answer | Missing:
     """The answer in a server's reply. choices: whether log-probabilities were asked for."""
     try:
         (choice, *_) = json.loads(content)["choices"]
+        if (ended := choice.get("finish_reason")) == "content_filter":
+            return Missing("refused", "the server's content filter keeps the answer back")
         text = choice["message"]["content"]
         if choices and not choice.get("logprobs"):
             return Missing("parse", "the server gives no log-probabilities")
         first = choice["logprobs"]["content"][0]["top_logprobs"] if choices else []
         tokens = tuple((entry["token"], float(entry["logprob"])) for entry in first)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         return Missing("parse", f"not the reply of a chat: {type(error).__name__}")
     if not (text is None or isinstance(text, str)) or not all(
         isinstance(token, str) and not math.isnan(logprob) and logprob <= 1e-3 for token, logprob in tokens
     ):
         return Missing("parse", "not the reply of a chat: wrong types, or values that are no log-probabilities")
-    return Answer(text or "", tokens)
+    return Answer(text or "", tokens, cut=ended == "length" and not choices)
 
 
 async def _bounded(reply: httpx.Response) -> bytes | None:

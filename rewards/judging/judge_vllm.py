@@ -120,4 +120,4 @@ def _answer(output: Any) -> Answer:
     completion = output.outputs[0]
     first = completion.logprobs[0] if completion.logprobs else {}
     tokens = tuple((entry.decoded_token or "", float(entry.logprob)) for entry in first.values())
-    return Answer(completion.text, tokens)
+    return Answer(completion.text, tokens, cut=completion.finish_reason == "length" and not tokens)

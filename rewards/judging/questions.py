@@ -33,7 +33,7 @@ _MARK_OF = {"prompt": "prompt", "answer": "description"}
 TOP_LOGPROBS = 20  # likeliest first tokens of an answer: as many as OpenAI's form allows, and vLLM's own default limit
 MAX_LETTERS = 8000  # of one field's text
 _FIELD = re.compile(r"\{([A-Za-z_]+)\}")
-_FENCE = re.compile(rf"<\s*/?\s*({'|'.join(_MARK_OF.values())})\s*/?\s*>", re.IGNORECASE)
+_FENCE = re.compile(rf"<\s*/?\s*({'|'.join(_MARK_OF.values())})\b[^<>]*>", re.IGNORECASE)  # with attributes, too
 # Marks of turns, images and verdicts in the chat templates of the usual families, for judges whose tokenizer is not
 # here: <|im_end|>, <｜User｜>, </s>, [INST], <start_of_turn>, <image>, <IMG_CONTEXT>, <think>, <answer>.
 _MARKS = re.compile(
@@ -73,10 +73,12 @@ class Answer:
     Attributes:
         text: the words.
         first: the likeliest first tokens, each as its text and natural log-probability; empty if not asked for.
+        cut: whether it is a text without an end, because it came to max_tokens.
     """
 
     text: str
     first: tuple[tuple[str, float], ...] = ()
+    cut: bool = False
 
 
 def unknown_field(template: str) -> str:

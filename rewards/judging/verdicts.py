@@ -50,13 +50,18 @@ def graded(answer: Answer, lowest: int, highest: int) -> float | Missing:
 
 
 def parsed(answer: Answer, pattern: re.Pattern[str], lowest: float, highest: float) -> float | Missing:
-    """The number in the pattern's group, where it matches last: a judge that thinks aloud gives its verdict last."""
+    """The number in the pattern's group, where it matches last: a judge that thinks aloud gives its verdict last.
+
+    So an answer that was cut has none: what matches in it may be a thought, or half a number.
+    """
+    if answer.cut:
+        return Missing("parse", f"the answer was cut at max_tokens, before its verdict: {_shown(answer.text)}")
     found = None
     for match in pattern.finditer(answer.text):
         found = match
     if found is None:
         return Missing("parse", f"no verdict in {_shown(answer.text)}")
-    text = (found[1] or "").strip()
+    text = (found[1] or "").strip().rstrip(".")  # the full stop of "Score: 4."
     value = float(text) if _NUMBER.fullmatch(text) else math.nan
     if not lowest <= value <= highest:
         return Missing("parse", f"the verdict {_shown(text)} is no number from {lowest:g} to {highest:g}")

@@ -140,7 +140,7 @@ def _retry_after_s(given: str) -> float:
     else:
         try:
             date = parsedate_to_datetime(given)
-        except ValueError:
+        except (ValueError, OverflowError):
             return 0.0
         wanted = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
     return min(max(wanted, 0.0), MAX_RETRY_AFTER_S)

@@ -35,6 +35,7 @@ MAX_PIXELS = 1 << 24  # of one image: 4096 x 4096
 MAX_BODY_PIXELS = 1 << 27  # of all images of a body together, 400 MB once they are decoded
 MAX_LETTERS = 20_000  # of a prompt, and of an answer
 MAX_REFERENCES = 8
+MAX_VALUES = 1 << 18  # in one body, by its commas: each takes memory once it is read, however few bytes it has
 MAX_DETAIL = 300  # letters
 MAX_ANSWER, MAX_SCORE = 1 << 14, 1 << 11  # bytes of a whole answer, besides so many for each score
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -128,6 +129,8 @@ def read_question(body: bytes) -> list[RewardRequest | Missing]:
     """
     if len(body) > MAX_BODY:
         raise ProtocolError(f"body of {len(body):,} bytes; allowed: {MAX_BODY:,}")
+    if (commas := body.count(b",")) > MAX_VALUES:
+        raise ProtocolError(f"body with {commas:,} commas; allowed: {MAX_VALUES:,}")
     question = _read(_Question, body)
     _check_version(question.version)
     left, found = MAX_BODY_PIXELS, list[RewardRequest | Missing]()

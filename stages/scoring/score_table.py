@@ -34,6 +34,11 @@ class Scored:
         return None if isinstance(score, tuple) else score
 
 
+def _printable(text: str) -> str:
+    """One line of strangers' words, without what moves a terminal's cursor."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
 def sorted_by(rows: Sequence[Scored], reward: str) -> list[Scored]:
     """The best first; those without a score last, in their order."""
     return sorted(rows, key=lambda row: -value if (value := row.value(reward)) is not None else math.inf)
@@ -63,15 +68,13 @@ def console_text(rows: Sequence[Scored], rewards: Sequence[str]) -> str:
         values = [value for row in rows if (value := row.value(reward)) is not None]
         lines.append(f"{reward:<{width}}  {len(values):6}  {len(rows) - len(values):7}  {_statistics(values)}")
         details = Counter(score for row in rows if isinstance(score := row.scores[reward], tuple))
-        lines += [f"  {count} x {reason}: {detail}" for (reason, detail), count in details.most_common(ENDS)]
+        lines += [f"  {count} x {reason}: {_printable(why)}" for (reason, why), count in details.most_common(ENDS)]
     ranked = [row for row in sorted_by(rows, rewards[0]) if row.value(rewards[0]) is not None]
     shown = ranked if len(ranked) <= 2 * ENDS else [*ranked[:ENDS], None, *ranked[-ENDS:]]
     lines += ["", f"by {rewards[0]}, best first:"] if shown else []
     for row in shown:
-        prompt = "" if row is None else " ".join(row.prompt.split())
-        lines.append(
-            "  ..." if row is None else f"  {row.value(rewards[0]):9.4f}  {one_line(row.file)}  {prompt[:_PROMPT]}"
-        )
+        file, prompt = ("", "") if row is None else (one_line(row.file), _printable(row.prompt)[:_PROMPT])
+        lines.append("  ..." if row is None else f"  {row.value(rewards[0]):9.4f}  {file}  {prompt}")
     return "\n".join(lines)
 
 

@@ -19,14 +19,14 @@ from actors.experience.prompt_order import PromptOrder
 from actors.experience.reward_requests import request_key
 from actors.experience.rollout_fleet import RolloutError, RolloutFleet
 from actors.experience.stream import BatchLateError, ExperienceStream
-from actors.messages import EvaluationRequest, Group, PolicyWeights, RankBatch
+from actors.messages import Canary, EvaluationRequest, Group, PolicyWeights, RankBatch
 from actors.start import start_rollouts
 from deepgen.config import Settings, UserError
 from deepgen.data.images import decode_image
 from deepgen.data.parquet import read_records
 from deepgen.data.records import Record
 from deepgen.drawing.request import DrawRequest
-from tests.helpers.frail_actors import Frail, Slow
+from tests.helpers.frail_actors import Deaf, Frail, Slow
 from tests.helpers.lost_objects import lost_reference
 from tests.helpers.published import publish
 from tests.helpers.rl_world import PROMPTS, make_records, make_settings, make_world
@@ -324,6 +324,22 @@ def test_a_call_that_hangs_is_tried_again_and_then_given_up(ray_local: ModuleTyp
     late = r"no rollout actor is left; actor only, call sample_group, after \d s: no answer within the deadline"
     with pytest.raises(RolloutError, match=late):
         call_once(ray_local, Slow, call_deadline_s=0.5)
+
+
+def test_an_actor_that_does_not_fetch_weights_does_not_end_the_run(ray_local: ModuleType) -> None:
+    """It is started again, and fetches them when it samples."""
+
+    async def body() -> int:
+        actor = ray_local.remote(num_cpus=0.1, max_restarts=1, concurrency_groups={"weights": 1})(Deaf).remote()
+        fleet = RolloutFleet({"only": actor}, call_deadline_s=0.2, start_deadline_s=200)
+        await fleet.start()
+        await fleet.prefetch(PolicyWeights(2, "", (), (), Canary(0.0, None)))
+        fleet._call_deadline_s = 100
+        await fleet.call("sample_group", "group 5", lambda: None)
+        ray_local.kill(actor)
+        return fleet.restarts
+
+    assert asyncio.run(body()) == 1
 
 
 def test_a_fleet_that_is_gone_says_so(ray_local: ModuleType) -> None:

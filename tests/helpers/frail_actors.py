@@ -24,6 +24,15 @@ class Frail(Slow):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Deaf(Slow):
+    """Never fetches weights."""
+
+    def prefetch(self, published: Any) -> None:
+        time.sleep(600)
+
+    def sample_group(self, request: Any, weights: Any) -> None: ...
+
+
 class Quick(Slow):
     """Answers at once."""
 

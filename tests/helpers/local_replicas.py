@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.experience.scoring.pool_parts import RewardScores
 from actors.experience.scoring.replica import Replica, RewardActor
@@ -104,6 +104,8 @@ class LocalActor:
                 future.set_exception(RayActorError())
             except Hang:
                 pass
+            except RayError as error:
+                future.set_exception(error)
             except (ArithmeticError, LookupError, RewardUnavailable, UserError, ValueError) as error:
                 text = f"Traceback of the replica\n{type(error).__name__}: {error}"
                 future.set_exception(RayTaskError("score", text, error).as_instanceof_cause())

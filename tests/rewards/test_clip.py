@@ -14,7 +14,7 @@ from deepgen.config.schema.pools import make_pool, reward_class
 from deepgen.errors import UserError
 from deepgen.registry import REWARDS
 from rewards import RewardRequest, build_reward, text_limit
-from rewards.clip import ClipReward
+from rewards.clip import ClipReward, clip_text_limit
 from rewards.clip_encoder import CLIP_MEAN, CLIP_STD, ClipEncoder, preprocess
 from tests.helpers.reward_models import make_clip_folder
 
@@ -60,20 +60,27 @@ def test_preprocess_resizes_crops_and_normalises() -> None:
     assert np.abs(shown.numpy() - np.asarray(wanted, dtype=np.float32)).max() < 2.0
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_preprocess_of_a_strip_sees_its_middle_and_takes_no_memory(axis: int) -> None:
-    """At a height of 32 the whole strip would have 32 million columns."""
-    image = np.zeros((1_000_000, 1, 3), dtype=np.uint8)
-    image[499_900:500_100] = 255
-    shown = preprocess(image.swapaxes(0, axis), 32).permute(1, 2, 0) * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)
-    np.testing.assert_allclose(shown.numpy(), 1, atol=1e-3)
-
-
 def test_preprocess_does_not_touch_a_read_only_image_of_the_right_size() -> None:
     image = pictures(1)[0]
     image.setflags(write=False)
     shown = (preprocess(image, 32).permute(1, 2, 0) * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)) * 255
     np.testing.assert_allclose(shown.numpy(), image, atol=1e-3)
+
+
+def test_a_line_of_pixels_takes_no_gigabytes() -> None:
+    """Resized to the model's height it would be 32 million pixels long, of which the middle 32 are read."""
+    line = np.arange(1_000_001, dtype=np.uint32).astype(np.uint8)[None, :, None].repeat(3, axis=2)
+    middle = line[:, 499_992:500_008]
+    torch.testing.assert_close(preprocess(line, 32), preprocess(middle, 32))
+    assert preprocess(line.transpose(1, 0, 2), 32).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"text_config": {"max_position_embeddings": null}}'])
+def test_a_damaged_config_is_left_to_the_loading_of_the_model(tmp_path: Path, content: str) -> None:
+    """Every run asks for the limit before it starts anything."""
+    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 77}')
+    assert clip_text_limit(tmp_path) is None
 
 
 def test_features_are_of_unit_length_and_do_not_depend_on_the_batch(encoder: ClipEncoder) -> None:

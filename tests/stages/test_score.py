@@ -142,7 +142,7 @@ def test_sources_of_a_list_reach_the_rewards(tmp_path: Path) -> None:
     [
         (None, "has a prompt; the first: "),
         ("", "--prompts: the prompt is empty"),
-        ("caf\udce9", "--prompts: the prompt is no UTF-8 text"),
+        (os.fsdecode(b"a \xff"), "--prompts: got bytes that are no UTF-8"),
         ("nowhere.jsonl", "--prompts: there is no file 'nowhere.jsonl'"),
     ],
 )
@@ -227,6 +227,13 @@ def test_a_missing_score_is_null_with_a_reason_and_last(tmp_path: Path) -> None:
     assert re.search(r"^one +0 +1( +-){5}$", console_text(nothing, ["one"]), re.MULTILINE)
 
 
+def test_escapes_of_a_terminal_are_shown_plainly() -> None:
+    scores: dict[str, float | tuple[str, str]] = {"one": 0.5, "two": ("died", "\x1b]0;")}
+    odd = Scored("\x1b.png", "", "a \x1b[2J cat", "t2i", scores, b"")
+    text = console_text([odd], ["one", "two"])
+    assert "\x1b" not in text and "a [2J cat" in text and "\\x1b.png" in text
+
+
 def test_the_sheet_loads_nothing_and_escapes_what_strangers_wrote() -> None:
     page = sheet_html(rows(), ["one", "two"], "<b>title")
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "&lt;b&gt;title" in page
@@ -242,10 +249,10 @@ def test_the_sheet_loads_nothing_and_escapes_what_strangers_wrote() -> None:
 def test_a_long_sheet_has_the_best_and_the_worst() -> None:
     many = [Scored(f"{n}.png", "", "a cat", "t2i", {"one": float(n)}, b"") for n in range(SHOWN + 2)]
     page = sheet_html(many, ["one"], "many")
-    shown = re.findall(r'class="file">(\d+).png<', page)
+    there = re.findall(r'class="file">(\d+).png<', page)
     assert "2,002 pictures; the best 1,000 and the worst 1,000 by one are shown" in page
-    assert len(shown) == SHOWN and shown[0] == str(SHOWN + 1) and shown[-1] == "0"
-    assert str(SHOWN // 2) not in shown
+    assert len(there) == SHOWN and there[0] == str(SHOWN + 1) and there[-1] == "0"
+    assert str(SHOWN // 2) not in there
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
@@ -262,11 +269,13 @@ def test_a_folder_is_scored_once(
     drawn(folder, record("none", "none"), record("skip", "skip it"), level=255)
     drawn(folder, record("half", "half"))
     (folder / "half-0.png").write_bytes((folder / "half-0.png").read_bytes()[:-30])
+    save(folder / os.fsdecode(b"odd\xff.png"))
     rewards = f"tests.stages.test_score:Counted,{BRIGHTNESS}"
     options = ["--rewards", rewards, "--images", str(folder), "--out", str(out), f"rewards.counted.log={log}"]
     run(monkeypatch, *options)
     told = capsys.readouterr().out
     assert re.search(r"left out: .*half-0\.png: picture: not a readable image", told)
+    assert re.search(r"left out: .*odd\\udcff\.png: has no prompt", told)
     assert re.search(r"^counted +2 +2 ", told, re.MULTILINE) and "look at" in told
     table = {row["file"]: row for row in pq.read_table(out / "scores.parquet").to_pylist()}
     assert {file: row["score/counted"] for file, row in table.items()} == {

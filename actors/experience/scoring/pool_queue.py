@@ -21,8 +21,8 @@ class Batch:
 
     @property
     def new(self) -> bool:
-        """Whether it is more than another attempt at the same requests."""
-        return self.suspect or any(not part.failures for part in self.parts)
+        """Whether it is more than another attempt at the same requests, of which one alone may be at fault."""
+        return (self.suspect and can_split(self.parts)) or any(not part.failures for part in self.parts)
 
 
 class PoolQueue:

@@ -13,6 +13,7 @@ from actors.messages import BatchReply
 from deepgen.config import PoolSettings
 from rewards import Missing, RewardRequest, RewardUnavailable, Score, build_reward, is_groupwise
 
+_DETAIL = 1000  # letters of why a score is missing, which may be what a service or a judge wrote
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -106,12 +107,12 @@ class Replica:
 
 
 def _finite(value: Score) -> float | Missing:
-    """A score as it is; `Missing` for none, and for one that fp32, in which scores travel on, cannot hold.
+    """A score as it is; `Missing`, with a bounded text, for none and for one that fp32, as scores travel, cannot hold.
 
     NaN or infinity must not reach the cache or the mean of a group.
     """
     if isinstance(value, Missing):
-        return value
+        return Missing(value.reason, str(value.detail)[:_DETAIL])
     if value is None or not abs(value) <= _LARGEST:
         return Missing("parse", "the reward gave no finite score")
     return float(value)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from actors.experience.scoring.breaker import MAX_PAUSE_S, Breaker
 from actors.experience.scoring.pool_parts import (
@@ -44,6 +44,7 @@ from actors.experience.scoring.pool_queue import Batch, PoolQueue, can_split, ha
 from actors.experience.scoring.replica import CallTimeout, Replica
 from actors.experience.scoring.score_cache import ScoreCache
 from actors.experience.scoring.start_check import check_requests
+from actors.gone import GONE
 from deepgen.cluster.resources import pool_resources
 from deepgen.config import PoolSettings
 from deepgen.config.schema.sections import TASKS
@@ -101,6 +102,7 @@ class RewardPool:
         self._start_deadline_s, self._max_restarts, self._backoff_s = start_deadline_s, max_restarts, backoff_s
         self._cache, self._recorder = ScoreCache(settings, cache_size, journal), recorder or Recorder()
         self._replicas: list[Replica] = []
+        self._starters: list[asyncio.Task[None]] = []
         self._workers: list[asyncio.Task[None]] = []
         self._queue = PoolQueue(settings.batch_size)
         self._jitter = random.Random(self.name)  # moves pauses, never a score
@@ -120,23 +122,34 @@ class RewardPool:
         Raises:
             UserError: the reward rejects its settings, or cannot score a first request.
             CallTimeout: a replica was not ready within start_deadline_s.
-            RewardPoolError: every replica died again and again.
+            RewardPoolError: every replica died again and again, or the pool was stopped.
         """
-        if self._workers:
+        if self._broken is not None:
+            raise self._broken
+        if self._workers or self._starters:
             raise RuntimeError(f"reward pool {self.name}: started twice")
         self._replicas = [self._new_replica() for _ in range(self._settings.replicas)]
+        first = (self._cache.open(), *(self._first_start(replica) for replica in self._replicas))
+        self._starters = [asyncio.ensure_future(work) for work in first]
         try:
-            await asyncio.gather(self._cache.open(), *(self._first_start(replica) for replica in self._replicas))
-        except BaseException:
+            await asyncio.gather(*self._starters)
+        except asyncio.CancelledError:
+            stopped = self._broken  # by `stop`; else the caller was cancelled
             self.stop()
+            if stopped is None:
+                raise
+            raise stopped from None
+        except BaseException:
+            self.stop()  # the other replicas as well: one that dies now is not replaced
             raise
+        self._starters = []
         for replica in self._replicas:
             self._employ(self._serve(replica), replica.label)
 
     def stop(self) -> None:
         """Stop all replicas. Requests that are still open fail with `RewardPoolError`."""
-        for worker in self._workers:
-            worker.cancel()
+        for task in (*self._starters, *self._workers):
+            task.cancel()
         self._break(RewardPoolError(f"reward pool {self.name} was stopped"))
         for replica in self._replicas:
             replica.kill()
@@ -189,12 +202,14 @@ class RewardPool:
         new = [index for members in groups for index in members]
         if new:
             call = PoolCall(requests, values, reasons, counters, len(new), began, _future())
-            await self._outcome(call, groups if self._groupwise else [new])
-            found = {cache_keys[index]: value for index in new if (value := values[index]) is not None}
+            try:
+                await self._outcome(call, groups if self._groupwise else [new])
+            finally:  # of a call that is cancelled, too: whoever asks again has these scores
+                found = {cache_keys[index]: value for index in new if (value := values[index]) is not None}
+                self._count("unwritten", by=self._cache.remember(found))
             for why in filter(None, (reasons[index] for index in new)):
                 self._count("missing", counters)
                 self._count(f"missing/{why.reason}", counters)
-            self._count("unwritten", by=self._cache.remember(found))
         counters["seconds"] = time.monotonic() - began
         return RewardScores(values, reasons, counters)
 
@@ -241,12 +256,13 @@ class RewardPool:
         """Start a replica before the first step. Raises UserError if its reward cannot score then."""
         try:
             missing = await self._warm_up(replica)
-        except RayActorError as error:
+        except GONE as error:
             await self._replace(replica, f"{replica.label}: died during start: {_first_line(error)}")
             return
-        except RayTaskError as error:
+        except RayError as error:
             log.error("%s could not score a first request:\n%s", replica.label, error)
-            cause = f"{type(error.cause).__name__}: {_first_line(error.cause)}"
+            met = error.cause if isinstance(error, RayTaskError) else error  # one that cannot be pickled has no cause
+            cause = f"{type(met).__name__}: {_first_line(met)}"
             raise UserError(self._unfit(cause, "see the traceback above, and its options")) from error
         if missing is None:
             return
@@ -309,7 +325,7 @@ class RewardPool:
         except CallTimeout as error:
             self._count_batch(parts, "timeouts")
             return Missing("deadline", str(error)), True
-        except RayActorError as error:
+        except GONE as error:
             age = time.monotonic() - began
             what = f"{replica.label}: died during score, {age:.1f} s after the call: {_first_line(error)}"
             return Missing("died", what), True
@@ -332,6 +348,9 @@ class RewardPool:
         down = [why for why in outcomes if isinstance(why, Missing) and why.reason in ("transport", "deadline")]
         if len(down) == len(outcomes):  # the reward itself has tried a service in vain
             self._no_answer(batch, down[0])
+            if self._settings.required and self._breaker.opened is not None:
+                self._wait(batch.parts)  # for scores, or for the end of the run
+                return
         elif self._breaker.succeeded():
             log.warning("reward pool %s: answers again", self.name)
         rest = iter(outcomes)
@@ -425,20 +444,11 @@ class RewardPool:
 
     def _has_opened(self) -> None:
         """The reward does not answer any more. What waits now, waits for its deadline at most."""
-        limit, opened = self._settings.deadline_s, self._breaker.opened
+        limit = self._settings.deadline_s
         text = "reward pool %s does not answer; it gets a single request now and then, and %s; last: %s"
         end = "the run ends" if self._settings.required else "scores are missing"
         log.error(text, self.name, f"{end} if that lasts longer than {limit:g} s", self._breaker.last)
-        asyncio.get_running_loop().call_later(limit, self._limit_passed, opened)
-
-    def _limit_passed(self, opened: float | None) -> None:
-        if self._breaker.opened != opened:
-            return
-        if self._settings.required:
-            what = f"has not answered for {self._settings.deadline_s:g} s, and it is required"
-            self._break(RewardPoolError(f"{self._settings.dotted('required')}: the reward {what}; {self._last()}"))
-        else:
-            self._expire()
+        asyncio.get_running_loop().call_later(limit, self._expire)
 
     def _wait(self, parts: list[Part], alone: bool = False) -> None:
         """Queue parts; while the breaker is open there is a limit to their waiting. alone: try them without others."""
@@ -454,16 +464,22 @@ class RewardPool:
         return max(part.call.began, self._breaker.opened or 0.0) + self._settings.deadline_s
 
     def _expire(self) -> None:
-        """Give up what has waited too long for an open breaker."""
-        if self._breaker.opened is None or self._settings.required:
+        """Give up what has waited too long for an open breaker. If the reward is required, that ends the run.
+
+        What nobody waits for ends nothing: without requests there are no probes, and the reward may be well again.
+        """
+        if self._breaker.opened is None:
             return
         now = time.monotonic() + 0.01  # timers may be early by the clock's resolution
-        late = self._queue.remove(lambda part: self._ends(part) <= now)
-        what = f"reward pool {self.name}: does not answer, waited for {self._settings.deadline_s:g} s; {self._last()}"
-        self._give_up(late, Missing("transport", what))
-
-    def _last(self) -> str:
-        return f"last: {self._breaker.last}"
+        late = self._queue.remove(lambda part: part.call.done.done() or self._ends(part) <= now)
+        late = [part for part in late if not part.call.done.done()]
+        limit, last = f"{self._settings.deadline_s:g} s", f"last: {self._breaker.last}"
+        if not self._settings.required:
+            what = f"reward pool {self.name}: does not answer, waited for {limit}; {last}"
+            self._give_up(late, Missing("transport", what))
+        elif late:
+            what = f"the reward has not answered for {limit}, and it is required"
+            self._break(RewardPoolError(f"{self._settings.dotted('required')}: {what}; {last}"))
 
     # ---- how many replicas -------------------------------------------------------------------------------------------
 
@@ -487,7 +503,7 @@ class RewardPool:
             try:
                 await self._warm_up(replica)
             except (CallTimeout, RayError, UserError) as error:
-                if starting and not isinstance(error, (CallTimeout, RayActorError)):
+                if starting and not isinstance(error, (CallTimeout, *GONE)):
                     raise
                 reason = f"{replica.label}: {_first_line(error)}"
                 log.warning("restart %d failed: %s", replica.failures, reason)
@@ -511,11 +527,12 @@ class RewardPool:
 
     def _grow(self) -> None:
         if self._crowded() and self._breaker.opened is None and self._broken is None:
-            self._employ(self._add_replica(self._new_replica()), "a new replica")
+            self._employ(self._add_replica(), "a new replica")
         else:
             self._growing = None
 
-    async def _add_replica(self, replica: Replica) -> None:
+    async def _add_replica(self) -> None:
+        replica = self._new_replica()
         try:
             await self._warm_up(replica)
         except (CallTimeout, RayError, UserError) as error:

@@ -41,7 +41,11 @@ class RewardRouter:
 
     async def start(self) -> None:
         """Start all pools at once. Returns when every pool can score. Raises UserError that names one that cannot."""
-        await asyncio.gather(*(pool.start() for pool in self._pools.values()))
+        try:
+            await asyncio.gather(*(pool.start() for pool in self._pools.values()))
+        except BaseException:
+            self.stop()  # the others as well, whatever they have started by then
+            raise
 
     def stop(self) -> None:
         """Stop all pools."""

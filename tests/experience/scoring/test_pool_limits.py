@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 
 from actors.experience.scoring import reward_pool
 from actors.experience.scoring.pool_parts import RewardScores
@@ -42,7 +43,12 @@ def why(scores: RewardScores) -> dict[int, str]:
 
 
 @pytest.mark.parametrize(
-    ("error", "reason", "restarts"), [(Death(), "died", True), (ValueError("odd"), "refused", False)]
+    ("error", "reason", "restarts"),
+    [
+        (Death(), "died", True),
+        (OutOfMemoryError("killed by the memory monitor"), "died", True),
+        (ValueError("odd"), "refused", False),
+    ],
 )
 @pytest.mark.parametrize("place", [0, 37, 63])
 def test_only_the_request_that_breaks_a_batch_is_missing(

@@ -125,6 +125,8 @@ def test_a_server_that_never_works_is_a_transport_error() -> None:
         (200, GOOD.replace(b"-2.5", b"7.5"), "parse"),
         (200, GOOD.replace(b"-2.5", b'"many"'), "parse"),
         (200, GOOD.replace(b'"Yes", "logprob"', b'{}, "logprob"'), "parse"),
+        (200, GOOD.replace(b"-2.5", b"-1" + b"0" * 400), "parse"),  # no float holds it
+        (200, b'{"choices": [{"finish_reason": "content_filter", "message": {}}]}', "refused"),
     ],
 )
 def test_what_cannot_be_read_is_asked_once_and_missing(status: int, said: bytes, why: str) -> None:
@@ -169,5 +171,26 @@ def test_one_bad_answer_disturbs_no_other() -> None:
     assert found[0] == found[2] == YES and reason(found[1]) == "refused"
 
 
+def test_a_text_says_whether_it_was_cut() -> None:
+    reply = b'{"choices": [{"finish_reason": "%s", "message": {"content": "Score: 1"}}]}'
+    assert read_answer(reply % b"length", choices=False) == Answer("Score: 1", cut=True)
+    assert read_answer(reply % b"stop", choices=False) == Answer("Score: 1")
+
+
 def test_an_answer_may_have_no_words() -> None:
     assert read_answer(b'{"choices": [{"message": {"content": null}}]}', choices=False) == Answer("")
+
+
+def test_words_for_the_log_have_no_escapes_of_a_terminal() -> None:
+    with chat_server(lambda body: (400, b"\x1b[2Jno\x07")) as (base, _):
+        (found,) = engine(base).ask([QUESTION])
+    assert isinstance(found, Missing) and found.detail.isprintable()
+
+
+def test_a_judge_on_this_machine_is_asked_without_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would get token and images, and look for its own 127.0.0.1."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with chat_server(lambda body: (200, GOOD)) as (base, _):
+        assert engine(base, token="t0ken").ask([QUESTION]) == [YES]

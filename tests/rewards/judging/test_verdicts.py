@@ -62,6 +62,7 @@ SCORE = re.compile(r"Final Score: ([-\w.]+)")
         ("Final Score: 4", 4.0),
         ("Final Score: 2. No: it has text.\nFinal Score: 4.25", 4.25),
         ("Final Score: 1", 1.0),
+        ("The hands are odd. Final Score: 2.", 2.0),
         ("Final Score: 5", 5.0),
     ],
 )
@@ -73,6 +74,13 @@ def test_the_last_number_is_the_score(text: str, score: float) -> None:
 @pytest.mark.parametrize("more", ["", "\nFinal Score: inf", "\nFinal Score: -1", "\nFinal Score: 1e9"])
 def test_text_without_a_number_in_range_has_no_score(text: str, more: str) -> None:
     assert reason(parsed(Answer(text + more), SCORE, 1, 5)) == "parse"
+
+
+def test_an_answer_that_was_cut_has_no_verdict() -> None:
+    """What matches last may be a thought, or the 1 of 10."""
+    for text in ("Hands: Final Score: 2. Face: Final Score: 4. All in all, it", "Final Score: 1"):
+        assert reason(parsed(Answer(text, cut=True), SCORE, 1, 5)) == "parse"
+    assert reason(first_wins(Answer("<answer>Image 1 is better</answer> But", cut=True), re.compile(BETTER))) == "parse"
 
 
 def test_verdicts_of_unified_reward_think() -> None:

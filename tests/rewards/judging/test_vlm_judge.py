@@ -135,9 +135,9 @@ def test_a_server_that_is_gone_makes_the_judge_unavailable_and_one_lost_answer_d
 def test_the_token_comes_from_the_environment_only(monkeypatch: pytest.MonkeyPatch) -> None:
     given = options(endpoint="http://127.0.0.1:1/v1", model="judge", gpus=0.0, token_env="JUDGE_KEY")
     monkeypatch.delenv("JUDGE_KEY", raising=False)
-    with pytest.raises(UserError, match=r"rewards\.vlm_judge\.token_env: the variable 'JUDGE_KEY' is not set"):
+    with pytest.raises(UserError, match=r"vlm_judge\.token_env: the environment variable 'JUDGE_KEY' is not set"):
         VlmJudge(given)
-    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    monkeypatch.setenv("JUDGE_KEY", "s3cret\n")  # as a shell reads it from a file
     with chat_server(lambda body: (200, json.dumps(reply_of(odds(0.5))).encode())) as (base, requests):
         pool = options(endpoint=base, model="judge", gpus=0.0, token_env="JUDGE_KEY")
         VlmJudge(pool).score([request()])

@@ -150,6 +150,7 @@ def test_retry_after(given: str, seconds: float) -> None:
 def test_retry_after_as_a_date() -> None:
     assert caller._retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     assert caller._retry_after_s("Wed, 21 Oct 2115 07:28:00 GMT") == 60
+    assert caller._retry_after_s("Wed, 99999999999999999999 Oct 2115 07:28:00 GMT") == 0
 
 
 @pytest.mark.parametrize(

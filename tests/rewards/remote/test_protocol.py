@@ -110,6 +110,7 @@ def test_pixels_of_a_body_are_bounded_before_they_are_decoded() -> None:
         (body(), "requests: List should have at least 1 item"),
         (body(*[1] * 257), "requests: List should have at most 256 items"),
         (b'{"requests": [1]}', "version: Field required"),
+        (body(*[[1] * 2000] * 256), "body with 512,000 commas; allowed: 262,144"),  # each would be an object
     ],
 )
 def test_a_wrong_body_is_one_line(given: bytes, says: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import httpx
@@ -95,6 +96,56 @@ def test_a_call_with_a_fault_costs_no_other_call(services: dict[str, str], token
             assert answer.status_code == 500 and answer.text == f"{FAKE} failed: ZeroDivisionError: a bug in the reward"
         else:
             assert [round(one["score"], 3) for one in answer.json()["scores"]] == [0.2, 0.4]
+
+
+@pytest.mark.ray
+def test_an_image_with_which_the_reward_fails_costs_its_own_score(services: dict[str, str], token: None) -> None:
+    far = remote(services["fake"], token_env="SCORER_TOKEN")
+    found = far.score([*grey(51, 51, 51), *grey(51, prompt="bug"), *grey(51, 51)])
+    assert reasons(found) == [*[pytest.approx(0.2)] * 3, "refused", *[pytest.approx(0.2)] * 2]
+    assert "ZeroDivisionError: a bug in the reward" in found[3].detail
+
+
+def test_a_reward_that_always_fails_is_not_asked_about_every_image() -> None:
+    from actors.reward_service import RewardService
+
+    service, asked = RewardService(pool("bright", **BRIGHTNESS), ""), list[int]()
+
+    def score(requests: list[RewardRequest]) -> list[Score]:
+        asked.append(len(requests))
+        raise ValueError("a bug")
+
+    service._reward = SimpleNamespace(score=score)
+    for count, attempts in ((64, 6 + 1 + 2), (2, 2), (1, 0)):
+        asked.clear()
+        found = asyncio.run(service._apart(grey(*range(count)), ValueError("a bug")))
+        assert isinstance(found, ValueError) and len(asked) == attempts
+
+
+@pytest.mark.parametrize("name", ["clip_source", "kept"])
+def test_rewards_of_edits_can_be_served(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They need a source picture in the first request as well."""
+    from actors import reward_service
+    from deepgen.registry import REWARDS
+
+    asked = list[RewardRequest]()
+    monkeypatch.setattr(reward_service, "build_reward", lambda settings: SimpleNamespace(score=asked.extend))
+    reward_service.RewardService(pool(name), "")
+    assert name in REWARDS and [len(one.references) for one in asked] == [1]
+
+
+def test_somebody_elses_ray_serve_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import serve
+
+    theirs = SimpleNamespace(proxies={"node": "HEALTHY"}, applications={})
+    stopped = list[bool]()
+    monkeypatch.setattr(serve, "status", lambda: theirs)
+    monkeypatch.setattr(serve, "shutdown", lambda: stopped.append(True))
+    monkeypatch.setattr("deepgen.cluster.connect.connect", lambda *arguments, **named: False)
+    monkeypatch.setattr(sys, "argv", ["serve_rewards.py", "--rewards", "examples.own_reward.brightness:Brightness"])
+    with pytest.raises(UserError, match="Ray Serve already runs"):
+        serve_rewards.main()
+    assert not stopped
 
 
 @pytest.mark.ray
@@ -185,8 +236,6 @@ def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_serve_says_of_a_reward_that_does_not_start_is_one_line() -> None:
-    from types import SimpleNamespace
-
     from actors.reward_service import _why
 
     trace = "Traceback (most recent call last):\n  File x, line 3\ndeepgen.errors.UserError: rewards.a.path: no such\n"
