@@ -63,7 +63,8 @@ class _Pool:
     def results(self) -> Iterator[tuple[int, list[np.ndarray]]]:
         """Numbers of jobs and their pictures, uint8 [samples, H, W, 3] for each prompt, as they are done."""
         import ray
-        from ray.exceptions import RayActorError
+
+        from actors.gone import GONE
 
         left = len(self._jobs)
         while left:
@@ -71,7 +72,7 @@ class _Pool:
             process, done = self._doing.pop(reference)
             try:
                 pictures = ray.get(reference)
-            except RayActorError as error:
+            except GONE as error:
                 self._replace(done, error)
                 continue
             self._started = True

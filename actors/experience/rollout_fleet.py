@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError
 
 from actors.experience.rollout_turns import Turns
+from actors.gone import GONE
 from actors.messages import OBJECT_STORE, Group, PolicyWeights
 from deepgen.tracking.timeline import ROLLOUT, Recorder
 
@@ -90,7 +91,7 @@ class RolloutFleet:
                 span = self._recorder.begin(turn.name, ROLLOUT, **_about(method, request, policy))
                 async with asyncio.timeout(self._call_deadline_s):  # `wait_for` would cost a task for each group
                     return (await first, *others)
-            except (RayActorError, TimeoutError) as error:
+            except (*GONE, TimeoutError) as error:
                 reusable = False
                 failures.append(_failure(turn.name, method, begin, error))
                 self._replace(turn.name, failures[-1], kill=isinstance(error, TimeoutError))
@@ -105,8 +106,7 @@ class RolloutFleet:
 
         To every actor if each has to fetch its own, and for version 0, which they compare with the weights folder that
         they draw with already. An actor that is down fetches a version later, when it samples with it. So does one that
-        misses the deadline, after it has been started again: Ray asks an object's owner once about it, and where the
-        answer gets lost the process waits for ever.
+        misses the deadline, after it has been started again.
         """
         first = {node: name for name, node in reversed(self._nodes.items())}
         each = published.version == 0 or published.transport != OBJECT_STORE
@@ -120,7 +120,7 @@ class RolloutFleet:
             )
             try:
                 await asyncio.wait_for(call.remote(published), self._call_deadline_s)
-            except RayActorError:
+            except GONE:
                 return
             except TimeoutError as error:
                 log.warning("%s; it is started again", _failure(name, "prefetch", begin, error))
@@ -148,7 +148,7 @@ class RolloutFleet:
             while not await self._answers(name, left):
                 await asyncio.sleep(_PAUSE_S)
                 left = self._start_deadline_s - (time.monotonic() - begin)
-        except (RayActorError, TimeoutError) as error:
+        except (*GONE, TimeoutError) as error:
             raise RolloutError(_failure(name, "ready", begin, error)) from error
         finally:
             self._recorder.end(span)

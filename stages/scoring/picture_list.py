@@ -98,12 +98,14 @@ def find_pictures(folder: Path, prompts: str | None, allow: Sequence[str] = ()) 
 
     Raises UserError if the folder has no picture, if the list cannot be read, or if no picture has a prompt.
     """
+    if prompts is not None and not is_unicode(prompts):
+        raise UserError("--prompts: got bytes that are no UTF-8; allowed: text, or a file with it")
     found = Found()
     files = _files(folder, found.left_out)
     listed = prompts is not None and names_a_file(prompts)
     rows = list(_rows(Path(prompts), allow, found.left_out)) if listed and prompts is not None else []
-    if prompts is not None and not listed and not (prompts.strip() and is_unicode(prompts)):
-        raise UserError(f"--prompts: the prompt is {'no UTF-8 text' if prompts.strip() else 'empty'}")
+    if prompts is not None and not listed and not prompts.strip():
+        raise UserError("--prompts: the prompt is empty")
     known = _Known.of(rows)
     for file in files:
         try:

@@ -54,7 +54,8 @@ def sheet_html(rows: Sequence[Scored], rewards: Sequence[str], title: str) -> st
         rules.append(f"#by{number}:checked ~ main figure {{ order: var(--o{number}); }}")
         rules.append(f"#by{number}:checked ~ main .r{number} {{ font-weight: 600; }}")
     figures = [_figure(row, rewards, [rank[id(row)] for rank in ranks]) for row in shown]
-    left = f"; the best and worst {SHOWN:,} by {escape(rewards[0])} are shown" if len(shown) < len(rows) else ""
+    half = f"{SHOWN // 2:,}"
+    left = f"; the best {half} and the worst {half} by {escape(rewards[0])} are shown" if len(shown) < len(rows) else ""
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',

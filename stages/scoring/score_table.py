@@ -73,10 +73,8 @@ def console_text(rows: Sequence[Scored], rewards: Sequence[str]) -> str:
     shown = ranked if len(ranked) <= 2 * ENDS else [*ranked[:ENDS], None, *ranked[-ENDS:]]
     lines += ["", f"by {rewards[0]}, best first:"] if shown else []
     for row in shown:
-        prompt = "" if row is None else _printable(row.prompt)
-        lines.append(
-            "  ..." if row is None else f"  {row.value(rewards[0]):9.4f}  {one_line(row.file)}  {prompt[:_PROMPT]}"
-        )
+        file, prompt = ("", "") if row is None else (one_line(row.file), _printable(row.prompt)[:_PROMPT])
+        lines.append("  ..." if row is None else f"  {row.value(rewards[0]):9.4f}  {file}  {prompt}")
     return "\n".join(lines)
 
 

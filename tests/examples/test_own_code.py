@@ -18,9 +18,10 @@ from deepgen.algorithms.advantages import group_advantages
 from deepgen.cluster.own_environment import own_environment
 from deepgen.cluster.resources import rl_needs
 from deepgen.config import Settings, load_settings, parse_command_line
+from deepgen.config.schema.pools import make_pool
 from deepgen.data.records import Record
 from examples.own_reward.brightness import Brightness
-from rewards import RewardRequest, build_reward
+from rewards import Missing, RewardRequest, build_reward, is_groupwise
 
 REWARD, ADVANTAGE = "examples/own_reward/recipe.yaml", "examples/own_advantage/recipe.yaml"
 
@@ -36,9 +37,10 @@ def grey(level: int) -> np.ndarray:
 
 def test_the_documents_show_what_runs(root: Path) -> None:
     text = (root / "docs" / "own-reward.md").read_text()
-    code, recipe = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)[0] for kind in ("python", "yaml"))
-    assert (root / "examples" / "own_reward" / "brightness.py").read_text().endswith(code)
-    assert yaml.safe_load(recipe)["rewards"] == yaml.safe_load((root / REWARD).read_text())["rewards"]
+    code, recipe = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("python", "yaml"))
+    for shown, file in zip(code, ("brightness.py", "variety.py"), strict=True):
+        assert (root / "examples" / "own_reward" / file).read_text().endswith(shown)
+    assert yaml.safe_load(recipe[0])["rewards"] == yaml.safe_load((root / REWARD).read_text())["rewards"]
     assert len(re.findall(r"^\d\. ", text, re.MULTILINE)) == 2  # steps
     algorithms = (root / "docs" / "algorithms.md").read_text()
     assert yaml.safe_load((root / ADVANTAGE).read_text())["algorithm"]["advantage"] in algorithms
@@ -61,6 +63,15 @@ def test_a_reward_may_bring_the_environment_that_it_needs(root: Path) -> None:
     pool = load_settings(None, [f"rewards.old.class={shown['class']}"]).rewards.pools["old"]
     own = own_environment(pool)
     assert own and own.lines == tuple(shown["environment"]) == ("transformers<5",)
+
+
+def test_variety_is_what_tells_an_image_from_the_others() -> None:
+    pool = make_pool("variety", {"class": "examples.own_reward.variety:Variety"})
+    assert is_groupwise(pool)
+    sizes = {"a cat": (0, 0, 255), "a dog": (7,)}
+    groups = [[RewardRequest(prompt, "", "t2i", grey(level)) for level in levels] for prompt, levels in sizes.items()]
+    scores = build_reward(pool).score_groups(groups)  # type: ignore[attr-defined]
+    assert scores[0] == pytest.approx([0.5, 0.5, 1.0]) and isinstance(scores[1][0], Missing)
 
 
 def test_the_same_pool_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import ray
 import torch
+from ray.exceptions import GetTimeoutError
 
 from actors.experience.policy import policy_version
 from actors.experience.policy.canary import take_canary
 from actors.experience.policy.policy_version import LoadedPolicy
-from actors.experience.policy.weight_sync import WeightsMismatchError, policy_checksum
+from actors.experience.policy.weight_sync import WeightsMismatchError, fetch_weights, policy_checksum
 from actors.messages import Arrays, Canary, PolicyWeights
 from deepgen.models.unified import UnifiedModel
 from tests.helpers.factories import make_tiny_folder, make_tiny_model
@@ -107,3 +111,25 @@ def test_the_learner_sends_what_the_policy_trains_and_nothing_else(world: World)
     with pytest.raises(WeightsMismatchError, match=r"the learner sent all but \[\], and \['meta_queries'\] besides"):
         world.policy.use(replace(one, names=(*one.names, frozen)))
     assert torch.equal(dict(world.policy.sampler.model.named_parameters())[frozen], before)
+
+
+def test_weights_of_which_ray_has_lost_the_answer_are_asked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[tuple[Any, float]] = []
+    answers: dict[str, Any] = {"an object": ["anew"], "anew": {"w": np.ones(2, np.float32)}}
+
+    def get(asked: Any, timeout: float) -> Any:
+        waits.append((asked, timeout))
+        if asked == ["lost"]:
+            raise GetTimeoutError
+        return answers[asked] if isinstance(asked, str) else [answers[one] for one in asked]
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "put", lambda refs: "an object")
+    published = PolicyWeights(3, "", ("w",), ("lost",), Canary(0.0, None))
+    assert fetch_weights(published, 240.0)["w"].tolist() == [1, 1]
+    assert waits == [(["lost"], 20), ("an object", 220), (["anew"], 40)]
+    waits.clear()
+    answers["an object"] = ["lost"]
+    with pytest.raises(GetTimeoutError):
+        fetch_weights(published, 240.0)
+    assert sum(timeout for asked, timeout in waits if isinstance(asked, list)) == 240

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 
+from actors.experience.rollout_fleet import RolloutFleet
 from actors.experience.rollout_turns import Turn, Turns
 
 Body = Callable[[Turns], Awaitable[None]]
@@ -127,3 +130,30 @@ def test_when_all_are_gone_everybody_hears_it() -> None:
                 await call
 
     with_turns(body, "a")
+
+
+def test_a_call_whose_actor_the_memory_monitor_kills_moves_on() -> None:
+    """Ray tells of that death with an error of another kind."""
+    calls: list[str] = []
+
+    class Method:
+        def options(self, num_returns: int) -> Method:
+            return self
+
+        async def remote(self, *arguments: object) -> str:
+            calls.append("sampled")
+            if len(calls) == 1:
+                raise OutOfMemoryError("killed by the memory monitor")
+            return "a group"
+
+    class Ready:
+        async def remote(self) -> str:
+            return "a node"
+
+    async def body() -> tuple[tuple[str, ...], int]:
+        actor = SimpleNamespace(ready=Ready(), sample_group=Method())
+        fleet = RolloutFleet({"only": actor}, call_deadline_s=60, start_deadline_s=60)
+        await fleet.start()
+        return await fleet.call("sample_group", "group 5", lambda: None), fleet.restarts
+
+    assert asyncio.run(body()) == (("a group",), 1)

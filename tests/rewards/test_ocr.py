@@ -146,6 +146,15 @@ def test_wrong_extra_and_missing_words_score_less(reward: OcrReward) -> None:
     assert extra == pytest.approx(0.5)
 
 
+def test_a_strip_is_not_read(reward: OcrReward) -> None:
+    """RapidOCR raises an error for the first, and takes gigabytes for the second."""
+    for shape in ((10_000, 1, 3), (1, 1999, 3)):
+        (score,) = reward.score([RewardRequest('a sign "OK"', "", "text", np.zeros(shape, np.uint8))])
+        assert isinstance(score, Missing) and score.reason == "refused" and "allowed: sides" in score.detail
+    (score,) = reward.score([RewardRequest('a sign "OK"', "", "text", np.zeros((1, 2, 3), np.uint8))])
+    assert score == 0.0
+
+
 def test_prompt_without_quotes_is_not_applicable_and_none(reward: OcrReward) -> None:
     plain = request("a cat", drawn("CAT"))
     assert not OcrReward.applies(plain)

@@ -142,7 +142,7 @@ def test_sources_of_a_list_reach_the_rewards(tmp_path: Path) -> None:
     [
         (None, "has a prompt; the first: "),
         ("", "--prompts: the prompt is empty"),
-        ("caf\udce9", "--prompts: the prompt is no UTF-8 text"),
+        (os.fsdecode(b"a \xff"), "--prompts: got bytes that are no UTF-8"),
         ("nowhere.jsonl", "--prompts: there is no file 'nowhere.jsonl'"),
     ],
 )
@@ -247,7 +247,9 @@ def test_the_sheet_loads_nothing_and_escapes_what_strangers_wrote() -> None:
 
 def test_a_long_sheet_has_the_best_and_the_worst() -> None:
     many = [Scored(f"{n}.png", "", "a cat", "t2i", {"one": float(n)}, b"") for n in range(SHOWN + 2)]
-    there = re.findall(r'class="file">(\d+).png<', sheet_html(many, ["one"], "many"))
+    page = sheet_html(many, ["one"], "many")
+    there = re.findall(r'class="file">(\d+).png<', page)
+    assert "2,002 pictures; the best 1,000 and the worst 1,000 by one are shown" in page
     assert len(there) == SHOWN and there[0] == str(SHOWN + 1) and there[-1] == "0"
     assert str(SHOWN // 2) not in there
 
@@ -272,7 +274,7 @@ def test_a_folder_is_scored_once(
     run(monkeypatch, *options)
     told = capsys.readouterr().out
     assert re.search(r"left out: .*half-0\.png: picture: not a readable image", told)
-    assert re.search(r"left out: .*odd\ufffd+\.png: has no prompt", told)
+    assert re.search(r"left out: .*odd\\udcff\.png: has no prompt", told)
     assert re.search(r"^counted +2 +2 ", told, re.MULTILINE) and "look at" in told
     table = {row["file"]: row for row in pq.read_table(out / "scores.parquet").to_pylist()}
     assert {file: row["score/counted"] for file, row in table.items()} == {

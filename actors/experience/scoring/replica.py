@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from actors.messages import BatchReply
 from deepgen.cluster.own_environment import OwnEnvironment, own_environment
@@ -16,8 +15,6 @@ from deepgen.config import PoolSettings
 from deepgen.errors import UserError
 from rewards import Missing, RewardRequest, RewardUnavailable, Score, build_reward, is_groupwise
 
-# What a call of a process raises that is gone. Ray's memory monitor, too, kills: then it is no `RayActorError`.
-GONE = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
 _DETAIL = 1000  # letters of why a score is missing, which may be what a service or a judge wrote
 _LARGEST = float(np.finfo(np.float32).max)
 _NODES = 8  # tries to have a process in a reward's own environment

@@ -42,9 +42,10 @@ from actors.experience.scoring.pool_parts import (
     group_keys,
 )
 from actors.experience.scoring.pool_queue import Batch, PoolQueue, can_split, halves, size_of
-from actors.experience.scoring.replica import GONE, CallTimeout, Replica
+from actors.experience.scoring.replica import CallTimeout, Replica
 from actors.experience.scoring.score_cache import ScoreCache
 from actors.experience.scoring.start_check import check_requests, remedy_for, unfit
+from actors.gone import GONE
 from actors.messages import BatchReply
 from deepgen.cluster.resources import pool_resources
 from deepgen.config import PoolSettings
@@ -207,12 +208,14 @@ class RewardPool:
         new = [index for members in groups for index in members]
         if new:
             call = PoolCall(requests, values, reasons, counters, len(new), began, _future())
-            await self._outcome(call, groups if self._groupwise else [new])
-            found = {index: (cache_keys[index], value) for index in new if (value := values[index]) is not None}
+            try:
+                await self._outcome(call, groups if self._groupwise else [new])
+            finally:  # of a call that is cancelled, too: whoever asks again has these scores
+                found = {index: (cache_keys[index], value) for index in new if (value := values[index]) is not None}
+                self._count("unwritten", by=self._cache.remember(found, call.versions))
             for why in filter(None, (reasons[index] for index in new)):
                 self._count("missing", counters)
                 self._count(f"missing/{why.reason}", counters)
-            self._count("unwritten", by=self._cache.remember(found, call.versions))
         self._count("asked", counters, by=len(keys) - keys.count(None))
         self._count("scored", counters, by=len(values) - values.count(None))
         counters["seconds"] = time.monotonic() - began
@@ -279,9 +282,10 @@ class RewardPool:
         except GONE as error:
             await self._replace(replica, f"{replica.label}: died during start: {_first_line(error)}")
             return
-        except RayTaskError as error:
+        except RayError as error:
             log.error("%s could not score a first request:\n%s", replica.label, error)
-            cause = f"{type(error.cause).__name__}: {_first_line(error.cause)}"
+            met = error.cause if isinstance(error, RayTaskError) else error  # one that cannot be pickled has no cause
+            cause = f"{type(met).__name__}: {_first_line(met)}"
             raise UserError(unfit(self._settings, cause, "see the traceback above, and its options")) from error
         if missing is None:
             return

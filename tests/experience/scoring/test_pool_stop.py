@@ -69,6 +69,32 @@ def test_when_one_pool_cannot_start_the_others_stop() -> None:
     assert len(ended) == 2
 
 
+def test_the_scores_of_a_call_that_is_cancelled_are_kept(script: Script) -> None:
+    """A step that is drawn again asks for the same images."""
+
+    def score(names: list[str]) -> list[Score]:
+        if names == ["slow"] and len(script.calls) == 2:
+            raise Hang
+        return [1.0 for _ in names]
+
+    script.score = score
+
+    async def work(pool: RewardPool) -> Any:
+        first = asyncio.create_task(ask(pool, ["quick", "slow", "later"]))
+        async with asyncio.timeout(20):
+            while len(script.calls) < 2:
+                await asyncio.sleep(0.01)
+        first.cancel()
+        assert pool.open_requests() == 3 - 1
+        await asyncio.sleep(0)
+        assert pool.open_requests() == 0
+        return await ask(pool, ["quick", "slow", "later"])
+
+    found = in_pool(work, batch_size=1, deadline_s=0.5)
+    assert found.values == [1.0] * 3 and found.counters["cache_hits"] == 1
+    assert script.calls == [["quick"], ["slow"], ["slow"], ["later"]]
+
+
 def test_one_request_that_kills_its_process_does_not_open_the_breaker(script: Script) -> None:
     """It is alone in its batch, and nothing else is asked between its attempts."""
 

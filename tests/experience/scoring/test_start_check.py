@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from ray.exceptions import UnserializableException
 
 from actors.experience.scoring.pool_parts import RewardScores
 from actors.experience.scoring.reward_pool import RewardPool, RewardPoolError
@@ -51,6 +52,7 @@ async def nothing(pool: RewardPool) -> None: ...
         ),
         (lambda names: [Missing("transport", "HTTP 502")], "HTTP 502; see to what it asks for scores"),
         (raising(ValueError("shapes\nof two")), "ValueError: shapes; see the traceback above"),
+        (raising(UnserializableException("its own")), "UnserializableException: "),  # an error that cannot be pickled
         (lambda names: [], "ValueError: tests.helpers.local_replicas:Scripted returned 0 scores for 1 requests; see"),
     ],
 )
