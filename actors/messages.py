@@ -108,11 +108,12 @@ class EvaluationReply:
 class BatchReply:
     """A reward replica's answer: for each request its score or why it has none. Reward actor → pool.
 
-    unavailable: why the reward could not score any of them now; None if it could.
+    unavailable: why the reward could not score any of them now; None if it could. after_s: when to ask again.
     """
 
     values: list[float | Missing]
     unavailable: str | None = None
+    after_s: float = 0.0
 
 
 # -- update → sync ---------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class RewardActor:
         try:
             values = self._scores(parts)
         except RewardUnavailable as error:
-            return BatchReply([], str(error) or "unavailable")
+            return BatchReply([], str(error) or "unavailable", error.after_s)
         return BatchReply([_finite(value) for value in values])
 
     def _scores(self, parts: list[list[RewardRequest]]) -> list[Score]:
