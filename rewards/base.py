@@ -98,7 +98,15 @@ class RewardUnavailable(Exception):
 
     The pool retries and finally reports the scores as missing. After any other exception it looks for the request that
     causes it, whose score is missing; if several prompts in a row do, it is a bug and ends the run.
+
+    after_s: how long a service wants to be left alone; until then, at most `deadline_s`, the pool asks for nothing.
     """
+
+    after_s = 0.0
+
+    def __init__(self, *arguments: object, after_s: float = 0.0) -> None:
+        super().__init__(*arguments)
+        self.after_s = after_s
 
 
 class Reward(Protocol):

@@ -87,7 +87,8 @@ class Caller:
         end = time.monotonic() + within_s
         wait = self._not_before - time.monotonic()
         if wait >= within_s:
-            raise RewardUnavailable(f"{self.where} wants to be asked again in {wait:.0f} s (Retry-After)")
+            said = f"{self.where} wants to be asked again in {wait:.0f} s (Retry-After)"
+            raise RewardUnavailable(said, after_s=wait)
         time.sleep(max(0.0, wait))
         call = asyncio.run_coroutine_threadsafe(self._timed(body, end - time.monotonic(), limit), self._loop)
         try:
@@ -118,8 +119,9 @@ class Caller:
         told = one_line((await _at_most(response, _TOLD))[:_TOLD].decode("utf-8", errors="replace"))
         said = f"{self.where} answers with status {status}" + (f": {told}" if told else "")
         if status in (408, 429) or status >= 500:
-            self._not_before = time.monotonic() + _retry_after_s(response.headers.get("Retry-After", ""))
-            raise RewardUnavailable(said)
+            after_s = _retry_after_s(response.headers.get("Retry-After", ""))
+            self._not_before = time.monotonic() + after_s
+            raise RewardUnavailable(said, after_s=after_s)
         if 300 <= status < 400:
             what = f"{self.where} answers with status {status}, and redirects are not followed"
             raise NoAnswer("refused", what, ("url",))

@@ -55,7 +55,7 @@ class RewardActor:
         try:
             values = self._scores(parts) if parts else []
         except RewardUnavailable as error:
-            return BatchReply([], str(error) or "unavailable")
+            return BatchReply([], str(error) or "unavailable", error.after_s)
         return BatchReply([_finite(value) for value in values], version=getattr(self._reward, "version", None))
 
     def _scores(self, parts: list[list[RewardRequest]]) -> list[Score]:

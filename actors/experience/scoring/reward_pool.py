@@ -112,6 +112,7 @@ class RewardPool:
         self._queue = PoolQueue(settings.batch_size)
         self._jitter = random.Random(self.name)  # moves pauses, never a score
         self._breaker = Breaker(backoff_s, self._jitter)
+        self._not_before = 0.0  # when a service wants to be asked again, by the monotonic clock
         self._check = check_requests(settings, tasks)
         self._raised = set[PoolCall]()  # with whose requests the reward raised exceptions, since its last score
         self._numbered = 0  # replicas so far
@@ -314,6 +315,8 @@ class RewardPool:
             if not await self._filled() and len(self._replicas) > self._settings.least_replicas:
                 return None
             pause = self._breaker.wait_s()
+            if pause is not None:
+                pause = max(pause, self._not_before - time.monotonic())
             if pause is None or pause > 0:
                 await asyncio.sleep(min(pause or _LOOK_S, _LOOK_S))
                 continue
@@ -356,6 +359,8 @@ class RewardPool:
             self._totals["seconds"] += time.monotonic() - began
             self._recorder.end(span)
         if reply.unavailable is not None:
+            after_s = min(reply.after_s, self._settings.deadline_s)
+            self._not_before = max(self._not_before, time.monotonic() + after_s)
             return Missing("transport", f"{replica.label}: {reply.unavailable}"), False
         self._settle(replica, batch, reply)
         return None

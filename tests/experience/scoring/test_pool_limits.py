@@ -164,6 +164,27 @@ def test_a_short_outage_costs_no_score(script: Script) -> None:
     assert [scores.values for scores in found] == [[float(n)] for n in range(20)]
 
 
+def test_a_service_that_wants_to_be_left_alone_costs_one_attempt(script: Script) -> None:
+    """The other attempts would be refused before that as well, and then the scores were missing."""
+    asked: list[float] = []
+
+    def score(names: list[str]) -> list[Score]:
+        asked.append(time.monotonic())
+        if len(asked) == 1:
+            raise RewardUnavailable("429", after_s=0.4)
+        return [1.0 for _ in names]
+
+    script.score = score
+
+    async def work(pool: RewardPool) -> list[RewardScores]:
+        first = asyncio.create_task(ask(pool, ["a"]))
+        await asyncio.sleep(0.1)
+        return [await ask(pool, ["b"]), await first]
+
+    assert [scores.values for scores in in_pool(work, retries=1)] == [[1.0], [1.0]]
+    assert asked[1] - asked[0] >= 0.4
+
+
 def test_a_client_that_says_transport_itself_opens_the_breaker_too(script: Script) -> None:
     script.score = lambda names: [Missing("transport", "no route") for _ in names]
 
