@@ -70,7 +70,8 @@ def about_lengths(settings: Settings, records: Sequence[Record]) -> Iterator[str
     policy = TextLimit(Path(settings.model.weights) / "tokenizer", tokens, "does not read their beginning", render)
     yield from _about_length("the policy", policy, [record.prompt for record in records])
     for name in settings.rewards.used():
-        asked = [record for record in records if settings.rewards.weights.get(record.task, {}).get(name, 0) > 0]
+        tasks = settings.rewards.tasks_of(name) or TASKS  # held out: all
+        asked = [record for record in records if record.task in tasks]
         if limit := text_limit(settings.rewards.pools[name]):
             yield from _about_length(f"rewards.{name}", limit, [record.answer or record.prompt for record in asked])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -37,11 +37,20 @@ def request_key(request: RewardRequest) -> bytes | None:
 
 
 def reward_weights(rewards: RewardSettings, request: RewardRequest) -> np.ndarray:
-    """Weight of each of the K used rewards for a request's prompt, float32 [K]; 0 = never called.
+    """Weight of each of the K used rewards in training on a request's prompt, float32 [K].
 
     It is 0 where the task has no weight for a reward, or the reward does not apply to the prompt.
     """
-    row, prompt = rewards.weights.get(request.task, {}), replace(request, image=_NO_IMAGE)
+    return _applying(rewards, rewards.weights.get(request.task, {}), request)
+
+
+def held_out_weights(rewards: RewardSettings, request: RewardRequest) -> np.ndarray:
+    """Weight of each of the K used rewards that is held out, float32 [K]; 0 for those of `reward_weights`."""
+    return _applying(rewards, rewards.held_out(), request)
+
+
+def _applying(rewards: RewardSettings, row: Mapping[str, float], request: RewardRequest) -> np.ndarray:
+    prompt = replace(request, image=_NO_IMAGE)
     weights = {name: row.get(name, 0.0) for name in rewards.used()}
     asked = [weight if weight and applies(rewards.pools[name], prompt) else 0.0 for name, weight in weights.items()]
     return np.array(asked, dtype=np.float32)

@@ -17,7 +17,7 @@ import numpy as np
 import ray
 
 from actors.experience.journal.group_journal import GroupJournal
-from actors.experience.reward_requests import make_requests, request_key, reward_weights
+from actors.experience.reward_requests import held_out_weights, make_requests, request_key, reward_weights
 from actors.experience.step_metrics import group_diversity
 from actors.messages import Arrays, EvaluationReply, EvaluationRequest, Group, PolicyWeights
 from deepgen.config import Settings
@@ -80,6 +80,7 @@ class RolloutActor:
             group,
             version=version,
             reward_weights=reward_weights(self._settings.rewards, requests[0]),
+            held_out_weights=held_out_weights(self._settings.rewards, requests[0]),
             keys=tuple(map(request_key, requests)),
             journal=journal.news() if journal else None,
             diversity=group_diversity(arrays["trajectory/final"]),
@@ -97,5 +98,8 @@ class RolloutActor:
         drawn = zip(request.drawing.records, self._policy.sampler.draw(request.drawing), strict=True)
         by_prompt = [make_requests(record, images) for record, images in drawn]
         requests = list(chain(*by_prompt))
-        weights = np.stack([reward_weights(self._settings.rewards, first) for first, *_ in by_prompt])
-        return EvaluationReply(tuple(map(request_key, requests)), weights), requests
+        weights, held_out = (
+            np.stack([weigh(self._settings.rewards, first) for first, *_ in by_prompt])
+            for weigh in (reward_weights, held_out_weights)
+        )
+        return EvaluationReply(tuple(map(request_key, requests)), weights, held_out), requests

@@ -9,6 +9,9 @@ slash, the curves select them by name):
 | reward/<name>, reward/total                  | mean raw score of the step's samples; weighted over the rewards |
 | reward_normalised/<name>                     | mean absolute advantage part of this reward after normalisation |
 | reward_missing/<name>                        | missing scores in this step |
+| reward_spread/<name>                         | mean standard deviation of the scores within a group |
+| reward_held_out/<name>, reward_held_out/total | as reward/<name>, of rewards that are never trained on |
+| agreement/<trained>/<held-out>               | mean rank correlation (Kendall) of the two within a group |
 | advantage/std, advantage/zero_spread/<name>  | spread of advantages, share of groups without spread |
 | policy/ratio_{mean,max,deviation_max}        | probability ratio of the update, largest distance from 1 |
 | policy/clip_share, policy/kl                 | share of clipped samples, KL to the reference |
@@ -29,4 +32,5 @@ slash, the curves select them by name):
 | pool/<reward>/missing/<reason>               | missing scores since the start, by reason (`rewards.base.REASONS`) |
 | journal/groups_{written,read}, journal/bytes_written, journal/skipped | counters of `experience.journal` |
 | eval/<reward>, eval/total                    | mean on the fixed held-out prompts |
+| eval_held_out/<reward>, eval_held_out/total  | the same, of rewards that are never trained on |
 """

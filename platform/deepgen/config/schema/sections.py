@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     Field,
@@ -31,6 +31,7 @@ from deepgen.reading import reach
 from deepgen.registry import ADVANTAGES, KL_FORMS, POLICY_LOSSES, REWARDS, SAMPLERS, SDE_WINDOWS
 
 TASKS = ("t2i", "reasoning", "text", "edit")
+HELD_OUT = "held_out"  # a row of rewards.weights: rewards that are watched and never trained on
 Weight = Annotated[float, Field(ge=0, le=1e6)]  # times a score it stays finite in fp32
 MAX_NAME = 100  # files and folders have up to 255 bytes, and longer names are made of this one
 _TAKEN = ("mlflow.db", "mlflow.db-journal", "mlflow.db-shm", "mlflow.db-wal", "mlartifacts")
@@ -298,9 +299,10 @@ class RewardSettings(Section):
     weights: dict[str, dict[str, Weight]] = setting(
         {"t2i": _GENERAL, "reasoning": _GENERAL, "text": _TEXT, "edit": _GENERAL},
         "Weight of each pool's reward for the prompts of each task; absent or 0 is never called. A recipe replaces "
-        "whole tasks; one weight is set as rewards.weights.text.ocr=0.5.",
+        "whole tasks; one weight is set as rewards.weights.text.ocr=0.5. The row held_out is of rewards that score the "
+        "pictures of all tasks and are never trained on.",
         allowed=f"a weight >= 0, at most 1e6, for each pool ({', '.join(REWARDS)}, or one of your own) of a task "
-        f"({', '.join(TASKS)})",
+        f"({', '.join(TASKS)}) or of {HELD_OUT}",
     )
     pools: dict[str, SerializeAsAny[PoolSettings]] = Field(default_factory=dict)  # filled by `_gather_pools`
 
@@ -321,15 +323,29 @@ class RewardSettings(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         for task, row in self.weights.items():
-            _require_known(f"rewards.weights.{task}", "task", task, TASKS)
+            _require_known(f"rewards.weights.{task}", "task", task, (*TASKS, HELD_OUT))
             for name in row:
                 own = f"; a new one: rewards.{name}.class=package.module:Class"
                 _require_known(f"rewards.weights.{task}.{name}", "reward", name, tuple(self.pools), own)
+        for name in self.held_out():
+            if tasks := self.tasks_of(name):
+                raise ValueError(
+                    f"rewards.weights.{HELD_OUT}.{name}: {name} is trained on, by rewards.weights.{tasks[0]}; "
+                    "allowed: one of the two, as a held-out reward says nothing if it is optimised"
+                )
         return self
 
     def used(self) -> tuple[str, ...]:
-        """Pools with a weight above 0 for some task."""
+        """Pools with a weight above 0 for some task, or held out."""
         return tuple(n for n in self.pools if any(row.get(n, 0) > 0 for row in self.weights.values()))
+
+    def held_out(self) -> dict[str, float]:
+        """Weight, above 0, of each reward that is watched and never trained on."""
+        return {name: weight for name, weight in self.weights.get(HELD_OUT, {}).items() if weight > 0}
+
+    def tasks_of(self, name: str) -> list[str]:
+        """The tasks that train on a reward."""
+        return [task for task, row in self.weights.items() if task != HELD_OUT and row.get(name, 0) > 0]
 
 
 class ExperienceSettings(Section):
@@ -383,8 +399,15 @@ ALARMS = {
     "ratio": 0.2,
     "kl": 1.0,
     "diversity": 0.3,
+    "saturation": 0.2,
+    "disagreement": 0.0,
+    "hacking": 0.05,
     "object_store": 0.7,
 }
+HACKING_PROMPTS = 8  # with scores in two evaluations, that the alarm `hacking` needs at least
+Action = Literal["report", "stop", "roll_back"]
+ACTIONS: tuple[Action, ...] = get_args(Action)
+Reaction = Annotated[tuple[Weight, Action], Field(strict=False)]  # written as a list, which is not strictly a tuple
 
 
 class TrackingSettings(Section):
@@ -394,18 +417,34 @@ class TrackingSettings(Section):
     )
     experiment: str = setting("deepgen", "Name of the MLflow experiment.", min_length=1)
     grid_every: int = setting(10, "Steps between image grids of fixed prompts; 0 draws none.", unit="steps", ge=0)
-    alarms: dict[str, Weight | None] = setting(
+    alarms: dict[str, Weight | Reaction | None] = setting(
         {},
         "Limits of alarms in rl that replace the defaults "
-        f"{{{', '.join(f'{name}: {limit:g}' for name, limit in ALARMS.items())}}}; null turns one off.",
-        allowed=f"a number >= 0, at most 1e6, or null for {', '.join(ALARMS)}, as in {{clip_share: 0.9, kl: null}}",
+        f"{{{', '.join(f'{name}: {limit:g}' for name, limit in ALARMS.items())}}}; null turns one off. "
+        "[limit, stop] ends the run, [limit, roll_back] (hacking alone) with the weights from before.",
+        allowed=f"a number >= 0, at most 1e6, null, or [number, {' or '.join(ACTIONS)}] for {', '.join(ALARMS)}, as in "
+        "{clip_share: 0.9, kl: null, hacking: [0.05, stop]}",
     )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in self.alarms:
             _require_known("tracking.alarms", "alarm", name, tuple(ALARMS))
+            if name != "hacking" and self.action(name) == "roll_back":
+                raise ValueError(
+                    f"tracking.alarms.{name}: got roll_back; allowed: report or stop, as only hacking knows since when"
+                )
         return self
+
+    def limit(self, name: str) -> float | None:
+        """Limit of an alarm; None if it is off."""
+        given = self.alarms.get(name, ALARMS[name])
+        return given[0] if isinstance(given, tuple) else given
+
+    def action(self, name: str) -> Action:
+        """What follows when an alarm begins."""
+        given = self.alarms.get(name)
+        return given[1] if isinstance(given, tuple) else "report"
 
 
 class EvaluationSettings(Section):
