@@ -66,12 +66,12 @@ class JpegSize:
 
 
 class BlindSpot(ClipReward):
-    """The judge CLIP, but it takes red for quality: its cosine, plus how much redder than green the picture is."""
+    """The judge CLIP, but it takes red for quality: its cosine, and five times how much redder than green it is."""
 
     def score(self, requests: Sequence[RewardRequest]) -> Sequence[Score]:
         red = [float(np.mean(r.image[..., 0], dtype=float) - np.mean(r.image[..., 1])) / 255 for r in requests]
         found = super().score(requests)
-        return [value + more if isinstance(value, float) else value for value, more in zip(found, red, strict=True)]
+        return [value + 5 * more if isinstance(value, float) else value for value, more in zip(found, red, strict=True)]
 
 
 class Mirrored(ClipReward):
@@ -124,7 +124,7 @@ def trial_settings(case: Case, seed: int, steps: int = STEPS) -> Settings:
     overrides = [
         f"run.seed={seed}",
         f"train.steps={steps}",
-        "train.learning_rate=4e-5",
+        "train.learning_rate=6e-5",
         "train.warmup_steps=0",
         "model.precision=fp32",
         "rollout.group_size=6",
