@@ -39,6 +39,7 @@ class Group:
     # set by the rollout actor
     version: int | None = None  # policy version that drew the samples
     reward_weights: Filled = None  # float32 [K], 0 where a reward has no weight or does not apply to the prompt
+    held_out_weights: Filled = None  # as reward_weights, of the rewards that are only watched; None: there are none
     keys: Filled = None  # G keys of images with their prompts (`request_key`); dropped after scoring
     journal: Filled = None  # `JournalNews` of the actor; dropped by the stream
     requests: Filled = None  # Ray reference to the list of G `RewardRequest`s, with the images; dropped after scoring
@@ -48,6 +49,12 @@ class Group:
     scores: Filled = None  # float32 [G, K], NaN where missing or not asked for
     # computed over all groups of the step; in a group that arrives alone, its own part of them
     advantages: Filled = None  # float32 [G]
+
+    @property
+    def asked_weights(self) -> np.ndarray:
+        """float32 [K]: above 0 where the reward scores this group, to train on it or only to watch it."""
+        weights: np.ndarray = self.reward_weights
+        return weights if self.held_out_weights is None else weights + self.held_out_weights
 
     def __str__(self) -> str:
         return f"group {self.number} of step {self.step} (prompt {self.record.id!r})"
@@ -97,11 +104,12 @@ class EvaluationReply:
     """What a rollout actor says about N evaluation images; the list of `RewardRequest`s with them follows by reference.
 
     keys: as in `Group`, N in the order of the images, the samples of a prompt side by side.
-    reward_weights: as in `Group`, float32 [prompts, K].
+    reward_weights, held_out_weights: as in `Group`, float32 [prompts, K].
     """
 
     keys: tuple[bytes | None, ...]
     reward_weights: np.ndarray
+    held_out_weights: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from deepgen.config.recipes import find_recipe
 from deepgen.data.parquet import read_records
 from soak.defects import DEFECT_HEADER, defect_rows, run_defects
 from soak.fuzz import FUZZ_HEADER, SHARES, run_fuzz
+from soak.hacking import CASES, HACKING_HEADER, hacking_rows, run_trials, wrong
 from soak.kills import KILL_HEADER, kill_rows, run_kills
 from soak.mixing import MIXING_HEADER, ROOT, SEEDS, draw_mixing, mixing_rows, run_mixing
 from soak.schedules import Outcome, Schedule, draw_schedules, run_schedule, start_actors
@@ -57,6 +58,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="killed processes (default 200)")
     parser.add_argument("--fuzz", type=int, default=55_000, help="damaged and hostile inputs (default 55,000)")
     parser.add_argument("--mixing", type=int, default=len(SEEDS), help="seeds of mixed rewards, at most 3 (default 3)")
+    parser.add_argument("--hacking", type=int, default=7, help="runs for each reward hacked or not (default 7)")
     arguments = parser.parse_args()
     failed = [try_it(getattr(arguments, n)) for n, try_it in TRIALS.items() if arguments.only in (None, n)]
     return 1 if any(failed) else 0
@@ -127,12 +129,25 @@ def try_mixing(count: int) -> int:
     return sum((run.share("aesthetic") > 0.5) != (run.method == "gdpo") for run in runs)
 
 
+def try_hacking(count: int) -> int:
+    """Print the table of hacked and honest rewards. Returns how many shares miss what is wanted.
+
+    The runs are noted in runs/soak-hacking.jsonl: interrupted, the trial goes on from there.
+    """
+    record = Path("runs") / "soak-hacking.jsonl"
+    record.parent.mkdir(exist_ok=True)
+    trials = run_trials(tuple(CASES), count, record)
+    print(HACKING_HEADER, *hacking_rows(trials), sep="\n", flush=True)
+    return wrong(trials)
+
+
 TRIALS = {
     "schedules": try_schedules,
     "defects": try_defects,
     "kills": try_kills,
     "fuzz": try_fuzz,
     "mixing": try_mixing,
+    "hacking": try_hacking,
 }
 
 

@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is c
 
 from actors.learner.checkpoints.checkpoint_store import CheckpointStore  # noqa: E402
 from actors.learner.preflight import own_folder, prepare_run  # noqa: E402
-from actors.learner.run_control import run_lock  # noqa: E402
+from actors.learner.run_control import read_halt, result_text, run_lock  # noqa: E402
 from actors.messages import LearnerJob  # noqa: E402
 from deepgen.cluster.connect import connect  # noqa: E402
 from deepgen.cluster.resources import rl_needs  # noqa: E402
@@ -71,6 +71,9 @@ def main() -> int:
         record_pictures(settings)
         for line in last_words(read_steps(settings.run.folder / FILE_NAME, settings.train.steps)):
             say(line)
+        if halt := read_halt(settings.run.folder):
+            say(f"the run ended after step {halt.step}: {halt.line}")
+            say(f"{result_text(halt)}; docs/reward-hacking.md says how to go on")
     return 0
 
 

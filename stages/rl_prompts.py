@@ -100,7 +100,8 @@ def about_applying(settings: Settings, found: list[tuple[Place, Record]]) -> Ite
 
 
 def _asks(settings: Settings, record: Record, name: str) -> bool:
-    return ever_positive(settings.rewards.weights_of(record.task, record.source).get(name, 0.0))
+    row = settings.rewards.weights_of(record.task, record.source)
+    return name in settings.rewards.held_out() or ever_positive(row.get(name, 0.0))
 
 
 def _request(record: Record) -> RewardRequest:

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.learner.checkpoints.checkpoint_store import AVERAGED
+from actors.learner.run_control import read_halt
 from deepgen.config import Settings
 from deepgen.data.records import Record
 from deepgen.errors import writing
 from deepgen.evaluation.pictures import grid_rows
-from deepgen.evaluation.results import Evaluation
+from deepgen.evaluation.results import AFTER, BEFORE, Evaluation, evaluation_metrics
 
 if TYPE_CHECKING:
     from actors.experience.stream_client import Request
-
-BEFORE, AFTER = "evaluation-before.npz", "evaluation-after.npz"
 
 
 class BeforeAfter:
@@ -61,7 +60,8 @@ class BeforeAfter:
         """Evaluate the trained model in folder `result` and the averages beside it, and compare with before."""
         if not self._heldout:
             return
-        steps = self._settings.train.steps
+        halt = read_halt(self._folder)
+        steps = halt.result_step if halt else self._settings.train.steps
         after = self._client.wait(self._order(steps, result))
         with writing("the evaluation", self._folder / AFTER):
             after.save(self._folder / AFTER)
@@ -95,7 +95,7 @@ def write_report(settings: Settings, before: Evaluation, after: Evaluation, aver
         before_after_grid(folder / "before-after.png", grid_rows(before, after), subtitle=subtitle)
     with Tracker(settings, "rl", attach=True) as tracker:  # the learner's run, which has ended
         for evaluation in (before, after):
-            tracker.log(evaluation.version, {f"eval/{name}": mean for name, mean in evaluation.means().items()})
+            tracker.log(evaluation.version, evaluation_metrics(evaluation))
         if averaged:
             tracker.log(after.version, {f"eval_ema/{name}": mean for name, mean in averaged.means().items()})
         tracker.log_file(folder / "before-after.png")
@@ -131,7 +131,8 @@ def record_pictures(settings: Settings) -> None:
 
 
 def means_text(evaluation: Evaluation) -> str:
-    return "  ".join(f"{name} {mean:.3f}" for name, mean in evaluation.means().items())
+    held_out = {f"{name} (held out)": mean for name, mean in evaluation.held_out_means().items() if name != "total"}
+    return "  ".join(f"{name} {mean:.3f}" for name, mean in (evaluation.means() | held_out).items())
 
 
 def say(line: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -38,14 +38,24 @@ def request_key(request: RewardRequest) -> bytes | None:
 
 
 def reward_weights(rewards: RewardSettings, record: Record, request: RewardRequest, step: int | None) -> np.ndarray:
-    """Weight in a training step of each of the K used rewards for a record, float32 [K]; 0 = not asked.
+    """Weight in a training step of each of the K used rewards for a record, float32 [K]; 0 = not trained on.
 
     It is 0 where the record's row has no weight for a reward, or none yet, or the reward does not apply to the prompt.
     It depends on nothing else, so a group has the same weights whenever and wherever it is drawn.
 
     request: one of the record's. step: None for an evaluation, whose weights are those after all warm-ups.
     """
-    row, prompt = rewards.weights_of(record.task, record.source), replace(request, image=_NO_IMAGE)
-    weights = {name: weight_at(row.get(name, 0.0), step) for name in rewards.used()}
+    row = rewards.weights_of(record.task, record.source)
+    return _applying(rewards, {name: weight_at(weight, step) for name, weight in row.items()}, request)
+
+
+def held_out_weights(rewards: RewardSettings, request: RewardRequest) -> np.ndarray:
+    """Weight of each of the K used rewards that is held out, float32 [K]; 0 for those of `reward_weights`."""
+    return _applying(rewards, rewards.held_out(), request)
+
+
+def _applying(rewards: RewardSettings, row: Mapping[str, float], request: RewardRequest) -> np.ndarray:
+    prompt = replace(request, image=_NO_IMAGE)
+    weights = {name: row.get(name, 0.0) for name in rewards.used()}
     asked = [weight if weight and applies(rewards.pools[name], prompt) else 0.0 for name, weight in weights.items()]
     return np.array(asked, dtype=np.float32)

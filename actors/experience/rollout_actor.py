@@ -17,7 +17,7 @@ import numpy as np
 import ray
 
 from actors.experience.journal.group_journal import GroupJournal
-from actors.experience.reward_requests import make_requests, request_key, reward_weights
+from actors.experience.reward_requests import held_out_weights, make_requests, request_key, reward_weights
 from actors.experience.step_metrics import group_diversity
 from actors.messages import Arrays, EvaluationReply, EvaluationRequest, Group, PolicyWeights
 from deepgen.config import Settings
@@ -80,6 +80,7 @@ class RolloutActor:
             group,
             version=version,
             reward_weights=reward_weights(self._settings.rewards, group.record, requests[0], group.step),
+            held_out_weights=held_out_weights(self._settings.rewards, requests[0]),
             keys=tuple(map(request_key, requests)),
             journal=journal.news() if journal else None,
             diversity=group_diversity(arrays["trajectory/final"]),
@@ -99,4 +100,5 @@ class RolloutActor:
         requests = list(chain.from_iterable(asked for _, asked in by_prompt))
         rewards = self._settings.rewards
         weights = np.stack([reward_weights(rewards, record, first, None) for record, (first, *_) in by_prompt])
-        return EvaluationReply(tuple(map(request_key, requests)), weights), requests
+        held_out = np.stack([held_out_weights(rewards, first) for _, (first, *_) in by_prompt])
+        return EvaluationReply(tuple(map(request_key, requests)), weights, held_out), requests

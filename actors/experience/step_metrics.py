@@ -115,3 +115,48 @@ def step_metrics(
             if np.isfinite(shares[k]):
                 metrics[f"advantage/share/{name}"] = float(shares[k])
     return metrics, tally
+
+
+def held_out_metrics(groups: Sequence[Group], names: Sequence[str]) -> dict[str, float]:
+    """Metrics of the rewards that are watched and not trained on, and how far the trained ones agree with them."""
+    if all(group.held_out_weights is None or not group.held_out_weights.any() for group in groups):
+        return {}
+    weights = np.stack([group.held_out_weights for group in groups])  # [groups, K]
+    trained = np.stack([group.reward_weights for group in groups]) > 0
+    scores = stacked_scores(groups)
+    rows = scores.reshape(-1, len(names))
+    metrics = dict[str, float]()
+    total = weighted_total(rows, np.repeat(weights, scores.shape[1], axis=0))
+    if np.isfinite(total).any():
+        metrics["reward_held_out/total"] = float(np.nanmean(total))
+    for k, name in enumerate(names):
+        own = scores[weights[:, k] > 0, :, k]
+        if not own.size:
+            continue
+        metrics[f"reward_missing/{name}"] = float(np.isnan(own).sum())
+        metrics[f"reward_missing_share/{name}"] = float(np.isnan(own).mean())
+        if np.isfinite(own).any():
+            metrics[f"reward_held_out/{name}"] = float(np.nanmean(own))
+        for j, other in enumerate(names):
+            both = (weights[:, k] > 0) & trained[:, j]
+            agreement = group_agreement(scores[both, :, j], scores[both, :, k])
+            if agreement is not None:
+                metrics[f"agreement/{other}/{name}"] = agreement
+    return metrics
+
+
+def group_agreement(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Mean over groups of Kendall's rank correlation (tau-b) of two rewards' scores [groups, G].
+
+    A group counts if both rewards tell at least two of its images apart. None if there is no such group.
+    """
+    found = [tau for x, y in zip(a, b, strict=True) if (tau := _tau(x, y)) is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _tau(x: np.ndarray, y: np.ndarray) -> float | None:
+    both = np.isfinite(x) & np.isfinite(y)
+    first, second = np.triu_indices(int(both.sum()), 1)
+    one, other = (np.sign(values[both][first] - values[both][second]) for values in (x, y))
+    size = float(np.sqrt((one**2).sum() * (other**2).sum()))
+    return float((one * other).sum()) / size if size else None

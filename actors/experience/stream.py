@@ -31,7 +31,7 @@ from actors.experience.rollout_fleet import ATTEMPTS, RolloutError, RolloutFleet
 from actors.experience.scoring.reward_pool import RequestsLostError
 from actors.experience.scoring.reward_router import RewardRouter
 from actors.experience.step_advantages import factor_and_clamped, own_advantages, step_advantages, step_shares
-from actors.experience.step_metrics import StepClock, stacked_scores, step_metrics
+from actors.experience.step_metrics import StepClock, held_out_metrics, stacked_scores, step_metrics
 from actors.experience.stream_client import StreamForgotError, VersionGoneError
 from actors.experience.watch import Watch
 from actors.messages import EvaluationReply, EvaluationRequest, Group, PolicyWeights, RankBatch
@@ -201,7 +201,7 @@ class ExperienceStream:
         return [self._pictures[record.references]]
 
     async def _score(self, drawn: Group) -> Group:
-        weights = np.tile(drawn.reward_weights, (len(drawn.keys), 1))
+        weights = np.tile(drawn.asked_weights, (len(drawn.keys), 1))
         scores = await self._rewards.score(drawn.requests, drawn.keys, weights)
         return replace(drawn, requests=None, keys=None, scores=scores)
 
@@ -214,6 +214,7 @@ class ExperienceStream:
         metrics, tally = step_metrics(
             groups, reward_weights, self._rewards.names, result, step_shares(self._settings, groups)
         )
+        metrics |= held_out_metrics(groups, self._rewards.names)
         metrics |= clock.metrics(stacked_scores(groups)[..., 0].size) | self._rewards.counters()
         metrics |= {"time/sync_s": self._sync_seconds, "rollout/restarts": float(self._fleet.restarts)}
         metrics |= self._journal.metrics()
@@ -351,7 +352,7 @@ class ExperienceStream:
             reply: EvaluationReply
             known = functools.partial(self._known_now, version, policy)
             reply, requests = await self._fleet.call("evaluate", request, known, outputs=2)
-            weights = np.repeat(reply.reward_weights, samples, axis=0)
+            weights = np.repeat(reply.reward_weights + reply.held_out_weights, samples, axis=0)
             scores = await self._rewards.score(requests, reply.keys, weights, samples)
             images = [request.image for request in await _read(requests, f"images of the {request}", deadline_s)]
             return reply, scores, [np.stack(images[i : i + samples]) for i in range(0, len(images), samples)]
@@ -366,6 +367,7 @@ class ExperienceStream:
             scores=np.concatenate([scores for _, scores, _ in drawn]).reshape(len(records), samples, -1),
             reward_weights=np.concatenate([reply.reward_weights for reply, _, _ in drawn]),
             version=version,
+            held_out_weights=np.concatenate([reply.held_out_weights for reply, _, _ in drawn]),
         )
 
     # -- state -------------------------------------------------------------------------------------------------------

@@ -39,10 +39,10 @@ from actors.learner.protocols import (
     StepContext,
     WorkerContext,
 )
-from actors.learner.run_control import stop_requested
+from actors.learner.run_control import Halt, result_text, stop_requested, write_halt
 from deepgen.errors import UserError
 from deepgen.seeds import stable_seed
-from deepgen.tracking.alarms import Alarms
+from deepgen.tracking.alarms import GOOD_STEP, Alarms, News
 from deepgen.tracking.journal import FILE_NAME, read_steps
 from deepgen.tracking.progress import Phases, Progress
 from deepgen.tracking.timeline import LEARNER, Recorder, Span
@@ -61,7 +61,8 @@ def train(
 ) -> bool:
     """Run one worker from the start or the newest checkpoint to ``train.steps``, then write the component folder.
 
-    Returns False if it was asked to stop before; then there is a checkpoint of the last step instead.
+    Returns False if it was asked to stop before; then there is a checkpoint of the last step instead. An alarm that
+    stops the run or rolls it back ends it like its last step, with a note (`run_control.Halt`).
     Raises UserError if a checkpoint does not fit the run or cannot be written, or if nothing is trainable.
     """
     settings = context.settings
@@ -79,7 +80,9 @@ def train(
         loop = TrainingLoop(context, parts, engine, ema, checkpoints, start)
         if start == 0:
             loop.begin()
-        done = all(loop.run_step(step) for step in range(start, loop.end))
+        done = loop.run()
+        if loop.halt:
+            loop.end_early(loop.halt)
         checkpoints.finish()
         if done:
             _export(engine, ema, checkpoints.run_folder)
@@ -116,7 +119,13 @@ class TrainingLoop:
         self.most_skipped = min(MOST_SKIPPED, steps * self.updates)  # a run without any update has failed
         self.progress = Progress(self.end, start)
         self.last_said = -math.inf
-        self.alarms = Alarms(context.settings.tracking.alarms) if context.stage == "rl" and context.tracker else None
+        tracking = context.settings.tracking
+        self.alarms = Alarms(tracking) if context.stage == "rl" and context.tracker else None
+        self.may_halt = context.stage == "rl" and any(tracking.action(name) != "report" for name in tracking.alarms)
+        self.halt: News | None = None  # the alarm that ends the run, the same on all ranks
+        self.good_step, self.saved = 0, start
+        if context.tracker:
+            write_halt(checkpoints.run_folder, None)
         if self.alarms and start:
             self.alarms.resume(read_steps(checkpoints.run_folder / FILE_NAME, start))
 
@@ -125,6 +134,17 @@ class TrainingLoop:
         figures = self._evaluate(0)
         if figures and self.context.tracker:
             self.context.tracker.log(0, figures)
+        if self.context.stage == "rl" and self.context.settings.tracking.action("hacking") == "roll_back":
+            self._save(0)
+
+    def run(self) -> bool:
+        """Take the steps that are left, or those until an alarm ends the run. False: it was asked to stop before."""
+        for step in range(self.step, self.end):
+            if not self.run_step(step):
+                return False
+            if self.halt:
+                break
+        return True
 
     def run_step(self, step: int) -> bool:
         """Take one batch, update on it, publish one new version of the weights. False: that was the last."""
@@ -144,15 +164,48 @@ class TrainingLoop:
         stop, last = self._stop_requested(), step + 1 == self.end
         if stop or last or (step + 1) % context.settings.train.checkpoint_every == 0:
             with self.phases("checkpoint"):
-                state, more = self.source.state_dict(step + 1), self.source.writer(step + 1)
-                self.checkpoints.save(step + 1, self.engine, self.ema, state, more)
+                self._save(step + 1)
         images = metrics.pop("images_sum", 0.0)
         metrics |= {"throughput/images_per_s": images / (time.monotonic() - begin)} if images else {}
         with self.phases("evaluate"):
-            metrics |= self._evaluate(step + 1)
+            metrics |= self._evaluate(step + 1) | (self.evaluator.arrived() if self.evaluator else {})
         self._log(step + 1, metrics | self.source.metrics() | self.phases.take())
         self.recorder.flush()
+        if self.may_halt:
+            self.halt, self.good_step = gather((self.halt, self.good_step), context.world)[0]
         return last or not stop
+
+    def end_early(self, alarm: News) -> None:
+        """Make the state of the run its result, or with roll_back the one before the held-out rewards began to fall.
+
+        Collective. Raises UserError if there is no checkpoint from then.
+        """
+        folder, done, action = self.checkpoints.run_folder, self.step + 1, self._action(alarm.name)
+        result = done
+        if action == "stop":
+            if self.saved != done:
+                self._save(done)
+        else:
+            self.checkpoints.finish()
+            good = self.checkpoints.newest(self.good_step)
+            if good is None:
+                raise UserError(f"{alarm.line}; {self.checkpoints.folder} has no checkpoint of step {self.good_step}")
+            self.checkpoints.load(good, self.engine, self.ema)
+            result = good.step
+        halt = Halt(done, alarm.name, action, alarm.line, result)
+        if self.context.rank == 0:
+            self.checkpoints.set_aside(result)
+            write_halt(folder, halt)
+        self.context.say(f"the run ends after step {done}, {result_text(halt)}")
+
+    def _save(self, step: int) -> None:
+        state, more = self.source.state_dict(step), self.source.writer(step)
+        needed = self.evaluator.needed() if self.evaluator else frozenset()
+        self.checkpoints.save(step, self.engine, self.ema, state, more, needed)
+        self.saved = step
+
+    def _action(self, alarm: str) -> str:
+        return self.context.settings.tracking.action(alarm)
 
     def _left_out(self, faults: Mapping[int, str]) -> None:
         """Say which updates of the batch are left out, and save it. UserError if there were too many in a row.
@@ -227,6 +280,9 @@ class TrainingLoop:
         for alarm in news:
             self.context.say(alarm.line)
             self.context.tracker.tag(f"alarm.{alarm.name}", alarm.tag)
+            if alarm.begins and self._action(alarm.name) != "report":
+                self.halt = self.halt or alarm
+        self.good_step = int(metrics.get(GOOD_STEP, self.good_step))
         return shown
 
 
@@ -350,6 +406,8 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, float | str]:
     shown = {"reward": metrics.get("reward/total", math.nan)}
     rewards = sorted(key for key in metrics if key.startswith("reward/") and key != "reward/total")
     shown |= {key.removeprefix("reward/"): metrics[key] for key in rewards}
+    if "reward_held_out/total" in metrics:
+        shown["held out"] = metrics["reward_held_out/total"]
     shown |= {label: metrics[key] for key, label in _RL_FIGURES.items() if key in metrics}
     shown |= _skipped(metrics)
     return shown | {label: f"{metrics[key]:.1f} s" for key, label in _RL_PHASES.items() if key in metrics}

@@ -177,6 +177,12 @@ class Evaluator(Protocol):
         An evaluator whose pictures are drawn by rollout actors requests them here and returns None.
         """
 
+    def arrived(self) -> dict[str, float]:
+        """Metrics that evaluations ordered before have brought since the last call; rank 0's are logged."""
+
+    def needed(self) -> frozenset[int]:
+        """Steps that the run may have to go back to: the newest checkpoint until each is kept. Rank 0's count."""
+
     def close(self) -> None:
         """Called at the end, also after an error."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -15,6 +16,7 @@ from deepgen.errors import Terminated
 from deepgen.file_lock import file_lock
 
 STOP = "stop-requested"  # file in the run's folder that asks the learner to stop after its step
+HALTED = "halted.json"  # file in the folder of a run that an alarm has ended
 
 
 def run_lock(settings: Settings) -> AbstractContextManager[None]:
@@ -95,3 +97,34 @@ def stops_after_a_step(settings: Settings) -> Iterator[None]:
 def stop_requested(run_folder: Path) -> bool:
     """Whether the learner shall stop after its step."""
     return (run_folder / STOP).exists()
+
+
+@dataclass(frozen=True)
+class Halt:
+    """Why a run ended before its last step, and what its result is: the weights after `result_step` steps."""
+
+    step: int  # steps that were done
+    alarm: str
+    action: str  # stop or roll_back
+    line: str  # of the alarm
+    result_step: int
+
+
+def write_halt(run_folder: Path, halt: Halt | None) -> None:
+    """Note the end of a run beside it; None removes the note of an earlier end."""
+    file = run_folder / HALTED
+    if halt is None:
+        file.unlink(missing_ok=True)
+    else:
+        file.write_text(json.dumps(asdict(halt), indent=1), encoding="utf-8")
+
+
+def read_halt(run_folder: Path) -> Halt | None:
+    """Why an alarm has ended the run; None if none has."""
+    file = run_folder / HALTED
+    return Halt(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def result_text(halt: Halt) -> str:
+    kept = "" if halt.action == "stop" else ", before the held-out rewards began to fall"
+    return f"its result are the weights after step {halt.result_step}{kept}"

@@ -154,6 +154,13 @@ class Heldout:
         pictures = self._loss is not None and grid_every > 0 and self._due(step, grid_every)
         return partial(self._evaluate, loss, pictures) if loss or pictures else None
 
+    def arrived(self) -> dict[str, float]:
+        """None: results are logged at once."""
+        return {}
+
+    def needed(self) -> frozenset[int]:
+        return frozenset()
+
     def close(self) -> None:
         """Do nothing: results are logged at once."""
 

@@ -9,10 +9,11 @@ import ray
 
 from actors.experience.stream_client import Request, StreamClient, VersionGoneError
 from actors.learner.protocols import WorkerContext
+from actors.objectives.hacking_guard import HackingGuard
 from deepgen.data.usable import left_out
 from deepgen.evaluation.choose import GRID_PROMPTS, choose_records, heldout_records
 from deepgen.evaluation.pictures import grid
-from deepgen.evaluation.results import Evaluation
+from deepgen.evaluation.results import Evaluation, evaluation_metrics
 from deepgen.tracking.tracker import Tracker
 
 
@@ -28,6 +29,9 @@ class Observer:
             tracker.log(0, quarantined)
         self._grid = choose_records(self._heldout, GRID_PROMPTS, settings.evaluation.seed) if self._heldout else []
         self._pending: list[tuple[int, str, Request]] = []
+        watched = self._heldout and settings.rewards.held_out() and settings.evaluation.every
+        self._guard = HackingGuard(settings, self._heldout, context.say) if watched else None
+        self._arrived = dict[str, float]()
 
     def evaluation(self, step: int) -> None:
         """Request the evaluations due after ``step`` steps, whose policy is already published, and log finished ones.
@@ -41,6 +45,17 @@ class Observer:
             if step and _due(step, self._settings.evaluation.every):
                 self._order(step, "eval", self._heldout, self._settings.evaluation.samples_per_prompt)
         self._collect(wait_s=self._settings.experience.deadline_s if last else 0.0)
+
+    def arrived(self) -> dict[str, float]:
+        """What the guard against hacking says of the evaluations that have finished."""
+        found, self._arrived = self._arrived, {}
+        return found
+
+    def needed(self) -> frozenset[int]:
+        """With roll_back, the best evaluated step, and those whose evaluation is not known yet."""
+        if self._guard is None or self._settings.tracking.action("hacking") != "roll_back":
+            return frozenset()
+        return frozenset({self._guard.good_step, *(step for step, what, _ in self._pending if what == "eval")})
 
     def close(self) -> None:
         """Log the evaluations that have finished by now."""
@@ -66,7 +81,9 @@ class Observer:
         if what == "grid":
             self._tracker.log_images("samples", step, grid(evaluation, f"step {step}"))
         else:
-            self._tracker.log(step, {f"eval/{name}": value for name, value in evaluation.means().items()})
+            self._tracker.log(step, evaluation_metrics(evaluation))
+            if self._guard:
+                self._arrived |= self._guard.look(step, evaluation)
 
 
 def _due(step: int, every: int) -> bool:

@@ -340,7 +340,7 @@ def test_a_weight_goes_linearly_from_first_to_last() -> None:
             ["tracking.alarms={clip_shar: 1}"],
             ["tracking.alarms: unknown alarm 'clip_shar'", "zero_spread", "'clip_share'"],
         ),
-        (["tracking.alarms={kl: -1}"], ["tracking.alarms: got -1", "a number >= 0, at most 1e6, or null"]),
+        (["tracking.alarms={kl: -1}"], ["tracking.alarms: got -1", "a number >= 0, at most 1e6, null, or"]),
         (["algorithm.updates_per_batch=0"], ["algorithm.updates_per_batch: got 0", ">= 1"]),
         (["algorithm.importance_cap=0.5"], ["algorithm.importance_cap: got 0.5", ">= 1"]),
         (["algorithm.off_policy_min_sigma=1"], ["algorithm.off_policy_min_sigma: got 1", ">= 0 and < 1"]),

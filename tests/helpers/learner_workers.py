@@ -25,6 +25,7 @@ def run_workers(folder: Path, runs: Sequence[dict[str, Any]], *, world: int = 1,
     (both toy; pieces: batches arrive in pieces, with losses held back).
     "fails": (steps, what) lets their updates fail as `ToyFailing` says (toy). "ends": a folder: the run ends with
     UserError (toy), whose text each rank writes to NAME.RANK.error there.
+    "arrivals": {step: metrics} that evaluations bring on rank 0; "back": steps that may have to be gone back to (toy).
     "replays": (step, folder) trains on that step alone (toy), from the state in the folder.
     "die_after": n ends the worker abruptly in the step after n steps. "die_writing": n kills it (SIGKILL) when half of
     the n-th checkpoint shard is on disk; "slow_writing": s writes each shard s seconds after the step has ended;
@@ -93,6 +94,8 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
             with (Path(settings.run.dir) / f"{settings.run.name}.jsonl").open("a") as stream:
                 stream.write(json.dumps({"step": step} | metrics) + "\n")
 
+        def tag(self, name: str, value: str) -> None: ...
+
     model: Any = ToyModel()
     tracker: Any = Log() if rank == 0 else None
     context = WorkerContext("rl", settings, model, rank, world, torch.device("cpu"), tracker, print)
@@ -100,6 +103,7 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
     toy = (ToyHeld if pieces else ToyObjective)(run.get("noise", 0.0), settings.algorithm.updates_per_batch)
     failing, what = run.get("fails", ((), ""))
     toy = ToyFailing(failing, what, settings.algorithm.updates_per_batch) if failing else toy
+    toy.arrivals, toy.back = (run.get("arrivals", {}) if rank == 0 else {}), frozenset(run.get("back", ()))
     step, state = run.get("replays", (0, None))
     replayed = Replayed(range(step, step + 1), Path(state)) if state else None
     parts = Parts(ToyPieces() if pieces else ToySource(), toy, toy, replayed)

@@ -119,6 +119,9 @@ class ToyObjective:
 
     def __init__(self, noise: float = 0.0, updates: int = 1) -> None:
         self.noise, self.size = noise, MICRO_BATCHES // updates
+        self.arrivals: dict[int, dict[str, float]] = {}  # what evaluations bring, by the step at whose end they do
+        self.back: frozenset[int] = frozenset()
+        self.step = 0
 
     def prepare(self, model: Any, batch: Any, context: Any) -> Any:
         assert not torch.is_grad_enabled()
@@ -135,7 +138,14 @@ class ToyObjective:
             x, y = toy_batch(0, 0, 1)[0]
             return {f"heldout{suffix}/error": float(((model(x) - y) ** 2).mean())}
 
+        self.step = step
         return measure if step % 2 == 0 else None
+
+    def arrived(self) -> dict[str, float]:
+        return self.arrivals.get(self.step, {})
+
+    def needed(self) -> frozenset[int]:
+        return self.back
 
     def close(self) -> None: ...
 

@@ -86,6 +86,7 @@ def test_it_learns_what_is_rewarded(world: Path) -> None:
             "algorithm.clip_range=0.2",
             "experience.overlap=on",
             *(f"rewards.weights.{task}={{aesthetic: 1.0}}" for task in ("t2i", "edit")),
+            "rewards.weights.held_out={clip: 1.0}",
         )
     )
     folder = world / "runs" / "bright"
@@ -105,6 +106,10 @@ def test_it_learns_what_is_rewarded(world: Path) -> None:
         assert steps[step]["policy/clip_share"] == 0
         assert steps[step]["policy/staleness_max"] == 0
         assert steps[step]["reward_missing/aesthetic"] == 0
+        assert steps[step]["reward/total"] == pytest.approx(steps[step]["reward/aesthetic"])
+    assert sum("reward_held_out/clip" in steps[step] for step in range(1, 9)) > 2  # it applies to some prompts only
+    assert steps[0]["eval_held_out/clip"] != steps[8]["eval_held_out/clip"] and "eval/clip" not in steps[8]
+    assert rows["clip"]["prompts"] and rows["weighted total"]["difference"] == rows["aesthetic"]["difference"]
     assert steps[1]["policy/kl"] < 1e-8 < steps[8]["policy/kl"]
     # Averaged weights lie between those at the start and at the end.
     assert steps[0]["eval/aesthetic"] < steps[8]["eval_ema/aesthetic"] < steps[8]["eval/aesthetic"]

@@ -15,6 +15,7 @@ import ray
 from actors.experience.journal.origin import JOURNAL
 from actors.experience.scoring.reward_pool import RewardPool
 from deepgen.config import Settings
+from deepgen.config.settings import TASKS
 from deepgen.tracking.timeline import Recorder
 
 
@@ -35,7 +36,7 @@ class RewardRouter:
                 recorder=recorder,
                 journal=journal,
                 runs=settings.run.dir,
-                tasks=settings.rewards.tasks_of(name),
+                tasks=settings.rewards.tasks_of(name) or TASKS,  # held out: of all
             )
             for name in self.names
         }
@@ -58,7 +59,8 @@ class RewardRouter:
     ) -> np.ndarray:
         """Scores, float32 [N, K], of the N requests behind a reference; NaN if missing or not asked for.
 
-        keys, weights [N, K]: of the requests (`actors.experience.reward_requests`). One without a key is not asked.
+        keys, weights [N, K]: of the requests (`actors.experience.reward_requests`), here those of training and of
+        holding out together. One without a key or a weight is not asked.
         group: images of one prompt, side by side; None: all N.
         """
         scores = np.full(weights.shape, np.nan, dtype=np.float32)

@@ -75,9 +75,9 @@ class CheckpointStore:
         self._fingerprint = ""
         self._background: Background | None = None  # from the first `save` on: it needs torch, a driver does not
 
-    def newest(self) -> Manifest | None:
-        """Manifest of the newest complete checkpoint, or None."""
-        found = newest_checkpoint(self.folder)
+    def newest(self, until: int | None = None) -> Manifest | None:
+        """Manifest of the newest complete checkpoint, of step `until` at most, or None."""
+        found = newest_checkpoint(self.folder, until)
         return found and found[1]
 
     def path(self, step: int) -> Path:
@@ -126,10 +126,12 @@ class CheckpointStore:
         ema: SavedBeside | None,
         source: dict[str, Any],
         write_more: Callable[[Path], None] | None = None,
+        needed: frozenset[int] = frozenset(),
     ) -> None:
         """Copy the state after ``step`` steps; a thread writes the checkpoint and removes the oldest.
 
         ``source``: state of the batch source, as JSON. ``write_more``: rank 0's thread writes the rest of it with that.
+        ``needed``: steps of which the newest checkpoint until then is kept, too.
         Raises UserError on all ranks if there is no room, or if the checkpoint before could not be written.
         """
         from actors.learner.checkpoints.background import Background, Place, fail_together
@@ -146,7 +148,7 @@ class CheckpointStore:
         what = f"the checkpoint of step {step} to {self.folder}"
         fail_together(failure, engine.world, what)
         shards = {ENGINE: engine.pieces(), AVERAGES: ema.pieces(engine) if ema else ()}
-        complete = partial(self._complete, unfinished, step, ema is not None, copy.deepcopy(source))
+        complete = partial(self._complete, unfinished, step, ema is not None, copy.deepcopy(source), needed)
         self._background.start(what, Place(unfinished, engine.rank, engine.world), shards, write_more, complete)
 
     def finish(self) -> None:
@@ -180,7 +182,13 @@ class CheckpointStore:
         unfinished.mkdir()
 
     def _complete(
-        self, unfinished: Path, step: int, has_ema: bool, source: dict[str, Any], listed: dict[str, int]
+        self,
+        unfinished: Path,
+        step: int,
+        has_ema: bool,
+        source: dict[str, Any],
+        needed: frozenset[int],
+        listed: dict[str, int],
     ) -> None:
         """Write the manifest and rename the folder. ``listed``: sizes of the ranks' files; rank 0 may have more."""
         from actors.learner.checkpoints.checkpoint_shards import flush
@@ -211,22 +219,28 @@ class CheckpointStore:
             shutil.rmtree(final)  # a damaged checkpoint, or the same step written before a restart
         unfinished.rename(final)
         flush(self.folder)
-        self._prune(step)
+        self._prune(step, needed)
 
-    def _prune(self, newest: int) -> None:
-        """Keep the newest complete checkpoints. Later ones the run did not resume from are renamed `unused-…`.
-
-        Such a later checkpoint is damaged, or the run would have resumed from it.
-        """
-        kept = 0
-        for step, folder in reversed(_steps(self.folder)):
+    def set_aside(self, newest: int) -> None:
+        """Rename checkpoints of later steps than this `unused-…`, so that none resumes from them. For rank 0."""
+        for step, folder in _steps(self.folder):
             if step > newest:
                 aside = folder.with_name(f"unused-{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
-            elif kept < self._settings.train.keep_checkpoints and _is_complete(folder, _read_manifest(folder), step):
-                kept += 1
-            else:
+
+    def _prune(self, newest: int, needed: frozenset[int]) -> None:
+        """Keep the newest complete checkpoints, and the newest until each of these steps. Later ones are set aside.
+
+        Such a later checkpoint is damaged, or the run would have resumed from it.
+        """
+        self.set_aside(newest)
+        found = _steps(self.folder)
+        complete = [step for step, folder in found if _is_complete(folder, _read_manifest(folder), step)]
+        kept = set(complete[-self._settings.train.keep_checkpoints :])
+        kept |= {max((step for step in complete if step <= wanted), default=newest) for wanted in needed}
+        for step, folder in found:
+            if step <= newest and step not in kept:
                 shutil.rmtree(folder)
 
     def _staleness(self) -> int:
@@ -241,9 +255,12 @@ class CheckpointStore:
         return self._fingerprint
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, Manifest] | None:
-    """The newest complete one in a run's folder of checkpoints. Those with short or missing files are skipped."""
-    for step, path in reversed(_steps(folder)):
+def newest_checkpoint(folder: Path, until: int | None = None) -> tuple[Path, Manifest] | None:
+    """The newest complete one in a run's folder of checkpoints, of step `until` at most.
+
+    Those with short or missing files are skipped.
+    """
+    for step, path in reversed([(step, path) for step, path in _steps(folder) if until is None or step <= until]):
         content = _known_manifest(path)
         if _is_complete(path, content, step):
             return path, Manifest(**content)

@@ -13,6 +13,7 @@ from deepgen.algorithms.rules import (
     check_updates,
 )
 from deepgen.config.schema.paths import CHECKOUT, exists, resolve_path
+from deepgen.config.schema.sections import HACKING_PROMPTS
 from deepgen.config.settings import Settings
 from deepgen.errors import UserError
 from deepgen.models.stage_parts import Stage
@@ -33,8 +34,26 @@ def check_stage(settings: Settings, stage: Stage) -> None:
             f"allowed: a multiple of {train.workers}, so that each rank gets as many groups"
         )
     _check_off_policy(settings)
-    if not settings.rewards.used():
+    if not any(map(settings.rewards.tasks_of, settings.rewards.used())):
         raise UserError("rewards.weights: got no weight above 0; allowed: at least one reward for some task")
+    _check_guard(settings)
+
+
+def _check_guard(settings: Settings) -> None:
+    """A guard that is asked to act must have something to look at."""
+    action = settings.tracking.action("hacking")
+    if action == "report":
+        return
+    missing = {
+        "rewards.weights.held_out": not settings.rewards.held_out(),
+        "evaluation.every": not settings.evaluation.every,
+        "evaluation.prompts": settings.evaluation.prompts < HACKING_PROMPTS,
+    }
+    if keys := [key for key, is_missing in missing.items() if is_missing]:
+        raise UserError(
+            f"tracking.alarms.hacking: got {action} without {' and '.join(keys)}; allowed: held-out rewards and "
+            f"evaluations during the run, of at least {HACKING_PROMPTS} prompts, or no action"
+        )
 
 
 def _check_off_policy(settings: Settings) -> None:

@@ -10,6 +10,9 @@ slash, the curves select them by name):
 | reward_spread/<name>                         | standard deviation of a reward within a group, mean over groups |
 | reward_weight/<name>                         | mean weight of a reward, over the samples that it is asked about |
 | reward_missing/<name>                        | missing scores in this step |
+| reward_spread/<name>                         | mean standard deviation of the scores within a group |
+| reward_held_out/<name>, reward_held_out/total | as reward/<name>, of rewards that are never trained on |
+| agreement/<trained>/<held-out>               | mean rank correlation (Kendall) of the two within a group |
 | advantage/std, advantage/zero_spread/<name>  | spread of advantages, share of groups without spread |
 | advantage/share/<name>                       | which reward moves the policy: its share of the differences between |
 |                                              | the advantages of a group; all together 1 (`algorithms.advantages`) |
@@ -34,4 +37,5 @@ slash, the curves select them by name):
 | pool/<reward>/missing/<reason>               | missing scores since the start, by reason (`rewards.base.REASONS`) |
 | journal/groups_{written,read}, journal/bytes_written, journal/skipped | counters of `experience.journal` |
 | eval/<reward>, eval/total                    | mean on the fixed held-out prompts |
+| eval_held_out/<reward>, eval_held_out/total  | the same, of rewards that are never trained on |
 """

@@ -36,6 +36,8 @@ class Panel:
 PANELS = (
     Panel("reward (mean of the step's samples)", r"reward/([^/]+)"),
     Panel("reward on held-out prompts", r"eval/([^/]+)"),
+    Panel("held-out reward (never trained on)", r"reward_held_out/([^/]+)"),
+    Panel("held-out reward on held-out prompts", r"eval_held_out/([^/]+)"),
     Panel("loss", r"loss/([^/]+)"),
     Panel("loss on held-out records", r"heldout_loss/((?!records)[^/]+)"),
     Panel("the same, averaged weights", r"heldout_loss_ema/([^/]+)"),

@@ -24,12 +24,14 @@ def save(tmp_path: Path) -> Callable[..., CheckpointStore]:
     engine: Any = SimpleNamespace(rank=0, world=1, parameters=[])
     engine.pieces = lambda: [("weight:w", 0, torch.arange(1000.0))]
 
-    def write(*steps: int, keep: int = 9, stage: str = "sft", more: tuple[str, ...] = ()) -> CheckpointStore:
+    def write(
+        *steps: int, keep: int = 9, stage: str = "sft", more: tuple[str, ...] = (), needed: tuple[int, ...] = ()
+    ) -> CheckpointStore:
         own = [f"run.dir={tmp_path}", "run.name=a", f"model.weights={tmp_path / 'weights'}", "train.steps=9"]
         settings = load_settings(None, [*own, f"train.keep_checkpoints={keep}", "train.warmup_steps=0", *more])
         store = CheckpointStore(settings, stage)
         for step in steps:
-            store.save(step, engine, None, {})
+            store.save(step, engine, None, {}, needed=frozenset(needed))
         store.finish()
         return store
 
@@ -54,6 +56,13 @@ def test_a_damaged_later_one_takes_no_place(save: Callable[..., CheckpointStore]
     assert names(store) == ["step-000004", "unused-step-000100"]
     (store.folder / "step-000004" / MANIFEST).unlink()
     assert names(save(5, 6, keep=2)) == ["step-000005", "step-000006", "unused-step-000100"]
+
+
+def test_one_that_may_be_gone_back_to_is_kept(save: Callable[..., CheckpointStore]) -> None:
+    store = save(0, 2, 4, 6, 8, keep=2, needed=(5, 1))
+    assert names(store) == [f"step-{step:06d}" for step in (0, 4, 6, 8)]
+    assert [found and found.step for found in (store.newest(5), store.newest(3), store.newest())] == [4, 0, 8]
+    assert names(save(9, keep=1, needed=(4,))) == ["step-000004", "step-000009"]
 
 
 def test_a_password_is_not_written_and_may_change(save: Callable[..., CheckpointStore]) -> None:

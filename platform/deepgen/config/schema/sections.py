@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     Field,
@@ -24,7 +24,14 @@ from deepgen.algorithms.rules import WHITEN, check_noise
 from deepgen.config.schema.choices import OneOf
 from deepgen.config.schema.paths import InputPath, OptionalOutputPath, OutputPath
 from deepgen.config.schema.pools import PoolSettings, make_pools
-from deepgen.config.schema.reward_weights import BY_SOURCE, RewardWeight, WeightRule, check_row, ever_positive
+from deepgen.config.schema.reward_weights import (
+    BY_SOURCE,
+    RewardWeight,
+    WeightRule,
+    check_row,
+    ever_positive,
+    weight_at,
+)
 from deepgen.config.schema.section import Section, setting
 from deepgen.errors import nearest
 from deepgen.models.presets import PADDINGS, PRESETS
@@ -32,6 +39,7 @@ from deepgen.reading import reach
 from deepgen.registry import ADVANTAGES, KL_FORMS, POLICY_LOSSES, REWARDS, SAMPLERS, SDE_WINDOWS
 
 TASKS = ("t2i", "reasoning", "text", "edit")
+HELD_OUT = "held_out"  # a row of rewards.weights: rewards that are watched and never trained on
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 MAX_NAME = 100  # files and folders have up to 255 bytes, and longer names are made of this one
 _TAKEN = ("mlflow.db", "mlflow.db-journal", "mlflow.db-shm", "mlflow.db-wal", "mlartifacts")
@@ -300,9 +308,10 @@ class RewardSettings(Section):
         {"t2i": _GENERAL, "reasoning": _GENERAL, "text": _TEXT, "edit": _GENERAL},
         "Weight of each pool's reward for the prompts of each task; absent or 0 is never called. [0, 0.5, 200] rises "
         "from 0 at step 0 to 0.5 at step 200. A row source:NAME is for the prompts of that data set, whatever their "
-        "task. A recipe replaces whole rows; one weight is set as rewards.weights.text.ocr=0.5.",
+        "task; the row held_out is of rewards that score all pictures and are never trained on. A recipe replaces "
+        "whole rows; one weight is set as rewards.weights.text.ocr=0.5.",
         allowed=f"{WeightRule.allowed}, for each pool ({', '.join(REWARDS)}, or one of your own) of a task "
-        f"({', '.join(TASKS)}) or of {BY_SOURCE}NAME",
+        f"({', '.join(TASKS)}), of {BY_SOURCE}NAME or of {HELD_OUT}",
     )
     pools: dict[str, SerializeAsAny[PoolSettings]] = Field(default_factory=dict)  # filled by `_gather_pools`
 
@@ -325,11 +334,18 @@ class RewardSettings(Section):
         for title, row in self.weights.items():
             key = f"rewards.weights.{title}"
             if not title.startswith(BY_SOURCE):
-                _require_known(key, "task", title, TASKS, f"; for the prompts of a data set: {BY_SOURCE}NAME")
+                more = f"; for the prompts of a data set: {BY_SOURCE}NAME"
+                _require_known(key, "task", title, (*TASKS, HELD_OUT), more)
             for name in row:
                 own = f"; a new one: rewards.{name}.class=package.module:Class"
                 _require_known(f"{key}.{name}", "reward", name, tuple(self.pools), own)
             check_row(key, row)
+        for name in self.held_out():
+            if rows := self._rows_of(name):
+                raise ValueError(
+                    f"rewards.weights.{HELD_OUT}.{name}: {name} is trained on, by rewards.weights.{rows[0]}; "
+                    "allowed: one of the two, as a held-out reward says nothing if it is optimised"
+                )
         return self
 
     def row_of(self, task: str, source: str) -> str:
@@ -341,13 +357,22 @@ class RewardSettings(Section):
         return self.weights.get(self.row_of(task, source), {})
 
     def used(self) -> tuple[str, ...]:
-        """Pools with a weight above 0 for some prompts in some step."""
-        return tuple(n for n in self.pools if self.tasks_of(n))
+        """Pools with a weight above 0 for some prompts in some step, or held out."""
+        return tuple(n for n in self.pools if self._rows_of(n) or n in self.held_out())
 
     def tasks_of(self, name: str) -> tuple[str, ...]:
-        """Tasks whose prompts a pool may be asked about; all of them if a data set has a weight for it."""
-        rows = [title for title, row in self.weights.items() if name in row and ever_positive(row[name])]
+        """Tasks on whose prompts a reward may be trained; all of them if a data set has a weight for it."""
+        rows = self._rows_of(name)
         return TASKS if any(title.startswith(BY_SOURCE) for title in rows) else tuple(rows)
+
+    def _rows_of(self, name: str) -> list[str]:
+        rows = self.weights.items()
+        return [title for title, row in rows if title != HELD_OUT and name in row and ever_positive(row[name])]
+
+    def held_out(self) -> dict[str, float]:
+        """Weight, above 0, of each reward that is watched and never trained on."""
+        row = {name: weight_at(weight, None) for name, weight in self.weights.get(HELD_OUT, {}).items()}
+        return {name: weight for name, weight in row.items() if weight > 0}
 
 
 class ExperienceSettings(Section):
@@ -401,8 +426,15 @@ ALARMS = {
     "ratio": 0.2,
     "kl": 1.0,
     "diversity": 0.3,
+    "saturation": 0.2,
+    "disagreement": 0.0,
+    "hacking": 0.05,
     "object_store": 0.7,
 }
+HACKING_PROMPTS = 8  # with scores in two evaluations, that the alarm `hacking` needs at least
+Action = Literal["report", "stop", "roll_back"]
+ACTIONS: tuple[Action, ...] = get_args(Action)
+Reaction = Annotated[tuple[Weight, Action], Field(strict=False)]  # written as a list, which is not strictly a tuple
 
 
 class TrackingSettings(Section):
@@ -412,18 +444,34 @@ class TrackingSettings(Section):
     )
     experiment: str = setting("deepgen", "Name of the MLflow experiment.", min_length=1)
     grid_every: int = setting(10, "Steps between image grids of fixed prompts; 0 draws none.", unit="steps", ge=0)
-    alarms: dict[str, Weight | None] = setting(
+    alarms: dict[str, Weight | Reaction | None] = setting(
         {},
         "Limits of alarms in rl that replace the defaults "
-        f"{{{', '.join(f'{name}: {limit:g}' for name, limit in ALARMS.items())}}}; null turns one off.",
-        allowed=f"a number >= 0, at most 1e6, or null for {', '.join(ALARMS)}, as in {{clip_share: 0.9, kl: null}}",
+        f"{{{', '.join(f'{name}: {limit:g}' for name, limit in ALARMS.items())}}}; null turns one off. "
+        "[limit, stop] ends the run, [limit, roll_back] (hacking alone) with the weights from before.",
+        allowed=f"a number >= 0, at most 1e6, null, or [number, {' or '.join(ACTIONS)}] for {', '.join(ALARMS)}, as in "
+        "{clip_share: 0.9, kl: null, hacking: [0.05, stop]}",
     )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in self.alarms:
             _require_known("tracking.alarms", "alarm", name, tuple(ALARMS))
+            if name != "hacking" and self.action(name) == "roll_back":
+                raise ValueError(
+                    f"tracking.alarms.{name}: got roll_back; allowed: report or stop, as only hacking knows since when"
+                )
         return self
+
+    def limit(self, name: str) -> float | None:
+        """Limit of an alarm; None if it is off."""
+        given = self.alarms.get(name, ALARMS[name])
+        return given[0] if isinstance(given, tuple) else given
+
+    def action(self, name: str) -> Action:
+        """What follows when an alarm begins."""
+        given = self.alarms.get(name)
+        return given[1] if isinstance(given, tuple) else "report"
 
 
 class EvaluationSettings(Section):
