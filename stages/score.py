@@ -118,7 +118,7 @@ class Scoring:
         """Score the pictures; what cannot be read is told and left out. Raises UserError if a reward fails."""
         from tqdm import tqdm
 
-        from actors.experience.scoring.reward_pool import RewardPoolError
+        from actors.experience.scoring.pool_parts import RewardPoolError
 
         parts = parts_of(pictures, by_prompt=self._compares)
         turns = asyncio.Semaphore(at_once(parts))

@@ -28,7 +28,7 @@ from actors.experience.journal.journal_counts import JournalCounts
 from actors.experience.prompt_order import PromptOrder, check_state
 from actors.experience.rollout_actor import Pictures
 from actors.experience.rollout_fleet import ATTEMPTS, RolloutError, RolloutFleet
-from actors.experience.scoring.reward_pool import RequestsLostError
+from actors.experience.scoring.pool_parts import RequestsLostError
 from actors.experience.scoring.reward_router import RewardRouter
 from actors.experience.step_advantages import factor_and_clamped, own_advantages, step_advantages, step_shares
 from actors.experience.step_metrics import StepClock, held_out_metrics, stacked_scores, step_metrics

@@ -126,7 +126,7 @@ def _failure_policy(settings: Settings, config: Any) -> Any:
     from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
     from actors.experience.rollout_fleet import NoRolloutLeftError
-    from actors.experience.scoring.reward_pool import RewardPoolError
+    from actors.experience.scoring.pool_parts import RewardPoolError
     from actors.experience.stream_client import StreamLostError
 
     final = (UserError, ArithmeticError, RewardPoolError, NoRolloutLeftError, StreamLostError)

@@ -16,9 +16,9 @@ import pytest
 from actors.experience.journal import score_journal
 from actors.experience.journal.score_journal import ScoreJournal
 from actors.experience.reward_requests import request_key
-from actors.experience.scoring.pool_parts import NOT_APPLICABLE, RewardScores
+from actors.experience.scoring.pool_parts import NOT_APPLICABLE, RequestsLostError, RewardPoolError, RewardScores
 from actors.experience.scoring.replica import CallTimeout
-from actors.experience.scoring.reward_pool import RequestsLostError, RewardPool, RewardPoolError
+from actors.experience.scoring.reward_pool import RewardPool
 from deepgen.config.schema.pools import make_pool as make_pool_settings
 from deepgen.errors import UserError
 from rewards.base import RewardRequest

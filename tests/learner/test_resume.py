@@ -121,7 +121,7 @@ def test_only_what_may_go_well_is_tried_again(tmp_path: Path, monkeypatch: pytes
     from ray.train.v2.api.exceptions import WorkerGroupError
 
     from actors.experience.rollout_fleet import NoRolloutLeftError
-    from actors.experience.scoring.reward_pool import RewardPoolError
+    from actors.experience.scoring.pool_parts import RewardPoolError
     from actors.learner import ray_train
     from actors.learner.console import FILE
     from actors.learner.ray_train import _failure_policy

@@ -18,6 +18,14 @@ COUNTERS = (
 NOT_APPLICABLE = Missing("refused", "the reward does not apply to this prompt, or there is no picture")
 
 
+class RequestsLostError(RuntimeError):
+    """The list of requests is in no object store any more. Whoever made it can make it again."""
+
+
+class RewardPoolError(RuntimeError):
+    """The run needs this pool's reward, and it does not answer any more."""
+
+
 @dataclass(frozen=True)
 class RewardScores:
     """Scores of one call of `RewardPool.score`, in the order of its keys.
@@ -95,3 +103,12 @@ def group_keys(keys: Sequence[bytes]) -> list[bytes]:
     """Cache keys of a group's members: a score that comes of a comparison depends on all of them and their order."""
     whole = hashlib.blake2b(b"".join([b"%d:" % len(keys), *keys]), digest_size=16).digest()
     return [hashlib.blake2b(b"%d:" % place + whole, digest_size=16).digest() for place in range(len(keys))]
+
+
+def keys_of_cache(keys: Sequence[bytes | None], groups: Sequence[list[int]], *, compared: bool) -> dict[int, bytes]:
+    """Keys in the cache by index of the request. compared: the reward compares the images of a group."""
+    found: dict[int, bytes] = {}
+    for members in groups:
+        own = [key for index in members if (key := keys[index]) is not None]
+        found |= zip(members, group_keys(own) if compared else own, strict=True)
+    return found

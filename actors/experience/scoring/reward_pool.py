@@ -37,9 +37,11 @@ from actors.experience.scoring.pool_parts import (
     NOT_APPLICABLE,
     Part,
     PoolCall,
+    RequestsLostError,
+    RewardPoolError,
     RewardScores,
     asked_groups,
-    group_keys,
+    keys_of_cache,
 )
 from actors.experience.scoring.pool_queue import Batch, PoolQueue, can_split, halves, size_of
 from actors.experience.scoring.replica import CallTimeout, Replica
@@ -60,14 +62,6 @@ MAX_BACKOFF_S = 10.0
 BUGS_IN_A_ROW = 3  # prompts with which a reward raises an exception, without a score in between: then it is a bug
 GROW_AFTER_S, IDLE_S = 10.0, 60.0  # before a replica is added, and before one that idles goes
 _LOOK_S = 0.25  # how often a replica looks whether the breaker lets a call go on
-
-
-class RequestsLostError(RuntimeError):
-    """The list of requests is in no object store any more. Whoever made it can make it again."""
-
-
-class RewardPoolError(RuntimeError):
-    """The run needs this pool's reward, and it does not answer any more."""
 
 
 class RewardPool:
@@ -196,7 +190,7 @@ class RewardPool:
             raise self._broken or RewardPoolError(f"reward pool {self.name}: start() comes first")
         counters = dict.fromkeys(COUNTERS, 0.0)
         groups = asked_groups(keys, (group or len(keys)) if self._groupwise else None) if keys else []
-        cache_keys = self._cache_keys(keys, groups)
+        cache_keys = keys_of_cache(keys, groups, compared=self._groupwise)
         values: list[float | None] = [None] * len(keys)
         for members in groups:
             known = [self._cache.recall(cache_keys[index]) for index in members]
@@ -223,14 +217,6 @@ class RewardPool:
         return RewardScores(values, reasons, counters)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
-
-    def _cache_keys(self, keys: Sequence[bytes | None], groups: list[list[int]]) -> dict[int, bytes]:
-        """Keys in the cache by index of the request."""
-        found: dict[int, bytes] = {}
-        for members in groups:
-            own = [key for index in members if (key := keys[index]) is not None]
-            found |= zip(members, group_keys(own) if self._groupwise else own, strict=True)
-        return found
 
     async def _outcome(self, call: PoolCall, parts: list[list[int]]) -> None:
         """Fill in the scores of these requests, or why they are missing."""

@@ -12,8 +12,8 @@ import pytest
 from ray.exceptions import OutOfMemoryError
 
 from actors.experience.scoring import reward_pool
-from actors.experience.scoring.pool_parts import RewardScores
-from actors.experience.scoring.reward_pool import RewardPool, RewardPoolError
+from actors.experience.scoring.pool_parts import RewardPoolError, RewardScores
+from actors.experience.scoring.reward_pool import RewardPool
 from rewards import Missing, RewardUnavailable, Score
 from tests.helpers.local_replicas import Death, Hang, Script, ask, in_pool, script
 

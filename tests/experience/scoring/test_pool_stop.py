@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from actors.experience.scoring.reward_pool import RewardPool, RewardPoolError
+from actors.experience.scoring.pool_parts import RewardPoolError
+from actors.experience.scoring.reward_pool import RewardPool
 from actors.experience.scoring.reward_router import RewardRouter
 from deepgen.config.schema.pools import make_pool
 from deepgen.errors import UserError

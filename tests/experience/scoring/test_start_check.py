@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from ray.exceptions import UnserializableException
 
-from actors.experience.scoring.pool_parts import RewardScores
-from actors.experience.scoring.reward_pool import RewardPool, RewardPoolError
+from actors.experience.scoring.pool_parts import RewardPoolError, RewardScores
+from actors.experience.scoring.reward_pool import RewardPool
 from actors.experience.scoring.start_check import check_requests
 from deepgen.config.schema.pools import make_pool
 from deepgen.config.schema.sections import TASKS
