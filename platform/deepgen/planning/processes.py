@@ -61,7 +61,12 @@ def _weights(pool: PoolSettings) -> int:
 
 
 def _files(path: Path) -> Iterable[Path]:
-    return [file for file in path.rglob("*") if file.suffix in WEIGHTS] if path.is_dir() else [path]
+    """The weights in a folder; of those that are there in several formats, one."""
+    if not path.is_dir():
+        return [path]
+    files = [file for file in path.rglob("*") if file.suffix in WEIGHTS]
+    kind = min((WEIGHTS.index(file.suffix) for file in files), default=0)
+    return [file for file in files if file.suffix == WEIGHTS[kind]]
 
 
 def _size(file: Path) -> int:
