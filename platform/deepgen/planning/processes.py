@@ -50,9 +50,8 @@ def _pool(pool: PoolSettings) -> Iterator[str]:
         yield "    not estimated: what its forward passes need"
     if weights:
         yield f"    weights on each GPU, as large as their files: {weights / max(1, int(pool.gpus)) / GIB:.1f} GiB"
-    else:
-        where = " and ".join(str(path) for path in pool.input_paths().values())
-        yield f"    size of the weights: not known without files{f' in {where}' if where else ''}"
+    elif paths := " and ".join(str(path) for path in pool.input_paths().values()):
+        yield f"    size of the weights: not known without files in {paths}"
 
 
 def _weights(pool: PoolSettings) -> int:
