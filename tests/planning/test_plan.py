@@ -260,6 +260,7 @@ def test_plan_of_pools(tmp_path: Path) -> None:
     """Replicas, GPUs, who asks elsewhere, and the size of weights that are here."""
     (tmp_path / "part.safetensors").write_bytes(b"")
     os.truncate(tmp_path / "part.safetensors", 64 * memory.GIB)  # takes no room on the disk
+    (tmp_path / "the_same.bin").write_bytes(b"weights")
     judges = ["rewards.large.class=vlm_judge", f"rewards.large.path={tmp_path}", "rewards.large.gpus=4.0"]
     judges += ["rewards.far.class=vlm_judge", "rewards.far.endpoint=http://judge:1/v1", "rewards.far.model=m"]
     pools = [*judges, "rewards.far.gpus=0", "rewards.kept.path=nowhere", "rewards.ocr.replicas=1..6"]

@@ -52,9 +52,8 @@ def _pool(pool: PoolSettings) -> Iterator[str]:
         yield "    not estimated: what its forward passes need"
     if weights:
         yield f"    weights on each GPU, as large as their files: {weights / max(1, int(pool.gpus)) / GIB:.1f} GiB"
-    else:
-        where = " and ".join(str(path) for path in pool.input_paths().values())
-        yield f"    size of the weights: not known without files{f' in {where}' if where else ''}"
+    elif paths := " and ".join(str(path) for path in pool.input_paths().values()):
+        yield f"    size of the weights: not known without files in {paths}"
 
 
 def _weights(pool: PoolSettings) -> int:
@@ -63,7 +62,12 @@ def _weights(pool: PoolSettings) -> int:
 
 
 def _files(path: Path) -> Iterable[Path]:
-    return [file for file in path.rglob("*") if file.suffix in WEIGHTS] if path.is_dir() else [path]
+    """The weights in a folder; of those that are there in several formats, one."""
+    if not path.is_dir():
+        return [path]
+    files = [file for file in path.rglob("*") if file.suffix in WEIGHTS]
+    kind = min((WEIGHTS.index(file.suffix) for file in files), default=0)
+    return [file for file in files if file.suffix == WEIGHTS[kind]]
 
 
 def _size(file: Path) -> int:
