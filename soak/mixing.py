@@ -147,6 +147,27 @@ def draw_mixing(runs: Sequence[MixedRun], output: Path) -> None:
     figure.savefig(output)
 
 
+def draw_samples(folder: Path, seed: int, output: Path, count: int = 10) -> None:
+    """Draw the same held-out prompts before and after the runs of a seed, one picture each (PNG)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from stages.rl_report import AFTER, BEFORE  # late: replicas of the reward import this file
+
+    rows = [("before", METHODS[0], BEFORE), *((method, method, AFTER) for method in METHODS)]
+    figure = Figure(figsize=(1.05 * count, 3.3), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(rows), count)
+    for line, (title, method, file) in zip(grid, rows, strict=True):
+        with np.load(folder / run_name(method, seed) / file, allow_pickle=False) as saved:
+            for number, axes in enumerate(line):
+                axes.imshow(saved[f"image/{number}"][0])
+                axes.set_xticks([])
+                axes.set_yticks([])
+        line[0].set_ylabel(title)
+    figure.savefig(output)
+
+
 def _draw_shares(axes: Axes, runs: Sequence[MixedRun], name: str) -> None:
     for number, method in enumerate(METHODS):
         curves = [run.series[f"advantage/share/{name}"] for run in runs if run.method == method]
