@@ -21,7 +21,7 @@ from soak.defects import DEFECT_HEADER, defect_rows, run_defects
 from soak.fuzz import FUZZ_HEADER, SHARES, run_fuzz
 from soak.hacking import CASES, HACKING_HEADER, hacking_rows, run_trials, wrong
 from soak.kills import KILL_HEADER, kill_rows, run_kills
-from soak.mixing import MIXING_HEADER, ROOT, SEEDS, draw_mixing, mixing_rows, run_mixing
+from soak.mixing import MIXING_HEADER, ROOT, SEEDS, draw_mixing, draw_samples, mixing_rows, run_mixing
 from soak.schedules import Outcome, Schedule, draw_schedules, run_schedule, start_actors
 
 ACTORS = 4
@@ -125,7 +125,8 @@ def try_mixing(count: int) -> int:
         print(*mixing_rows(run), sep="\n", flush=True)
         runs.append(run)
     draw_mixing(runs, folder / "mixing.png")
-    print(f"picture: {folder / 'mixing.png'}")
+    draw_samples(folder, SEEDS[0], folder / "samples.png")
+    print(f"pictures: {folder / 'mixing.png'}, {folder / 'samples.png'}")
     return sum((run.share("aesthetic") > 0.5) != (run.method == "gdpo") for run in runs)
 
 

@@ -127,52 +127,88 @@ def mixing_rows(run: MixedRun) -> list[str]:
 
 
 def draw_mixing(runs: Sequence[MixedRun], output: Path) -> None:
-    """Draw the rewards of the step's samples, the shares of the signal and the held-out changes of all runs (PNG)."""
+    """Draw what decides in each run, how the methods drift apart, and the held-out changes (PNG)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    (top, bottom) = figure.subplots(2, 3)
     names = list(REWARDS)
-    for axes, name in zip(top, names, strict=False):
-        _draw_series(axes, runs, f"reward/{name}", f"{name}, weight {REWARDS[name]:g}: mean of the step's samples")
-    _draw_series(top[2], runs, f"advantage/share/{names[0]}", f"share of the advantages that is {names[0]}'s")
-    top[2].set_ylim(-0.05, 1.05)
-    for axes, name in zip(bottom, names, strict=False):
+    figure = Figure(figsize=(13, 7), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"weights {' : '.join(f'{REWARDS[name]:g} {name}' for name in names)}", fontsize=12)
+    top, bottom = figure.subplots(2, 3)
+    _draw_shares(top[0], runs, names[0])
+    for axes, name in zip(top[1:], names, strict=True):
+        _draw_gap(axes, runs, name)
+    for axes, name in zip(bottom[1:], names, strict=True):
         _draw_changes(axes, runs, name)
-    bottom[2].axis("off")
-    handles, labels = top[0].get_legend_handles_labels()
-    bottom[2].legend(handles, labels, loc="upper left", frameon=False, fontsize=11)
+    bottom[0].axis("off")
+    bottom[0].legend(*top[0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=11)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
 
 
-def _draw_series(axes: Axes, runs: Sequence[MixedRun], metric: str, title: str) -> None:
+def draw_samples(folder: Path, seed: int, output: Path, count: int = 10) -> None:
+    """Draw the same held-out prompts before and after the runs of a seed, one picture each (PNG)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from stages.rl_report import AFTER, BEFORE  # late: replicas of the reward import this file
+
+    rows = [("before", METHODS[0], BEFORE), *((method, method, AFTER) for method in METHODS)]
+    figure = Figure(figsize=(1.05 * count, 3.3), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(rows), count)
+    for line, (title, method, file) in zip(grid, rows, strict=True):
+        with np.load(folder / run_name(method, seed) / file, allow_pickle=False) as saved:
+            for number, axes in enumerate(line):
+                axes.imshow(saved[f"image/{number}"][0])
+                axes.set_xticks([])
+                axes.set_yticks([])
+        line[0].set_ylabel(title)
+    figure.savefig(output)
+
+
+def _draw_shares(axes: Axes, runs: Sequence[MixedRun], name: str) -> None:
     for number, method in enumerate(METHODS):
-        curves = [run.series[metric] for run in runs if run.method == method]
+        curves = [run.series[f"advantage/share/{name}"] for run in runs if run.method == method]
         for steps, values in curves:
             axes.plot(steps, values, color=f"C{number}", alpha=0.35, linewidth=1)
-        if curves:
-            mean = np.mean([values for _, values in curves], axis=0)
-            axes.plot(curves[0][0], mean, color=f"C{number}", linewidth=2.2, label=LABELS[method])
-    _finish(axes, title)
-    axes.set_xlabel("step", fontsize=9)
+        mean = np.mean([values for _, values in curves], axis=0)
+        axes.plot(curves[0][0], mean, color=f"C{number}", linewidth=2.2, label=LABELS[method])
+    for whole in (0, 1):
+        axes.axhline(whole, color="0.5", linewidth=0.8)
+    _finish(axes, f"share of the advantages that is {name}'s", "step")
+
+
+def _draw_gap(axes: Axes, runs: Sequence[MixedRun], name: str) -> None:
+    """Differences in the step's mean between the runs of a seed, which draw the same prompts in every step."""
+    first, second = METHODS
+    by_run = {(run.method, run.seed): run.series[f"reward/{name}"] for run in runs}
+    gaps = []
+    for (method, seed), (steps, values) in by_run.items():
+        if method == first and (second, seed) in by_run:
+            gaps.append(np.subtract(by_run[second, seed][1], values))
+            axes.plot(steps, gaps[-1], color="0.3", alpha=0.4, linewidth=1)
+    if gaps:
+        axes.plot(steps, np.mean(gaps, axis=0), color="0.1", linewidth=2.2)
+    axes.axhline(0, color="0.5", linewidth=0.8)
+    _finish(axes, f"{name} in training: {second} minus {first}, same prompts", "step")
 
 
 def _draw_changes(axes: Axes, runs: Sequence[MixedRun], name: str) -> None:
-    for place, run in enumerate(sorted(runs, key=lambda run: METHODS.index(run.method))):
+    order = sorted(runs, key=lambda run: METHODS.index(run.method))
+    for place, run in enumerate(order):
         row = next(row for row in run.heldout.rows if row.name == name)
         bars = [[row.difference - row.low], [row.high - row.difference]]
         axes.errorbar(place, row.difference, bars, fmt="o", color=f"C{METHODS.index(run.method)}", capsize=4)
     axes.axhline(0, color="0.5", linewidth=0.8)
-    order = sorted(runs, key=lambda run: METHODS.index(run.method))
     axes.set_xticks(range(len(order)), [f"{run.method}\n{run.seed}" for run in order], fontsize=8)
-    _finish(axes, f"{name}: change on held-out prompts, 95 %")
+    _finish(axes, f"{name}: change on held-out prompts, 95 %", "method, seed")
 
 
-def _finish(axes: Axes, title: str) -> None:
+def _finish(axes: Axes, title: str, below: str) -> None:
     axes.set_title(title, fontsize=10)
+    axes.set_xlabel(below, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

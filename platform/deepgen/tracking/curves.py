@@ -30,7 +30,7 @@ class Panel:
     title: str
     pattern: str
     log: bool = False  # logarithmic where the values span a wide range
-    whole: bool = False  # the values of a step are shares of a whole
+    whole: bool = False  # with lines at 0 and 1
 
 
 PANELS = (
@@ -48,7 +48,7 @@ PANELS = (
 REWARD_PANELS = (
     Panel("change since the first steps, in spreads within a group", r"reward_change/([^/]+)"),
     Panel("which reward moves the policy (share of the advantages)", r"advantage/share/([^/]+)", whole=True),
-    Panel("weight where it is asked for", r"reward_weight/([^/]+)"),
+    Panel("weight, where it is asked", r"reward_weight/([^/]+)", whole=True),
 )
 _FIRST = 5  # steps that a change starts from, or a fifth of the run
 _LOG_RANGE = 20
