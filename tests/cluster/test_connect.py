@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+import deepgen.cluster.connect as connect_module
 from deepgen.cluster.connect import connect
 from deepgen.cluster.resources import (
     Capacity,
@@ -66,6 +67,21 @@ def test_on_gpus_learner_rollout_and_judge_have_one_each() -> None:
     assert [resources.get("GPU") for resources in (*processes, *pools)] == [1, 1, 1, None]
     assert "GPU" not in pool_resources(Settings().rewards.pools["judge"], gpus=False)
     assert "GPU" not in process_resources("learner", gpus=False)
+
+
+def test_a_cluster_that_does_not_start_in_time_is_one_line(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with too much to do. Ray says so with an Exception that is nothing more."""
+
+    def late(*_: object, **__: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr("deepgen.cluster.connect.start_private", late)
+    monkeypatch.setattr("deepgen.cluster.connect._prepare_private", lambda *_: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(
+        UserError, match=r"^cluster\.address: cannot start a Ray cluster here: The current node timed out"
+    ):
+        connect_module._join_or_start(tiny, None)
 
 
 def test_nodes_an_autoscaler_may_start_count() -> None:

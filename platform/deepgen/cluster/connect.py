@@ -59,15 +59,15 @@ def connect(
 def _join_or_start(settings: Settings, code_root: Path | None) -> None:
     prepare_process()
     address = _address(settings)
-    import ray
-
     try:
         if address == "local":
             _prepare_private(settings, code_root)
             start_private(settings.cluster.num_cpus, log_to_driver=True)
         else:
             _join(address, code_root)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # not to be narrowed: where a start takes too long, Ray raises just that
         what = "start a Ray cluster here" if address == "local" else f"join a Ray cluster at {address}"
         raise UserError(f"cluster.address: cannot {what}: {_first_line(error)}") from error
 
