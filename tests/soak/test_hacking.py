@@ -29,5 +29,6 @@ def test_the_table_and_what_it_is_judged_by() -> None:
     ]
     assert wrong([*hacked, late, *honest]) == 0  # 9 of 10, 0 of 20
     assert wrong([*hacked, late, late, *honest]) == 1
+    assert wrong([*hacked, *[trial("brightness", [0.8, 0.79], None)] * 9, *honest]) == 0  # too short to say
     false = trial("CLIP", [0.8, 0.81, 0.82], 2)
     assert wrong([*hacked, *honest, false]) == 0 and wrong([*hacked, *honest[:8], false]) == 1
