@@ -39,7 +39,7 @@ from actors.learner.protocols import (
     StepContext,
     WorkerContext,
 )
-from actors.learner.run_control import Halt, result_text, stop_requested, write_halt
+from actors.learner.run_control import Halt, read_halt, result_text, stop_requested, write_halt
 from deepgen.errors import UserError
 from deepgen.seeds import stable_seed
 from deepgen.tracking.alarms import GOOD_STEP, Alarms, News
@@ -80,7 +80,7 @@ def train(
         loop = TrainingLoop(context, parts, engine, ema, checkpoints, start)
         if start == 0:
             loop.begin()
-        done = loop.run()
+        done = loop.ended or loop.run()
         if loop.halt:
             loop.end_early(loop.halt)
         checkpoints.finish()
@@ -124,7 +124,10 @@ class TrainingLoop:
         self.may_halt = context.stage == "rl" and any(tracking.action(name) != "report" for name in tracking.alarms)
         self.halt: News | None = None  # the alarm that ends the run, the same on all ranks
         self.good_step, self.saved = 0, start
-        if context.tracker:
+        note = read_halt(checkpoints.run_folder)
+        # Its workers have been started again since an alarm ended the run: its result is still to be written.
+        self.ended = bool(note and note.attempt and (note.attempt, note.result_step) == (checkpoints.attempt, start))
+        if context.tracker and not self.ended:
             write_halt(checkpoints.run_folder, None)
         if self.alarms and start:
             self.alarms.resume(read_steps(checkpoints.run_folder / FILE_NAME, start))
@@ -182,20 +185,19 @@ class TrainingLoop:
         """
         folder, done, action = self.checkpoints.run_folder, self.step + 1, self._action(alarm.name)
         result = done
-        if action == "stop":
-            if self.saved != done:
-                self._save(done)
-        else:
+        if action == "roll_back":
             self.checkpoints.finish()
             good = self.checkpoints.newest(self.good_step)
             if good is None:
                 raise UserError(f"{alarm.line}; {self.checkpoints.folder} has no checkpoint of step {self.good_step}")
             self.checkpoints.load(good, self.engine, self.ema)
             result = good.step
-        halt = Halt(done, alarm.name, action, alarm.line, result)
+        halt = Halt(done, alarm.name, action, alarm.line, result, self.checkpoints.attempt)
         if self.context.rank == 0:
             self.checkpoints.set_aside(result)
             write_halt(folder, halt)
+        if action == "stop" and self.saved != done:
+            self._save(done)
         self.context.say(f"the run ends after step {done}, {result_text(halt)}")
 
     def _save(self, step: int) -> None:

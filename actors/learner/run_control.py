@@ -108,6 +108,7 @@ class Halt:
     action: str  # stop or roll_back
     line: str  # of the alarm
     result_step: int
+    attempt: str = ""  # the start of the run that it ended (`CheckpointStore`)
 
 
 def write_halt(run_folder: Path, halt: Halt | None) -> None:

@@ -27,6 +27,7 @@ def run_workers(folder: Path, runs: Sequence[dict[str, Any]], *, world: int = 1,
     UserError (toy), whose text each rank writes to NAME.RANK.error there.
     "arrivals": {step: metrics} that evaluations bring on rank 0; "back": steps that may have to be gone back to (toy).
     "replays": (step, folder) trains on that step alone (toy), from the state in the folder.
+    "attempt": what tells this start from others (toy).
     "die_after": n ends the worker abruptly in the step after n steps. "die_writing": n kills it (SIGKILL) when half of
     the n-th checkpoint shard is on disk; "slow_writing": s writes each shard s seconds after the step has ended;
     "fail_writing": r lets rank r fail to write any. "fill": (folder, "shard" or "result") lets rank 0 fill the disk of
@@ -110,7 +111,7 @@ def _train_toy(settings: Any, run: dict[str, Any], rank: int, world: int) -> Non
     build = functools.partial(_build, lambda _: parts, run.get("die_after", 0))
     _disturb_writing(run, rank)
     try:
-        train(context, build, CheckpointStore(settings, "rl"), settings.run.resume)
+        train(context, build, CheckpointStore(settings, "rl", run.get("attempt", "")), settings.run.resume)
     except UserError as error:
         if "ends" not in run:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,23 @@ def test_stop_ends_a_run_where_it_is_and_roll_back_where_it_was_good(tmp_path: P
     for key, value in results["stopped"].items():
         assert torch.equal(value, results["rolled"][key]), key
     assert not torch.equal(results["said"]["out.weight"], results["rolled"]["out.weight"])
+
+
+@pytest.mark.processes
+def test_workers_that_start_again_after_the_end_only_write_its_result(tmp_path: Path) -> None:
+    """As when one dies while the result is written. A person who resumes the run goes on with it."""
+    stop = "tracking.alarms={hacking: [0.05, stop]}"
+    first = toy_run(tmp_path, "it", stop, arrivals={2: hacked(0)}) | {"attempt": "a"}
+    again, on = ({**toy_run(tmp_path, "it", stop, "run.resume=true"), "attempt": attempt} for attempt in "ab")
+    run_workers(tmp_path, [first])
+    result = toy_result(tmp_path, "it")
+    shutil.rmtree(tmp_path / "it" / "model")
+    run_workers(tmp_path, [again])
+    written, halt = toy_result(tmp_path, "it"), read_halt(tmp_path / "it")
+    assert all(torch.equal(written[key], value) for key, value in result.items()) and halt and halt.step == 2
+    run_workers(tmp_path, [on])
+    assert read_halt(tmp_path / "it") is None
+    assert not torch.equal(toy_result(tmp_path, "it")["out.weight"], result["out.weight"])
 
 
 def test_the_note_of_an_end_is_removed_by_the_next_start(tmp_path: Path) -> None:

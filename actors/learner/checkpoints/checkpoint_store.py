@@ -71,7 +71,7 @@ class CheckpointStore:
     def __init__(self, settings: Settings, stage: str, attempt: str = "") -> None:
         self.run_folder = settings.run.folder
         self.folder = self.run_folder / "checkpoints"
-        self._settings, self._stage, self._attempt = settings, stage, attempt
+        self._settings, self._stage, self.attempt = settings, stage, attempt
         self._fingerprint = ""
         self._background: Background | None = None  # from the first `save` on: it needs torch, a driver does not
 
@@ -204,7 +204,7 @@ class CheckpointStore:
             workers=settings.train.workers,
             zero_stage=settings.train.zero_stage,
             ema=has_ema,
-            attempt=self._attempt,
+            attempt=self.attempt,
             weights=self._weights_fingerprint(),
             settings=shown_settings(settings),  # `check_fits` compares none that could hold a secret
             versions={package: version(package) for package in _PACKAGES},
