@@ -42,7 +42,6 @@ from deepgen.tracking.alarms import Alarms
 from rewards import RewardRequest, Score, applies, build_reward
 from rewards.clip import ClipReward
 
-STEPS = 4
 FALL = 0.05  # of the held-out reward: the alarm is wanted before it
 HACKING_HEADER = (
     "| trained on | held out | runs | held-out reward at the end | fell by 5 % | alarm | alarm before the 5 % |\n"
@@ -82,17 +81,20 @@ class Mirrored(ClipReward):
 
 
 class Case(NamedTuple):
-    """What runs are trained on, as a value of rewards.weights.t2i, and the reward that is held out."""
+    """What runs are trained on, as a value of rewards.weights.t2i, the reward that is held out, and for how long."""
 
     trained: str
     held_out: str
     honest: bool
+    steps: int = 4
 
 
 CASES = {
     "brightness": Case("{bright: 1}", "clip", honest=False),
     "JPEG size": Case("{small: 1}", "clip", honest=False),
-    "blind spot": Case("{blind: 1}", "clip", honest=False),
+    "blind spot": Case(
+        "{blind: 1}", "clip", honest=False, steps=12
+    ),  # half of it is what is held out, so it takes longer
     "CLIP": Case("{clip: 1}", "mirrored", honest=True),
     "CLIP, too": Case("{clip: 1}", "aesthetic", honest=True),
 }
@@ -119,11 +121,11 @@ class Trial(NamedTuple):
         return self.alarm is not None and (self.fallen is None or self.alarm < self.fallen)
 
 
-def trial_settings(case: Case, seed: int, steps: int = STEPS) -> Settings:
+def trial_settings(case: Case, seed: int) -> Settings:
     """Generation on the tiny world, with a learning rate at which a few steps change much."""
     overrides = [
         f"run.seed={seed}",
-        f"train.steps={steps}",
+        f"train.steps={case.steps}",
         "train.learning_rate=6e-5",
         "train.warmup_steps=0",
         "model.precision=fp32",
@@ -208,17 +210,15 @@ class _CachedPainter(Painter):
         return self._known[record.id]
 
 
-def run_trial(
-    world: World, name: str, seed: int, steps: int = STEPS, watch: Callable[[int, Evaluation], None] | None = None
-) -> Trial:
+def run_trial(world: World, name: str, seed: int, watch: Callable[[int, Evaluation], None] | None = None) -> Trial:
     """One run of a case. It goes on after an alarm, so that one sees what would have come. watch: gets evaluations."""
-    settings = trial_settings(CASES[name], seed, steps)
+    settings = trial_settings(CASES[name], seed)
     world.reset()
     objective = MRGRPO(settings, None, None)
     optimizer = torch.optim.AdamW(parameter_groups(world.trained, 0.0), lr=settings.train.learning_rate)
-    test, alarms = HackingTest(steps), Alarms(settings.tracking)
+    test, alarms = HackingTest(settings.train.steps), Alarms(settings.tracking)
     held_out, trained, chances, alarm = list[float](), list[float](), list[float](), None
-    for step in range(steps + 1):
+    for step in range(settings.train.steps + 1):
         metrics = _train(world, settings, objective, optimizer, step - 1) if step else {}
         evaluation = world.evaluate(settings, step)
         if watch:
