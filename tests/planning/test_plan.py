@@ -272,7 +272,7 @@ def test_plan_of_pools(tmp_path: Path) -> None:
     assert "vLLM takes 85% of a GPU's memory" in text and "weights on each GPU, as large as their files: 16.0 G" in text
     assert "far: 1 replica that only ask" in text and "http://judge:1/v1" in text
     assert "kept: 1 replica, 0.1 of a GPU each" in text and "not known without files in nowhere" in text
-    assert "ocr: 6 replicas, 0.05 of a CPU each and no GPU (" in text
+    assert "ocr: 1 replica, up to 6 as requests wait, 0.05 of a CPU each and no GPU (" in text
     assert "GPUs in all: 21 (8 learner, 8 rollout, 0.1 kept, 4 large)" in text
     assert "one of them needs 4 GPUs" in text and "clip" not in text
 

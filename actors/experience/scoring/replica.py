@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -139,7 +140,7 @@ def _finite(value: Score) -> float | Missing:
     NaN or infinity must not reach the cache or the mean of a group.
     """
     if isinstance(value, Missing):
-        return Missing(value.reason, str(value.detail)[:_DETAIL])
+        return replace(value, detail=str(value.detail)[:_DETAIL])
     if value is None or not abs(value) <= _LARGEST:
         return Missing("parse", "the reward gave no finite score")
     return float(value)
