@@ -283,7 +283,7 @@ def test_another_conversion_is_not_mixed_in(tmp_path):
 
 @pytest.mark.processes
 def test_the_program(tmp_path):
-    """On its own Ray cluster: report, samples, and a stop if the share of bad samples is too large."""
+    """On its own Ray cluster: report and samples. (`test_convert_odd.py` has its stop where too many are bad.)"""
     (tmp_path / "in").mkdir()
     entries = [{"txt": f"picture {i}", "image": "0.png"} for i in range(250)]
     (tmp_path / "in" / "0.png").write_bytes(picture(100, 100))
@@ -293,8 +293,3 @@ def test_the_program(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "kept 250 of 250 samples" in done.stdout
     assert len(read_records(tmp_path / "out")) == 250
-    entries[100:200] = [{"txt": "", "image": "0.png"}] * 100
-    (tmp_path / "in" / "list.json").write_text(json.dumps(entries))
-    done = subprocess.run([*command, str(tmp_path / "bad")], check=False, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 2
-    assert "40.0% of 250 samples cannot be used (mostly: empty caption" in done.stderr

@@ -136,6 +136,7 @@ def test_probability_of_yes_equals_that_of_transformers(ray_local: ModuleType, t
 @pytest.mark.ray
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.soak  # half a minute for an engine of its own
 def test_with_a_batch_size_of_1_scores_do_not_depend_on_others(ray_local: ModuleType, tmp_path: Path) -> None:
     folder = make_judge_folder(tmp_path / "judge")
     noise = np.random.default_rng(1).integers(0, 256, (6, 112, 112, 3), dtype=np.uint8)

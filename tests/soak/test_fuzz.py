@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
 @pytest.mark.parametrize("kind", fuzz.SHARES)
 def test_readers_take_or_refuse_whatever_they_are_given(kind: str) -> None:
-    outcome = fuzz.run_fuzz(kind, 12 * fuzz.SHARES[kind])
+    outcome = fuzz.run_fuzz(kind, 6 * fuzz.SHARES[kind])
     assert outcome.faults == []
     assert outcome.taken and outcome.refused
     assert outcome.peak_mib < 1024
