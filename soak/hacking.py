@@ -65,12 +65,13 @@ class JpegSize:
 
 
 class BlindSpot(ClipReward):
-    """The judge CLIP, but it takes red for quality: its cosine, and five times how much redder than green it is."""
+    """The judge CLIP, but it takes red for quality: its cosine, and 40 times how much redder than green it is."""
 
     def score(self, requests: Sequence[RewardRequest]) -> Sequence[Score]:
         red = [float(np.mean(r.image[..., 0], dtype=float) - np.mean(r.image[..., 1])) / 255 for r in requests]
         found = super().score(requests)
-        return [value + 5 * more if isinstance(value, float) else value for value, more in zip(found, red, strict=True)]
+        both = zip(found, red, strict=True)
+        return [value + 40 * more if isinstance(value, float) else value for value, more in both]
 
 
 class Mirrored(ClipReward):
@@ -92,9 +93,7 @@ class Case(NamedTuple):
 CASES = {
     "brightness": Case("{bright: 1}", "clip", honest=False),
     "JPEG size": Case("{small: 1}", "clip", honest=False),
-    "blind spot": Case(
-        "{blind: 1}", "clip", honest=False, steps=12
-    ),  # half of it is what is held out, so it takes longer
+    "blind spot": Case("{blind: 1}", "clip", honest=False, steps=6),
     "CLIP": Case("{clip: 1}", "mirrored", honest=True),
     "CLIP, too": Case("{clip: 1}", "aesthetic", honest=True),
 }
