@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +13,9 @@ import ray
 
 from rewards import REASONS, Missing
 
+log = logging.getLogger(__name__)
+
+MOST_TOLD = 10  # failed calls of a pool for one reason that are lines on the log
 COUNTERS = (
     *("asked", "scored", "calls", "retries", "timeouts", "missing", "cache_hits", "restarts", "unwritten", "seconds"),
     *(f"missing/{reason}" for reason in REASONS),
@@ -24,6 +29,22 @@ class RequestsLostError(RuntimeError):
 
 class RewardPoolError(RuntimeError):
     """The run needs this pool's reward, and it does not answer any more."""
+
+
+class FailureLines:
+    """Lines on the log about failed calls of a pool: the first ones for each reason, as a bad day has thousands."""
+
+    def __init__(self, pool: str) -> None:
+        self._pool, self._told = pool, Counter[str]()
+
+    def tell(self, why: Missing, what_follows: str) -> None:
+        """Say why a call failed, and what follows, if there is a line left for its reason."""
+        self._told[why.reason] += 1
+        if self._told[why.reason] < MOST_TOLD:
+            log.warning("%s; %s", why.detail, what_follows)
+        elif self._told[why.reason] == MOST_TOLD:
+            text = "%s; %s; more calls that fail like this (%s) are only counted: pool/%s/retries"
+            log.warning(text, why.detail, what_follows, why.reason, self._pool)
 
 
 @dataclass(frozen=True)

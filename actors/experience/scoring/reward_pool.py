@@ -35,6 +35,7 @@ from actors.experience.scoring.breaker import MAX_PAUSE_S, Breaker
 from actors.experience.scoring.pool_parts import (
     COUNTERS,
     NOT_APPLICABLE,
+    FailureLines,
     Part,
     PoolCall,
     RequestsLostError,
@@ -115,6 +116,7 @@ class RewardPool:
         self._broken: BaseException | None = None
         self._totals = dict.fromkeys(COUNTERS, 0.0)
         self._told_reasons = set[str]()  # of missing scores, on the log
+        self._lines = FailureLines(self.name)
 
     async def start(self) -> None:
         """Create and warm up all replicas. Returns when every replica can score. One that dies meanwhile is replaced.
@@ -427,7 +429,7 @@ class RewardPool:
         for part in over:
             self._give_up([part], Missing(why.reason, f"{why.detail} (attempt {part.failures}, the last)"))
         left = [part for part in batch if part not in over]
-        log.warning("%s; %d requests are tried again, %d are missing", why.detail, size_of(left), size_of(over))
+        self._lines.tell(why, f"{size_of(left)} requests are tried again, {size_of(over)} are missing")
         if left:
             alone = why.reason in ("deadline", "died")
             self._again(halves(left) if alone else [left], alone=alone)

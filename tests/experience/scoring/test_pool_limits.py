@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import OutOfMemoryError
 
 from actors.experience.scoring import reward_pool
-from actors.experience.scoring.pool_parts import RewardPoolError, RewardScores
+from actors.experience.scoring.pool_parts import MOST_TOLD, FailureLines, RewardPoolError, RewardScores
 from actors.experience.scoring.reward_pool import RewardPool
 from rewards import Missing, RewardUnavailable, Score
 from tests.helpers.local_replicas import Death, Hang, Script, ask, in_pool, script
@@ -271,3 +271,14 @@ def test_pauses_change_no_score_and_are_the_same_in_two_runs(
         found.append(in_pool(lambda pool: ask(pool, NAMES[:8])).values)
     assert found[0] == found[1] and pauses[0] == pauses[1]
     assert len(set(pauses[0])) == len(pauses[0]) > 2
+
+
+def test_a_bad_day_of_a_service_does_not_flood_the_console(caplog: pytest.LogCaptureFixture) -> None:
+    lines = FailureLines("far")
+    for number in range(50):
+        lines.tell(Missing("transport", f"call {number}: status 500"), "16 requests are tried again, 0 are missing")
+    lines.tell(Missing("deadline", "no answer"), "0 requests are tried again, 1 are missing")
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == MOST_TOLD + 1 and told[0] == "call 0: status 500; 16 requests are tried again, 0 are missing"
+    assert told[-2].endswith("more calls that fail like this (transport) are only counted: pool/far/retries")
+    assert told[-1].startswith("no answer")
