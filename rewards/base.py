@@ -90,6 +90,14 @@ class Missing:
             raise ValueError(f"reason {self.reason!r}; allowed: {', '.join(REASONS)}")
 
 
+def strip_fault(image: np.ndarray, most: int) -> Missing | None:
+    """Why a reward cannot be asked about an image, uint8 [H, W, 3], whose sides have a ratio above `most`."""
+    height, width = image.shape[:2]
+    if max(height, width) <= most * min(height, width):
+        return None
+    return Missing("refused", f"an image of {width} x {height}; allowed: sides in a ratio up to {most}")
+
+
 Score = float | Missing | None  # higher is better; None: missing, and the reward does not say why
 
 

@@ -25,10 +25,10 @@ import numpy as np
 
 from deepgen.config import PoolSettings, setting
 from deepgen.data.quotes import quoted_words
-from rewards.base import Missing, RewardRequest, Score
+from rewards.base import Missing, RewardRequest, Score, strip_fault
 from rewards.look_alikes import fold_look_alikes
 
-MAX_ASPECT = 32
+MAX_ASPECT = 32  # the reader shrinks a longer strip to nothing, an error, or blows it up to gigabytes: 192 px across
 # Marks that typographers and keyboards write in several ways.
 _ONE_WAY = str.maketrans(dict.fromkeys("’‘‛`´ʼ′", "'") | dict.fromkeys("“”„‟«»″", '"') | dict.fromkeys("‐‑‒–—―−", "-"))
 
@@ -89,7 +89,7 @@ class OcrReward:
 
     def score(self, requests: Sequence[RewardRequest]) -> list[Score]:
         """One score in 0..1 per request; None if the prompt has no quoted words, Missing for a strip."""
-        return [_strip(request.image) or self._score_one(request) for request in requests]
+        return [strip_fault(request.image, MAX_ASPECT) or self._score_one(request) for request in requests]
 
     def read(self, image: np.ndarray) -> list[str]:
         """The lines of text in an image (uint8 [H, W, 3], RGB), top to bottom; [] if it has no text."""
@@ -103,16 +103,6 @@ class OcrReward:
         if self.applies(request):
             return Missing("refused", f"only punctuation is quoted in {request.prompt[:80]!r}")
         return None
-
-
-def _strip(image: np.ndarray) -> Missing | None:
-    """Why an image, uint8 [H, W, 3], cannot be read: the reader shrinks a long strip to nothing, which is an error, and
-    blows up a short one to gigabytes, as it wants 192 px across.
-    """
-    height, width = image.shape[:2]
-    if max(height, width) <= MAX_ASPECT * min(height, width):
-        return None
-    return Missing("refused", f"an image of {width} x {height}; allowed: sides in a ratio up to {MAX_ASPECT}")
 
 
 def target_words(prompt: str, rules: TextRules = PLAIN) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deepgen.config import InputPath, PoolSettings, Share, setting
-from rewards.base import Missing, RewardRequest, Score
+from rewards.base import Missing, RewardRequest, Score, strip_fault
 from rewards.clip import ClipReward
 
 MAX_ASPECT = 200  # of Qwen2-VL's image processor
@@ -43,7 +43,4 @@ class HpsV3Reward:
         """Why the model cannot be asked; its processor would raise an error that costs the whole batch."""
         if token := self.scorer.reserved(request.target):
             return Missing("refused", f"a description contains the reserved token {token}")
-        height, width = request.image.shape[:2]
-        if max(height, width) > MAX_ASPECT * min(height, width):
-            return Missing("refused", f"an image of {width} x {height}; allowed: sides in a ratio up to {MAX_ASPECT}")
-        return None
+        return strip_fault(request.image, MAX_ASPECT)
