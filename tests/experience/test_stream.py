@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -327,19 +328,32 @@ def test_a_call_that_hangs_is_tried_again_and_then_given_up(ray_local: ModuleTyp
 
 
 def test_an_actor_that_does_not_fetch_weights_does_not_end_the_run(ray_local: ModuleType) -> None:
-    """It is started again, and fetches them when it samples."""
+    """It is started again. The next call is answered, by the old process if that still lives, or by the new one."""
+    actor = ray_local.remote(num_cpus=0.1, max_restarts=1, concurrency_groups={"weights": 1})(Deaf).remote()
 
     async def body() -> int:
-        actor = ray_local.remote(num_cpus=0.1, max_restarts=1, concurrency_groups={"weights": 1})(Deaf).remote()
         fleet = RolloutFleet({"only": actor}, call_deadline_s=0.2, start_deadline_s=200)
         await fleet.start()
+        first: int = await actor.process.remote()
         await fleet.prefetch(PolicyWeights(2, "", (), (), Canary(0.0, None)))
         fleet._call_deadline_s = 100
         await fleet.call("sample_group", "group 5", lambda: None)
-        ray_local.kill(actor)
-        return fleet.restarts
+        return first
 
-    assert asyncio.run(body()) == 1
+    first, end = asyncio.run(body()), time.monotonic() + 60
+    while (process := process_of(ray_local, actor)) in (first, None) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert process not in (first, None)
+    ray_local.kill(actor)
+
+
+def process_of(ray: ModuleType, actor: Any) -> int | None:
+    """Its process's number, None while it has none."""
+    try:
+        number: int = ray.get(actor.process.remote(), timeout=60)
+    except ray.exceptions.RayActorError:
+        return None
+    return number
 
 
 def test_a_fleet_that_is_gone_says_so(ray_local: ModuleType) -> None:
