@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from actors.experience.policy.policy_sampler import group_request, pack_samples
 from actors.experience.reward_requests import held_out_weights, make_requests, reward_weights
-from actors.experience.step_advantages import step_advantages, step_shares
+from actors.experience.step_advantages import step_advantages
 from actors.experience.step_metrics import held_out_metrics, step_metrics
 from actors.learner.engine import parameter_groups
 from actors.learner.protocols import StepContext
@@ -250,8 +250,8 @@ def _train(
     torch.nn.utils.clip_grad_norm_([parameter for _, parameter in world.trained], settings.train.grad_clip)
     optimizer.step()
     names = settings.rewards.used()
-    weights, shares = np.stack([group.reward_weights for group in groups]), step_shares(settings, groups)
-    metrics, _ = step_metrics(groups, weights, names, result, shares)
+    weights = np.stack([group.reward_weights for group in groups])
+    metrics, _ = step_metrics(groups, weights, names, result)
     return metrics | held_out_metrics(groups, names)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -37,31 +37,19 @@ def factor_and_clamped(settings: Settings, advantages: np.ndarray, factor: float
     return factor, max(sum(over[rank::world]) for rank in range(world))
 
 
-def step_shares(settings: Settings, groups: Sequence[Group]) -> np.ndarray:
-    """Share of each reward in what moves the policy in a step, float64 [K] (`reward_shares`)."""
-    from deepgen.algorithms.advantages import reward_shares
-
-    shares: np.ndarray = reward_shares(**_arguments(settings, groups, settings.algorithm.whiten)).numpy()
-    return shares
-
-
 def _advantages(settings: Settings, groups: Sequence[Group], whiten: str, clip: float | None) -> AdvantageResult:
-    from deepgen.algorithms.advantages import group_advantages
-
-    return group_advantages(**_arguments(settings, groups, whiten), clip=clip)
-
-
-def _arguments(settings: Settings, groups: Sequence[Group], whiten: str) -> dict[str, Any]:
-    """What `group_advantages` and `reward_shares` take."""
     import torch
+
+    from deepgen.algorithms.advantages import group_advantages
 
     scores = stacked_scores(groups)  # [groups, G, K]
     size, rewards = scores.shape[1:]
-    return {
-        "name": settings.algorithm.advantage,
-        "rewards": torch.from_numpy(scores.reshape(-1, rewards)),
-        "weights": torch.from_numpy(np.repeat(np.stack([group.reward_weights for group in groups]), size, axis=0)),
-        "group_ids": torch.arange(len(groups)).repeat_interleave(size),
-        "whiten": whiten,
-        "rank_ids": (torch.arange(len(groups)) % settings.train.workers).repeat_interleave(size),
-    }
+    return group_advantages(
+        settings.algorithm.advantage,
+        torch.from_numpy(scores.reshape(-1, rewards)),
+        torch.from_numpy(np.repeat(np.stack([group.reward_weights for group in groups]), size, axis=0)),
+        torch.arange(len(groups)).repeat_interleave(size),
+        whiten=whiten,
+        rank_ids=(torch.arange(len(groups)) % settings.train.workers).repeat_interleave(size),
+        clip=clip,
+    )

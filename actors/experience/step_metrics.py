@@ -77,13 +77,14 @@ def step_metrics(
     reward_weights: np.ndarray,
     names: Sequence[str],
     result: AdvantageResult,
-    shares: np.ndarray,
 ) -> tuple[dict[str, float], Tally]:
     """Metrics of a step, and its contribution to the run's reward statistics.
 
     reward_weights: [groups, K], 0 where a prompt does not use a reward. names: names of the K rewards.
-    shares: [K], which reward moves the policy (`step_shares`).
     """
+    from deepgen.algorithms.advantages import reward_shares
+
+    shares = reward_shares(result.signal)
     by_group = stacked_scores(groups)  # [groups, G, K]
     scores = by_group.reshape(-1, len(names))  # [N, K]
     weights = np.repeat(reward_weights, by_group.shape[1], axis=0)
@@ -112,7 +113,7 @@ def step_metrics(
             metrics[f"reward/{name}"] = float(scores[had, k].mean())
             if (spread := mean_spread(by_group[:, :, k])) is not None:
                 metrics[f"reward_spread/{name}"] = spread
-            if np.isfinite(shares[k]):
+            if shares[k].isfinite():
                 metrics[f"advantage/share/{name}"] = float(shares[k])
     return metrics, tally
 

@@ -30,7 +30,7 @@ from actors.experience.rollout_actor import Pictures
 from actors.experience.rollout_fleet import ATTEMPTS, RolloutError, RolloutFleet
 from actors.experience.scoring.pool_parts import RequestsLostError
 from actors.experience.scoring.reward_router import RewardRouter
-from actors.experience.step_advantages import factor_and_clamped, own_advantages, step_advantages, step_shares
+from actors.experience.step_advantages import factor_and_clamped, own_advantages, step_advantages
 from actors.experience.step_metrics import StepClock, held_out_metrics, stacked_scores, step_metrics
 from actors.experience.stream_client import StreamForgotError, VersionGoneError
 from actors.experience.watch import Watch
@@ -211,9 +211,7 @@ class ExperienceStream:
         """Deal the groups out to the ranks in turn; every rank gets equally many."""
         advantages = result.advantages.reshape(len(groups), -1).numpy()
         ready = [replace(group, advantages=row.copy()) for group, row in zip(groups, advantages, strict=True)]
-        metrics, tally = step_metrics(
-            groups, reward_weights, self._rewards.names, result, step_shares(self._settings, groups)
-        )
+        metrics, tally = step_metrics(groups, reward_weights, self._rewards.names, result)
         metrics |= held_out_metrics(groups, self._rewards.names)
         metrics |= clock.metrics(stacked_scores(groups)[..., 0].size) | self._rewards.counters()
         metrics |= {"time/sync_s": self._sync_seconds, "rollout/restarts": float(self._fleet.restarts)}

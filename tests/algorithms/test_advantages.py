@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepgen.algorithms.advantages import AdvantageResult, Scores, group_advantages, reward_shares, weighted_total
+from deepgen.algorithms.advantages import (
+    AdvantageResult,
+    Scores,
+    group_advantages,
+    normalise,
+    reward_shares,
+    weighted_total,
+)
 from deepgen.errors import UserError
 from deepgen.registry import ADVANTAGES
 
@@ -27,6 +34,13 @@ def _one_group(columns: list[list[float]], weights: list[float], **options: Any)
     rewards = torch.tensor(columns).T
     ids = torch.zeros(len(rewards))
     return group_advantages("gdpo", rewards, torch.tensor(weights).expand_as(rewards), ids, **options)
+
+
+def _normalised(result: AdvantageResult) -> Tensor:
+    """Each reward normalised within its group, [N, K] fp32; NaN where missing."""
+    scores = result.signal.scores
+    values, _ = normalise(scores.rewards, scores.present, scores.groups, scores.eps)
+    return torch.where(scores.present, values, torch.nan).float()
 
 
 # -- parity ----------------------------------------------------------------------------------------
@@ -53,7 +67,7 @@ def test_weighted_total_matches_the_reference(size: int) -> None:
 
 def test_gdpo_by_hand() -> None:
     result = _one_group([[1.0, 2.0, 3.0]], [0.5], whiten="none")
-    assert result.normalised[:, 0].tolist() == pytest.approx([-1, 0, 1], abs=2e-4)
+    assert _normalised(result)[:, 0].tolist() == pytest.approx([-1, 0, 1], abs=2e-4)
     assert result.advantages.tolist() == pytest.approx([-0.5, 0, 0.5], abs=1e-4)
 
 
@@ -123,15 +137,15 @@ def test_missing_scores_leave_the_statistics_of_the_others_alone() -> None:
     without = _one_group([[1.0, 2.0, 3.0]], [1.0], whiten="none")
     assert torch.equal(masked.advantages[:3], without.advantages)
     assert masked.advantages[3] == 0
-    assert masked.normalised[3].isnan().all()
-    assert not masked.normalised[:3].isnan().any()
+    assert _normalised(masked)[3].isnan().all()
+    assert not _normalised(masked)[:3].isnan().any()
     assert masked.missing.tolist() == [1]
 
 
 def test_other_weights_are_not_scaled_up_for_a_missing_score() -> None:
     both = _one_group([[1.0, 2.0, 3.0], [5.0, 6.0, 7.0]], [0.75, 0.25], whiten="none")
     one = _one_group([[1.0, 2.0, 3.0], [NAN, 6.0, 7.0]], [0.75, 0.25], whiten="none")
-    assert one.advantages[0].item() == pytest.approx(0.75 * both.normalised[0, 0].item())
+    assert one.advantages[0].item() == pytest.approx(0.75 * _normalised(both)[0, 0].item())
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
@@ -182,9 +196,9 @@ def test_one_score_or_equal_scores_contribute_nothing_and_are_counted() -> None:
     ids = torch.tensor([0, 0, 0, 1, 1])
     result = group_advantages("gdpo", rewards, torch.ones(5, 3), ids, whiten="none")
     assert result.zero_spread.tolist() == [0, 0.5, 0.5]
-    assert result.normalised[:3, 1].tolist() == [0, 0, 0]
-    assert result.normalised[2, 2] == 0
-    assert torch.equal(result.advantages[:3], result.normalised[:3, 0])
+    assert _normalised(result)[:3, 1].tolist() == [0, 0, 0]
+    assert _normalised(result)[2, 2].isnan()  # alone, so it counts as missing
+    assert torch.equal(result.advantages[:3], _normalised(result)[:3, 0])
 
 
 def test_equal_scores_are_recognised_whatever_their_binary_fraction() -> None:
@@ -214,7 +228,7 @@ def test_nothing_to_learn_is_zero_never_nan(name: str) -> None:
 def test_half_precision_rewards_are_fine() -> None:
     rewards, weights, ids = _batch()
     result = group_advantages("gdpo", rewards.half(), weights.half(), ids)
-    assert result.advantages.dtype == result.normalised.dtype == torch.float32
+    assert result.advantages.dtype == torch.float32
 
 
 # -- bad input -------------------------------------------------------------------------------------
@@ -251,9 +265,8 @@ APART = torch.tensor([[0.0, 0.0], [0.0, 100.0], [1.0, 0.0], [1.0, 100.0]])
 
 def _shares(name: str, rewards: Tensor, weights: list[float], ids: Tensor | None = None, **options: Any) -> list[float]:
     ids = torch.zeros(len(rewards)) if ids is None else ids
-    shares: list[float] = reward_shares(
-        name, rewards, torch.tensor(weights).expand_as(rewards), ids, **options
-    ).tolist()
+    result = group_advantages(name, rewards, torch.tensor(weights).expand_as(rewards), ids, **options)
+    shares: list[float] = reward_shares(result.signal).tolist()
     return shares
 
 
@@ -291,9 +304,9 @@ def test_shares_add_up_and_missing_scores_have_none(name: str) -> None:
     rewards, _, ids = _batch()
     rewards[:6, 2] = NAN  # nothing of this group
     rewards[7, 0] = NAN
-    whole = reward_shares(name, rewards, torch.ones_like(rewards), ids)
+    whole = reward_shares(group_advantages(name, rewards, torch.ones_like(rewards), ids).signal)
     assert whole.sum().item() == pytest.approx(1) and (whole > 0).all()
     rewards[:, 2] = NAN
-    without = reward_shares(name, rewards, torch.ones_like(rewards), ids)
+    without = reward_shares(group_advantages(name, rewards, torch.ones_like(rewards), ids).signal)
     assert without.sum().item() == pytest.approx(1) and without[2].item() == pytest.approx(0, abs=1e-12)
-    assert reward_shares(name, torch.zeros(24, 3), torch.ones(24, 3), ids).isnan().all()
+    assert reward_shares(group_advantages(name, torch.zeros(24, 3), torch.ones(24, 3), ids).signal).isnan().all()

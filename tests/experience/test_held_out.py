@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from actors.experience.reward_requests import held_out_weights, reward_weights
-from actors.experience.step_advantages import own_advantages, step_advantages, step_shares
+from actors.experience.step_advantages import own_advantages, step_advantages
 from actors.experience.step_metrics import group_agreement, held_out_metrics, step_metrics
 from actors.messages import Group
 from deepgen.config import Settings, UserError, load_settings
@@ -63,7 +63,7 @@ def test_held_out_scores_change_no_advantage_and_no_trained_metric() -> None:
     logged = []
     for groups, result in zip((one, other), results, strict=True):
         weights = np.stack([g.reward_weights for g in groups])
-        metrics, tally = step_metrics(groups, weights, NAMES, result, step_shares(ours, groups))
+        metrics, tally = step_metrics(groups, weights, NAMES, result)
         assert tally.keys() == {"judge", "clip"}
         logged.append(metrics)
     assert logged[0] == logged[1] and "reward/aesthetic" not in logged[0]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from actors.experience.step_advantages import own_advantages, step_advantages, step_shares
+from actors.experience.step_advantages import own_advantages, step_advantages
 from actors.experience.step_metrics import group_diversity, step_metrics
 from actors.messages import Group
 from deepgen.config import load_settings
@@ -28,8 +28,7 @@ def test_a_missing_score_is_counted_and_leaves_all_advantages_finite() -> None:
     whole = step_advantages(settings, groups)
     assert np.isfinite(whole.advantages.numpy()).all()
     assert np.isfinite(own_advantages(settings, groups[1])).all()
-    shares = step_shares(settings, groups)
-    metrics, tally = step_metrics(groups, np.ones((2, 2)), ["a", "b"], whole, shares)
+    metrics, tally = step_metrics(groups, np.ones((2, 2)), ["a", "b"], whole)
     assert metrics["reward_missing_share/b"] == 1 / 8 and tally["b"][:2] == (7, 1)
     assert metrics["advantage/share/a"] + metrics["advantage/share/b"] == pytest.approx(1)
     assert metrics["reward_spread/b"] == pytest.approx(
@@ -52,5 +51,5 @@ def test_diversity_is_the_mean_distance_of_pairs() -> None:
 def diversity_of(groups: list[Group]) -> float | None:
     """What a step of these groups logs."""
     settings = load_settings(None, ["train.workers=1"])
-    result, shares = step_advantages(settings, groups), step_shares(settings, groups)
-    return step_metrics(groups, np.ones((len(groups), 1)), ["a"], result, shares)[0].get("rollout/diversity")
+    metrics, _ = step_metrics(groups, np.ones((len(groups), 1)), ["a"], step_advantages(settings, groups))
+    return metrics.get("rollout/diversity")

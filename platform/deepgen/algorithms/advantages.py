@@ -14,6 +14,8 @@ weight 0 has no effect and does not count as missing.
 All functions are pure. Statistics are in fp64, with the sample standard deviation (n - 1) and eps outside the root.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -27,15 +29,18 @@ from deepgen.registry import ADVANTAGES, lookup
 MIN_SCORES = 2  # of a reward in a group in which others are missing; with fewer they count as missing, too
 
 
+Method = Callable[["Scores"], tuple[Tensor, Tensor]]  # -> combined signal [N], advantages [N]
+
+
 @dataclass(frozen=True)
 class AdvantageResult:
     advantages: Tensor  # [N] fp32, clipped
-    normalised: Tensor  # [N, K] fp32, each reward normalised within its group; NaN where missing
     zero_spread: Tensor  # [K] fp32, share of the groups using this reward that learned nothing from it
     missing: Tensor  # [K] int, missing scores among those asked for (weight > 0)
     spread_before: float  # standard deviation of the combined signal before the batch-wide normalisation
     spread_after: float  # standard deviation of the final advantages
     factor: float  # what whitening multiplies a group's own part with, see `choose_overlap`
+    signal: Signal  # what the advantages were made of, for `reward_shares`
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,16 @@ class Scores:
     def usable(self) -> Tensor:
         """[N] bool: samples with at least one score that counts."""
         return (self.present & (self.weights != 0)).any(dim=1)
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What a method has made of the scores."""
+
+    method: Method
+    scores: Scores  # without those that were alone in a group
+    combined: Tensor  # [N] fp64
+    advantages: Tensor  # [N] fp64, before the clip
 
 
 def group_advantages(
@@ -75,56 +90,45 @@ def group_advantages(
 
     Raises UserError for an unknown name or scope, ValueError for shapes or values that don't fit.
     """
-    method: Callable[[Scores], tuple[Tensor, Tensor]] = ADVANTAGES.load(name)
+    method: Method = ADVANTAGES.load(name)
     scores = _checked(rewards, weights, group_ids, _scope(whiten, rewards, rank_ids), eps)
-    normalised, flat = normalise(scores.rewards, scores.present, scores.groups, eps)
+    _, flat = normalise(scores.rewards, scores.present, scores.groups, eps)
     compared = _without_lone_scores(scores)
-    combined, advantages = method(compared)
-    advantages = torch.where(compared.usable, advantages, 0.0)
+    combined, whole = method(compared)
+    advantages = torch.where(compared.usable, whole, 0.0)
     if clip is not None:
         advantages = advantages.clamp(-clip, clip)
     asked = scores.weights != 0
     spread = _spread(combined[compared.usable])
     return AdvantageResult(
         advantages=advantages.float(),
-        normalised=torch.where(scores.present, normalised, torch.nan).float(),
         zero_spread=_share_of_groups(flat, asked, scores.groups).float(),
         missing=(~scores.present & asked).sum(dim=0),
         spread_before=spread,
         spread_after=_spread(advantages[compared.usable]),
         factor=1 / (spread + eps),
+        signal=Signal(method, compared, combined, whole),
     )
 
 
-def reward_shares(
-    name: str,
-    rewards: Tensor,
-    weights: Tensor,
-    group_ids: Tensor,
-    *,
-    eps: float = 1e-4,
-    whiten: str = "global",
-    rank_ids: Tensor | None = None,
-) -> Tensor:
+def reward_shares(signal: Signal) -> Tensor:
     """Which reward moves the policy: its share of the advantages' differences within groups; [K] fp64, the sum is 1.
 
-    Arguments and errors as for `group_advantages`, without the clip. A reward's part of the combined signal is what the
-    method makes of this reward alone. Advantages of a group differ as its combined signal does, times a factor; the
-    same factor makes the part comparable between groups. Share: covariance of part and advantage within groups, divided
-    by the sum over the rewards. Of uncorrelated rewards each has the square of what it adds (gdpo: of its weight). It
-    is negative for a reward against which the others decide, and NaN where no group has differences.
+    A reward's part of the combined signal is what the method makes of this reward alone. Advantages of a group differ
+    as its combined signal does, times a factor; the same factor makes the part comparable between groups. Share:
+    covariance of part and advantage within groups, divided by the sum over the rewards. Of uncorrelated rewards each
+    has the square of what it adds (gdpo: of its weight). It is negative for a reward against which the others decide,
+    and NaN where no group has differences.
     """
-    method: Callable[[Scores], tuple[Tensor, Tensor]] = ADVANTAGES.load(name)
-    scores = _without_lone_scores(_checked(rewards, weights, group_ids, _scope(whiten, rewards, rank_ids), eps))
-    combined, advantages = method(scores)
-    moved, whole = (_within_groups(values, scores) for values in (advantages, combined))
+    scores = signal.scores
+    moved, whole = (_within_groups(values, scores) for values in (signal.advantages, signal.combined))
     factor = _of_groups(moved * whole, scores) / _of_groups(whole**2, scores)
     factor = torch.where(factor.isfinite(), factor, 0.0)
-    shares = torch.zeros(rewards.shape[1], dtype=torch.float64, device=rewards.device)
+    shares = torch.zeros(scores.weights.shape[1], dtype=torch.float64, device=scores.weights.device)
     for k in (scores.weights != 0).any(dim=0).nonzero()[:, 0].tolist():
         alone = torch.zeros_like(scores.weights)
         alone[:, k] = scores.weights[:, k]
-        part, _ = method(replace(scores, weights=alone))
+        part, _ = signal.method(replace(scores, weights=alone))
         shares[k] = (factor * _within_groups(part, scores) * moved).sum()
     total = shares.sum()
     return shares / total if total > 0 else torch.full_like(shares, torch.nan)
