@@ -116,13 +116,15 @@ class EvaluationReply:
 class BatchReply:
     """A reward replica's answer: for each request its score or why it has none. Reward actor → pool.
 
-    unavailable: why the reward could not score any of them now; None if it could. after_s: when to ask again. version:
-    of the reward, as `rewards.base.Reward` says; None where its settings decide.
+    unavailable: why the reward could not score any of them now; None if it could. after_s: when to ask again. broken:
+    why this process can score nothing any more. version: of the reward, as `rewards.base.Reward` says; None where its
+    settings decide.
     """
 
     values: list[float | Missing]
     unavailable: str | None = None
     after_s: float = 0.0
+    broken: str | None = None
     version: str | None = None
 
 

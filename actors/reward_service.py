@@ -4,8 +4,8 @@
 
 Serve starts more replicas when calls queue, and answers 503 when too many wait. If the reward raises an error, it gets
 each call alone, and a call that fails again in halves, until the images that do it are found: they have no score. Where
-none has one, the call is answered 500; the replica lives on. One whose reward hangs for longer than `deadline_s` is
-replaced.
+none has one, the call is answered 500; the replica lives on. One whose reward is broken, or hangs for longer than
+`deadline_s`, is replaced.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from deepgen.cluster.resources import pool_resources
 from deepgen.config import PoolSettings
 from deepgen.config.schema.sections import TASKS
 from deepgen.errors import UserError
-from rewards import Missing, RewardRequest, RewardUnavailable, Score, applies, build_reward
+from rewards import Missing, RewardBroken, RewardRequest, RewardUnavailable, Score, applies, build_reward
 from rewards.remote.protocol import MAX_BODY, ProtocolError, one_line, read_question, write_answer
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ QUEUE = 64  # calls for a reward that wait at the proxy, beyond which Serve answ
 BODY_S = 30.0  # for a body to arrive
 POLL_S = 0.2
 BUGS = 3  # images of a call with which the reward fails, without a score in between: then all of the call fails
+_NOT_NOW = (RewardUnavailable, RewardBroken)  # another attempt may be answered, by this replica or by another
 _ERROR = re.compile(r"^\s*(?:[\w.]+\.)?(\w*(?:Error|Exception)\w*(?:\(\w+\))?): (.+)$", re.MULTILINE)
 
 
@@ -73,6 +74,7 @@ class RewardService:
             raise RuntimeError(f"{own.key}: this node has joined later and has no {own.folder}")
         self._pool, self._token_hash, self._scorer = pool, token_hash, scorer_hash(pool)
         self._since: float | None = None  # when the reward got the batch that it is scoring
+        self._broken = ""  # why the reward scores nothing any more
         # Rewards are not made for calls beside each other, and some libraries want one thread for all.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
         self._reward = self._thread.submit(build_reward, pool).result()
@@ -80,7 +82,9 @@ class RewardService:
             self._thread.submit(self._reward.score, first).result()  # a first call takes longer
 
     def check_health(self) -> None:
-        """Raise RuntimeError if the reward hangs. Serve asks now and then, and replaces the replica after that."""
+        """Raise RuntimeError if the reward hangs or is broken. Serve asks now and then, and replaces it."""
+        if self._broken:
+            raise RuntimeError(f"{self._pool.pool_name}: {self._broken}")
         age = 0.0 if (since := self._since) is None else time.monotonic() - since
         if age > self._pool.deadline_s:
             raise RuntimeError(f"{self._pool.pool_name}: a batch has taken {age:.0f} s (deadline_s)")
@@ -102,7 +106,7 @@ class RewardService:
             return _says(400, str(error))
         try:
             return Response(write_answer(await self._scores(read), self._version()), media_type="application/json")
-        except RewardUnavailable as error:
+        except _NOT_NOW as error:
             return _says(503, str(error) or "the reward is unavailable")
         except Exception as error:  # the process boundary: the reward's bug must not end the service
             log.exception("reward %s", self._pool.pool_name)
@@ -136,7 +140,7 @@ class RewardService:
     async def _together(self, calls: list[list[RewardRequest]]) -> list[list[Score] | Exception]:
         """The scores of the requests of each call, or why there are none. A call with a fault costs no other one."""
         found = await self._attempt([one for call in calls for one in call])
-        if isinstance(found, RewardUnavailable):
+        if isinstance(found, _NOT_NOW):
             return [found] * len(calls)
         if isinstance(found, Exception):
             return [await self._apart(call, found if len(calls) == 1 else None) for call in calls]
@@ -153,7 +157,7 @@ class RewardService:
         while left:
             part = left.pop()
             found, met = met or await self._attempt([call[index] for index in part]), None
-            if isinstance(found, RewardUnavailable):
+            if isinstance(found, _NOT_NOW):
                 return found
             if not isinstance(found, Exception):
                 scores |= zip(part, found, strict=True)
@@ -175,6 +179,10 @@ class RewardService:
     async def _attempt(self, requests: list[RewardRequest]) -> list[Score] | Exception:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, self._score, requests)
+        except RewardBroken as error:
+            log.exception("reward %s is broken; its replica is replaced", self._pool.pool_name)
+            self._broken = str(error) or "broken"
+            return error
         except Exception as error:  # noqa: BLE001  raised again by the calls that it concerns
             return error
 

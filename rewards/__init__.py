@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deepgen.config import InputPath, PoolSettings, setting
-from rewards.base import REASONS, Missing, Reward, RewardRequest, RewardUnavailable, Score, TextLimit
+from rewards.base import REASONS, Missing, Reward, RewardBroken, RewardRequest, RewardUnavailable, Score, TextLimit
 
 __all__ = [
     "REASONS",
@@ -11,6 +11,7 @@ __all__ = [
     "Missing",
     "PoolSettings",
     "Reward",
+    "RewardBroken",
     "RewardRequest",
     "RewardUnavailable",
     "Score",

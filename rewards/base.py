@@ -117,6 +117,13 @@ class RewardUnavailable(Exception):
         self.after_s = after_s
 
 
+class RewardBroken(Exception):
+    """Raised by a reward whose process can score nothing any more, for example because its engine has failed.
+
+    The pool puts a new process in its place, and there tries the requests in halves, as one of them may have done it.
+    """
+
+
 class Reward(Protocol):
     """One scorer. Calls are not concurrent: a replica scores one batch at a time.
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from PIL import Image
 from deepgen.config import InputPath, PoolSettings, Share, setting
 from deepgen.data.records import first_reserved
 from deepgen.errors import UserError
-from rewards.base import RewardRequest, TextLimit, existing_folder
+from rewards.base import RewardBroken, RewardRequest, TextLimit, existing_folder
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
@@ -130,7 +131,8 @@ class JudgeReward:
             image = judge_image(request.image, *self.pixel_range)
             prompts[index] = TextPrompt(prompt=judge_prompt(request.target), multi_modal_data={"image": image})
         sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=2, logprob_token_ids=[self._yes, self._no])
-        outputs = self._engine.generate(list(prompts.values()), sampling, use_tqdm=False)
+        with engine_at_work():
+            outputs = self._engine.generate(list(prompts.values()), sampling, use_tqdm=False)
         for index, output in zip(prompts, outputs, strict=True):
             scores[index] = self._probability(output)
         return scores
@@ -163,6 +165,18 @@ def prepare_process() -> None:
         os.environ.setdefault(key, value)
     # On a CPU this logger reports a missing Triton at every start, before vLLM applies the level above.
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
+
+
+@contextmanager
+def engine_at_work() -> Iterator[None]:
+    """vLLM computes. Questions that it does not take it refuses before; after an error here it answers no more.
+
+    Raises RewardBroken then.
+    """
+    try:
+        yield
+    except Exception as error:  # of any kind: the device's, the model's, or vLLM's own
+        raise RewardBroken(f"vLLM has failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
 
 def _engine(folder: Path, options: JudgeReward.Options, max_pixels: int) -> Any:

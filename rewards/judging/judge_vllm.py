@@ -10,7 +10,7 @@ from PIL import Image
 
 from deepgen.errors import UserError
 from rewards.base import Missing
-from rewards.judge import CPU_KV_CACHE_BYTES, prepare_process
+from rewards.judge import CPU_KV_CACHE_BYTES, engine_at_work, prepare_process
 from rewards.judging.questions import TOP_LOGPROBS, Answer, Question
 
 AS_LONG_AS_FITS = -1  # vLLM's word for the longest context that model and memory allow
@@ -87,9 +87,13 @@ class VllmEngine:
                 self._engine.enqueue_chat([_turns(question)], sampling, use_tqdm=False)
             except (VLLMClientError, ValueError) as error:
                 found[place] = _refusal(error)
+            except Exception:  # a bug; what is queued must not be among the answers to the next call
+                self._engine.wait_for_completion(use_tqdm=False)
+                raise
             else:
                 taken.append(place)
-        outputs = self._engine.wait_for_completion(use_tqdm=False) if taken else []
+        with engine_at_work():
+            outputs = self._engine.wait_for_completion(use_tqdm=False) if taken else []
         for place, output in zip(taken, outputs, strict=True):  # vLLM returns them in the order of the requests
             found[place] = _answer(output)
         return found

@@ -21,7 +21,7 @@ from actors.experience.scoring.replica import Replica, RewardActor
 from actors.experience.scoring.reward_pool import RewardPool
 from deepgen.config.schema.pools import make_pool
 from deepgen.errors import UserError
-from rewards import RewardRequest, RewardUnavailable, Score
+from rewards import RewardBroken, RewardRequest, RewardUnavailable, Score
 
 PICTURE = np.zeros((2, 2, 3), dtype=np.uint8)
 
@@ -106,7 +106,7 @@ class LocalActor:
                 pass
             except RayError as error:
                 future.set_exception(error)
-            except (ArithmeticError, LookupError, RewardUnavailable, UserError, ValueError) as error:
+            except (ArithmeticError, LookupError, RewardBroken, RewardUnavailable, UserError, ValueError) as error:
                 text = f"Traceback of the replica\n{type(error).__name__}: {error}"
                 future.set_exception(RayTaskError("score", text, error).as_instanceof_cause())
             return SimpleNamespace(future=lambda: future)

@@ -20,7 +20,7 @@ from deepgen.config.schema.pools import make_pool
 from deepgen.data.images import decode_image
 from deepgen.data.parquet import read_records
 from deepgen.errors import UserError
-from rewards import Missing, RewardRequest
+from rewards import Missing, RewardBroken, RewardRequest
 from rewards.judge import JUDGE_QUESTION, judge_image
 from rewards.judging.engines import Engine, build_engine
 from rewards.judging.questions import Answer, Question
@@ -80,9 +80,21 @@ def main() -> int:
         build_engine(make_judge(path="assets/tiny/rewards/clip"), images=1)
     except UserError as error:
         wrong = str(error)
+    broken = ""
+    executor: Any = engine
+    executor._engine.llm_engine.model_executor.execute_model = out_of_memory
+    try:
+        engine.ask([Question("Yes or No?", (image,))])
+    except RewardBroken as error:
+        broken = str(error)
     found: dict[str, list[Any]] = {"here": here, "there": there, "odd": odd, "written": written}
-    print(json.dumps({"wrong": wrong, **{name: plain(items) for name, items in found.items()}}))
+    print(json.dumps({"wrong": wrong, "broken": broken, **{name: plain(items) for name, items in found.items()}}))
     return 0
+
+
+def out_of_memory(*given: Any, **options: Any) -> None:
+    """What a failing GPU makes of a step of vLLM."""
+    raise RuntimeError("CUDA error: out of memory")
 
 
 def plain(found: list[Any]) -> list[Any]:

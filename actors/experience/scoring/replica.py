@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,9 @@ from actors.messages import BatchReply
 from deepgen.cluster.own_environment import OwnEnvironment, own_environment
 from deepgen.config import PoolSettings
 from deepgen.errors import UserError
-from rewards import Missing, RewardRequest, RewardUnavailable, Score, build_reward, is_groupwise
+from rewards import Missing, RewardBroken, RewardRequest, RewardUnavailable, Score, build_reward, is_groupwise
+
+log = logging.getLogger(__name__)
 
 _DETAIL = 1000  # letters of why a score is missing, which may be what a service or a judge wrote
 _LARGEST = float(np.finfo(np.float32).max)
@@ -50,7 +53,13 @@ class RewardActor:
 
     def score(self, picks: list[list[int]], *lists: list[RewardRequest]) -> BatchReply:
         """Score the requests of each list that the same place of `picks` names. Ray has read the lists already."""
-        return self._reply([[listed[index] for index in picked] for picked, listed in zip(picks, lists, strict=True)])
+        try:
+            return self._reply(
+                [[listed[index] for index in picked] for picked, listed in zip(picks, lists, strict=True)]
+            )
+        except RewardBroken as error:
+            log.exception("%s is broken; its process is replaced", self._settings.pool_name)
+            return BatchReply([], broken=str(error) or "broken")
 
     def _reply(self, parts: list[list[RewardRequest]]) -> BatchReply:
         try:

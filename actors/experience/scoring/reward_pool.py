@@ -8,10 +8,11 @@ A reward that compares the images of a prompt (`score_groups`) gets them all in 
 The pool never sees an image. It gets a reference to a list of requests, which replicas read, and the requests' keys.
 
 A call fails if its deadline passes, its actor dies or the reward raises `RewardUnavailable`. The pool tries it again on
-any free replica, after a pause; if the process died, hung or raised another exception, in halves, until the request
-that did it is alone. After the last attempt the scores are missing: None, a reason and a counter, never 0. The pool
-replaces a replica that died or did not answer. If all calls fail, the breaker opens (`Breaker`): then requests wait for
-at most `deadline_s`, while single ones probe whether the reward answers again; with `required` the run ends after that.
+any free replica, after a pause; if the process died, hung, broke or raised another exception, in halves, until the
+request that did it is alone. After the last attempt the scores are missing: None, a reason and a counter, never 0. The
+pool replaces a replica that died, broke or did not answer. If all calls fail, the breaker opens (`Breaker`): then
+requests wait for at most `deadline_s`, while single ones probe whether the reward answers again; with `required` the
+run ends after that.
 
 Exceptions with one prompt after the other are a bug in the reward, and `score` raises them. Requests lost with their
 node cannot be read by another attempt either: `score` raises `RequestsLostError`.
@@ -346,6 +347,8 @@ class RewardPool:
         finally:
             self._totals["seconds"] += time.monotonic() - began
             self._recorder.end(span)
+        if reply.broken is not None:
+            return Missing("died", f"{replica.label}: {reply.broken}"), True
         if reply.unavailable is not None:
             after_s = min(reply.after_s, self._settings.deadline_s)
             self._not_before = max(self._not_before, time.monotonic() + after_s)

@@ -14,7 +14,7 @@ from ray.exceptions import OutOfMemoryError
 from actors.experience.scoring import reward_pool
 from actors.experience.scoring.pool_parts import MOST_TOLD, FailureLines, RewardPoolError, RewardScores
 from actors.experience.scoring.reward_pool import RewardPool
-from rewards import Missing, RewardUnavailable, Score
+from rewards import Missing, RewardBroken, RewardUnavailable, Score
 from tests.helpers.local_replicas import Death, Hang, Script, ask, in_pool, script
 
 __all__ = ["script"]
@@ -45,6 +45,7 @@ def why(scores: RewardScores) -> dict[int, str]:
     [
         (Death(), "died", True),
         (OutOfMemoryError("killed by the memory monitor"), "died", True),
+        (RewardBroken("the engine has failed"), "died", True),
         (ValueError("odd"), "refused", False),
     ],
 )
@@ -76,6 +77,26 @@ def test_a_death_that_comes_once_costs_no_score(script: Script) -> None:
 
     script.score = score
     assert in_pool(lambda pool: ask(pool, NAMES[:8])).values == [1.0] * 8
+
+
+def test_a_broken_reward_gets_another_process_until_one_works(script: Script) -> None:
+    """Its next process breaks in its first call, too."""
+    lives: list[int] = []
+
+    def fail_twice(names: list[str]) -> list[Score]:
+        lives.append(script.processes)
+        if len(lives) in (2, 3):
+            raise RewardBroken("the engine has failed")
+        return [1.0 for _ in names]
+
+    script.score = script.check = fail_twice
+
+    async def work(pool: RewardPool) -> tuple[RewardScores, dict[str, float]]:
+        return await ask(pool, NAMES[:8]), pool.counters()
+
+    scores, totals = in_pool(work)
+    assert scores.values == [1.0] * 8 and totals["restarts"] == 2
+    assert lives[:4] == [1, 1, 2, 3] and script.processes == 3
 
 
 def test_a_request_that_hangs_costs_few_others_and_only_the_attempts_that_are_allowed(script: Script) -> None:

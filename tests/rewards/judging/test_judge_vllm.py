@@ -34,6 +34,7 @@ def test_scores_are_those_of_transformers_here_and_through_a_server(root: Path) 
     assert two[1] == none[1] == 20 and three == "refused"  # two images are allowed, words alone, too
     ((text, tokens),) = found["written"]
     assert text and tokens == 0
+    assert found["broken"] == "vLLM has failed: RuntimeError: CUDA error: out of memory"
     assert found["wrong"].startswith("rewards.vlm_judge.path: vLLM cannot serve ") and "\n" not in found["wrong"]
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from deepgen.config import PoolSettings, UserError
 from deepgen.config.schema.pools import make_pool
-from rewards import Missing, RewardRequest, Score, build_reward
+from rewards import Missing, RewardBroken, RewardRequest, Score, build_reward
 from rewards.remote.protocol import questions
 from stages import serve_rewards
 
@@ -190,6 +190,23 @@ def test_a_replica_whose_reward_hangs_is_not_healthy() -> None:
     service.check_health()
     service._since = time.monotonic() - 6
     with pytest.raises(RuntimeError, match="bright: a batch has taken"):
+        service.check_health()
+
+
+def test_a_replica_whose_reward_is_broken_is_not_healthy() -> None:
+    from actors.reward_service import RewardService
+
+    service, asked = RewardService(pool("bright", **BRIGHTNESS), ""), list[int]()
+
+    def score(requests: list[RewardRequest]) -> list[Score]:
+        asked.append(len(requests))
+        raise RewardBroken("the engine has failed")
+
+    service._reward = SimpleNamespace(score=score)
+    service.check_health()
+    assert isinstance(asyncio.run(service._apart(grey(0, 255), None)), RewardBroken)
+    assert asked == [2]  # a broken engine is not asked about halves
+    with pytest.raises(RuntimeError, match="bright: the engine has failed"):
         service.check_health()
 
 
