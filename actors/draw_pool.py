@@ -114,12 +114,10 @@ def _shares(jobs: int, weights: Path, *, gpus: bool) -> tuple[int, dict[str, flo
     """How many processes draw, and what of a node each of them has."""
     import ray
 
-    from deepgen.cluster.resources import cluster_capacity
-
-    if gpus:
-        return min(jobs, int(cluster_capacity().total["GPU"])), {"num_gpus": 1, "num_cpus": 1}
-    size = 2 * sum(file.stat().st_size for file in weights.rglob("*.safetensors"))  # bf16 files are fp32 in memory
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if gpus:
+        return min(jobs, int(sum(node.get("GPU", 0) for node in nodes))), {"num_gpus": 1, "num_cpus": 1}
+    size = 2 * sum(file.stat().st_size for file in weights.rglob("*.safetensors"))  # bf16 files are fp32 in memory
     cores = [max(1, int(node.get("CPU", 1))) for node in nodes]
     fit = [int(node.get("memory", 0) // max(1, size)) for node in nodes]
     count = min(jobs, sum(max(1, min(both)) for both in zip(cores, fit, strict=True)))

@@ -34,9 +34,9 @@ from starlette.responses import PlainTextResponse, Response
 from actors.experience.journal.origin import hash_of, scorer_hash
 from actors.experience.scoring.start_check import check_requests
 from deepgen.cluster.own_environment import OwnEnvironment, own_environment
-from deepgen.cluster.resources import pool_resources
+from deepgen.cluster.resources import Placement, pool_placement
 from deepgen.config import PoolSettings
-from deepgen.config.schema.sections import TASKS
+from deepgen.config.schema.sections import TASKS, ClusterSettings
 from deepgen.errors import UserError
 from rewards import Missing, RewardBroken, RewardRequest, RewardUnavailable, Score, applies, build_reward
 from rewards.remote.protocol import MAX_BODY, ProtocolError, one_line, read_question, write_answer
@@ -233,12 +233,16 @@ def digest(token: str) -> str:
 # ---- from the program's side ----
 
 
-def start_services(pools: Sequence[PoolSettings], hosting: Hosting, *, gpus: bool, deadline_s: float) -> dict[str, str]:
+def start_services(
+    pools: Sequence[PoolSettings], hosting: Hosting, cluster: ClusterSettings, *, gpus: bool
+) -> dict[str, str]:
     """Serve each pool's reward. Returns its address by name, once all of them can score.
 
     Raises UserError for a reward that compares images, if the port is taken, if Ray Serve already runs on the cluster,
-    if a reward does not start, or if they are not there within `deadline_s`; then nothing that it began is left.
+    if a reward does not start, or if they are not there within `cluster.start_deadline_s`; then nothing that it began
+    is left.
     """
+    deadline_s = cluster.start_deadline_s
     for pool in pools:
         if hasattr(pool.reward_class(), "score_groups"):
             raise UserError(f"rewards.{pool.pool_name}: compares images of a prompt; allowed: rewards that score each")
@@ -255,7 +259,12 @@ def start_services(pools: Sequence[PoolSettings], hosting: Hosting, *, gpus: boo
     # Its controller warns of every delay of a busy machine. What keeps a reward from starting, `_wait` tells.
     alarms = quiet | {"log_level": "ERROR"}
     targets = [
-        serve.RunTarget(_application(pool, hosting, gpus=gpus), pool.pool_name, f"/{pool.pool_name}", quiet)
+        serve.RunTarget(
+            _application(pool, hosting, pool_placement(cluster, pool, gpus=gpus)),
+            pool.pool_name,
+            f"/{pool.pool_name}",
+            quiet,
+        )
         for pool in pools
     ]
     try:
@@ -306,14 +315,13 @@ def _make_environment(own: OwnEnvironment, deadline_s: float) -> None:
     own.make(deadline_s)
 
 
-def _application(pool: PoolSettings, hosting: Hosting, *, gpus: bool) -> Any:
-    resources = pool_resources(pool, gpus=gpus)
+def _application(pool: PoolSettings, hosting: Hosting, placement: Placement) -> Any:
     own = own_environment(pool)
     runtime = {"runtime_env": {**ray.get_runtime_context().runtime_env, **own.runtime_env()}} if own else {}
     deployment = serve.deployment(
         RewardService,
         name=pool.pool_name,
-        ray_actor_options={"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0.0), **runtime},
+        ray_actor_options={**placement.options(), **runtime},
         max_ongoing_requests=CALLS,
         max_queued_requests=QUEUE,
         max_constructor_retry_count=1,

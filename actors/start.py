@@ -15,8 +15,9 @@ from actors.experience.rollout_fleet import RESTARTS, WEIGHTS_GROUP
 from actors.experience.stream import ExperienceStream
 from actors.experience.stream_client import RESTARTS as RESTARTS_OF_STREAM
 from actors.messages import LearnerJob
-from deepgen.cluster.resources import process_resources
+from deepgen.cluster.resources import role_placement
 from deepgen.config import Settings
+from deepgen.config.schema.roles import ROLLOUT, STREAM
 
 if TYPE_CHECKING:
     from actors.learner.protocols import Parts, WorkerContext
@@ -33,7 +34,7 @@ class Rollouts(dict[str, Any]):
 def start_rollouts(settings: Settings, *, gpus: bool) -> Rollouts:
     """Start the rollout actors, spread over the nodes, without waiting for the models."""
     options: dict[str, Any] = {
-        **_options("rollout", gpus),
+        **role_placement(settings.cluster, ROLLOUT, gpus=gpus).options(),
         "max_restarts": RESTARTS,
         "concurrency_groups": {WEIGHTS_GROUP: 1},
         "scheduling_strategy": "SPREAD",
@@ -51,7 +52,8 @@ def start_stream(settings: Settings, rollouts: Rollouts, *, resume: bool, gpus: 
     It reads its prompts itself and gets names instead of handles: Ray can start an actor again only as long as objects
     in its arguments exist, and warns of them.
     """
-    remote = ray.remote(ExperienceStream).options(**_options("experience", gpus), max_restarts=RESTARTS_OF_STREAM)
+    options = role_placement(settings.cluster, STREAM, gpus=gpus).options()
+    remote = ray.remote(ExperienceStream).options(**options, max_restarts=RESTARTS_OF_STREAM)
     return remote.remote(settings, None, rollouts.in_ray, resume=resume, gpus=gpus)
 
 
@@ -85,8 +87,3 @@ def start_learner(job: LearnerJob) -> Path:
 
     with stops_after_a_step(job.settings):
         return run_learner(job, work)
-
-
-def _options(role: str, gpus: bool) -> dict[str, float]:
-    resources = process_resources(role, gpus=gpus)
-    return {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0.0)}

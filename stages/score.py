@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's code, wherever the program is called from
 
+from deepgen.cluster.resources import pool_placement  # noqa: E402
 from deepgen.config import PoolSettings, Settings, UserError, run_program  # noqa: E402
 from deepgen.config.schema.paths import argument  # noqa: E402
 from deepgen.errors import writing  # noqa: E402
@@ -65,7 +66,7 @@ def main() -> int:
         print(f"left out: {one_line(line)}", flush=True)
     pictures, names = found.pictures[: args.limit], [pool.pool_name for pool in pools]
     with file_lock(args.out / LOCK, "--out", "the scores", lambda who: _taken(args.out, who), THEN):
-        gpus = connect(settings, lambda _, gpus: needs_of(pools, gpus=gpus), code_root=ROOT)
+        gpus = connect(settings, needs_of(pools), code_root=ROOT)
         scoring = Scoring(pools, args.out / JOURNAL, settings, gpus=gpus)
         rows = asyncio.run(scoring.run(pictures))
         if not rows:
@@ -105,7 +106,7 @@ class Scoring:
         self._pools: dict[str, RewardPool] = {
             pool.pool_name: RewardPool(
                 pool,
-                gpus=gpus,
+                placement=pool_placement(settings.cluster, pool, gpus=gpus),
                 start_deadline_s=settings.cluster.start_deadline_s,
                 journal=journal,
                 runs=settings.run.dir,

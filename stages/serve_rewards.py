@@ -53,12 +53,12 @@ def main() -> int:
     from deepgen.cluster.connect import connect
 
     os.environ.setdefault("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "1")  # at the usual 0.1 s busy machines warn
-    gpus = connect(settings, lambda _, gpus: needs_of(pools, gpus=gpus), code_root=ROOT)
+    gpus = connect(settings, needs_of(pools), code_root=ROOT)
     from actors.reward_service import Hosting, faults, start_services, stop_services
 
     hosting = Hosting(args.host, args.port, args.token, args.max_replicas)
     # Not inside the `try`: if Ray Serve runs on that cluster already, it is somebody else's and not ours to stop.
-    addresses = start_services(pools, hosting, gpus=gpus, deadline_s=settings.cluster.start_deadline_s)
+    addresses = start_services(pools, hosting, settings.cluster, gpus=gpus)
     try:
         for name, address in addresses.items():
             print(f"{name}: {address}", flush=True)

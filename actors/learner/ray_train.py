@@ -15,8 +15,9 @@ from typing import Any
 from actors.learner.checkpoints.checkpoint_store import RESULT, CheckpointStore
 from actors.learner.console import console, shown
 from actors.messages import LearnerJob
-from deepgen.cluster.resources import process_resources
+from deepgen.cluster.resources import role_placement
 from deepgen.config import Settings, UserError
+from deepgen.config.schema.roles import LEARNER
 
 _RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # start and end of a run wait for a health check; default 2 s
@@ -80,6 +81,7 @@ def _make_trainer(job: LearnerJob, work: Callable[[dict[str, Any]], None], attem
     from actors.learner.rendezvous import torch_config
 
     settings, limit = job.settings, job.settings.train.max_failures
+    placement = role_placement(settings.cluster, LEARNER, gpus=job.gpus)
 
     class LeanTrainer(TorchTrainer):
         """A TorchTrainer with two fewer helper processes and a failure policy that looks at the error.
@@ -106,7 +108,9 @@ def _make_trainer(job: LearnerJob, work: Callable[[dict[str, Any]], None], attem
         scaling_config=ScalingConfig(
             num_workers=settings.train.workers,
             use_gpu=job.gpus,
-            resources_per_worker=process_resources("learner", gpus=job.gpus),
+            resources_per_worker=dict(placement.resources),
+            placement_strategy="PACK",  # ranks talk to each other all the time: on as few nodes as can be
+            label_selector=dict(placement.labels) or None,
         ),
         run_config=RunConfig(
             name=settings.run.name,

@@ -28,6 +28,7 @@ from actors.experience.scoring.reward_pool import RewardPool
 from actors.reward_service import Hosting, start_services, stop_services
 from benchmarks.timing import ROOT, Result, seconds
 from deepgen.config.schema.pools import make_pool
+from deepgen.config.schema.sections import ClusterSettings
 from rewards import RewardRequest
 from rewards.judge import JUDGE_QUESTION
 from rewards.judging.engines import build_engine
@@ -94,7 +95,9 @@ def by_serve() -> Iterator[dict[str, Any]]:
     """Options of the reward `remote` for a judge that Ray Serve hosts."""
     hosting = Hosting("127.0.0.1", _free_port(), "", 1)
     try:
-        addresses = start_services([make_pool("judge", JUDGE)], hosting, gpus=False, deadline_s=START_S)
+        addresses = start_services(
+            [make_pool("judge", JUDGE)], hosting, ClusterSettings(start_deadline_s=START_S), gpus=False
+        )
         yield {"class": "remote", "url": addresses["judge"], "batch_size": AT_ONCE}
     finally:
         stop_services()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from deepgen.cluster.resources import Need, pool_resources
+from deepgen.cluster.resources import Need, pool_need
 from deepgen.config import PoolSettings, Settings, UserError, load_settings
 from deepgen.config.recipes import find_recipe
 from deepgen.config.stage_rules import require_paths
@@ -53,9 +53,6 @@ def chosen(args: argparse.Namespace) -> tuple[Settings, list[PoolSettings]]:
     return settings, found
 
 
-def needs_of(pools: Sequence[PoolSettings], *, gpus: bool) -> list[Need]:
-    """What their replicas need of a cluster."""
-    return [
-        Need(f"{pool.pool_name} reward", pool.least_replicas, pool_resources(pool, gpus=gpus), pool.dotted("replicas"))
-        for pool in pools
-    ]
+def needs_of(pools: Sequence[PoolSettings]) -> Callable[..., list[Need]]:
+    """What their replicas need of a cluster, as `connect` asks."""
+    return lambda settings, gpus: [pool_need(settings.cluster, pool, gpus=gpus) for pool in pools]

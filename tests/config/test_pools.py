@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 import yaml
 
-from deepgen.cluster.resources import pool_resources
+from deepgen.cluster.resources import pool_placement
 from deepgen.config import (
     InputPath,
     PoolSettings,
@@ -97,8 +97,8 @@ def test_each_pool_has_its_own_values_and_its_class_the_defaults(blurry: Setting
     assert (soft.replicas, soft.batch_size, soft.path, soft.words) == ("1..4", 7, root / "tests/golden", ["a", "b"])
     assert (sharp.pool_name, soft.dotted("path")) == ("sharp", "rewards.soft.path")
     assert blurry.rewards.used() == ("sharp", "soft")
-    assert pool_resources(sharp, gpus=True) == {"CPU": 0.05, "GPU": 0.5}
-    assert pool_resources(soft, gpus=False) == {"CPU": 0.05}
+    assert pool_placement(blurry.cluster, sharp, gpus=True).resources == {"CPU": 0.05, "GPU": 0.5}
+    assert pool_placement(blurry.cluster, soft, gpus=False).resources == {"CPU": 0.05}
 
 
 def test_pools_travel_between_nodes(blurry: Settings, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ KEYS = {
     "algorithm": "advantage whiten advantage_clip policy_loss clip_range kl kl_beta sft_coef sft_batch "
     "update_micro_batch updates_per_batch decoupled_loss importance_cap off_policy_min_sigma",
     "rewards": "weights",
-    "rewards.<name>": "class replicas batch_size deadline_s retries required environment gpus cpus",
+    "rewards.<name>": "class replicas batch_size deadline_s retries required environment gpus",
     "rewards.judge": "gpus path gpu_memory_share",
     "rewards.ocr": "match_case punctuation look_alikes ngram",
     "rewards.clip": "path",
@@ -67,7 +67,7 @@ KEYS = {
     "max_pixels sources system fence max_tokens temperature mode question pattern tournament "
     "partners both_orders",
     "experience": "max_staleness overlap transport deadline_s silence_s journal",
-    "cluster": "address num_cpus start_deadline_s",
+    "cluster": "address num_cpus start_deadline_s roles",
     "tracking": "uri experiment grid_every alarms",
     "evaluation": "prompts samples_per_prompt num_steps guidance_scale negative_prompt seed every",
 }

@@ -19,6 +19,7 @@ from actors.experience.reward_requests import request_key
 from actors.experience.scoring.pool_parts import NOT_APPLICABLE, RequestsLostError, RewardPoolError, RewardScores
 from actors.experience.scoring.replica import CallTimeout
 from actors.experience.scoring.reward_pool import RewardPool
+from deepgen.cluster.resources import Placement
 from deepgen.config.schema.pools import make_pool as make_pool_settings
 from deepgen.errors import UserError
 from rewards.base import RewardRequest
@@ -51,7 +52,7 @@ def batches(folder: Path) -> list[int]:
 
 def make_pool(folder: Path, **changes: Any) -> RewardPool:
     """A pool of the fake reward. `changes`: its name, settings, or constructor arguments."""
-    settings = {"class": FAKE, "path": str(folder), "cpus": 0.1}
+    settings: dict[str, Any] = {"class": FAKE, "path": str(folder)}
     settings |= {"replicas": 1, "batch_size": 4, "deadline_s": 60.0, "retries": 2, "required": False}
     name = changes.pop("name", "FakeReward")
     arguments: dict[str, Any] = {"backoff_s": 0.01}
@@ -340,6 +341,6 @@ def test_start_reports_bad_settings_and_deadline(ray_local: ModuleType, tmp_path
     with pytest.raises(UserError, match=r"^rewards\.fake\.path: no such folder"):
         run(tmp_path / "nowhere", never, name="fake")
     with pytest.raises(CallTimeout, match="FakeReward reward #0: call 'start' has not answered"):
-        run(tmp_path, never, cpus=1000.0, start_deadline_s=0.5)
+        run(tmp_path, never, placement=Placement({"CPU": 1000.0}), start_deadline_s=0.5)
     with pytest.raises(UserError, match="unknown reward 'nice'"):
         make_pool_settings("nice", {})

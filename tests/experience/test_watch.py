@@ -187,7 +187,7 @@ def test_calls_of_fleet_and_pool_are_spans(ray_local: ModuleType, tmp_path: Path
     (tmp_path / "mishaps").mkdir()
     (tmp_path / "mishaps" / "die-0").touch()
     recorder = Recorder(tmp_path, "stream")
-    settings = {"class": "tests.helpers.fake_rewards:FakeReward", "path": str(tmp_path / "mishaps"), "cpus": 0.1}
+    settings = {"class": "tests.helpers.fake_rewards:FakeReward", "path": str(tmp_path / "mishaps")}
     image = np.zeros((8, 8, 3), dtype=np.uint8)
 
     async def body() -> None:

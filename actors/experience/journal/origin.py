@@ -20,7 +20,7 @@ from deepgen.fingerprint import fingerprint
 JOURNAL = "journal"  # folder in the run folder
 _PACKAGES = (actors.experience, deepgen, rewards)  # whose code decides what is drawn, and how it is scored
 # Keys of a pool that change no score.
-_HOW_ASKED = {"replicas", "deadline_s", "retries", "required", "cpus"}
+_HOW_ASKED = {"replicas", "deadline_s", "retries", "required"}
 
 
 @cache

@@ -13,6 +13,7 @@ import ray
 
 from actors.messages import BatchReply
 from deepgen.cluster.own_environment import OwnEnvironment, own_environment
+from deepgen.cluster.resources import Placement
 from deepgen.config import PoolSettings
 from deepgen.errors import UserError
 from rewards import Missing, RewardBroken, RewardRequest, RewardUnavailable, Score, build_reward, is_groupwise
@@ -85,18 +86,18 @@ class RewardActor:
 
 
 class Replica:
-    """An actor of a pool, and the one that takes its place. `resources`: what Ray reserves for it."""
+    """An actor of a pool, and the one that takes its place."""
 
-    def __init__(self, label: str, settings: PoolSettings, resources: dict[str, float]) -> None:
+    def __init__(self, label: str, settings: PoolSettings, placement: Placement) -> None:
         self.label = label
         self.failures = 0  # restarts since the last successful call
-        self._settings, self._resources = settings, resources
+        self._settings, self._placement = settings, placement
         self._environment = own_environment(settings)
         self.actor = self._create()
 
     def _create(self) -> Any:
         runtime = {"runtime_env": self._environment.runtime_env()} if self._environment else {}
-        return ray.remote(RewardActor).options(**self._resources, **runtime).remote(self._settings)
+        return ray.remote(RewardActor).options(**self._placement.options(), **runtime).remote(self._settings)
 
     async def start(self, check: list[RewardRequest], deadline_s: float) -> BatchReply:
         """Load the reward, as `RewardActor.start`; before that, make the environment of its own, if it has one."""

@@ -51,9 +51,9 @@ from actors.experience.scoring.score_cache import ScoreCache
 from actors.experience.scoring.start_check import check_requests, remedy_for, unfit
 from actors.gone import GONE
 from actors.messages import BatchReply
-from deepgen.cluster.resources import pool_resources
+from deepgen.cluster.resources import Placement, pool_placement
 from deepgen.config import PoolSettings
-from deepgen.config.schema.sections import TASKS
+from deepgen.config.schema.sections import TASKS, ClusterSettings
 from deepgen.errors import UserError
 from deepgen.tracking.timeline import Recorder
 from rewards import Missing, is_groupwise
@@ -71,7 +71,7 @@ class RewardPool:
 
     Args:
         settings: `rewards.<name>`: the pool's keys and its reward's options.
-        gpus: whether the cluster has GPUs; if not, the pool requests none.
+        placement: what a replica asks of its node; default: a share of a CPU.
         start_deadline_s: time limit for placing, loading and warming up one replica.
         max_restarts: restarts of one replica without a successful call in between; then the pool drops the replica.
         backoff_s: longest pause before the first retry; doubles with each retry, up to 10 s.
@@ -86,7 +86,7 @@ class RewardPool:
         self,
         settings: PoolSettings,
         *,
-        gpus: bool = False,
+        placement: Placement | None = None,
         start_deadline_s: float = 300.0,
         max_restarts: int = 3,
         backoff_s: float = 0.5,
@@ -98,8 +98,7 @@ class RewardPool:
     ) -> None:
         self.name, self._settings, self._groupwise = settings.pool_name, settings, is_groupwise(settings)
         self._grows = settings.most_replicas > settings.least_replicas
-        resources = pool_resources(settings, gpus=gpus)
-        self._resources = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0.0)}
+        self._placement = placement or pool_placement(ClusterSettings(), settings, gpus=False)
         self._start_deadline_s, self._max_restarts, self._backoff_s = start_deadline_s, max_restarts, backoff_s
         self._cache, self._recorder = ScoreCache(settings, cache_size, journal, runs), recorder or Recorder()
         self._replicas: list[Replica] = []
@@ -569,7 +568,7 @@ class RewardPool:
 
     def _new_replica(self) -> Replica:
         self._numbered += 1
-        return Replica(f"{self.name} reward #{self._numbered - 1}", self._settings, self._resources)
+        return Replica(f"{self.name} reward #{self._numbered - 1}", self._settings, self._placement)
 
     def _employ(self, work: Coroutine[Any, Any, None], name: str) -> None:
         worker = asyncio.get_running_loop().create_task(work, name=name)

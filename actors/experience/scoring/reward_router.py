@@ -14,6 +14,7 @@ import ray
 
 from actors.experience.journal.origin import JOURNAL
 from actors.experience.scoring.reward_pool import RewardPool
+from deepgen.cluster.resources import pool_placement
 from deepgen.config import Settings
 from deepgen.config.settings import TASKS
 from deepgen.tracking.timeline import Recorder
@@ -31,7 +32,7 @@ class RewardRouter:
         self._pools = {
             name: RewardPool(
                 settings.rewards.pools[name],
-                gpus=gpus,
+                placement=pool_placement(settings.cluster, settings.rewards.pools[name], gpus=gpus),
                 start_deadline_s=settings.cluster.start_deadline_s,
                 recorder=recorder,
                 journal=journal,

@@ -8,20 +8,29 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from deepgen.cluster.authentication import check_reachable, use_what_it_takes
+from deepgen.cluster.autoscaler import Autoscaler, running_autoscaler
+from deepgen.cluster.capacity import cluster_nodes, no_room, unplaced
 from deepgen.cluster.private import start_private
-from deepgen.cluster.resources import Need, check_capacity, cluster_capacity, learner_needs
+from deepgen.cluster.resources import Need, learner_needs
 from deepgen.config import Settings, UserError
 from deepgen.errors import stop_on_sigterm
 from deepgen.machine import prepare_process, reach_directly
 
 AUTO_LOCAL = "auto-local"
+TELL_S = 2.0
+ANY_GPU = Need("GPU", 1, {"GPU": 1}, "")
 QUIET_ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",  # lines of different actors look alike but are all wanted
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SCHEDULER_EVENTS": "0",  # the autoscaler's, of all programs since it began; `tell_growth` has those of ours
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about CUDA_VISIBLE_DEVICES
     "RAY_TRAIN_METRICS_ENABLED": "0",
     # Every actor loads models; progress bars and messages of the libraries would bury our lines.
@@ -50,10 +59,47 @@ def connect(
     if not ray.is_initialized():
         _join_or_start(settings, code_root)
         stop_on_sigterm()
-    capacity = cluster_capacity()
-    gpus = capacity.total.get("GPU", 0) > 0
-    check_capacity(needs(settings, gpus=gpus), capacity)
+    return find_room(settings, needs)
+
+
+def find_room(settings: Settings, needs: Callable[..., Sequence[Need]]) -> bool:
+    """Check that the connected cluster has room for the run, or can grow to it. Returns whether the run gets GPUs.
+
+    Nodes that are missing start. Raises UserError with a table if there will never be room.
+    """
+    nodes = cluster_nodes()
+    gpus = any(node.resources.get("GPU") for node in nodes)
+    if gpus and not unplaced(needs(settings, gpus=True), nodes):
+        return True
+    autoscaler = running_autoscaler()
+    if autoscaler is not None:
+        gpus = gpus or autoscaler.can_provide([ANY_GPU])
+    wanted = needs(settings, gpus=gpus)
+    if unplaced(wanted, nodes):
+        if autoscaler is None or not autoscaler.can_provide(wanted):
+            line, table = no_room(wanted, nodes, grows=autoscaler is not None)
+            print(table, file=sys.stderr, flush=True)
+            raise UserError(line)
+        print("the cluster grows to what the run needs", flush=True)
+        waits = (autoscaler, wanted, settings.cluster.start_deadline_s)
+        threading.Thread(target=tell_growth, args=waits, daemon=True).start()
     return gpus
+
+
+def tell_growth(autoscaler: Autoscaler, needs: Sequence[Need], deadline_s: float) -> None:
+    """Print what the autoscaler does whenever that changes, until there is room, the program ends, or it takes long."""
+    import ray
+
+    said, ends = "", time.monotonic() + deadline_s
+    with suppress(ray.exceptions.RaySystemError):  # the program has left the cluster
+        while time.monotonic() < ends:
+            nodes = cluster_nodes()
+            if not unplaced(needs, nodes):
+                print(f"the cluster has room for the run: {len(nodes)} nodes", flush=True)
+                return
+            if (doing := autoscaler.doing()) and doing != said:
+                print(said := doing, flush=True)
+            time.sleep(TELL_S)
 
 
 def _join_or_start(settings: Settings, code_root: Path | None) -> None:

@@ -1,21 +1,46 @@
-"""What a run requests from a cluster, and a check that the cluster can supply it, before anything starts.
+"""What the processes of a run request from a cluster.
 
 CPU requests are shares for placement, not limits. On-policy, rollout and learner take turns, and reward pools wait most
-of the time, so together they fit a two-core laptop. Where nodes have GPUs, GPUs decide the placement instead. Left out:
-node labels, placement groups, elastic counts.
+of the time, so together they fit a two-core laptop. Where nodes have GPUs, GPUs decide the placement instead.
+`cluster.roles` changes all of this by role.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from deepgen.config import PoolSettings, Settings, UserError
+from deepgen.config import PoolSettings, Settings
+from deepgen.config.schema.roles import LEARNER, REWARD, ROLLOUT, STREAM, RoleSettings
+from deepgen.config.schema.sections import ClusterSettings
 
-# Shares of one process of each role; reward pools have settings for theirs. A learner, two rollout actors, the stream
-# and four pools fit on one core.
-CPU_SHARE = {"learner": 0.35, "rollout": 0.2, "experience": 0.05}
-GPU_SHARE = {"learner": 1.0, "rollout": 1.0}
+# Shares of one process of each role. A learner, two rollout actors, the stream and four pools fit on one core.
+CPU_SHARE = {LEARNER: 0.35, ROLLOUT: 0.2, STREAM: 0.05, REWARD: 0.05}
+GPU_SHARE = {LEARNER: 1.0, ROLLOUT: 1.0}
+_ACCELERATOR = "accelerator_type:"  # Ray's name of the resource that nodes with an accelerator have
+_TOUCH = 0.001  # of it, which every process on the node can have
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What one process asks of its node. resources: as Ray names them. labels: selectors of the node's labels."""
+
+    resources: Mapping[str, float]
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def options(self) -> dict[str, Any]:
+        """For `ray.remote` and `.options`."""
+        more = {key: amount for key, amount in self.resources.items() if key not in ("CPU", "GPU")}
+        asked: dict[str, Any] = {
+            "num_cpus": self.resources.get("CPU", 0.0),
+            "num_gpus": self.resources.get("GPU", 0.0),
+        }
+        return (
+            asked
+            | ({"resources": more} if more else {})
+            | ({"label_selector": dict(self.labels)} if self.labels else {})
+        )
 
 
 @dataclass(frozen=True)
@@ -26,98 +51,54 @@ class Need:
     count: int
     per_process: Mapping[str, float]
     setting: str  # the key that changes `count`
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Capacity:
-    """What a cluster has, or would have if its autoscaler started every node that it may.
-
-    `nodes` lists one entry per kind of node; `total` adds up all nodes.
-    """
-
-    total: Mapping[str, float]
-    nodes: Sequence[Mapping[str, float]] = field(default_factory=tuple)
+def role_placement(cluster: ClusterSettings, role: str, *, gpus: bool) -> Placement:
+    """Of one process of LEARNER, ROLLOUT or STREAM."""
+    given = cluster.roles.get(role, RoleSettings())
+    amount = GPU_SHARE.get(role, 0.0) if given.gpus is None else given.gpus
+    return _placement(given, CPU_SHARE[role], amount if gpus else 0.0)
 
 
-def process_resources(role: str, *, gpus: bool) -> dict[str, float]:
-    """Resources of one process of `role` ("learner", "rollout" or "experience"), as Ray names them."""
-    resources = {"CPU": CPU_SHARE[role]}
-    if gpus and role in GPU_SHARE:
-        resources["GPU"] = GPU_SHARE[role]
-    return resources
+def pool_placement(cluster: ClusterSettings, pool: PoolSettings, *, gpus: bool) -> Placement:
+    """Of one replica of a reward pool: as its own role says, where that says nothing as the role REWARD does."""
+    every, own = (cluster.roles.get(name, RoleSettings()) for name in (REWARD, pool.pool_name))
+    given = every.model_copy(update={key: getattr(own, key) for key in own.model_fields_set})
+    return _placement(given, CPU_SHARE[REWARD], pool.gpus if gpus else 0.0)
 
 
-def pool_resources(pool: PoolSettings, *, gpus: bool) -> dict[str, float]:
-    """Resources of one replica of a reward pool, as Ray names them."""
-    return {"CPU": pool.cpus} | ({"GPU": pool.gpus} if gpus and pool.gpus else {})
+def _placement(given: RoleSettings, cpus: float, gpus: float) -> Placement:
+    resources = {"CPU": cpus if given.cpus is None else given.cpus}
+    if gpus:
+        resources["GPU"] = gpus
+    if given.accelerator:
+        resources[_ACCELERATOR + given.accelerator] = _TOUCH
+    return Placement(resources, given.labels)
 
 
 def learner_needs(settings: Settings, *, gpus: bool) -> list[Need]:
     """Needs of pretrain and sft: the learner's workers."""
-    return [Need("learner worker", settings.train.workers, process_resources("learner", gpus=gpus), "train.workers")]
+    learner = role_placement(settings.cluster, LEARNER, gpus=gpus)
+    return [_need("learner worker", settings.train.workers, learner, "train.workers")]
+
+
+def pool_need(cluster: ClusterSettings, pool: PoolSettings, *, gpus: bool) -> Need:
+    """Need of a reward pool: the replicas that it has at least."""
+    placement = pool_placement(cluster, pool, gpus=gpus)
+    return _need(f"{pool.pool_name} reward", pool.least_replicas, placement, pool.dotted("replicas"))
 
 
 def rl_needs(settings: Settings, *, gpus: bool) -> list[Need]:
     """Needs of rl: learner, rollout actors, experience stream, and one pool per reward that has a weight."""
-    needs = learner_needs(settings, gpus=gpus)
-    rollout = process_resources("rollout", gpus=gpus)
-    needs.append(Need("rollout actor", settings.rollout.actors, rollout, "rollout.actors"))
-    needs.append(Need("experience stream", 1, process_resources("experience", gpus=gpus), "always 1"))
-    for name in settings.rewards.used():
-        pool = settings.rewards.pools[name]
-        needs.append(
-            Need(f"{name} reward", pool.least_replicas, pool_resources(pool, gpus=gpus), pool.dotted("replicas"))
-        )
-    return needs
+    cluster, pools = settings.cluster, settings.rewards.pools
+    return [
+        *learner_needs(settings, gpus=gpus),
+        _need("rollout actor", settings.rollout.actors, role_placement(cluster, ROLLOUT, gpus=gpus), "rollout.actors"),
+        _need("experience stream", 1, role_placement(cluster, STREAM, gpus=gpus), "always 1"),
+        *(pool_need(cluster, pools[name], gpus=gpus) for name in settings.rewards.used()),
+    ]
 
 
-def cluster_capacity() -> Capacity:
-    """Capacity of the connected Ray cluster, including the nodes that its autoscaler may still start."""
-    import ray
-    from ray._private.state import state
-
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    total = _sum(alive)
-    config = state.get_cluster_config()
-    if config is None or not config.node_group_configs:
-        return Capacity(total, alive)
-    groups = [dict(group.resources) for group in config.node_group_configs if group.max_count]
-    for key, amount in (state.get_max_resources_from_cluster_config() or {}).items():
-        total[key] = max(total.get(key, 0.0), amount)
-    return Capacity(total, alive + groups)
-
-
-def check_capacity(needs: Sequence[Need], capacity: Capacity) -> None:
-    """Raise UserError if `needs` can never be placed on `capacity`; Ray would wait forever."""
-    for need in needs:
-        if not any(_fits(need.per_process, node) for node in capacity.nodes):
-            raise UserError(
-                f"cluster: one {need.role} needs {_text(need.per_process)} on one node, "
-                f"but no node has that; the largest have {_largest(need.per_process, capacity.nodes)}"
-            )
-    wanted = _sum({key: amount * need.count for key, amount in need.per_process.items()} for need in needs)
-    for key, amount in wanted.items():
-        has = capacity.total.get(key, 0.0)
-        if amount > has + 1e-6:
-            parts = ", ".join(f"{n.count} x {n.role} ({n.setting})" for n in needs if n.per_process.get(key))
-            raise UserError(f"cluster: this run needs {amount:g} {key} ({parts}), but the cluster has at most {has:g}")
-
-
-def _sum(resources: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for item in resources:
-        for key, amount in item.items():
-            total[key] = total.get(key, 0.0) + amount
-    return total
-
-
-def _fits(wanted: Mapping[str, float], node: Mapping[str, float]) -> bool:
-    return all(node.get(key, 0.0) + 1e-6 >= amount for key, amount in wanted.items())
-
-
-def _largest(wanted: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> str:
-    return _text({key: max((node.get(key, 0.0) for node in nodes), default=0.0) for key in wanted})
-
-
-def _text(resources: Mapping[str, float]) -> str:
-    return " and ".join(f"{amount:g} {key}" for key, amount in resources.items())
+def _need(role: str, count: int, placement: Placement, setting: str) -> Need:
+    return Need(role, count, placement.resources, setting, placement.labels)

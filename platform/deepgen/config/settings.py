@@ -24,6 +24,7 @@ from deepgen.config.recipes import describe_yaml_error, parse_value, read_recipe
 from deepgen.config.schema.choices import OneOf, ReplicasRule, ShareRule
 from deepgen.config.schema.pools import PoolSettings, own_keys, pool_keys, pool_type, pool_types
 from deepgen.config.schema.reward_weights import BY_SOURCE
+from deepgen.config.schema.roles import role_fault
 from deepgen.config.schema.section import Section
 from deepgen.config.schema.sections import TASKS as TASKS
 from deepgen.config.schema.sections import (
@@ -65,8 +66,11 @@ class Settings(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
-    def _check_groups(self) -> Self:
+    def _check_across_sections(self) -> Self:
         check_group(self.algorithm.advantage, self.rollout.group_size, self.rollout.prompts_per_step)
+        for name, role in self.cluster.roles.items():
+            if fault := role_fault(name, role, tuple(self.rewards.pools)):
+                raise ValueError(fault)
         return self
 
     def overlap(self) -> Overlap:
@@ -202,6 +206,7 @@ def _override(
     content: dict[str, Any], key: str, text: str, leaves: Mapping[str, FieldInfo], groups: Sequence[str]
 ) -> None:
     cell = key.startswith("rewards.weights.") and (key.count(".") <= 3 or key.startswith(_OF_SOURCE))
+    cell = cell or key.startswith("cluster.roles.")
     if key in groups:
         inside = [leaf for leaf in leaves if leaf.startswith(f"{key}.")]
         raise UserError(f"{key}: is a section; allowed: one of its keys, as in {inside[0]}=...")
@@ -267,7 +272,7 @@ def _describe(error: ValidationError, origin: Mapping[str, str], leaves: Mapping
         elif leaf is None:
             lines.setdefault(dotted, f"{dotted}: got {problem['input']!r}; allowed: a section of keys")
         else:
-            key = dotted if leaf.endswith(".weights") else leaf
+            key = dotted if leaf.endswith((".weights", ".roles")) else leaf
             given = None if problem["type"] == "missing" else problem["input"]
             said = "nothing" if given is None else HIDDEN if is_secret(key) else repr(given)
             said = said if len(said) <= _SHOWN else f"{said[:_SHOWN]}… ({len(said)} letters)"

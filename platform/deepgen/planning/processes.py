@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from deepgen.cluster.resources import rl_needs
+from deepgen.cluster.resources import pool_placement, rl_needs
 from deepgen.config import PoolSettings, Settings
 from deepgen.config.schema.paths import resolve_path
 from deepgen.planning.memory import GIB
@@ -25,11 +25,11 @@ def other_processes(settings: Settings, model_bytes: int) -> Iterator[str]:
     yield f"    the model in fp32: {model_bytes / GIB:.1f} GiB"
     yield "    not estimated: forward passes and decoding, which keep nothing"
     for name in settings.rewards.used():
-        yield from _pool(settings.rewards.pools[name])
+        yield from _pool(settings, settings.rewards.pools[name])
     yield from _sums(settings)
 
 
-def _pool(pool: PoolSettings) -> Iterator[str]:
+def _pool(settings: Settings, pool: PoolSettings) -> Iterator[str]:
     """Of one reward pool: replicas, where they run, and the memory that is known."""
     name, key = pool.pool_name, pool.dotted("replicas")
     least, most = pool.least_replicas, pool.most_replicas
@@ -39,7 +39,8 @@ def _pool(pool: PoolSettings) -> Iterator[str]:
         yield f"{head} that only ask {address} ({key}); what that needs is not in this plan"
         return
     if not pool.gpus:
-        yield f"{head}, {pool.cpus:g} of a CPU each and no GPU ({key})"
+        cpus = pool_placement(settings.cluster, pool, gpus=False).resources["CPU"]
+        yield f"{head}, {cpus:g} of a CPU each and no GPU ({key})"
         return
     amount = "one GPU" if pool.gpus == 1 else f"{pool.gpus:g} of a GPU" if pool.gpus < 1 else f"{pool.gpus:g} GPUs"
     share = getattr(pool, "gpu_memory_share", 0.0)  # of a reward on vLLM

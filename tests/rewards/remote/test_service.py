@@ -19,6 +19,7 @@ import pytest
 
 from deepgen.config import PoolSettings, UserError
 from deepgen.config.schema.pools import make_pool
+from deepgen.config.schema.sections import ClusterSettings
 from rewards import Missing, RewardBroken, RewardRequest, Score, build_reward
 from rewards.remote.protocol import questions
 from stages import serve_rewards
@@ -26,6 +27,7 @@ from stages import serve_rewards
 BRIGHTNESS = {"class": "examples.own_reward.brightness:Brightness", "wanted": 1.0}
 FAKE = "tests.helpers.fake_rewards:FakeReward"
 TOKEN = "a-token-for-this-test"
+SOON = ClusterSettings(start_deadline_s=5.0)
 
 
 def grey(*levels: int, prompt: str = "a cat") -> list[RewardRequest]:
@@ -57,7 +59,7 @@ def services(ray_local: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("mishaps")
     pools = [pool("bright", **BRIGHTNESS), pool("fake", **{"class": FAKE, "path": str(folder), "batch_size": 2})]
     try:
-        yield start_services(pools, hosting, gpus=False, deadline_s=120)
+        yield start_services(pools, hosting, ClusterSettings(start_deadline_s=120.0), gpus=False)
     finally:
         stop_services()
 
@@ -173,7 +175,7 @@ def test_a_second_service_and_a_taken_port_are_one_line(services: dict[str, str]
 
     hosting = reward_service.Hosting("127.0.0.1", 1, "", 1)
     with pytest.raises(UserError, match="--address: Ray Serve already runs"):
-        reward_service.start_services([pool("bright", **BRIGHTNESS)], hosting, gpus=False, deadline_s=5)
+        reward_service.start_services([pool("bright", **BRIGHTNESS)], hosting, SOON, gpus=False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         busy = reward_service.Hosting("127.0.0.1", taken.getsockname()[1], "", 1)
         with pytest.raises(UserError, match=r"--port: cannot listen on 127.0.0.1, port \d+: Address already in use"):
@@ -223,7 +225,7 @@ def test_a_reward_that_compares_images_is_not_served() -> None:
 
     pairs = pool("pairs", **{"class": "tests.rewards.remote.test_service:Pairs"})
     with pytest.raises(UserError, match=r"rewards\.pairs: compares images of a prompt"):
-        start_services([pairs], Hosting("127.0.0.1", 1, "", 1), gpus=False, deadline_s=5)
+        start_services([pairs], Hosting("127.0.0.1", 1, "", 1), SOON, gpus=False)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,6 @@ class PoolSettings(Section):
         [], "Lines of a pip requirements file for a virtual environment of the reward's own; none: it runs in ours."
     )
     gpus: Share = setting(0.0, "GPUs of one replica; on a cluster without any none are asked for.", unit="GPUs")
-    cpus: Share = setting(0.05, "CPUs of one replica: a share for placement, not a limit.", unit="CPUs")
     _pool: str = PrivateAttr("")
 
     @property

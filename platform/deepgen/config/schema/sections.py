@@ -32,6 +32,7 @@ from deepgen.config.schema.reward_weights import (
     ever_positive,
     weight_at,
 )
+from deepgen.config.schema.roles import RoleSettings
 from deepgen.config.schema.section import Section, setting
 from deepgen.errors import nearest
 from deepgen.models.presets import PADDINGS, PRESETS
@@ -414,7 +415,15 @@ class ClusterSettings(Section):
         min_length=1,
     )
     num_cpus: int = setting(0, "CPUs of a cluster started here; 0 is all.", unit="CPUs", ge=0)
-    start_deadline_s: float = setting(300.0, "Longest wait until every actor of the run is ready.", unit="s", gt=0)
+    start_deadline_s: float = setting(
+        300.0, "Longest wait until every actor of the run is ready, with the start of nodes.", unit="s", gt=0
+    )
+    roles: dict[str, RoleSettings] = setting(
+        {},
+        "What one process asks of a node, by role (learner, rollout, stream, reward, or one reward's name): cpus (a "
+        "share for placement, no limit), gpus (learner, rollout; 1), accelerator (H100), labels of the node.",
+        allowed="a mapping for each role, as in {rollout: {gpus: 1, accelerator: H100, labels: {market: spot}}}",
+    )
 
 
 # Limits of the alarms (`deepgen.tracking.alarms`). In 26 steps of tiny-rl the highest values are: 0.55 of the groups
