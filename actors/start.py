@@ -41,7 +41,7 @@ def start_rollouts(settings: Settings, *, gpus: bool) -> Rollouts:
     }
     remote = ray.remote(**options)(RolloutActor)
     run = uuid.uuid4().hex
-    in_ray = {f"rollout-{i}": f"rollout-{i} of {run}" for i in range(settings.rollout.actors)}
+    in_ray = {f"rollout-{i}": f"rollout-{i} of {run}" for i in range(settings.rollout.most_actors)}
     handles = {name: remote.options(name=named).remote(settings, name) for name, named in in_ray.items()}
     return Rollouts(handles, in_ray)
 

@@ -2,6 +2,9 @@
 
 Ray restarts a dead actor (`max_restarts`), which gets no calls until it answers again. An actor that misses the
 deadline of a call counts as dead. Errors raised by the sampling code are not retried, because they would occur again.
+
+The fleet grows and shrinks with the cluster: more actors than the least may wait for a node for as long as there are
+others that work. On a node that the cluster is about to take away (it drains) no call begins; its actors move.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 import ray
@@ -26,6 +29,7 @@ ATTEMPTS = 3
 RESTARTS = -1  # of an actor: no limit. What fails again and again ends with ATTEMPTS, or with the start deadline.
 WEIGHTS_GROUP = "weights"  # calls that may overlap sampling
 _PAUSE_S = 0.2  # pause before a restarting actor is asked again
+_LOOK_S = 1.0  # between looks at which nodes drain
 
 
 class RolloutError(RuntimeError):
@@ -48,21 +52,42 @@ class RolloutFleet:
         *,
         call_deadline_s: float,
         start_deadline_s: float,
+        least: int | None = None,
         recorder: Recorder | None = None,
     ) -> None:
+        """least: actors without which the work does not begin; None: all."""
         self._actors = dict(actors)
         self._recorder = recorder or Recorder()
         self._call_deadline_s, self._start_deadline_s = call_deadline_s, start_deadline_s
         self._turns = Turns(len(self._actors))
+        self._least = len(self._actors) if least is None else least
         self._nodes: dict[str, Any] = {}  # actor that answers -> its node
-        self._recovering: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._lost: dict[str, str] = {}  # actor that did not come back -> why
-        self.names = tuple(self._actors)
         self.restarts = 0
 
     async def start(self) -> None:
-        """Wait until every actor has loaded its model. Raises RolloutError after the deadline."""
-        await asyncio.gather(*(self._admit(name) for name in self._actors))
+        """Wait until the least number of actors have loaded their model. Raises RolloutError after the deadline."""
+        coming = {name: asyncio.ensure_future(self._admit(name)) for name in self._actors}
+        try:
+            while self.working < self._least:
+                waiting = [one for one in coming.values() if not one.done()]
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for one in done:
+                    one.result()
+        except BaseException:
+            for one in coming.values():
+                one.cancel()
+            raise
+        for name, one in coming.items():
+            if not one.done():
+                self._later(self._recover(name, "no node has had room for it", one))
+        self._later(self._heed_drains())
+
+    @property
+    def working(self) -> int:
+        """Actors that get calls now."""
+        return self._turns.working
 
     async def call(
         self, method: str, request: Any, known: Callable[[], PolicyWeights | None], *more: Any, outputs: int = 1
@@ -133,7 +158,7 @@ class RolloutFleet:
     def oldest_call(self) -> str:
         """Describes the longest-running call, for the error message of a caller that waited too long."""
         if not (busy := self._recorder.open(ROLLOUT)):
-            return f"no call is running on the {len(self._actors)} rollout actors"
+            return f"no call is running on the {self.working} rollout actors that are there, of {len(self._actors)}"
         age = self._recorder.clock() - busy[0].begin
         return f"actor {busy[0].actor}, call {busy[0].call}, running for {age:.0f} s"
 
@@ -167,17 +192,46 @@ class RolloutFleet:
         self._nodes.pop(name, None)
         if kill:
             ray.kill(self._actors[name], no_restart=False)
-        task = asyncio.ensure_future(self._recover(name, failure))
-        self._recovering.add(task)
-        task.add_done_callback(self._recovering.discard)
+        self._later(self._recover(name, failure))
 
-    async def _recover(self, name: str, failure: str) -> None:
-        try:
-            await self._admit(name)
-        except RolloutError as error:
-            self._lost[name] = f"{failure}; {error}"
-            if len(self._lost) == len(self._actors):
-                self._turns.close(NoRolloutLeftError("no rollout actor is left; " + "; ".join(self._lost.values())))
+    async def _recover(self, name: str, failure: str, coming: Awaitable[None] | None = None) -> None:
+        """Admit the actor once it answers. It may wait for a node for as long as others work."""
+        while True:
+            try:
+                await (coming or self._admit(name))
+            except RolloutError as error:
+                coming = None
+                if isinstance(error.__cause__, TimeoutError) and self.working:
+                    continue
+                self._lost[name] = f"{failure}; {error}"
+                if len(self._lost) == len(self._actors):
+                    self._turns.close(NoRolloutLeftError("no rollout actor is left; " + "; ".join(self._lost.values())))
+            return
+
+    async def _heed_drains(self) -> None:
+        """Look for nodes that the cluster takes away, and have their actors move when they have done what they do."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            draining = await asyncio.to_thread(draining_nodes)
+            for name in [name for name, node in self._nodes.items() if node in draining]:
+                log.warning("the cluster takes node %s away: %s moves", self._nodes.pop(name), name)
+                self._later(self._move(name, self._turns.leave(name)))
+
+    async def _move(self, name: str, left: asyncio.Future[bool]) -> None:
+        if await left:  # else its death has been met already
+            self._replace(name, "its node was taken away", kill=True)
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def draining_nodes() -> set[str]:
+    """The nodes of the connected cluster on which nothing new should begin."""
+    from ray._private.state import state
+
+    return set(state.get_draining_nodes())
 
 
 def _about(method: str, request: Any, policy: PolicyWeights | None) -> dict[str, Any]:

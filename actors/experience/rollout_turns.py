@@ -39,7 +39,13 @@ class Turns:
         self._idle: deque[str] = deque()
         self._busy: dict[str, Turn] = {}  # actors with one turn, the one that began first in front
         self._open: dict[str, list[Turn]] = {}  # actors that work -> their turns
+        self._leaving: dict[str, asyncio.Future[bool]] = {}
         self._gone: Exception | None = None
+
+    @property
+    def working(self) -> int:
+        """Actors that get calls."""
+        return len(self._open.keys() - self._leaving.keys())
 
     def admit(self, name: str) -> None:
         """An actor can work, for the first time or again."""
@@ -63,19 +69,35 @@ class Turns:
 
     def end(self, turn: Turn, *, well: bool = True) -> None:
         """The call has ended. Not `well`: the actor has died, and gets no turn until it is admitted again."""
-        turn.well = well
+        of_this_life = turn in (turns := self._open.get(turn.name, []))
+        left = self._leaving.pop(turn.name, None) if of_this_life else None
+        if left and not left.done():
+            left.set_result(well)
+        turn.well = well and left is None  # whoever follows on one that leaves goes to another actor
         turn.ended.set()
-        if turn not in (turns := self._open.get(turn.name, [])):
-            return  # of the actor's life before
+        if not of_this_life:
+            return
         self._busy.pop(turn.name, None)
         turns.remove(turn)
-        if not well:
+        if not turn.well:
             del self._open[turn.name]
         elif turns:
             self._busy[turn.name] = turns[0]
         else:
             self._idle.append(turn.name)
         self._deal()
+
+    def leave(self, name: str) -> asyncio.Future[bool]:
+        """The actor begins nothing more until it is admitted again. Resolves when its turn has ended: True if well."""
+        left: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        if self._open[name]:
+            self._busy.pop(name, None)
+            self._leaving[name] = left
+        else:
+            self._idle.remove(name)
+            del self._open[name]
+            left.set_result(True)
+        return left
 
     def close(self, error: Exception) -> None:
         """No actor is left: whoever waits, or comes later, gets the error."""

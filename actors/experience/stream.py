@@ -82,6 +82,7 @@ class ExperienceStream:
             {name: ray.get_actor(actor) if isinstance(actor, str) else actor for name, actor in actors.items()},
             call_deadline_s=settings.experience.deadline_s / ATTEMPTS,
             start_deadline_s=settings.cluster.start_deadline_s,
+            least=min(settings.rollout.least_actors, len(actors)),
             recorder=recorder,
         )
         self._rewards = RewardRouter(settings, gpus=gpus, recorder=recorder)
@@ -215,6 +216,7 @@ class ExperienceStream:
         metrics |= held_out_metrics(groups, self._rewards.names)
         metrics |= clock.metrics(stacked_scores(groups)[..., 0].size) | self._rewards.counters()
         metrics |= {"time/sync_s": self._sync_seconds, "rollout/restarts": float(self._fleet.restarts)}
+        metrics["rollout/actors"] = float(self._fleet.working)
         metrics |= self._journal.metrics()
         world = self._settings.train.workers
         factor, clamped = factor_and_clamped(self._settings, advantages, result.factor)

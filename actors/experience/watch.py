@@ -32,8 +32,7 @@ class Watch:
         self._groups, self._silence_s = settings.rollout.prompts_per_step, settings.experience.silence_s
         self._recorder, self._fleet, self._rewards = recorder, fleet, rewards
         used = {name: settings.rewards.pools[name] for name in rewards.names}
-        pools = {name: pool.most_replicas for name, pool in used.items()}
-        self._actors = {ROLLOUT: len(fleet.names), **pools}
+        self._pools = {name: pool.most_replicas for name, pool in used.items()}
         self._clocks: dict[int, StepClock] = {}
         self._ranks: dict[int, Rank] = {}
         self._waits: list[Span] = []  # of the ranks, since the last batch
@@ -80,8 +79,8 @@ class Watch:
         if before is None or before[0] != step - 1 or now <= before[1]:
             return {}
         idle = {
-            f"idle/{role}": 1 - busy_share((s for s in spans if s.role == role), before[1], now, actors)
-            for role, actors in self._actors.items()
+            f"idle/{role}": 1 - busy_share((s for s in spans if s.role == role), before[1], now, max(1, actors))
+            for role, actors in self._actors().items()
         }
         return idle | {f"idle/{LEARNER}": busy_share(waits, before[1], now, len(self._ranks))}
 
@@ -118,6 +117,9 @@ class Watch:
         except OSError as error:
             log.warning("cannot write the status of the run to %s: %s", self._folder, error.strerror or error)
 
+    def _actors(self) -> dict[str, int]:
+        return {ROLLOUT: self._fleet.working, **self._pools}
+
     def _status(self, newest: int | None, *, ended: bool = False) -> Status:
         counters = self._rewards.counters()
 
@@ -129,7 +131,7 @@ class Watch:
             ended=ended,
             steps=self._steps,
             version=newest,
-            actors=self._actors,
+            actors=self._actors(),
             calls=tuple(Call(span.actor, span.call, span.begin) for span in self._recorder.open()),
             under_way=tuple(
                 GroupsOfStep(step, self._groups, clock.sampled_groups, clock.scored_groups)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray.exceptions import OutOfMemoryError
 
-from actors.experience.rollout_fleet import RolloutFleet
+from actors.experience import rollout_fleet
+from actors.experience.rollout_fleet import RolloutError, RolloutFleet
 from actors.experience.rollout_turns import Turn, Turns
 
 Body = Callable[[Turns], Awaitable[None]]
@@ -157,3 +159,133 @@ def test_a_call_whose_actor_the_memory_monitor_kills_moves_on() -> None:
         return await fleet.call("sample_group", "group 5", lambda: None), fleet.restarts
 
     assert asyncio.run(body()) == (("a group",), 1)
+
+
+# -- actors that come and leave --------------------------------------------------------------------------------------
+
+
+def test_an_actor_that_leaves_begins_nothing_more() -> None:
+    async def body(turns: Turns) -> None:
+        first, second, third, *waiting = await ask(turns, 5)
+        assert who([first, second, third, *waiting]) == ["a", "b", "a"]  # the last one follows on a
+        left = turns.leave("a")
+        assert turns.working == 1 and not left.done()
+        follows = asyncio.create_task(third.result().begin())
+        turns.end(first.result())
+        assert await left is True and await follows is False
+        turns.end(third.result(), well=False)
+        await settle()
+        assert who(waiting) == []
+        turns.end(second.result())
+        await settle()
+        assert who(waiting) == ["b"]
+        turns.admit("a")
+        await settle()
+        assert who(waiting) == ["b", "a"]
+
+    with_turns(body, "a", "b")
+
+
+def test_an_idle_actor_leaves_at_once_and_a_death_on_the_way_is_told() -> None:
+    async def body(turns: Turns) -> None:
+        (task,) = await ask(turns, 1)
+        assert who([task]) == ["a"]
+        assert await turns.leave("b") is True
+        left = turns.leave("a")
+        turns.end(task.result(), well=False)
+        assert await left is False and turns.working == 0
+        turns.admit("a")
+        assert who(await ask(turns, 1)) == ["a"]
+
+    with_turns(body, "a", "b")
+
+
+class FakeActor:
+    """Looks like a handle of a rollout actor on a node. room: set once there is room for it."""
+
+    def __init__(self, node: str, room: asyncio.Event | None = None) -> None:
+        self.node, self.room, self.sampled = node, room, list[str]()
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.ready = SimpleNamespace(remote=self._ready)
+        self.sample_group = SimpleNamespace(options=lambda num_returns: SimpleNamespace(remote=self._sample))
+
+    async def _ready(self) -> str:
+        if self.room is not None:
+            await self.room.wait()
+        return self.node
+
+    async def _sample(self, request: str, policy: None) -> str:
+        self.sampled.append(request)
+        await self.hold.wait()
+        return self.node
+
+
+def fleet_of(actors: dict[str, FakeActor], **options: float) -> RolloutFleet:
+    given: Any = {"call_deadline_s": 60, "start_deadline_s": 60} | options
+    return RolloutFleet(actors, **given)
+
+
+async def sample(fleet: RolloutFleet, request: str) -> str:
+    node: str = (await fleet.call("sample_group", request, lambda: None))[0]
+    return node
+
+
+def test_a_fleet_begins_with_the_least_and_others_join_it() -> None:
+    async def body() -> None:
+        room = asyncio.Event()
+        fleet = fleet_of({"a": FakeActor("here"), "b": FakeActor("later", room)}, least=1, start_deadline_s=0.05)
+        await fleet.start()
+        assert fleet.working == 1
+        await asyncio.sleep(0.2)  # beyond the deadline: others work, so it may wait
+        assert await sample(fleet, "g0") == "here"
+        room.set()
+        await settle()
+        assert fleet.working == 2
+        found = await asyncio.gather(sample(fleet, "g1"), sample(fleet, "g2"))
+        assert sorted(found) == ["here", "later"]
+
+    asyncio.run(body())
+
+
+def test_a_fleet_without_its_least_does_not_begin() -> None:
+    async def body() -> None:
+        actors = {"a": FakeActor("here"), "b": FakeActor("never", asyncio.Event())}
+        await fleet_of(actors, least=2, start_deadline_s=0.05).start()
+
+    with pytest.raises(RolloutError, match="actor b, call ready, after 0 s: no answer within the deadline"):
+        asyncio.run(body())
+
+
+def test_on_a_node_that_drains_no_group_begins_and_its_actor_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    draining, killed = set[str](), list[FakeActor]()
+    monkeypatch.setattr(rollout_fleet, "_LOOK_S", 0.01)
+    monkeypatch.setattr(rollout_fleet, "draining_nodes", lambda: draining)
+
+    async def body() -> None:
+        a, b = FakeActor("old"), FakeActor("here")
+
+        def kill(actor: FakeActor, no_restart: bool) -> None:
+            assert not no_restart and actor.hold.is_set()  # what it did is done
+            killed.append(actor)
+            actor.node = "new"
+
+        monkeypatch.setattr(rollout_fleet.ray, "kill", kill)
+        fleet = fleet_of({"a": a, "b": b})
+        await fleet.start()
+        a.hold.clear()
+        last = asyncio.create_task(sample(fleet, "g0"))
+        await settle()
+        assert a.sampled == ["g0"]
+        draining.add("old")
+        await asyncio.sleep(0.1)
+        assert fleet.working == 1 and not killed
+        assert [await sample(fleet, f"g{n}") for n in (1, 2)] == ["here", "here"]
+        a.hold.set()
+        assert await last == "old"  # nothing is lost
+        await asyncio.sleep(0.1)
+        assert killed == [a] and fleet.restarts == 1 and fleet.working == 2
+        found = await asyncio.gather(sample(fleet, "g3"), sample(fleet, "g4"))
+        assert sorted(found) == ["here", "new"]
+
+    asyncio.run(body())

@@ -44,7 +44,7 @@ REWARDS: Any = SimpleNamespace(
 def make_watch(folder: Path, clock: Clock, *more: str) -> tuple[Watch, Recorder]:
     settings = load_settings(None, [f"run.dir={folder}", "run.name=a", "rollout.prompts_per_step=4", *more])
     recorder = Recorder(clock=clock)
-    fleet: Any = SimpleNamespace(names=("rollout-0", "rollout-1"), restarts=3)
+    fleet: Any = SimpleNamespace(working=2, restarts=3)
     return Watch(settings, recorder, fleet, REWARDS), recorder
 
 

@@ -94,7 +94,12 @@ def rl_needs(settings: Settings, *, gpus: bool) -> list[Need]:
     cluster, pools = settings.cluster, settings.rewards.pools
     return [
         *learner_needs(settings, gpus=gpus),
-        _need("rollout actor", settings.rollout.actors, role_placement(cluster, ROLLOUT, gpus=gpus), "rollout.actors"),
+        _need(
+            "rollout actor",
+            settings.rollout.least_actors,
+            role_placement(cluster, ROLLOUT, gpus=gpus),
+            "rollout.actors",
+        ),
         _need("experience stream", 1, role_placement(cluster, STREAM, gpus=gpus), "always 1"),
         *(pool_need(cluster, pools[name], gpus=gpus) for name in settings.rewards.used()),
     ]

@@ -19,7 +19,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 def other_processes(settings: Settings, model_bytes: int) -> Iterator[str]:
     """Lines about all processes of rl but the learner's. model_bytes: of the model that each rollout actor holds."""
-    actors = settings.rollout.actors
+    actors = settings.rollout.most_actors
     yield "beside the learner"
     yield f"  {actors} {'rollout actor' if actors == 1 else 'rollout actors'}, one GPU each (rollout.actors)"
     yield f"    the model in fp32: {model_bytes / GIB:.1f} GiB"

@@ -32,6 +32,7 @@ slash, the curves select them by name):
 |                                              | which an actor of the role had no call, mean over actors: rollout, |
 |                                              | each reward pool by name; learner: share in which it waited for it |
 | pool/<reward>/<counter>, rollout/restarts    | counters of the reward pools and the rollout fleet |
+| rollout/actors                               | rollout actors that could get a call               |
 | pool/<reward>/{asked,scored}                 | images the reward was asked about, those with a score: the |
 |                                              | others are missing |
 | pool/<reward>/missing/<reason>               | missing scores since the start, by reason (`rewards.base.REASONS`) |

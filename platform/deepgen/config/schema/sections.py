@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from deepgen.algorithms.rules import WHITEN, check_noise
-from deepgen.config.schema.choices import OneOf
+from deepgen.config.schema.choices import OneOf, Replicas, limits
 from deepgen.config.schema.paths import InputPath, OptionalOutputPath, OutputPath
 from deepgen.config.schema.pools import PoolSettings, make_pools
 from deepgen.config.schema.reward_weights import (
@@ -234,9 +234,21 @@ class RolloutSettings(Section):
     )
     group_size: int = setting(8, "Images sampled for one prompt, compared with each other.", unit="images", ge=1)
     prompts_per_step: int = setting(32, "Groups in one batch.", unit="prompts", ge=1)
-    actors: int = setting(8, "Rollout actors.", ge=1)
+    actors: Replicas = setting(
+        8, "Rollout actors; with 2..8 the run begins with 2, and more join it and leave it with the cluster's nodes."
+    )
     same_noise: bool = setting(True, "The images of a group start from the same noise.")
     threads: int = setting(1, "CPU threads of a rollout actor.", ge=1)
+
+    @property
+    def least_actors(self) -> int:
+        """Rollout actors without which a run does not begin."""
+        return limits(self.actors)[0]
+
+    @property
+    def most_actors(self) -> int:
+        """Rollout actors that there are at most."""
+        return limits(self.actors)[1]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
