@@ -180,10 +180,14 @@ class RolloutFleet:
         self._turns.admit(name)
 
     async def _answers(self, name: str, deadline_s: float) -> bool:
-        """True once the actor is ready, False while Ray is restarting it."""
+        """True once the actor is ready, False while Ray is restarting it. Raises what Ray says if it will not."""
         try:
             self._nodes[name] = await asyncio.wait_for(self._actors[name].ready.remote(), deadline_s)
         except ActorUnavailableError:
+            return False
+        except GONE:  # perhaps it was asked in the moment in which it was killed
+            if await asyncio.to_thread(is_dead, self._actors[name]):
+                raise
             return False
         return True
 
@@ -224,7 +228,13 @@ class RolloutFleet:
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            assert isinstance(error, Exception)
+            self._turns.close(error)  # a bug: whoever waits for an actor hears of it
 
 
 def draining_nodes() -> set[str]:
@@ -232,6 +242,13 @@ def draining_nodes() -> set[str]:
     from ray._private.state import state
 
     return set(state.get_draining_nodes())
+
+
+def is_dead(actor: Any) -> bool:
+    """Whether Ray will not start an actor any more."""
+    from ray._private.state import state
+
+    return bool(state.actor_table(actor._actor_id.hex()).get("State") == "DEAD")
 
 
 def _about(method: str, request: Any, policy: PolicyWeights | None) -> dict[str, Any]:
