@@ -38,6 +38,20 @@ def test_a_cluster_that_does_not_start_in_time_is_one_line(tiny: Settings, monke
         connect_module._join_or_start(tiny, None)
 
 
+def test_another_version_of_ray_or_python_is_one_line(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray itself finds it, when the cluster's are others than ours."""
+    from ray._private.utils import check_version_info
+
+    def join(*_: object) -> None:
+        theirs = {"ray_version": "2.9.0", "python_version": "3.9.1"}
+        check_version_info(theirs, "this process", raise_on_mismatch=True, python_version_match_level="minor")
+
+    monkeypatch.setattr("deepgen.cluster.connect._join", join)
+    other = load_settings(TINY, ["cluster.address=10.0.0.1:6379"])
+    with pytest.raises(UserError, match=r"^cluster\.address: cannot join .*: Version mismatch: .*Ray: 2\.9\.0 Python: 3\.9"):
+        connect_module._join_or_start(other, None)
+
+
 @pytest.mark.ray
 def test_connect_checks_the_cluster_it_is_in(ray_local: ModuleType, tiny: Settings) -> None:
     assert connect(tiny, rl_needs) is False

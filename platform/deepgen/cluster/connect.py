@@ -154,4 +154,6 @@ def _prepare_private(settings: Settings, code_root: Path | None) -> None:
 
 
 def _first_line(error: BaseException) -> str:
+    if str(error).startswith("Version mismatch"):  # which versions, say the next lines
+        return " ".join(str(error).split())
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
