@@ -48,7 +48,9 @@ def test_another_version_of_ray_or_python_is_one_line(tiny: Settings, monkeypatc
 
     monkeypatch.setattr("deepgen.cluster.connect._join", join)
     other = load_settings(TINY, ["cluster.address=10.0.0.1:6379"])
-    with pytest.raises(UserError, match=r"^cluster\.address: cannot join .*: Version mismatch: .*Ray: 2\.9\.0 Python: 3\.9"):
+    with pytest.raises(
+        UserError, match=r"^cluster\.address: cannot join .*: Version mismatch: .*Ray: 2\.9\.0 Python: 3\.9"
+    ):
         connect_module._join_or_start(other, None)
 
 
