@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ray
 
@@ -32,10 +32,11 @@ class RewardPoolError(RuntimeError):
 
 
 class FailureLines:
-    """Lines on the log about failed calls of a pool: the first ones for each reason, as a bad day has thousands."""
+    """Lines on the log about what fails in a pool: the first ones for each reason, as a bad day has thousands."""
 
     def __init__(self, pool: str) -> None:
         self._pool, self._told = pool, Counter[str]()
+        self._reasons = set[str]()  # of missing scores
 
     def tell(self, why: Missing, what_follows: str) -> None:
         """Say why a call failed, and what follows, if there is a line left for its reason."""
@@ -45,6 +46,21 @@ class FailureLines:
         elif self._told[why.reason] == MOST_TOLD:
             text = "%s; %s; more calls that fail like this (%s) are only counted: pool/%s/retries"
             log.warning(text, why.detail, what_follows, why.reason, self._pool)
+
+    def named(self, outcome: float | Missing, replica: str) -> float | Missing:
+        """The outcome, with the replica's name where it is missing. The first for each reason is a line."""
+        if not isinstance(outcome, Missing):
+            return outcome
+        why = replace(outcome, detail=f"{replica}: {outcome.detail or 'the reward does not say more'}")
+        if why.reason not in self._reasons:
+            self._reasons.add(why.reason)
+            text = "%s: a score is missing (%s); more with this reason are only counted: pool/%s/missing/%s"
+            log.warning(text, why.detail, why.reason, self._pool, why.reason)
+        return why
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @dataclass(frozen=True)

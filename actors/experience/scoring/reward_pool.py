@@ -25,7 +25,6 @@ import logging
 import random
 import time
 from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,13 @@ from actors.experience.scoring.pool_parts import (
     RewardPoolError,
     RewardScores,
     asked_groups,
+    first_line,
     keys_of_cache,
 )
 from actors.experience.scoring.pool_queue import Batch, PoolQueue, can_split, halves, size_of
 from actors.experience.scoring.replica import CallTimeout, Replica
 from actors.experience.scoring.score_cache import ScoreCache
-from actors.experience.scoring.start_check import check_requests, remedy_for, unfit
+from actors.experience.scoring.start_check import check_requests, first_score, remedy_for
 from actors.gone import GONE
 from actors.messages import BatchReply
 from deepgen.cluster.resources import Placement, pool_placement
@@ -115,7 +115,6 @@ class RewardPool:
         self._open: set[PoolCall] = set()
         self._broken: BaseException | None = None
         self._totals = dict.fromkeys(COUNTERS, 0.0)
-        self._told_reasons = set[str]()  # of missing scores, on the log
         self._lines = FailureLines(self.name)
 
     async def start(self) -> None:
@@ -256,31 +255,11 @@ class RewardPool:
         return missing
 
     async def _first_start(self, replica: Replica) -> None:
-        """Start a replica before the first step. Raises UserError if its reward cannot score then.
-
-        A service that is down or busy gets as many attempts as in the run.
-        """
+        """Start a replica before the first step. Raises UserError if its reward cannot score then."""
         try:
-            missing = await self._warm_up(replica)
-            for attempt in range(1, self._settings.retries + 1):
-                if missing is None or missing.reason not in ("transport", "deadline"):
-                    break
-                log.warning("rewards.%s: a first request has no score yet: %s", self.name, missing.detail)
-                await asyncio.sleep(self._pause_s(attempt))
-                missing = await self._warm_up(replica)
+            await first_score(lambda: self._warm_up(replica), self._settings, replica.label, self._pause_s)
         except GONE as error:
-            await self._replace(replica, f"{replica.label}: died during start: {_first_line(error)}")
-            return
-        except RayError as error:
-            log.error("%s could not score a first request:\n%s", replica.label, error)
-            met = error.cause if isinstance(error, RayTaskError) else error  # one that cannot be pickled has no cause
-            cause = f"{type(met).__name__}: {_first_line(met)}"
-            raise UserError(unfit(self._settings, cause, "see the traceback above, and its options")) from error
-        if missing is None:
-            return
-        if remedy := remedy_for(missing):
-            raise UserError(unfit(self._settings, missing.detail, remedy, missing.options))
-        log.warning("rewards.%s: the first request has no score (%s: %s)", self.name, missing.reason, missing.detail)
+            await self._replace(replica, f"{replica.label}: died during start: {first_line(error)}")
 
     async def _serve(self, replica: Replica) -> None:
         """Score batches on one replica until the pool drops the replica."""
@@ -337,7 +316,7 @@ class RewardPool:
             return Missing("deadline", str(error)), True
         except GONE as error:
             age = time.monotonic() - began
-            what = f"{replica.label}: died during score, {age:.1f} s after the call: {_first_line(error)}"
+            what = f"{replica.label}: died during score, {age:.1f} s after the call: {first_line(error)}"
             return Missing("died", what), True
         except RayError as error:
             self._breaker.probing = self._breaker.probing and not batch.probe  # it answers, though with an error
@@ -356,7 +335,7 @@ class RewardPool:
         return None
 
     def _settle(self, replica: Replica, batch: Batch, reply: BatchReply) -> None:
-        outcomes = [self._told(value, replica) for value in reply.values]
+        outcomes = [self._lines.named(value, replica.label) for value in reply.values]
         if not all(isinstance(outcome, Missing) for outcome in outcomes):
             self._cache.version = reply.version
         replica.failures = 0
@@ -373,17 +352,6 @@ class RewardPool:
         for part in batch.parts:
             part.settle([next(rest) for _ in part.indices], reply.version)
 
-    def _told(self, outcome: float | Missing, replica: Replica) -> float | Missing:
-        """The outcome, with the replica's name where it is missing. The first for each reason is a line on the log."""
-        if not isinstance(outcome, Missing):
-            return outcome
-        why = replace(outcome, detail=f"{replica.label}: {outcome.detail or 'the reward does not say more'}")
-        if why.reason not in self._told_reasons:
-            self._told_reasons.add(why.reason)
-            text = "%s: a score is missing (%s); more with this reason are only counted: pool/%s/missing/%s"
-            log.warning(text, why.detail, why.reason, self.name, why.reason)
-        return why
-
     # ---- failures ----------------------------------------------------------------------------------------------------
 
     def _meet(self, replica: Replica, batch: list[Part], error: RayError) -> None:
@@ -397,7 +365,7 @@ class RewardPool:
         if any(part.call.requests.hex() == lost for part in batch):
             for part in batch:
                 if part.call.requests.hex() == lost:
-                    part.call.fail(RequestsLostError(f"reward pool {self.name}: {_first_line(cause)}"))
+                    part.call.fail(RequestsLostError(f"reward pool {self.name}: {first_line(cause)}"))
             self._queue.add(batch)  # for the others; those that have failed are dropped
             return
         if can_split(batch):
@@ -411,7 +379,7 @@ class RewardPool:
             for part in batch:
                 part.call.fail(error)
             return
-        what = f"{replica.label}: the reward raised {type(cause).__name__}: {_first_line(cause)}"
+        what = f"{replica.label}: the reward raised {type(cause).__name__}: {first_line(cause)}"
         log.warning("%s; its score is missing; as the replica saw it: %s", what, error)
         self._give_up(batch, Missing("refused", what))
 
@@ -521,7 +489,7 @@ class RewardPool:
             except (CallTimeout, RayError, UserError) as error:
                 if starting and not isinstance(error, (CallTimeout, *GONE)):
                     raise
-                reason = f"{replica.label}: {_first_line(error)}"
+                reason = f"{replica.label}: {first_line(error)}"
                 log.warning("restart %d failed: %s", replica.failures, reason)
                 continue
             return True
@@ -553,7 +521,7 @@ class RewardPool:
         try:
             await self._warm_up(replica)
         except (CallTimeout, RayError, UserError) as error:
-            log.warning("%s could not be added while requests wait: %s", replica.label, _first_line(error))
+            log.warning("%s could not be added while requests wait: %s", replica.label, first_line(error))
             replica.kill()
             return
         except asyncio.CancelledError:
@@ -591,7 +559,3 @@ class RewardPool:
 
 def _future() -> asyncio.Future[None]:
     return asyncio.get_running_loop().create_future()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
+from ray.exceptions import RayError, RayTaskError
 
+from actors.experience.scoring.pool_parts import first_line
+from actors.gone import GONE
 from deepgen.config import PoolSettings
+from deepgen.errors import UserError
 from rewards import Missing, RewardRequest, applies, is_groupwise
+
+log = logging.getLogger(__name__)
 
 _SIDE = 64
 # For each task what a user might type, and what the picture should show.
@@ -28,6 +36,41 @@ def check_requests(settings: PoolSettings, tasks: Sequence[str]) -> list[RewardR
         if applies(settings, requests[0]):
             return requests if is_groupwise(settings) else requests[:1]
     return []
+
+
+async def first_score(
+    warm_up: Callable[[], Awaitable[Missing | None]],
+    settings: PoolSettings,
+    replica: str,
+    pause_s: Callable[[int], float],
+) -> None:
+    """Have a replica score its first request. Raises UserError if its reward cannot.
+
+    A service that is down or busy gets as many attempts as in the run.
+
+    warm_up: loads the reward and has it score; returns why there is no score. pause_s: before an attempt.
+    """
+    try:
+        missing = await warm_up()
+        for attempt in range(1, settings.retries + 1):
+            if missing is None or missing.reason not in ("transport", "deadline"):
+                break
+            log.warning("rewards.%s: a first request has no score yet: %s", settings.pool_name, missing.detail)
+            await asyncio.sleep(pause_s(attempt))
+            missing = await warm_up()
+    except GONE:
+        raise
+    except RayError as error:
+        log.error("%s could not score a first request:\n%s", replica, error)
+        met = error.cause if isinstance(error, RayTaskError) else error  # one that cannot be pickled has no cause
+        cause = f"{type(met).__name__}: {first_line(met)}"
+        raise UserError(unfit(settings, cause, "see the traceback above, and its options")) from error
+    if missing is None:
+        return
+    if remedy := remedy_for(missing):
+        raise UserError(unfit(settings, missing.detail, remedy, missing.options))
+    name, reason = settings.pool_name, missing.reason
+    log.warning("rewards.%s: the first request has no score (%s: %s)", name, reason, missing.detail)
 
 
 def remedy_for(missing: Missing) -> str:
