@@ -28,7 +28,8 @@ from actors.experience.journal.journal_counts import JournalCounts
 from actors.experience.prompt_order import PromptOrder, check_state
 from actors.experience.rollout_actor import Pictures
 from actors.experience.rollout_fleet import ATTEMPTS, RolloutError, RolloutFleet
-from actors.experience.scoring.pool_parts import RequestsLostError
+from actors.experience.scoring.pool_parts import RequestsLostError, RewardPoolError
+from actors.experience.scoring.replica import CallTimeout
 from actors.experience.scoring.reward_router import RewardRouter
 from actors.experience.step_advantages import factor_and_clamped, own_advantages, step_advantages
 from actors.experience.step_metrics import StepClock, held_out_metrics, stacked_scores, step_metrics
@@ -39,6 +40,7 @@ from deepgen.config import Settings
 from deepgen.data.records import Record
 from deepgen.data.usable import usable_records
 from deepgen.drawing.request import DrawRequest
+from deepgen.errors import UserError
 from deepgen.evaluation.results import Evaluation
 from deepgen.tracking.timeline import Recorder
 from rewards import RewardRequest
@@ -51,6 +53,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _EVALUATION_IMAGES = 16  # images per evaluation call
+_GRACE_S = 5.0  # for a pool that is not ready in time to say so itself
 
 
 class BatchLateError(RuntimeError):
@@ -98,11 +101,14 @@ class ExperienceStream:
         self._journal = JournalCounts()
         self._learner = ""  # the start of the learner that has published last
         self._starting: asyncio.Task[None] | None = None
+        self._stopped = False
 
     async def start(self) -> None:
-        """Wait until rollout actors and reward pools are ready. Raises TimeoutError after cluster.start_deadline_s.
+        """Wait until rollout actors and reward pools are ready. Every call does this first, as Ray may have started the
+        stream again before it. Returns early, and without an error, if `stop` is called meanwhile.
 
-        Every call does this first, because Ray may have started the stream again before it.
+        Raises TimeoutError after cluster.start_deadline_s, and UserError that names a reward that is not ready then, or
+        cannot score.
         """
         if self._starting is None:
             self._starting = asyncio.create_task(self._start())
@@ -113,7 +119,14 @@ class ExperienceStream:
         self._watch.start(lambda: self._version)
         try:
             parts = self._fleet.start(), self._rewards.start(), asyncio.to_thread(_import_libraries)
-            await asyncio.wait_for(asyncio.gather(*parts), deadline)
+            await asyncio.wait_for(asyncio.gather(*parts), deadline + _GRACE_S)
+        except CallTimeout as error:
+            raise UserError(
+                f"cluster.start_deadline_s: {error}; it is not placed, or still loading; allowed: more seconds"
+            ) from error
+        except RewardPoolError as error:
+            if not self._stopped:  # else nobody waits any more, and Ray would print the error
+                raise UserError(f"rewards: {error}") from error
         except TimeoutError as error:
             raise TimeoutError(f"rollout actors and reward pools were not ready within {deadline:.0f} s") from error
 
@@ -123,7 +136,7 @@ class ExperienceStream:
 
     async def stop(self) -> None:
         """Stop the reward pools and cancel unfinished steps. The rollout actors keep running."""
-        version = self._version
+        version, self._stopped = self._version, True
         await self._rewind(self._next_step)
         await self._watch.stop(version)
         self._rewards.stop()

@@ -34,10 +34,20 @@ class UserError(Exception):
     """A mistake the user can fix. The message is one line: what is wrong, what was given, what is allowed.
 
     Secrets in it are hidden (`deepgen.masking`).
+
+    trace: of the user's code, where that is at fault; a program prints it before the line, which comes last so.
     """
 
-    def __init__(self, message: object = "") -> None:
+    def __init__(self, message: object = "", trace: str = "") -> None:
         super().__init__(masked(str(message)))
+        self.trace = masked(trace)
+
+    def words(self) -> str:
+        """What a program says of it at its end."""
+        # Ray raises a subclass that carries the remote traceback as its text and the original as `cause`.
+        found = getattr(self, "cause", None) or self
+        line = f"error: {' '.join(str(found).split())}"
+        return f"{found.trace.rstrip()}\n{line}" if found.trace else line
 
 
 class Terminated(KeyboardInterrupt):
@@ -102,9 +112,7 @@ def run_program(main: Callable[[], int | None], *, resumes: bool = True) -> NoRe
         print(f"error: cannot write {found.filename or 'a file'}: {found.strerror}; make room", file=sys.stderr)
         sys.exit(USAGE_EXIT_CODE)
     except UserError as error:
-        # Ray raises a subclass that carries the remote traceback as its text and the original as `cause`.
-        message = str(getattr(error, "cause", None) or error)
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(error.words(), file=sys.stderr)
         sys.exit(USAGE_EXIT_CODE)
     except KeyboardInterrupt as interrupt:
         print(f"\nstopped{_how_to_continue(resumes)}", file=sys.stderr)

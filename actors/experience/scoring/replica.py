@@ -30,6 +30,10 @@ class CallTimeout(TimeoutError):
     """A remote call passed its deadline; the message names actor, call and age."""
 
 
+class FirstCallTimeout(CallTimeout):
+    """The reward is loaded, but its first call passed its deadline."""
+
+
 class RewardActor:
     """Hosts one reward in its own Ray process. `start` builds the reward, so its errors reach the caller unchanged."""
 
@@ -44,12 +48,15 @@ class RewardActor:
         environment.make(deadline_s)
         return False
 
-    def start(self, check: list[RewardRequest]) -> BatchReply:
-        """Load the reward and score the images of `check`, which are one prompt's. Called again, it only scores.
+    def start(self) -> None:
+        """Load the reward. Called again, it does nothing."""
+        self._reward = self._reward or build_reward(self._settings)
+
+    def first(self, check: list[RewardRequest]) -> BatchReply:
+        """Score the images of `check`, which are one prompt's.
 
         So no real request pays the extra time of a first call, and a reward that cannot score is found now.
         """
-        self._reward = self._reward or build_reward(self._settings)
         return self._reply([check] if check else [])
 
     def score(self, picks: list[list[int]], *lists: list[RewardRequest]) -> BatchReply:
@@ -99,11 +106,21 @@ class Replica:
         runtime = {"runtime_env": self._environment.runtime_env()} if self._environment else {}
         return ray.remote(RewardActor).options(**self._placement.options(), **runtime).remote(self._settings)
 
-    async def start(self, check: list[RewardRequest], deadline_s: float) -> BatchReply:
-        """Load the reward, as `RewardActor.start`; before that, make the environment of its own, if it has one."""
+    async def start(self, check: list[RewardRequest], end: float, first_s: float) -> BatchReply:
+        """Load the reward and have it score a first time; before that, make its own environment, if it has one.
+
+        end: of all this, by the monotonic clock. first_s: for the first score; a reward may load for far longer.
+        Raises CallTimeout; FirstCallTimeout if the reward was loaded.
+        """
         if self._environment is not None:
-            await self._enter(self._environment, deadline_s)
-        reply: BatchReply = await self._answer(self.actor.start.remote(check), "start", deadline_s)
+            await self._enter(self._environment, _left(end))
+        await self._answer(self.actor.start.remote(), "start", _left(end))
+        try:
+            reply: BatchReply = await self._answer(
+                self.actor.first.remote(check), "first score", min(first_s, _left(end))
+            )
+        except CallTimeout as late:
+            raise FirstCallTimeout(str(late)) from late
         return reply
 
     async def score(self, picks: list[list[int]], lists: list[ray.ObjectRef], deadline_s: float) -> BatchReply:
@@ -142,6 +159,10 @@ class Replica:
             late = f"call {call!r} has not answered after {age:.1f} s (deadline {deadline_s:g} s)"
             raise CallTimeout(f"{self.label}: {late}")
         return future.result()
+
+
+def _left(end: float) -> float:
+    return max(0.0, end - time.monotonic())
 
 
 def _finite(value: Score) -> float | Missing:

@@ -25,6 +25,7 @@ import logging
 import random
 import time
 from collections.abc import Coroutine, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class RewardPool:
     Args:
         settings: `rewards.<name>`: the pool's keys and its reward's options.
         placement: what a replica asks of its node; default: a share of a CPU.
-        start_deadline_s: time limit for placing, loading and warming up one replica.
+        start_deadline_s: time limit for placing, loading and warming up one replica, all attempts together.
         max_restarts: restarts of one replica without a successful call in between; then the pool drops the replica.
         backoff_s: longest pause before the first retry; doubles with each retry, up to 10 s.
         cache_size: number of cached scores; the least recently used are dropped first; 0 = no cache.
@@ -121,8 +122,8 @@ class RewardPool:
         """Create and warm up all replicas. Returns when every replica can score. One that dies meanwhile is replaced.
 
         Raises:
-            UserError: the reward rejects its settings, or cannot score a first request.
-            CallTimeout: a replica was not ready within start_deadline_s.
+            UserError: the reward rejects its settings, or cannot score a first request, or hangs in it.
+            CallTimeout: a replica has not loaded its reward within start_deadline_s.
             RewardPoolError: every replica died again and again, or the pool was stopped.
         """
         if self._broken is not None:
@@ -236,11 +237,15 @@ class RewardPool:
 
     # ---- replicas ----------------------------------------------------------------------------------------------------
 
-    async def _warm_up(self, replica: Replica) -> Missing | None:
-        """Load the reward and have it score a request like the run's. Returns why that has no score."""
+    async def _warm_up(self, replica: Replica, end: float | None = None) -> Missing | None:
+        """Load the reward and have it score a request like the run's. Returns why that has no score.
+
+        end: when both must be done, by the monotonic clock; default: start_deadline_s from now.
+        """
+        end = time.monotonic() + self._start_deadline_s if end is None else end
         span = self._recorder.begin(replica.label, self.name, "start", call="start of the reward")
         try:
-            reply = await replica.start(self._check, self._start_deadline_s)
+            reply = await replica.start(self._check, end, self._settings.deadline_s)
         except RayTaskError as error:
             if isinstance(error.cause, UserError):  # not a bug, so leave out the remote traceback
                 raise error.cause from None
@@ -257,7 +262,8 @@ class RewardPool:
     async def _first_start(self, replica: Replica) -> None:
         """Start a replica before the first step. Raises UserError if its reward cannot score then."""
         try:
-            await first_score(lambda: self._warm_up(replica), self._settings, replica.label, self._pause_s)
+            start = partial(self._warm_up, replica)
+            await first_score(replica, start, self._settings, self._pause_s, self._start_deadline_s)
         except GONE as error:
             await self._replace(replica, f"{replica.label}: died during start: {first_line(error)}")
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from ray.exceptions import RayError, RayTaskError
 
 from actors.experience.scoring.pool_parts import first_line
+from actors.experience.scoring.replica import CallTimeout, FirstCallTimeout, Replica
 from actors.gone import GONE
 from deepgen.config import PoolSettings
 from deepgen.errors import UserError
@@ -39,32 +42,50 @@ def check_requests(settings: PoolSettings, tasks: Sequence[str]) -> list[RewardR
 
 
 async def first_score(
-    warm_up: Callable[[], Awaitable[Missing | None]],
+    replica: Replica,
+    start: Callable[[float], Awaitable[Missing | None]],
     settings: PoolSettings,
-    replica: str,
     pause_s: Callable[[int], float],
+    deadline_s: float,
 ) -> None:
     """Have a replica score its first request. Raises UserError if its reward cannot.
 
-    A service that is down or busy gets as many attempts as in the run.
+    A service that is down or busy, and a reward that hangs, get as many attempts as in the run. A process that hangs is
+    replaced, as in the run.
 
-    warm_up: loads the reward and has it score; returns why there is no score. pause_s: before an attempt.
+    start: loads the reward and has it score, until a time of the monotonic clock; returns why there is no score.
+    pause_s: before an attempt. deadline_s: for all attempts together.
+
+    Raises CallTimeout if the reward has never been loaded.
     """
+    end, missing, left = time.monotonic() + deadline_s, None, settings.retries
     try:
-        missing = await warm_up()
-        for attempt in range(1, settings.retries + 1):
-            if missing is None or missing.reason not in ("transport", "deadline"):
+        while True:
+            hangs = False
+            try:
+                missing = await start(end)
+            except FirstCallTimeout as late:
+                missing, hangs = Missing("deadline", str(late)), True
+            except CallTimeout:  # a new process has not loaded it in the time that is left
+                if missing is None:
+                    raise
+            if missing is None or missing.reason not in ("transport", "deadline") or not left:
                 break
+            if time.monotonic() >= end:
+                missing = replace(missing, detail=f"{missing.detail}; cluster.start_deadline_s is over")
+                break
+            left -= 1
             log.warning("rewards.%s: a first request has no score yet: %s", settings.pool_name, missing.detail)
-            await asyncio.sleep(pause_s(attempt))
-            missing = await warm_up()
+            if hangs:
+                replica.replace()
+            await asyncio.sleep(pause_s(settings.retries - left))
     except GONE:
         raise
     except RayError as error:
-        log.error("%s could not score a first request:\n%s", replica, error)
         met = error.cause if isinstance(error, RayTaskError) else error  # one that cannot be pickled has no cause
         cause = f"{type(met).__name__}: {first_line(met)}"
-        raise UserError(unfit(settings, cause, "see the traceback above, and its options")) from error
+        trace = f"{replica.label} could not score a first request:\n{error}"
+        raise UserError(unfit(settings, cause, "see the traceback above, and its options"), trace) from error
     if missing is None:
         return
     if remedy := remedy_for(missing):
