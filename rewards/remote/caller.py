@@ -53,11 +53,20 @@ class Caller:
         url: its address, http or https, without a user or password.
         token_env: environment variable with a token, sent as `Authorization: Bearer`; "" for none.
         url_key, token_key: the settings that these came from, for error messages.
+        longest_pause_s: for which the service is left alone, whatever it asks for.
 
     Raises UserError for an address or a token that cannot be used.
     """
 
-    def __init__(self, url: str, token_env: str = "", *, url_key: str, token_key: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        token_env: str = "",
+        *,
+        url_key: str,
+        token_key: str,
+        longest_pause_s: float = MAX_RETRY_AFTER_S,
+    ) -> None:
         import httpx
 
         check_url(url, url_key)
@@ -74,6 +83,7 @@ class Caller:
             follow_redirects=False,
             trust_env=not is_loopback(urlsplit(url).hostname or ""),  # a proxy reaches its own loopback, not ours
         )
+        self._longest_pause_s = min(longest_pause_s, MAX_RETRY_AFTER_S)
         self._not_before = 0.0  # when the service wants to be asked again
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="remote", daemon=True).start()
@@ -124,7 +134,7 @@ class Caller:
         told = one_line((await _at_most(response, _TOLD))[:_TOLD].decode("utf-8", errors="replace"))
         said = f"{self.where} answers with status {status}" + (f": {told}" if told else "")
         if status in (408, 429) or status >= 500:
-            after_s = _retry_after_s(response.headers.get("Retry-After", ""))
+            after_s = min(_retry_after_s(response.headers.get("Retry-After", "")), self._longest_pause_s)
             self._not_before = time.monotonic() + after_s
             raise RewardUnavailable(said, after_s=after_s)
         if 300 <= status < 400:

@@ -146,6 +146,17 @@ def test_a_service_that_wants_a_pause_gets_it() -> None:
         assert time.monotonic() - began > 0.8
 
 
+def test_a_pause_ends_with_the_deadline() -> None:
+    with fault_server(brightness, script=["429"], retry_after="9999") as scorer:
+        reward = remote(scorer.url, timeout_s=0.4, deadline_s=0.5)
+        with pytest.raises(RewardUnavailable) as raised:
+            reward.score(grey(0))
+        assert raised.value.after_s == 0.5
+        time.sleep(0.5)
+        reward._timeout_s = PLENTY_S
+        assert reward.score(grey(255)) == [1.0]
+
+
 @pytest.mark.parametrize(
     ("given", "seconds"),
     [("3", 3), ("0", 0), ("99999999999999", 60), ("soon", 0), ("-1", 0), ("", 0), ("²", 0)],
