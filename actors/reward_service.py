@@ -17,6 +17,7 @@ import logging
 import re
 import socket
 import time
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from actors.experience.journal.origin import hash_of, scorer_hash
+from actors.experience.scoring.pool_parts import first_line, raised_at
 from actors.experience.scoring.start_check import check_requests
 from deepgen.cluster.own_environment import OwnEnvironment, own_environment
 from deepgen.cluster.resources import Placement, pool_placement
@@ -74,6 +76,7 @@ class RewardService:
             raise RuntimeError(f"{own.key}: this node has joined later and has no {own.folder}")
         self._pool, self._token_hash, self._scorer = pool, token_hash, scorer_hash(pool)
         self._since: float | None = None  # when the reward got the batch that it is scoring
+        self._raised = set[tuple[str, str]]()  # kinds of exceptions that are on the log
         self._broken = ""  # why the reward scores nothing any more
         # Rewards are not made for calls beside each other, and some libraries want one thread for all.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
@@ -184,6 +187,11 @@ class RewardService:
             self._broken = str(error) or "broken"
             return error
         except Exception as error:  # noqa: BLE001  raised again by the calls that it concerns
+            kind, where = type(error).__name__, raised_at("".join(traceback.format_exception(error)))
+            if (kind, where) not in self._raised:  # in halves it may go away, and then nobody raises it
+                self._raised.add((kind, where))
+                name, said = self._pool.pool_name, first_line(error)
+                log.warning("%s: raised %s for %d images: %s%s", name, kind, len(requests), said, where)
             return error
 
     def _score(self, requests: list[RewardRequest]) -> list[Score]:

@@ -6,6 +6,7 @@ They run the real `RewardActor`. What the reward `Scripted` does is what the tes
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -109,7 +110,7 @@ class LocalActor:
             except RayError as error:
                 future.set_exception(error)
             except (ArithmeticError, LookupError, RewardBroken, RewardUnavailable, UserError, ValueError) as error:
-                text = f"Traceback of the replica\n{type(error).__name__}: {error}"
+                text = "Traceback of the replica\n" + "".join(traceback.format_exception(error))
                 future.set_exception(RayTaskError("score", text, error).as_instanceof_cause())
             return SimpleNamespace(future=lambda: future)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from rewards import REASONS, Missing
 
 log = logging.getLogger(__name__)
 
+_FRAME = re.compile(r'^ +File "(.+)", line (\d+), in (.+)\n(?: {4,}(.+))?', re.MULTILINE)
 MOST_TOLD = 10  # failed calls of a pool for one reason that are lines on the log
 COUNTERS = (
     *("asked", "scored", "calls", "retries", "timeouts", "missing", "cache_hits", "restarts", "unwritten", "seconds"),
@@ -37,6 +39,7 @@ class FailureLines:
     def __init__(self, pool: str) -> None:
         self._pool, self._told = pool, Counter[str]()
         self._reasons = set[str]()  # of missing scores
+        self._raised = set[tuple[str, str]]()  # kinds of exceptions: type and where
 
     def tell(self, why: Missing, what_follows: str) -> None:
         """Say why a call failed, and what follows, if there is a line left for its reason."""
@@ -46,6 +49,20 @@ class FailureLines:
         elif self._told[why.reason] == MOST_TOLD:
             text = "%s; %s; more calls that fail like this (%s) are only counted: pool/%s/retries"
             log.warning(text, why.detail, what_follows, why.reason, self._pool)
+
+    def raised(self, error: BaseException, replica: str, images: int) -> None:
+        """Say what a reward raised for so many images, and where, if it is the first of its kind.
+
+        They are tried in halves, and if it goes away then, nothing else tells of it.
+        """
+        cause = getattr(error, "cause", None) or error  # what Ray has carried
+        kind, where = type(cause).__name__, raised_at(str(error))
+        if (kind, where) not in self._raised:
+            self._raised.add((kind, where))
+            text = (
+                "%s: the reward raised %s for %d images: %s%s; they are tried in halves; more like it are only counted"
+            )
+            log.warning(text + ": pool/%s/retries", replica, kind, images, first_line(cause), where, self._pool)
 
     def named(self, outcome: float | Missing, replica: str) -> float | Missing:
         """The outcome, with the replica's name where it is missing. The first for each reason is a line."""
@@ -57,6 +74,15 @@ class FailureLines:
             text = "%s: a score is missing (%s); more with this reason are only counted: pool/%s/missing/%s"
             log.warning(text, why.detail, why.reason, self._pool, why.reason)
         return why
+
+
+def raised_at(traceback: str) -> str:
+    """Where a traceback ends, as " (FILE:LINE, in NAME: SOURCE)"; "" if it does not say."""
+    frames = _FRAME.findall(traceback)
+    if not frames:
+        return ""
+    file, line, name, source = frames[-1]
+    return f" ({file}:{line}, in {name}{': ' if source else ''}{source.strip()})"
 
 
 def first_line(error: BaseException) -> str:

@@ -375,7 +375,7 @@ class RewardPool:
             self._queue.add(batch)  # for the others; those that have failed are dropped
             return
         if can_split(batch):
-            log.debug("%s: raised an error; its %d requests are tried in halves", replica.label, size_of(batch))
+            self._lines.raised(error, replica.label, size_of(batch))
             self._count_batch(batch, "retries")
             for half in reversed(halves(batch)):  # the first half first and down to its end: a bug is soon told so
                 self._queue.add_suspects(half, first=True)

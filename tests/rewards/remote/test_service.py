@@ -126,6 +126,23 @@ def test_a_reward_that_always_fails_is_not_asked_about_every_image() -> None:
         assert isinstance(found, ValueError) and len(asked) == attempts
 
 
+def test_an_exception_that_goes_away_in_halves_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    from actors.reward_service import RewardService
+
+    service = RewardService(pool("bright", **BRIGHTNESS), "")
+
+    def score(requests: list[RewardRequest]) -> list[Score]:
+        if len(requests) > 1:
+            raise ValueError("one at a time")
+        return [1.0]
+
+    service._reward = SimpleNamespace(score=score)
+    for _ in range(2):
+        assert asyncio.run(service._apart(grey(1, 2, 3, 4), None)) == [1.0] * 4
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("bright: raised ValueError for 4 images: one at a time (") and "test_service.py:" in line
+
+
 @pytest.mark.parametrize("name", ["clip_source", "kept"])
 def test_rewards_of_edits_can_be_served(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They need a source picture in the first request as well."""
