@@ -16,7 +16,7 @@ from deepgen.cluster.own_environment import OwnEnvironment, own_environment
 from deepgen.cluster.resources import Placement
 from deepgen.config import PoolSettings
 from deepgen.errors import UserError
-from rewards import Missing, RewardBroken, RewardRequest, RewardUnavailable, Score, build_reward, is_groupwise
+from rewards import Missing, RewardBroken, RewardRequest, RewardUnavailable, Score, build_reward, is_groupwise, is_truth
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +172,8 @@ def _finite(value: Score) -> float | Missing:
     """
     if isinstance(value, Missing):
         return replace(value, detail=str(value.detail)[:_DETAIL])
+    if is_truth(value):
+        return Missing("parse", f"the reward gave {value}, which is no number")
     if value is None or not abs(value) <= _LARGEST:
         return Missing("parse", "the reward gave no finite score")
     return float(value)

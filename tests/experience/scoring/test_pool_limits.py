@@ -8,6 +8,7 @@ import math
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.exceptions import OutOfMemoryError
 
@@ -159,6 +160,15 @@ def test_an_exception_that_goes_away_in_halves_is_told_once_with_its_line(
     )
     assert "returned 2 scores for 3 requests (" in lines[1]
     assert all(line.endswith("more like it are only counted: pool/mine/retries") for line in lines)
+
+
+def test_what_is_true_or_false_is_no_score(script: Script) -> None:
+    """It is a comparison, most likely, and the reward's author has not seen it yet."""
+    given: list[Any] = [True, np.False_, 1, np.float32(0.5)]
+    script.score = lambda names: given
+    scores = in_pool(lambda pool: ask(pool, NAMES[:4]))
+    assert scores.values == [None, None, 1.0, 0.5] and why(scores) == {0: "parse", 1: "parse"}
+    assert (scores.reasons[0] or Missing("died")).detail == "mine reward #0: the reward gave True, which is no number"
 
 
 def test_a_wrong_number_of_scores_is_no_score_of_anybody(script: Script) -> None:
