@@ -11,6 +11,7 @@ none has one, the call is answered 500; the replica lives on. One whose reward i
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import hmac
 import logging
@@ -343,12 +344,18 @@ def _application(pool: PoolSettings, hosting: Hosting, placement: Placement) -> 
 
 
 def _require_free(hosting: Hosting) -> None:
+    host, port = hosting.host, hosting.port
     try:
-        with socket.create_server((hosting.host, hosting.port), family=_family(hosting.host)):
+        socket.getaddrinfo(host, port, _family(host))
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name with a part of more than 63 letters
+        raise UserError(f"--host: got {host!r}: {error}; allowed: an address of this machine") from error
+    try:
+        with socket.create_server((host, port), family=_family(host)):
             pass
     except OSError as error:
+        key = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
         raise UserError(
-            f"--port: cannot listen on {hosting.host}, port {hosting.port}: {error.strerror or error}; allowed: "
+            f"{key}: cannot listen on {host}, port {port}: {error.strerror or error}; allowed: "
             "another --port, or an address of this machine as --host"
         ) from error
 

@@ -199,6 +199,23 @@ def test_a_second_service_and_a_taken_port_are_one_line(services: dict[str, str]
             reward_service._require_free(busy)
 
 
+@pytest.mark.parametrize(
+    ("host", "says"),
+    [
+        ("nosuch.invalid", "--host: got 'nosuch.invalid': "),
+        ("::1%nothing", "--host: got '::1%nothing': "),
+        ("a" * 64, f"--host: got '{'a' * 64}': "),
+        ("198.51.100.7", "--host: cannot listen on 198.51.100.7, port "),
+    ],
+)
+def test_a_host_that_is_not_this_machine_is_one_line(host: str, says: str) -> None:
+    from actors.reward_service import Hosting, _require_free
+
+    with pytest.raises(UserError) as raised:
+        _require_free(Hosting(host, free_port(), TOKEN, 1))
+    assert str(raised.value).startswith(says) and "\n" not in str(raised.value)
+
+
 def test_a_replica_whose_reward_hangs_is_not_healthy() -> None:
     from actors.reward_service import RewardService
 
