@@ -21,14 +21,16 @@ import time
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.context import _get_global_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -51,6 +53,7 @@ WAIT_S = 0.01  # for other calls to score together with
 QUEUE = 64  # calls for a reward that wait at the proxy, beyond which Serve answers 503
 BODY_S = 30.0  # for a body to arrive
 POLL_S = 0.2
+STOP_S = 30.0  # for replicas to finish their calls
 BUGS = 3  # images of a call with which the reward fails, without a score in between: then all of the call fails
 _NOT_NOW = (RewardUnavailable, RewardBroken)  # another attempt may be answered, by this replica or by another
 _ERROR = re.compile(r"^\s*(?:[\w.]+\.)?(\w*(?:Error|Exception)\w*(?:\(\w+\))?): (.+)$", re.MULTILINE)
@@ -289,6 +292,12 @@ def start_services(
 
 def stop_services() -> None:
     """End what `start_services` has started. On a cluster that nobody reaches any more there is nothing to end."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None:
+        # The controller ends in this call. `serve.shutdown` makes it so that Ray would try it again, and Ray says so.
+        ending = client._controller.graceful_shutdown.options(max_task_retries=0).remote()
+        with suppress(RayActorError, GetTimeoutError):
+            ray.get(ending, timeout=STOP_S)
     serve.shutdown()
 
 
