@@ -268,8 +268,9 @@ def start_services(
     longest = max(pool.deadline_s for pool in pools)
     http = HTTPOptions(host=hosting.host, port=hosting.port, request_timeout_s=longest)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    # Its controller warns of every delay of a busy machine. What keeps a reward from starting, `_wait` tells.
-    alarms = quiet | {"log_level": "ERROR"}
+    # Its controller warns of every delay of a busy machine. What keeps a reward from starting, `_wait` tells, and
+    # `faults` later.
+    alarms = quiet | {"log_level": "CRITICAL"}
     targets = [
         serve.RunTarget(
             _application(pool, hosting, pool_placement(cluster, pool, gpus=gpus)),
@@ -379,7 +380,7 @@ def _wait(names: Sequence[str], deadline_s: float) -> None:
         found = serve.status().applications
         for name in names:
             if name in found and found[name].status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise UserError(f"rewards.{name}: cannot be served: {_why(found[name])}")
+                raise UserError(f"rewards.{name}: cannot be served: {_why(found[name])}", _trace(found[name]))
         waiting = [name for name in names if name not in found or found[name].status != "RUNNING"]
         if not waiting:
             return
@@ -391,9 +392,21 @@ def _wait(names: Sequence[str], deadline_s: float) -> None:
         time.sleep(POLL_S)
 
 
+def _texts(application: Any) -> list[str]:
+    return [application.message, *(deployment.message for deployment in application.deployments.values())]
+
+
+def _trace(application: Any) -> str:
+    """The traceback of the reward's error that Serve tells of; "" for none, and for a UserError, which needs none."""
+    for text in _texts(application):
+        if errors := _ERROR.findall(text):
+            return "" if errors[-1][0].startswith("UserError") else text
+    return ""
+
+
 def _why(application: Any) -> str:
     """What Serve says of an application in one line: the error that the reward raised, if there is one."""
-    texts = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    texts = _texts(application)
     for text in texts:
         if errors := _ERROR.findall(text):
             kind, said = errors[-1]

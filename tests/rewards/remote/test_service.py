@@ -293,12 +293,13 @@ def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_serve_says_of_a_reward_that_does_not_start_is_one_line() -> None:
-    from actors.reward_service import _why
+    from actors.reward_service import _trace, _why
 
     trace = "Traceback (most recent call last):\n  File x, line 3\ndeepgen.errors.UserError: rewards.a.path: no such\n"
     said = SimpleNamespace(message="Failed to update the deployments", deployments={})
     assert _why(said) == "Failed to update the deployments"
     said.deployments = {"a": SimpleNamespace(message=trace)}
-    assert _why(said) == "rewards.a.path: no such"
+    assert _why(said) == "rewards.a.path: no such" and _trace(said) == ""
     said.deployments = {"a": SimpleNamespace(message=json.dumps(1) + "\nray.x.RayTaskError(ValueError): odd\n")}
     assert _why(said) == "RayTaskError(ValueError): odd"
+    assert _trace(said).endswith("ray.x.RayTaskError(ValueError): odd\n")
