@@ -51,7 +51,12 @@ class UserError(Exception):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as sent by schedulers and `ray job stop`. Handled like Ctrl-C, except for the exit code."""
+    """SIGTERM, as sent by schedulers and `ray job stop`. Handled like Ctrl-C, except for the exit code.
+
+    came: whether the signal has come. Where Ray waits, it raises a KeyboardInterrupt of its own in the place of this.
+    """
+
+    came = False
 
 
 @contextmanager
@@ -84,6 +89,7 @@ def stop_on_sigterm() -> None:
     """Raise `Terminated` in the main thread on SIGTERM. Replaces Ray's handler, which aborts the process."""
 
     def stop(number: int, frame: FrameType | None) -> None:
+        Terminated.came = True
         raise Terminated
 
     signal.signal(signal.SIGTERM, stop)
@@ -116,7 +122,8 @@ def run_program(main: Callable[[], int | None], *, resumes: bool = True) -> NoRe
         sys.exit(USAGE_EXIT_CODE)
     except KeyboardInterrupt as interrupt:
         print(f"\nstopped{_how_to_continue(resumes)}", file=sys.stderr)
-        sys.exit(TERMINATED_EXIT_CODE if isinstance(interrupt, Terminated) else INTERRUPTED_EXIT_CODE)
+        terminated = Terminated.came or isinstance(interrupt, Terminated)
+        sys.exit(TERMINATED_EXIT_CODE if terminated else INTERRUPTED_EXIT_CODE)
     sys.exit(code or 0)
 
 
