@@ -84,6 +84,11 @@ class RolloutFleet:
                 self._later(self._recover(name, "no node has had room for it", one))
         self._later(self._heed_drains())
 
+    def stop(self) -> None:
+        """Look after the actors no more. They keep running."""
+        for task in self._tasks:
+            task.cancel()
+
     @property
     def working(self) -> int:
         """Actors that get calls now."""

@@ -127,7 +127,8 @@ class ExperienceStream:
         await self._rewind(self._next_step)
         await self._watch.stop(version)
         self._rewards.stop()
-        await asyncio.sleep(0)  # lets the pools' cancelled tasks end
+        self._fleet.stop()
+        await asyncio.sleep(0)  # lets the cancelled tasks of both end
 
     # -- one step: generate -> score -> advantage --------------------------------------------------------------------
 

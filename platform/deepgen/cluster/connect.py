@@ -6,6 +6,7 @@ and ends with the program (`deepgen.cluster.private`). Left out: Ray Client (`ra
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -130,15 +131,21 @@ def _join(address: str, code_root: Path | None) -> None:
     if address != "auto":
         reach_directly([check_reachable(address)])
         use_what_it_takes(address)
-    environment = {}
-    if code_root is not None and not _submitted():
-        environment = {"runtime_env": {"env_vars": {"PYTHONPATH": str(code_root)}}}
-    ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING, **environment)
+    variables = workers_environment(code_root)
+    ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": variables})
 
 
-def _submitted() -> bool:
-    """Whether Ray started this program as a job. The job's own runtime environment then says where the code is."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+def workers_environment(code_root: Path | None) -> dict[str, str]:
+    """What the workers on a cluster of somebody else's get in their environment.
+
+    Where Ray has started this program as a job, the job's own runtime environment says where the code is, and what it
+    sets may not be set again.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    ours = {key: os.environ[key] for key in QUIET_ENVIRONMENT}
+    if code_root is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        ours["PYTHONPATH"] = str(code_root)
+    return {key: value for key, value in ours.items() if key not in job.get("env_vars", {})}
 
 
 def _prepare_private(settings: Settings, code_root: Path | None) -> None:
