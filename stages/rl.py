@@ -47,6 +47,7 @@ from deepgen.data.loading.mixture import check_training_data  # noqa: E402
 from deepgen.data.records import Record  # noqa: E402
 from deepgen.evaluation.choose import heldout_records  # noqa: E402
 from deepgen.planning.plan import plan_text  # noqa: E402
+from deepgen.storage.mirror import mirrored  # noqa: E402
 from deepgen.tracking.alarms import last_words  # noqa: E402
 from deepgen.tracking.journal import FILE_NAME, read_steps  # noqa: E402
 from stages.rl_prompts import check_prompts  # noqa: E402
@@ -65,7 +66,7 @@ def main() -> int:
         "train-only": partial(train_only, ROOT),
     }
     settings = parse_command_line("rl", sys.argv[1:], plan_text, instead)
-    with run_lock(settings):
+    with run_lock(settings), mirrored(settings.run.folder, resume=settings.run.resume):
         settings = prepare_run(settings, "rl")
         wire(settings, run)
         record_pictures(settings)
