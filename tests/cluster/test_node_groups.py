@@ -39,6 +39,15 @@ def test_a_cluster_has_what_it_was_told(ray_local) -> None:
     assert all(not group.max_count for group in state.get_cluster_config().node_group_configs)
 
 
+def test_what_an_autoscaler_does_not_tell_is_no_limit() -> None:
+    from deepgen.cluster.resources import Capacity, Need, check_capacity
+
+    needs = [Need("learner worker", 4, {"GPU": 1}, "train.workers")]
+    check_capacity(needs, Capacity({"CPU": 1}, [{"CPU": 1}], open=True))
+    with pytest.raises(UserError, match="one learner worker needs 1 GPU"):
+        check_capacity(needs, Capacity({"CPU": 1}, [{"CPU": 1}]))
+
+
 def test_no_cluster_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -15,6 +15,7 @@ from deepgen.config import PoolSettings, Settings, UserError
 # Shares of one process of each role; reward pools have settings for theirs. A learner, two rollout actors, the stream
 # and four pools fit on one core.
 CPU_SHARE = {"learner": 0.35, "rollout": 0.2, "experience": 0.05}
+ASK_S = 10.0
 GPU_SHARE = {"learner": 1.0, "rollout": 1.0}
 
 
@@ -32,11 +33,13 @@ class Need:
 class Capacity:
     """What a cluster has, or would have if its autoscaler started every node that it may.
 
-    `nodes` lists one entry per kind of node; `total` adds up all nodes.
+    `nodes` lists one entry per kind of node; `total` adds up all nodes. `open`: an autoscaler may start nodes of
+    which nobody has told (`deepgen.cluster.node_groups`), as with KubeRay, so these are no limits.
     """
 
     total: Mapping[str, float]
     nodes: Sequence[Mapping[str, float]] = field(default_factory=tuple)
+    open: bool = False
 
 
 def process_resources(role: str, *, gpus: bool) -> dict[str, float]:
@@ -80,15 +83,29 @@ def cluster_capacity() -> Capacity:
     total = _sum(alive)
     config = state.get_cluster_config()
     if config is None or not config.node_group_configs:
-        return Capacity(total, alive)
+        return Capacity(total, alive, open=_autoscaler_runs())
     groups = [dict(group.resources) for group in config.node_group_configs if group.max_count]
     for key, amount in (state.get_max_resources_from_cluster_config() or {}).items():
         total[key] = max(total.get(key, 0.0), amount)
     return Capacity(total, alive + groups)
 
 
+def _autoscaler_runs() -> bool:
+    """Whether the connected cluster has Ray's autoscaler v2, by what its head has written down."""
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
+
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    return client.internal_kv_get(b"__autoscaler_v2_enabled", b"__autoscaler", timeout=ASK_S) == b"1"
+
+
 def check_capacity(needs: Sequence[Need], capacity: Capacity) -> None:
-    """Raise UserError if `needs` can never be placed on `capacity`; Ray would wait forever."""
+    """Raise UserError if `needs` can never be placed on `capacity`; Ray would wait forever.
+
+    Where the capacity is open, the deadlines of the starts (`cluster.start_deadline_s`) decide instead.
+    """
+    if capacity.open:
+        return
     for need in needs:
         if not any(_fits(need.per_process, node) for node in capacity.nodes):
             raise UserError(
