@@ -15,17 +15,28 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deepgen.cluster.fake_cluster import Place, head_command, head_environment, read_config, usage
+from deepgen.cluster.fake_cluster import Place, head_command, head_environment, last_lines, read_config, usage
 from deepgen.cluster.marked_processes import marked
 from deepgen.errors import UserError
 
+# The second node must not take away the working folder of what runs on the first.
 TASK = """
 import json, os, ray
-ray.init(os.environ["ADDRESS"], log_to_driver=False)
-task = ray.remote(num_cpus=1, label_selector={"node-pool": "rollout"})(lambda: ray.get_runtime_context().get_node_id())
-node = ray.get(task.remote(), timeout=60)
+ray.init(os.environ["ADDRESS"], log_to_driver=False, runtime_env={"working_dir": os.environ["SUBMITTED"]})
+
+@ray.remote(num_cpus=1)
+class Somebody:
+    def node(self):
+        return ray.get_runtime_context().get_node_id()
+    def working_folder(self):
+        return os.listdir(os.getcwd())
+
+pools = ("rollout", "reward")
+actors = {pool: Somebody.options(label_selector={"node-pool": pool}).remote() for pool in pools}
+nodes = {pool: ray.get(actors[pool].node.remote(), timeout=60) for pool in pools}
 labels = {one["NodeID"]: one["Labels"] for one in ray.nodes()}
-print(json.dumps(labels[node]))
+folders = {pool: ray.get(actors[pool].working_folder.remote(), timeout=60) for pool in pools}
+print(json.dumps([{pool: labels[nodes[pool]] for pool in pools}, folders]))
 """
 
 
@@ -56,7 +67,7 @@ def test_the_token_is_in_a_file_and_never_in_a_command(config: dict, monkeypatch
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"provider": {"type": "aws"}}, "provider.module: got None; allowed: Ray's FakeMultiNodeProvider"),
+        ({"provider": {"type": "aws"}}, "provider.module: got None; allowed: deepgen.cluster.local_nodes.LocalNodes"),
         ({"head_node_type": "hed"}, "head_node_type: got 'hed'; allowed: ray.head.default, learner"),
     ],
 )
@@ -65,6 +76,13 @@ def test_another_file_is_one_line(config: dict, tmp_path: Path, change: dict, sa
     file.write_text(yaml.safe_dump(config | change))
     with pytest.raises(UserError, match=said):
         read_config(file)
+
+
+def test_an_error_carries_the_end_of_the_log_without_colours(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert last_lines(log) == "it has said nothing"
+    log.write_text("x" * 1000 + "\n\n  \x1b[31mno port\x1b[39m \nleft\n")
+    assert last_lines(log).endswith("xx | no port | left") and len(last_lines(log)) == 600
 
 
 def call(root: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -82,7 +100,7 @@ def place() -> Iterator[Path]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_up_adds_a_node_for_a_task_and_down_leaves_nothing(root: Path, place: Path) -> None:
+def test_up_adds_nodes_for_actors_and_down_leaves_nothing(root: Path, place: Path, tmp_path: Path) -> None:
     files = place / f"deepgen-{os.geteuid()}" / "local"
     try:
         up = call(root, place, "up")
@@ -92,14 +110,19 @@ def test_up_adds_a_node_for_a_task_and_down_leaves_nothing(root: Path, place: Pa
         assert again.returncode == 2 and "error: clusters/local.py: it runs already" in again.stderr
         address = json.loads((files / "place.json").read_text())["address"]
         token = {"RAY_AUTH_TOKEN_PATH": str(files / "token"), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-        environment = os.environ | token | {"ADDRESS": address}
+        (tmp_path / "submitted").touch()
+        environment = os.environ | token | {"ADDRESS": address, "SUBMITTED": str(tmp_path)}
         del environment["RAY_AUTH_TOKEN"]
         task = subprocess.run(
             [sys.executable, "-c", TASK], capture_output=True, text=True, timeout=120, env=environment, check=False
         )
         assert task.returncode == 0, task.stderr[-3000:]
-        labels = json.loads(task.stdout.splitlines()[-1])
-        assert labels["node-pool"] == "rollout" and labels["market"] == "spot"
+        labels, folders = json.loads(task.stdout.splitlines()[-1])
+        assert [(labels[pool]["node-pool"], labels[pool]["market"]) for pool in labels] == [
+            ("rollout", "spot"),
+            ("reward", "spot"),
+        ]
+        assert folders == {"rollout": ["submitted"], "reward": ["submitted"]}
     finally:
         down = call(root, place, "down")
     assert down.returncode == 0 and down.stdout.startswith("ended "), down.stdout + down.stderr

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -28,17 +29,20 @@ import yaml
 from deepgen.cluster.marked_processes import end_marked, marked
 from deepgen.cluster.node_groups import report
 from deepgen.cluster.private import MAX_TEMP_DIR, reread_authentication
+from deepgen.config.schema.paths import CHECKOUT
 from deepgen.errors import UserError
 from deepgen.file_lock import file_lock
 from deepgen.machine import prepare_process, private_folder
 
 PROGRAM = "clusters/local.py"
+PROVIDER = "deepgen.cluster.local_nodes.LocalNodes"
 START_S = 60.0  # for `ray start`, and again for autoscaler and job server
 SOFT_S, HARD_S = 3.0, 20.0  # for processes to end by themselves, and when killed
 ASK_S = 10.0
 HOST = "127.0.0.1"
 _MARK = "DEEPGEN_LOCAL_CLUSTER"
-_SHOWN = 8  # of the log's last lines, in errors
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_LETTERS = 600  # of a log, in errors
 
 
 @dataclass(frozen=True)
@@ -114,10 +118,8 @@ def read_config(file: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
     provider = config.get("provider", {}) if isinstance(config, dict) else {}
-    if not str(provider.get("module", "")).endswith(".FakeMultiNodeProvider"):
-        raise UserError(
-            f"{file}: provider.module: got {provider.get('module')!r}; allowed: Ray's FakeMultiNodeProvider"
-        )
+    if provider.get("module") != PROVIDER:
+        raise UserError(f"{file}: provider.module: got {provider.get('module')!r}; allowed: {PROVIDER}")
     types = config.get("available_node_types", {})
     if config.get("head_node_type") not in types:
         raise UserError(
@@ -185,12 +187,10 @@ def _start(folder: Path, config: dict[str, Any]) -> Place:
     ports |= {"": gcs, "dashboard": dashboard, "metrics-export": others[3], "min-worker": 0, "max-worker": 0}
     _run_head(folder, head_command(config, written, ports), head_environment(place, config))
     _use_token(place)
-    ready: dict[str, Callable[[], bool]] = {
-        "the autoscaler": lambda: _autoscaler_looks(place),
-        "the job server": lambda: _listens(f"{HOST}:{ports['dashboard-agent-listen']}") and _takes_jobs(place),
-    }
-    for what, is_there in ready.items():
-        _wait(folder, what, is_there)
+    logs = folder / "ray" / "session_latest" / "logs"
+    agent = f"{HOST}:{ports['dashboard-agent-listen']}"
+    _wait("the autoscaler", lambda: _autoscaler_looks(place), logs / "monitor.log")
+    _wait("the job server", lambda: _listens(agent) and _takes_jobs(place), logs / "dashboard.log")
     report(place.address, config)
     facts = {name: value for name, value in asdict(place).items() if name != "folder"}
     (folder / "place.json").write_text(json.dumps(facts), encoding="utf-8")
@@ -234,6 +234,8 @@ def head_environment(place: Place, config: Mapping[str, Any]) -> dict[str, str]:
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": node,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the nodes listen on the loopback address only
         "RAY_USAGE_STATS_ENABLED": "0",
+        # For the autoscaler, which loads the provider. A submitted checkout comes before it.
+        "PYTHONPATH": os.pathsep.join(str(path) for path in (CHECKOUT, os.environ.get("PYTHONPATH")) if path),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),  # `python` of jobs
     }
 
@@ -247,16 +249,18 @@ def _run_head(folder: Path, command: list[str], environment: dict[str, str]) -> 
                 command, check=False, timeout=START_S, cwd=folder, env=environment, start_new_session=True, **streams
             )
         except subprocess.TimeoutExpired as error:
-            raise UserError(f"{PROGRAM}: `ray start` was not done within {START_S:g} s: {_last(folder)}") from error
+            raise UserError(
+                f"{PROGRAM}: `ray start` was not done within {START_S:g} s: {last_lines(folder / 'log')}"
+            ) from error
     if done.returncode:
-        raise UserError(f"{PROGRAM}: `ray start` ended with {done.returncode}: {_last(folder)}")
+        raise UserError(f"{PROGRAM}: `ray start` ended with {done.returncode}: {last_lines(folder / 'log')}")
 
 
-def _wait(folder: Path, what: str, is_there: Callable[[], bool]) -> None:
+def _wait(what: str, is_there: Callable[[], bool], log: Path) -> None:
     end = time.monotonic() + START_S
     while not is_there():
         if time.monotonic() > end:
-            raise UserError(f"{PROGRAM}: {what} was not there within {START_S:g} s: {_last(folder)}")
+            raise UserError(f"{PROGRAM}: {what} was not there within {START_S:g} s: {last_lines(log)}")
         time.sleep(0.2)
 
 
@@ -313,6 +317,9 @@ def _usage(node: Any) -> str:
     return f"{shown or 'no CPU':<16} {' '.join(f'{name}={value}' for name, value in labels.items())}"
 
 
-def _last(folder: Path) -> str:
-    lines = (folder / "log").read_text(encoding="utf-8", errors="replace").splitlines()
-    return " | ".join(line.strip() for line in lines if line.strip())[-2000:]
+def last_lines(log: Path) -> str:
+    """The end of a log as one line, without colours: the folder is removed, so an error carries it."""
+    if not log.exists():
+        return "it has said nothing"
+    text = _COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
+    return " | ".join(line.strip() for line in text.splitlines() if line.strip())[-_LETTERS:]
