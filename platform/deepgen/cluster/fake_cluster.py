@@ -95,8 +95,8 @@ def tell(file: Path) -> Iterator[str]:
         yield f"  {node.ray_node_type_name:<18} {node.node_status or '':<8} {_usage(node)}"
     for node in found.pending_nodes:
         yield f"  {node.ray_node_type_name:<18} starting"
-    demands = found.resource_demands
-    waiting = [demand for kind in vars(demands).values() for demand in kind]
+    # Not those of `request_resources`, which stay when they are fulfilled.
+    waiting = found.resource_demands.ray_task_actor_demand + found.resource_demands.placement_group_demand
     yield f"  requests that wait for a node: {len(waiting)}"
     yield from usage(place)
 
