@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +77,7 @@ class ExperienceStream:
             records = [record for _, record in usable_records(settings, "data.prompts", say=log.warning)]
         self._prompts = PromptOrder(records, settings.run.seed)
         recorder = Recorder(settings.run.folder, "stream")
+        self._clock = recorder.clock
         self._fleet = RolloutFleet(
             {name: ray.get_actor(actor) if isinstance(actor, str) else actor for name, actor in actors.items()},
             call_deadline_s=settings.experience.deadline_s / ATTEMPTS,
@@ -268,11 +268,11 @@ class ExperienceStream:
         self._forget_policies()
 
     async def _in_time(self, task: asyncio.Task[Any], what: str) -> Any:
-        deadline, begin = self._settings.experience.deadline_s, time.monotonic()
+        deadline, begin = self._settings.experience.deadline_s, self._clock()
         try:
             return await asyncio.wait_for(asyncio.shield(task), deadline)
         except TimeoutError as error:
-            if time.monotonic() - begin < deadline:
+            if self._clock() - begin < deadline:
                 raise  # not our deadline: a reward pool raised it
             waiting = self._fleet.oldest_call()
             raise BatchLateError(f"{what} not ready after {deadline:.0f} s; {waiting}") from error
@@ -293,7 +293,7 @@ class ExperienceStream:
         that has started again does not know them.
         """
         await self.start()
-        begin, step = time.monotonic(), published.version if step is None else step
+        begin, step = self._clock(), published.version if step is None else step
         if learner != self._learner:
             if self._learner:
                 await self._rewind(step)
@@ -308,7 +308,7 @@ class ExperienceStream:
             self._published.notify_all()
         self._schedule_steps()
         self._forget_policies()
-        self._sync_seconds = time.monotonic() - begin
+        self._sync_seconds = self._clock() - begin
 
     async def _rewind(self, step: int) -> None:
         tasks = [task for under_way in self._steps.values() for task in (*under_way.groups, under_way.batches)]
