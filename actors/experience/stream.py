@@ -28,6 +28,7 @@ from actors.experience.prompt_order import PromptOrder, check_state
 from actors.experience.rollout_actor import Pictures
 from actors.experience.rollout_fleet import ATTEMPTS, RolloutError, RolloutFleet
 from actors.experience.scoring.pool_parts import RequestsLostError
+from actors.experience.scoring.replica import Replica
 from actors.experience.scoring.reward_router import RewardRouter
 from actors.experience.step_advantages import factor_and_clamped, own_advantages, step_advantages
 from actors.experience.step_metrics import StepClock, held_out_metrics, stacked_scores, step_metrics
@@ -60,7 +61,8 @@ class ExperienceStream:
     """See the module. With `resume`, no step begins before `publish`.
 
     records: the prompts; None: the usable ones of data.prompts. actors: rollout actors by name, each as its handle or
-    its name in Ray.
+    its name in Ray. recorder: of the calls; None for one that writes the run's timeline, with a status beside it.
+    replica: makes the replicas of the reward pools.
     """
 
     def __init__(
@@ -71,12 +73,15 @@ class ExperienceStream:
         *,
         resume: bool,
         gpus: bool = False,
+        recorder: Recorder | None = None,
+        replica: Callable[..., Replica] = Replica,
     ) -> None:
         self._settings = settings
         if records is None:
             records = [record for _, record in usable_records(settings, "data.prompts", say=log.warning)]
         self._prompts = PromptOrder(records, settings.run.seed)
-        recorder = Recorder(settings.run.folder, "stream")
+        self._watched = recorder is None
+        recorder = recorder or Recorder(settings.run.folder, "stream")
         self._clock = recorder.clock
         self._fleet = RolloutFleet(
             {name: ray.get_actor(actor) if isinstance(actor, str) else actor for name, actor in actors.items()},
@@ -84,7 +89,7 @@ class ExperienceStream:
             start_deadline_s=settings.cluster.start_deadline_s,
             recorder=recorder,
         )
-        self._rewards = RewardRouter(settings, gpus=gpus, recorder=recorder)
+        self._rewards = RewardRouter(settings, gpus=gpus, recorder=recorder, replica=replica)
         self._watch = Watch(settings, recorder, self._fleet, self._rewards)
         self._pictures: dict[Pictures, ray.ObjectRef] = {}  # an edit's source pictures, in the object store
         self._version: int | None = None if resume else 0  # the newest
@@ -109,7 +114,8 @@ class ExperienceStream:
 
     async def _start(self) -> None:
         deadline = self._settings.cluster.start_deadline_s
-        self._watch.start(lambda: self._version)
+        if self._watched:
+            self._watch.start(lambda: self._version)
         try:
             parts = self._fleet.start(), self._rewards.start(), asyncio.to_thread(_import_libraries)
             await asyncio.wait_for(asyncio.gather(*parts), deadline)

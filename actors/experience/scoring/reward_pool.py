@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ class RewardPool:
         journal: folder in which the cache outlives this process (`ScoreJournal`); None for none.
         runs: folder of other runs, whose journals are read as well.
         tasks: those whose prompts the reward scores; `start` checks it with a request of one of them.
+        replica: makes a replica of its label, settings and resources.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class RewardPool:
         journal: Path | None = None,
         runs: Path | None = None,
         tasks: Sequence[str] = TASKS,
+        replica: Callable[..., Replica] = Replica,
     ) -> None:
         self.name, self._settings, self._groupwise = settings.pool_name, settings, is_groupwise(settings)
         self._grows = settings.most_replicas > settings.least_replicas
@@ -102,7 +104,7 @@ class RewardPool:
         self._start_deadline_s, self._max_restarts, self._backoff_s = start_deadline_s, max_restarts, backoff_s
         self._cache, self._recorder = ScoreCache(settings, cache_size, journal, runs), recorder or Recorder()
         self._clock = self._recorder.clock
-        self._replicas: list[Replica] = []
+        self._make_replica, self._replicas = replica, list[Replica]()
         self._starters: list[asyncio.Task[None]] = []
         self._workers: list[asyncio.Task[None]] = []
         self._queue = PoolQueue(settings.batch_size)
@@ -569,7 +571,7 @@ class RewardPool:
 
     def _new_replica(self) -> Replica:
         self._numbered += 1
-        return Replica(f"{self.name} reward #{self._numbered - 1}", self._settings, self._resources)
+        return self._make_replica(f"{self.name} reward #{self._numbered - 1}", self._settings, self._resources)
 
     def _employ(self, work: Coroutine[Any, Any, None], name: str) -> None:
         worker = asyncio.get_running_loop().create_task(work, name=name)
