@@ -16,7 +16,8 @@ from deepgen.planning.scale.splits import Load, Split, best_splits, reward_gpus
 from deepgen.tracking.timeline import ROLLOUT
 from rewards import is_groupwise
 
-CANDIDATES, FEW_GROUPS = 4, 256  # splits simulated for steps of at most so many groups; of larger ones, one
+CANDIDATES, FEW_GROUPS = 4, 256  # splits simulated for steps of at most so many groups
+FEW_CANDIDATES = 2  # of larger ones
 MOMENTS = (1 / 6, 1 / 2, 5 / 6)  # of a step, at which a node dies; of large steps, the middle one
 _SAME = 1.01  # steps whose times differ by less are equally long
 
@@ -118,7 +119,7 @@ class Scaling:
                 else "no learner fits, see --plan"
             )
             raise UserError(f"--simulate: GPUs={gpus} are too few for {settings.run.name}: {why}")
-        return found[: CANDIDATES if load.groups <= FEW_GROUPS else 1]
+        return found[: CANDIDATES if load.groups <= FEW_GROUPS else FEW_CANDIDATES]
 
     def _simulated(self, settings: Settings, split: Split, gpus: int) -> Outcome:
         key = _key(settings, split)

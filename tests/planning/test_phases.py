@@ -55,7 +55,20 @@ def test_a_timeline_tells_the_phases(tmp_path: Path) -> None:
     )
     score = figures.scores["clip"].value
     assert (score.call_s, score.image_s) == pytest.approx((1.0, 0.125))
-    assert figures.phases  # of all but those that only `estimate` knows
+
+
+def test_groups_taken_one_by_one_are_told_from_the_rest(tmp_path: Path) -> None:
+    """Four waits for a group, of 1 s, 0.25 s of work after each; a wait for the whole batch; 0.75 s for the step."""
+    spans: list[dict[str, Any]] = []
+    for step in range(3):
+        t = 100.0 * step
+        waits = [(t + 1.25 * number, t + 1.25 * number + 1) for number in range(5)]
+        spans += [span("learner 0", "learner", "wait", *wait, step=step) for wait in waits]
+        spans.append(span("learner 0", "learner", "update", t, waits[-1][1] + 0.75, step=step))
+        spans += [span("rollout-0", "rollout", "sample", t + n, t + n + 1, step=step, version=step) for n in range(4)]
+    write(tmp_path, spans)
+    numbers = measured_phases(tmp_path).numbers
+    assert (numbers["update_s"].value, numbers["step_s"].value) == pytest.approx((0.25, 0.75))
 
 
 def test_scores_of_one_size_are_by_image(tmp_path: Path) -> None:
@@ -87,6 +100,10 @@ def write_timeline(folder: Path, sizes: tuple[int, int] = (4, 8)) -> None:
         spans.append(span("learner 0", "learner", "publish", t + 32, t + 32.1, step=step))
         spans.append(span("rollout-0", "rollout", "fetch weights", t + 32.2, t + 32.4, version=step + 1))
         spans.append(span("learner 0", "learner", "checkpoint", t + 32.1, t + 32.8, step=step))
+    write(folder, spans)
+
+
+def write(folder: Path, spans: list[dict[str, Any]]) -> None:
     (folder / "timeline-stream.jsonl").write_text("".join(json.dumps(one) + "\n" for one in spans), encoding="utf-8")
 
 

@@ -67,9 +67,12 @@ _RL_OPTIONS = """\
                           RUN/replay
   --train-only FOLDER     only train, on the steps in a folder: RUN/replay, or that of a failed step
   --simulate "GPUs=64..4096 [TERM=VALUE]..."
-                          predict step time, idle shares, cost and effective training time on so many
-                          GPUs, with the best split between the roles, and start nothing; weights and
-                          data need not be there. Terms and what they mean: docs/scale.md
+                          predict step time, idle shares, cost and effective training time on so
+                          many GPUs, with the best split between the roles, and start nothing;
+                          weights and data need not be there. Times in s that were measured replace
+                          estimates: from=RUN takes those of a run; sample_s=2 update_s=4
+                          score_s=judge:0.3,ocr:1+0.5 (a call + an image) give some. gpu_hour=2.5
+                          is the price of a GPU hour. All terms: docs/scale.md
 """
 
 

@@ -1,10 +1,13 @@
 """Phase times of a run that has been, read out of its timeline (`deepgen.tracking.timeline`).
 
-They are those of its machine and its settings, with all that Ray and the network added. The first step is left out.
+They are those of its machine and its settings, with all that Ray and the network added. The first step is left out. In
+a run that took its groups one by one, what its update did after the last of them is `step_s`; in another one nobody can
+tell, and all of it counts as the groups'.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from collections import Counter, defaultdict
@@ -26,7 +29,8 @@ def measured_phases(folder: Path) -> PhaseFigures:
     if not samples or not updates:
         raise UserError(f"--simulate: from={folder}: no step after the first one in its timeline; allowed: an rl run")
     sample, load = _drawing(samples)
-    numbers = {"sample_s": sample, "load_s": load, "update_s": _updating(samples, updates, spans), "step_s": 0.0}
+    update, rest = _updating(samples, updates, spans)
+    numbers = {"sample_s": sample, "load_s": load, "update_s": update, "step_s": rest}
     for name, what in (("publish_s", "publish"), ("checkpoint_s", "checkpoint")):
         found = [_seconds(span) for span in spans if (span.role, span.what) == (LEARNER, what) and span.step]
         if found:
@@ -49,20 +53,23 @@ def _drawing(samples: Iterable[Span]) -> tuple[float, float]:
     return usual, max(0.0, statistics.median(first) - usual)
 
 
-def _updating(samples: Sequence[Span], updates: Sequence[Span], spans: Sequence[Span]) -> float:
-    """Seconds of the learner for one group of a rank: of a whole update, without waits inside it, a group."""
-    groups = statistics.mode(Counter(span.step for span in samples).values())
+def _updating(samples: Sequence[Span], updates: Sequence[Span], spans: Sequence[Span]) -> tuple[float, float]:
+    """Seconds of the learner for one group of a rank, and of the rest of an update: `update_s` and `step_s`."""
     ranks = len({span.actor for span in updates})
+    share = max(1, statistics.mode(Counter(span.step for span in samples).values()) // ranks)  # groups of a rank
     waits = defaultdict[tuple[str, int | None], list[Span]](list)
     for span in spans:
         if (span.role, span.what) == (LEARNER, "wait"):
             waits[span.actor, span.step].append(span)
-    worked = [
-        _seconds(update)
-        - sum(_seconds(wait) for wait in waits[update.actor, update.step] if update.begin <= wait.begin < update.end)
-        for update in updates
-    ]
-    return statistics.median(worked) * ranks / groups
+    groups, rests = list[float](), list[float]()
+    for update in updates:
+        inside = [wait for wait in waits[update.actor, update.step] if update.begin <= wait.begin < update.end]
+        borders = [(update.begin, update.begin), *((wait.begin, wait.end) for wait in inside), (update.end, update.end)]
+        work = [after[0] - before[1] for before, after in itertools.pairwise(borders)]
+        arrived = len(inside) >= share  # one by one: before the first there is no work
+        groups.append(sum(work[: share + 1] if arrived else work) / share)
+        rests.append(sum(work[share + 1 :]) if arrived else 0.0)
+    return statistics.median(groups), statistics.median(rests)
 
 
 def _syncs(spans: Iterable[Span]) -> list[float]:
