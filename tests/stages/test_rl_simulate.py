@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from deepgen.config import Settings, UserError, load_settings, parse_command_line
 from deepgen.planning.scale.phases import CallTime
-from stages.rl_simulate import parse_terms, scale_lines, show_scale
+from stages.rl_simulate import parse_terms, phase_figures, scale_lines, show_scale
 
 ALL = "sample_s=4 load_s=0 score_s=judge:0.1,clip:0.01,aesthetic:0.01,ocr:1+0 update_s=2 step_s=0.5 publish_s=0.1"
 
@@ -79,6 +80,24 @@ def test_the_text(settings: Settings) -> None:
     changes = [word for word in chosen.split() if "=" in word]
     load_settings(None, changes)  # each can be set
     assert said and all("GPUs: " in line for line in said)
+
+
+def test_times_of_a_run_are_used_and_given_ones_win(settings: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    spans = [
+        {"actor": actor, "role": role, "what": what, "begin": 10.0, "end": 10.0 + seconds, "step": 1, "version": 1}
+        for actor, role, what, seconds in (
+            ("rollout-0", "rollout", "sample", 3.0),
+            ("learner 0", "learner", "update", 5.0),
+            ("learner 0", "learner", "publish", 0.25),
+        )
+    ]
+    (folder / "timeline-a.jsonl").write_text("".join(json.dumps(span) + "\n" for span in spans), encoding="utf-8")
+    figures = phase_figures(settings, parse_terms(f"GPUs=8 from={folder} publish_s=7", settings))
+    found = {name: (figures.numbers[name].value, figures.numbers[name].source) for name in figures.numbers}
+    assert found["sample_s"] == (3.0, "measured") and found["update_s"] == (5.0, "measured")
+    assert found["publish_s"] == (7.0, "given") and found["restart_s"] == (120.0, "assumed")
 
 
 def test_it_runs_instead_of_the_stage(capsys: pytest.CaptureFixture[str]) -> None:

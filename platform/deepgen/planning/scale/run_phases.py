@@ -1,8 +1,9 @@
 """Phase times of a run that has been, read out of its timeline (`deepgen.tracking.timeline`).
 
-They are those of its machine and its settings, with all that Ray and the network added. The first step is left out. In
-a run that took its groups one by one, what its update did after the last of them is `step_s`; in another one nobody can
-tell, and all of it counts as the groups'.
+They are those of its machine and its settings, with all that Ray and the network added: medians, so that a moment in
+which the machine did something else does not count. The first step is left out. In a run that took its groups one by
+one, what its update did after the last of them is `step_s`; in another one nobody can tell, and all of it counts as the
+groups'.
 """
 
 from __future__ import annotations
