@@ -17,6 +17,7 @@ from deepgen.config.stage_rules import check_stage
 from deepgen.errors import UserError, nearest
 from deepgen.planning import memory
 from deepgen.planning.plan import make_job
+from deepgen.planning.scale.effective_time import longest_restart
 from deepgen.planning.scale.estimates import Machine, estimate
 from deepgen.planning.scale.phases import (
     GIVEN,
@@ -297,7 +298,11 @@ def _notes(best: Sequence[Any], settings: Settings, figures: PhaseFigures, terms
     yield "train.checkpoint_every: Young's sqrt(2 x checkpoint_s x mean life of the learner) / step, at least write_s."
     for found in best:
         if found.ettr < GOAL:
-            yield f"{found.gpus} GPUs: ETTR is below {GOAL}; it needs a shorter restart_s, or nodes that live longer"
+            longest = longest_restart(found.losses, found.every, GOAL)
+            way = (
+                f"restart_s={longest:.0f} would reach it" if longest >= 1 else "only nodes that live longer would help"
+            )
+            yield f"{found.gpus} GPUs: ETTR is below {GOAL}; {way}"
     largest = best[-1]
     if largest.used < 0.9 * largest.gpus and "groups_per_gpu" not in terms.numbers:
         yield (

@@ -42,7 +42,7 @@ class Cluster:
 class Prediction:
     """A run on a cluster. settings: with the number of groups and the staleness; every: steps between checkpoints.
 
-    ettr: effective training time, as `effective_time` defines it.
+    ettr: effective training time, as `effective_time` defines it; losses: what it is made of.
     """
 
     settings: Settings
@@ -51,6 +51,7 @@ class Prediction:
     outcome: Outcome
     every: int
     ettr: float
+    losses: Losses
 
     @property
     def used(self) -> int:
@@ -103,7 +104,7 @@ class Scaling:
         losses = self._lost(settings, split, outcome, gpus)
         every = checkpoint_interval(losses, settings.train.steps)
         share = simulated_share(losses, every, settings.train.steps, settings.run.seed)
-        return Prediction(settings, gpus, split, outcome, every, share)
+        return Prediction(settings, gpus, split, outcome, every, share, losses)
 
     def _candidates(self, load: Load, gpus: int) -> list[Split]:
         settings = load.settings

@@ -12,6 +12,7 @@ from deepgen.planning.scale.effective_time import (
     Losses,
     checkpoint_interval,
     expected_share,
+    longest_restart,
     simulated_share,
 )
 
@@ -41,6 +42,13 @@ def test_deaths_cost_what_the_arithmetic_says(every: int) -> None:
     losses = replace(LOSSES, others=((0.1 * 50 / DAY_S, 30.0),))
     found = simulated_share(losses, every, 5000, seed=1)
     assert found == pytest.approx(expected_share(losses, every), abs=0.005)
+
+
+def test_the_longest_restart_that_reaches_a_goal() -> None:
+    longest = longest_restart(LOSSES, 46, 0.98)
+    assert expected_share(replace(LOSSES, restart_s=longest), 46) == pytest.approx(0.98)
+    assert longest_restart(LOSSES, 46, 0.9999) < 0
+    assert longest_restart(replace(LOSSES, learner_rate=0.0), 46, 0.98) == math.inf
 
 
 def test_other_roles_alone() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DAY_S = 86400.0
 _DEATHS = 400  # of the learner, that a mean rests on
@@ -53,6 +53,13 @@ def expected_share(losses: Losses, every: int) -> float:
     a_death = interval_s / 2 + losses.write_s + losses.restart_s
     lost = losses.learner_rate * a_death + sum(rate * seconds for rate, seconds in losses.others)
     return losses.step_s / (losses.step_s + per_step) * (1 - lost) if lost < 1 else 0.0
+
+
+def longest_restart(losses: Losses, every: int, goal: float) -> float:
+    """Seconds of a restart with which `expected_share` is `goal`; below 0 if it cannot be."""
+    without = expected_share(replace(losses, restart_s=0.0), every)
+    per_second = losses.learner_rate / (1 + losses.checkpoint_s / every / losses.step_s)
+    return (without - goal) / per_second if per_second else math.inf
 
 
 def simulated_share(losses: Losses, every: int, steps: int, seed: int) -> float:
