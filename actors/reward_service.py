@@ -54,6 +54,7 @@ QUEUE = 64  # calls for a reward that wait at the proxy, beyond which Serve answ
 BODY_S = 30.0  # for a body to arrive
 POLL_S = 0.2
 STOP_S = 30.0  # for replicas to finish their calls
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
 BUGS = 3  # images of a call with which the reward fails, without a score in between: then all of the call fails
 _NOT_NOW = (RewardUnavailable, RewardBroken)  # another attempt may be answered, by this replica or by another
 _ERROR = re.compile(r"^\s*(?:[\w.]+\.)?(\w*(?:Error|Exception)\w*(?:\(\w+\))?): (.+)$", re.MULTILINE)
@@ -254,10 +255,16 @@ def start_services(
     if a reward does not start, or if they are not there within `cluster.start_deadline_s`; then nothing that it began
     is left.
     """
+    targets = [
+        serve.RunTarget(
+            reward_application(pool, hosting, pool_placement(cluster, pool, gpus=gpus)),
+            pool.pool_name,
+            f"/{pool.pool_name}",
+            QUIET,
+        )
+        for pool in pools
+    ]
     deadline_s = cluster.start_deadline_s
-    for pool in pools:
-        if hasattr(pool.reward_class(), "score_groups"):
-            raise UserError(f"rewards.{pool.pool_name}: compares images of a prompt; allowed: rewards that score each")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if serve.status().proxies or serve.status().applications:
         raise UserError(
@@ -267,19 +274,9 @@ def start_services(
     make_environments(pools, deadline_s)
     longest = max(pool.deadline_s for pool in pools)
     http = HTTPOptions(host=hosting.host, port=hosting.port, request_timeout_s=longest)
-    quiet = {"log_level": "WARNING", "enable_access_log": False}
     # Its controller warns of every delay of a busy machine. What keeps a reward from starting, `_wait` tells, and
     # `faults` later.
-    alarms = quiet | {"log_level": "CRITICAL"}
-    targets = [
-        serve.RunTarget(
-            _application(pool, hosting, pool_placement(cluster, pool, gpus=gpus)),
-            pool.pool_name,
-            f"/{pool.pool_name}",
-            quiet,
-        )
-        for pool in pools
-    ]
+    alarms = QUIET | {"log_level": "CRITICAL"}
     try:
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=alarms)
         serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
@@ -334,7 +331,10 @@ def _make_environment(own: OwnEnvironment, deadline_s: float) -> None:
     own.make(deadline_s)
 
 
-def _application(pool: PoolSettings, hosting: Hosting, placement: Placement) -> Any:
+def reward_application(pool: PoolSettings, hosting: Hosting, placement: Placement) -> Any:
+    """The Serve application that hosts a pool's reward. Raises UserError for a reward that compares images."""
+    if hasattr(pool.reward_class(), "score_groups"):
+        raise UserError(f"rewards.{pool.pool_name}: compares images of a prompt; allowed: rewards that score each")
     own = own_environment(pool)
     runtime = {"runtime_env": {**ray.get_runtime_context().runtime_env, **own.runtime_env()}} if own else {}
     deployment = serve.deployment(

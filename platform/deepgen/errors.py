@@ -24,7 +24,16 @@ USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
 TERMINATED_EXIT_CODE = 143
 # Options of the stages that leave nothing to continue, or refuse to (`deepgen.config.cli`).
-_NOT_CONTINUED = ("--help", "-h", "--plan", "--print-config", "--status", "--rollout-only", "--train-only")
+_NOT_CONTINUED = (
+    "--help",
+    "-h",
+    "--plan",
+    "--print-config",
+    "--status",
+    "--rollout-only",
+    "--train-only",
+    "--simulate",
+)
 SUBMITTED_COPY = "_ray_pkg_" in __file__  # Ray's name of the folder for the files of a job
 # No space, no quota, file too large for the limit, read-only: nothing that trying again would mend.
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -85,3 +86,16 @@ def test_a_cluster_that_is_not_there_is_a_user_error(address: str, message: str)
     result = python(f"run_program(lambda: connect(load_settings(None, ['cluster.address={address}'])))")
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
+
+
+def test_workers_of_a_joined_cluster_get_our_environment_and_what_the_job_sets_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for key, value in connect_module.QUIET_ENVIRONMENT.items():
+        monkeypatch.setenv(key, value)
+    ours = connect_module.workers_environment(Path("/checkout"))
+    assert ours == connect_module.QUIET_ENVIRONMENT | {"PYTHONPATH": "/checkout"}
+    job = {"runtime_env": {"working_dir": "gcs://x.zip", "env_vars": {"HF_HUB_VERBOSITY": "info"}}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    submitted = connect_module.workers_environment(Path("/checkout"))
+    assert submitted.keys() == connect_module.QUIET_ENVIRONMENT.keys() - {"HF_HUB_VERBOSITY"}

@@ -221,8 +221,8 @@ class FakeActor:
         return self.node
 
 
-def fleet_of(actors: dict[str, FakeActor], **options: float) -> RolloutFleet:
-    given: Any = {"call_deadline_s": 60, "start_deadline_s": 60} | options
+def fleet_of(actors: dict[str, FakeActor], **options: Any) -> RolloutFleet:
+    given: dict[str, Any] = {"call_deadline_s": 60, "start_deadline_s": 60} | options
     return RolloutFleet(actors, **given)
 
 
@@ -260,7 +260,6 @@ def test_a_fleet_without_its_least_does_not_begin() -> None:
 def test_on_a_node_that_drains_no_group_begins_and_its_actor_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     draining, killed = set[str](), list[FakeActor]()
     monkeypatch.setattr(rollout_fleet, "_LOOK_S", 0.01)
-    monkeypatch.setattr(rollout_fleet, "draining_nodes", lambda: draining)
 
     async def body() -> None:
         a, b = FakeActor("old"), FakeActor("here")
@@ -271,7 +270,7 @@ def test_on_a_node_that_drains_no_group_begins_and_its_actor_moves(monkeypatch: 
             actor.node = "new"
 
         monkeypatch.setattr(rollout_fleet.ray, "kill", kill)
-        fleet = fleet_of({"a": a, "b": b})
+        fleet = fleet_of({"a": a, "b": b}, draining=lambda: draining)
         await fleet.start()
         a.hold.clear()
         last = asyncio.create_task(sample(fleet, "g0"))

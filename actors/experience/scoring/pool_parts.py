@@ -116,7 +116,7 @@ class PoolCall:
     reasons: list[Missing | None]
     counters: dict[str, float]
     waiting: int  # requests without an outcome
-    began: float  # by the monotonic clock
+    began: float  # by the clock of the pool
     done: asyncio.Future[None]
     versions: dict[int, str | None] = field(default_factory=dict)  # of the reward that gave a score, by index
 

@@ -109,7 +109,7 @@ class Replica:
     async def start(self, check: list[RewardRequest], end: float, first_s: float) -> BatchReply:
         """Load the reward and have it score a first time; before that, make its own environment, if it has one.
 
-        end: of all this, by the monotonic clock. first_s: for the first score; a reward may load for far longer.
+        end: of all this, by the event loop's clock. first_s: for the first score; a reward may load for far longer.
         Raises CallTimeout; FirstCallTimeout if the reward was loaded.
         """
         if self._environment is not None:
@@ -162,7 +162,7 @@ class Replica:
 
 
 def _left(end: float) -> float:
-    return max(0.0, end - time.monotonic())
+    return max(0.0, end - asyncio.get_running_loop().time())
 
 
 def _finite(value: Score) -> float | Missing:

@@ -23,8 +23,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,10 +76,11 @@ class RewardPool:
         max_restarts: restarts of one replica without a successful call in between; then the pool drops the replica.
         backoff_s: longest pause before the first retry; doubles with each retry, up to 10 s.
         cache_size: number of cached scores; the least recently used are dropped first; 0 = no cache.
-        recorder: gets a span for every call of a replica.
+        recorder: gets a span for every call of a replica; its clock is the pool's.
         journal: folder in which the cache outlives this process (`ScoreJournal`); None for none.
         runs: folder of other runs, whose journals are read as well.
         tasks: those whose prompts the reward scores; `start` checks it with a request of one of them.
+        replica: makes a replica of its label, settings and resources.
     """
 
     def __init__(
@@ -96,19 +96,21 @@ class RewardPool:
         journal: Path | None = None,
         runs: Path | None = None,
         tasks: Sequence[str] = TASKS,
+        replica: Callable[..., Replica] = Replica,
     ) -> None:
         self.name, self._settings, self._groupwise = settings.pool_name, settings, is_groupwise(settings)
         self._grows = settings.most_replicas > settings.least_replicas
         self._placement = placement or pool_placement(ClusterSettings(), settings, gpus=False)
         self._start_deadline_s, self._max_restarts, self._backoff_s = start_deadline_s, max_restarts, backoff_s
         self._cache, self._recorder = ScoreCache(settings, cache_size, journal, runs), recorder or Recorder()
-        self._replicas: list[Replica] = []
+        self._clock = self._recorder.clock
+        self._make_replica, self._replicas = replica, list[Replica]()
         self._starters: list[asyncio.Task[None]] = []
         self._workers: list[asyncio.Task[None]] = []
         self._queue = PoolQueue(settings.batch_size)
         self._jitter = random.Random(self.name)  # moves pauses, never a score
-        self._breaker = Breaker(backoff_s, self._jitter)
-        self._not_before = 0.0  # when a service wants to be asked again, by the monotonic clock
+        self._breaker = Breaker(backoff_s, self._jitter, clock=self._clock)
+        self._not_before = 0.0  # when a service wants to be asked again, by the clock
         self._check = check_requests(settings, tasks)
         self._raised = set[PoolCall]()  # with whose requests the reward raised exceptions, since its last score
         self._numbered = 0  # replicas so far
@@ -187,7 +189,7 @@ class RewardPool:
             RewardPoolError: the reward is required and does not answer, or the pool is not running.
             Exception: the reward raised it with BUGS_IN_A_ROW prompts in a row.
         """
-        began = time.monotonic()
+        began = self._clock()
         if self._broken is not None or not self._workers:
             raise self._broken or RewardPoolError(f"reward pool {self.name}: start() comes first")
         counters = dict.fromkeys(COUNTERS, 0.0)
@@ -215,7 +217,7 @@ class RewardPool:
                 self._count(f"missing/{why.reason}", counters)
         self._count("asked", counters, by=len(keys) - keys.count(None))
         self._count("scored", counters, by=len(values) - values.count(None))
-        counters["seconds"] = time.monotonic() - began
+        counters["seconds"] = self._clock() - began
         return RewardScores(values, reasons, counters)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
@@ -240,9 +242,9 @@ class RewardPool:
     async def _warm_up(self, replica: Replica, end: float | None = None) -> Missing | None:
         """Load the reward and have it score a request like the run's. Returns why that has no score.
 
-        end: when both must be done, by the monotonic clock; default: start_deadline_s from now.
+        end: when both must be done, by the event loop's clock; default: start_deadline_s from now.
         """
-        end = time.monotonic() + self._start_deadline_s if end is None else end
+        end = asyncio.get_running_loop().time() + self._start_deadline_s if end is None else end
         span = self._recorder.begin(replica.label, self.name, "start", call="start of the reward")
         try:
             reply = await replica.start(self._check, end, self._settings.deadline_s)
@@ -289,7 +291,7 @@ class RewardPool:
                 return None
             pause = self._breaker.wait_s()
             if pause is not None:
-                pause = max(pause, self._not_before - time.monotonic())
+                pause = max(pause, self._not_before - self._clock())
             if pause is None or pause > 0:
                 await asyncio.sleep(min(pause or _LOOK_S, _LOOK_S))
                 continue
@@ -312,7 +314,7 @@ class RewardPool:
         """Call a replica once. Returns None on success, else why the call failed and whether the replica is lost."""
         parts = batch.parts
         self._count_batch(parts, "calls")
-        began = time.monotonic()
+        began = self._clock()
         span = self._recorder.begin(replica.label, self.name, "score", call=f"score of {size_of(parts)} images")
         try:
             picks, lists = [part.indices for part in parts], [part.call.requests for part in parts]
@@ -321,7 +323,7 @@ class RewardPool:
             self._count_batch(parts, "timeouts")
             return Missing("deadline", str(error)), True
         except GONE as error:
-            age = time.monotonic() - began
+            age = self._clock() - began
             what = f"{replica.label}: died during score, {age:.1f} s after the call: {first_line(error)}"
             return Missing("died", what), True
         except RayError as error:
@@ -329,13 +331,13 @@ class RewardPool:
             self._meet(replica, parts, error)
             return None
         finally:
-            self._totals["seconds"] += time.monotonic() - began
+            self._totals["seconds"] += self._clock() - began
             self._recorder.end(span)
         if reply.broken is not None:
             return Missing("died", f"{replica.label}: {reply.broken}"), True
         if reply.unavailable is not None:
             after_s = min(reply.after_s, self._settings.deadline_s)
-            self._not_before = max(self._not_before, time.monotonic() + after_s)
+            self._not_before = max(self._not_before, self._clock() + after_s)
             return Missing("transport", f"{replica.label}: {reply.unavailable}"), False
         self._settle(replica, batch, reply)
         return None
@@ -447,7 +449,7 @@ class RewardPool:
             return
         self._queue.add(parts)
         ends = max(self._ends(part) for part in parts)
-        asyncio.get_running_loop().call_later(max(0.0, ends - time.monotonic()), self._expire)
+        asyncio.get_running_loop().call_later(max(0.0, ends - self._clock()), self._expire)
 
     def _ends(self, part: Part) -> float:
         """When a part that waits for the open breaker is missing."""
@@ -460,7 +462,7 @@ class RewardPool:
         """
         if self._breaker.opened is None:
             return
-        now = time.monotonic() + 0.01  # timers may be early by the clock's resolution
+        now = self._clock() + 0.01  # timers may be early by the clock's resolution
         late = self._queue.remove(lambda part: part.call.done.done() or self._ends(part) <= now)
         late = [part for part in late if not part.call.done.done()]
         limit, last = f"{self._settings.deadline_s:g} s", f"last: {self._breaker.last}"
@@ -542,7 +544,7 @@ class RewardPool:
 
     def _new_replica(self) -> Replica:
         self._numbered += 1
-        return Replica(f"{self.name} reward #{self._numbered - 1}", self._settings, self._placement)
+        return self._make_replica(f"{self.name} reward #{self._numbered - 1}", self._settings, self._placement)
 
     def _employ(self, work: Coroutine[Any, Any, None], name: str) -> None:
         worker = asyncio.get_running_loop().create_task(work, name=name)

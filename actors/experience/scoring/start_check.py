@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
@@ -53,12 +52,13 @@ async def first_score(
     A service that is down or busy, and a reward that hangs, get as many attempts as in the run. A process that hangs is
     replaced, as in the run.
 
-    start: loads the reward and has it score, until a time of the monotonic clock; returns why there is no score.
+    start: loads the reward and has it score, until a time of the event loop's clock; returns why there is no score.
     pause_s: before an attempt. deadline_s: for all attempts together.
 
     Raises CallTimeout if the reward has never been loaded.
     """
-    end, missing, left = time.monotonic() + deadline_s, None, settings.retries
+    clock, missing, left = asyncio.get_running_loop().time, None, settings.retries
+    end = clock() + deadline_s
     try:
         while True:
             hangs = False
@@ -71,7 +71,7 @@ async def first_score(
                     raise
             if missing is None or missing.reason not in ("transport", "deadline") or not left:
                 break
-            if time.monotonic() >= end:
+            if clock() >= end:
                 missing = replace(missing, detail=f"{missing.detail}; cluster.start_deadline_s is over")
                 break
             left -= 1

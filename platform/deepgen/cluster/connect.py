@@ -6,6 +6,7 @@ and ends with the program (`deepgen.cluster.private`). Left out: Ray Client (`ra
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -23,6 +24,8 @@ from deepgen.cluster.resources import Need, learner_needs
 from deepgen.config import Settings, UserError
 from deepgen.errors import stop_on_sigterm
 from deepgen.machine import prepare_process, reach_directly
+from deepgen.storage.staging import VARIABLE as STAGING
+from deepgen.storage.staging import address_of
 
 AUTO_LOCAL = "auto-local"
 TELL_S = 2.0
@@ -68,10 +71,11 @@ def find_room(settings: Settings, needs: Callable[..., Sequence[Need]]) -> bool:
     Nodes that are missing start. Raises UserError with a table if there will never be room.
     """
     nodes = cluster_nodes()
+    autoscaler = running_autoscaler()
+    check_staging(settings, several=len(nodes) > 1 or autoscaler is not None)
     gpus = any(node.resources.get("GPU") for node in nodes)
     if gpus and not unplaced(needs(settings, gpus=True), nodes):
         return True
-    autoscaler = running_autoscaler()
     if autoscaler is not None:
         gpus = gpus or autoscaler.can_provide([ANY_GPU])
     wanted = needs(settings, gpus=gpus)
@@ -84,6 +88,16 @@ def find_room(settings: Settings, needs: Callable[..., Sequence[Need]]) -> bool:
         waits = (autoscaler, wanted, settings.cluster.start_deadline_s)
         threading.Thread(target=tell_growth, args=waits, daemon=True).start()
     return gpus
+
+
+def check_staging(settings: Settings, *, several: bool) -> None:
+    """Raise UserError if the run lies in a bucket, and its staging folder on one node of `several`."""
+    address = address_of(settings.run.dir)
+    if address and several and not os.environ.get(STAGING):
+        raise UserError(
+            f"run.dir: got {address!r} on a cluster with several nodes; allowed: {STAGING} in the environment, a "
+            "folder that every node sees, from which the run is brought to the bucket"
+        )
 
 
 def tell_growth(autoscaler: Autoscaler, needs: Sequence[Need], deadline_s: float) -> None:
@@ -130,15 +144,21 @@ def _join(address: str, code_root: Path | None) -> None:
     if address != "auto":
         reach_directly([check_reachable(address)])
         use_what_it_takes(address)
-    environment = {}
-    if code_root is not None and not _submitted():
-        environment = {"runtime_env": {"env_vars": {"PYTHONPATH": str(code_root)}}}
-    ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING, **environment)
+    variables = workers_environment(code_root)
+    ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": variables})
 
 
-def _submitted() -> bool:
-    """Whether Ray started this program as a job. The job's own runtime environment then says where the code is."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+def workers_environment(code_root: Path | None) -> dict[str, str]:
+    """What the workers on a cluster of somebody else's get in their environment.
+
+    Where Ray has started this program as a job, the job's own runtime environment says where the code is, and what it
+    sets may not be set again.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    ours = {key: os.environ[key] for key in (*QUIET_ENVIRONMENT, STAGING) if key in os.environ}
+    if code_root is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        ours["PYTHONPATH"] = str(code_root)
+    return {key: value for key, value in ours.items() if key not in job.get("env_vars", {})}
 
 
 def _prepare_private(settings: Settings, code_root: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,8 @@ class Ready(Starting):
 
 
 class Looking:
+    clock = staticmethod(time.monotonic)
+
     def __init__(self, *_: Any) -> None: ...
 
     def start(self, *_: Any) -> None: ...
