@@ -28,6 +28,7 @@ ATTEMPTS = 3
 RESTARTS = -1  # of an actor: no limit. What fails again and again ends with ATTEMPTS, or with the start deadline.
 WEIGHTS_GROUP = "weights"  # calls that may overlap sampling
 _PAUSE_S = 0.2  # pause before a restarting actor is asked again
+_NODE_DIED = "its node has died"  # Ray's words
 _LOOK_S = 1.0  # between looks at which nodes drain
 
 
@@ -126,8 +127,10 @@ class RolloutFleet:
                     return (await first, *others)
             except (*GONE, TimeoutError) as error:
                 reusable = False
-                failures.append(_failure(turn.name, method, self._clock() - begin, error))
-                self._replace(turn.name, failures[-1], kill=isinstance(error, TimeoutError))
+                failure = _failure(turn.name, method, self._clock() - begin, error)
+                self._replace(turn.name, failure, kill=isinstance(error, TimeoutError))
+                if _NODE_DIED not in str(error):  # else it is not the call's fault, and its other actors are gone, too
+                    failures.append(failure)
             finally:
                 if span:
                     self._recorder.end(span)

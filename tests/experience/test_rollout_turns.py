@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from actors.experience import rollout_fleet
 from actors.experience.rollout_fleet import RolloutError, RolloutFleet
@@ -255,6 +255,21 @@ def test_a_fleet_without_its_least_does_not_begin() -> None:
 
     with pytest.raises(RolloutError, match="actor b, call ready, after 0 s: no answer within the deadline"):
         asyncio.run(body())
+
+
+def test_a_call_that_meets_all_actors_of_a_dead_node_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(FakeActor):
+        async def _sample(self, request: str, policy: None) -> str:
+            raise RayActorError(error_msg="The actor died because its node has died. Node Id: 1")
+
+    async def body() -> None:
+        actors = {f"gone-{n}": Gone("old") for n in range(5)} | {"z": FakeActor("here")}
+        fleet = fleet_of(actors)
+        await fleet.start()
+        assert await sample(fleet, "g0") == "here"
+        assert fleet.restarts == 5
+
+    asyncio.run(body())
 
 
 def test_on_a_node_that_drains_no_group_begins_and_its_actor_moves(monkeypatch: pytest.MonkeyPatch) -> None:
