@@ -29,6 +29,7 @@ from deepgen.tracking.tracker import Tracker, tracking_uri
 @pytest.fixture(autouse=True)
 def _no_server_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("deepgen.tracking.tracker.git_diff", lambda: "")  # whatever the checkout of these tests is like
 
 
 @pytest.fixture
@@ -149,7 +150,7 @@ def test_put_returns_while_the_server_hangs() -> None:
 
 
 @pytest.mark.processes
-def test_a_run_and_its_continuation_are_one_mlflow_run(runs: Path) -> None:
+def test_a_run_and_its_continuation_are_one_mlflow_run(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Tracker(settings_in(runs), "rl") as tracker:
         tracker.log(1, {"reward/judge": 0.25, "reward/ocr": None, "loss:total": 1.5})
         tracker.log(2, {"reward/judge": 0.5, "reward/ocr": math.nan})
@@ -172,6 +173,8 @@ def test_a_run_and_its_continuation_are_one_mlflow_run(runs: Path) -> None:
     assert Image.open(runs / "trial" / "images" / "grid_fixed-000002.png").size == (64, 64)
     assert (runs / "trial" / "mlflow_run_id").read_text().strip() == first_id
 
+    monkeypatch.setattr("deepgen.tracking.provenance.socket.gethostname", lambda: "elsewhere")
+    monkeypatch.setattr("deepgen.tracking.tracker.git_diff", lambda: "diff --git a/x b/x\n")
     with Tracker(settings_in(runs, "run.resume=true", "train.grad_clip=7"), "rl") as again:
         again.log(3, {"reward/judge": 0.75})
         assert again.run_id == first_id
@@ -182,6 +185,12 @@ def test_a_run_and_its_continuation_are_one_mlflow_run(runs: Path) -> None:
     assert {key: value for key, value in tags.items() if key.startswith("resumed.")} == {
         "resumed.train.grad_clip": "7.0"
     }
+    assert tags["host"] == run.data.tags["host"] and tags["attempt.2.host"] == "elsewhere"
+    assert (run.data.tags["attempts"], tags["attempts"]) == ("1", "2") and "attempt.2.stage" not in tags
+    assert [item.path for item in client.list_artifacts(first_id) if not item.is_dir] == [
+        "git-diff.2.patch",
+        "settings.yaml",
+    ]
     assert read_series(runs / "trial" / "metrics.jsonl")["reward/judge"][0] == [1, 2, 3]
 
 
@@ -205,6 +214,8 @@ def test_no_name_that_a_person_gives_stops_a_run(runs: Path) -> None:
         "data.weights.a_x003a_b": "5.0",
         "data.weights.a_b": "6.0",
     }
+    names = json.loads((runs / "trial" / "mlflow_names.json").read_text())
+    assert list(names.values()) == ["data.weights." + "x" * 300] and next(iter(names)) in run.data.params
     assert run.data.metrics["loss/图片"] == 1 and run.data.metrics["loss/total"] == 5
     assert read_series(runs / "trial" / "metrics.jsonl")["loss//data/laion/"] == ([1], [2.0])
     assert run.data.tags["a/_x002e__x002e_/b"] == "tag"

@@ -24,6 +24,7 @@ from deepgen.cluster.resources import Need, learner_needs
 from deepgen.config import Settings, UserError
 from deepgen.errors import stop_on_sigterm
 from deepgen.machine import prepare_process, reach_directly
+from deepgen.monitoring.variables import HANDED_ON, METRICS, SUBMISSION
 
 AUTO_LOCAL = "auto-local"
 TELL_S = 2.0
@@ -141,8 +142,12 @@ def workers_environment(code_root: Path | None) -> dict[str, str]:
     Where Ray has started this program as a job, the job's own runtime environment says where the code is, and what it
     sets may not be set again.
     """
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    job = config.get("runtime_env", {})
     ours = {key: os.environ[key] for key in QUIET_ENVIRONMENT}
+    ours |= {METRICS: "1"} | {key: os.environ[key] for key in HANDED_ON if key in os.environ}
+    if submission := config.get("metadata", {}).get("job_submission_id"):
+        ours[SUBMISSION] = submission
     if code_root is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         ours["PYTHONPATH"] = str(code_root)
     return {key: value for key, value in ours.items() if key not in job.get("env_vars", {})}

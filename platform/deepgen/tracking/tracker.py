@@ -6,6 +6,7 @@ Left out on purpose: MLflow's global "active run" (two trackers in one process w
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -31,18 +32,19 @@ from deepgen.masking import masked, masked_value
 from deepgen.tracking.journal import FILE_NAME, Entry, Journal, make_entry, read_entries
 from deepgen.tracking.mlflow_page import (
     EXPERIMENT_TAGS,
+    Names,
     changed_settings,
     default_settings,
     flatten,
-    mlflow_name,
     page_address,
+    storable,
 )
-from deepgen.tracking.provenance import run_tags
+from deepgen.tracking.provenance import attempt_tags, git_diff, run_tags
 from deepgen.tracking.sender import MAX_BATCH, Item, Sender, SenderCounts, first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, Metric
+    from mlflow.entities import Experiment, Metric, RunData
 
     from deepgen.config.settings import Settings
 
@@ -50,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 RUN_ID_FILE = "mlflow_run_id"
 SETTINGS_FILE = "settings.yaml"  # all settings of the newest start, as a recipe
+NAMES_FILE = "mlflow_names.json"  # names that MLflow has cut, with their originals
 START_DEADLINE_S = 60.0
 CLOSE_DEADLINE_S = 60.0
 _MAX_PARAM_LENGTH = 6000
@@ -88,6 +91,9 @@ class Tracker:
         self._client: MlflowClient | None = None
         self._journal: Journal | None = None
         self._sender: Sender | None = None
+        self._params, self._metrics, self._tags = Names(), Names(), Names()
+        self._pictures = Names(ascii_only=True)
+        self._cut: dict[str, str] = {}  # what NAMES_FILE has
 
     def start(self) -> Tracker:
         """Open the journal and begin or continue the MLflow run.
@@ -109,6 +115,7 @@ class Tracker:
         self._sender = Sender(_is_refusal, hint)
         for item in about:
             self._put(item)
+        self._note_cut_names()
         for entry in history:
             self._send_entry(entry)
         return self
@@ -128,14 +135,15 @@ class Tracker:
 
         A copy goes to `<run folder>/images/<key>-<step>.png`.
         """
-        name = mlflow_name(key, ascii_only=True)
+        name = self._pictures(key)
         picture = Image.fromarray(image.copy()) if isinstance(image, np.ndarray) else image.copy()
         path = self.folder / "images" / f"{name.replace('/', '_')}-{step:06d}.png"
         self._put(_ImageItem(self._mlflow, self.run_id, name, int(step), _milliseconds(time.time()), path, picture))
 
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the MLflow run, or replace it."""
-        self._put(_TagItem(self._mlflow, self.run_id, mlflow_name(key), value))
+        self._put(_TagItem(self._mlflow, self.run_id, self._tags(key), _shown_value(key, value)))
+        self._note_cut_names()
 
     def log_file(self, path: Path) -> None:
         """Attach a finished file (table, picture, plot) to the MLflow run."""
@@ -225,9 +233,11 @@ class Tracker:
         if known and _run_exists(client, known):
             self.run_id = known
             client.update_run(known, status="RUNNING")
+            there = client.get_run(known).data
+            self._params, self._metrics, self._tags = map(Names, (there.params, there.metrics, there.tags))
             if self._attached:  # the first process has said it all
                 return [], []
-            return [*about, *self._about(client.get_run(known).data.params)], []
+            return [*about, *self._about(there)], []
         if known:
             message = "the MLflow run %s is not at %s: a new run takes over the history from metrics.jsonl"
             logger.warning(message, known, masked(self.uri))
@@ -259,26 +269,55 @@ class Tracker:
             return None
         return (Path(self._settings.run.dir).resolve() / "mlartifacts").as_uri()
 
-    def _about(self, before: Mapping[str, str] | None) -> list[Item]:
+    def _about(self, before: RunData | None) -> list[Item]:
         """What the page tells of the run: provenance as tags, settings that are not the default, all of them as a file.
 
-        A continued run keeps its parameters `before`, because MLflow does not let them change. A setting that differs
-        now becomes a tag `resumed.<key>`.
+        A continued run keeps what it had `before`: MLflow does not let parameters change. A setting that differs now
+        becomes a tag `resumed.<key>`, and provenance that differs one of this attempt (`attempt_tags`).
         """
         tags, params = run_tags(self._stage), changed_settings(self._settings)
-        if before is not None:
+        if before is None:
+            tags["attempts"] = "1"
+        else:
+            tags, params = attempt_tags(tags, before.tags), {}
             usual = flatten(default_settings(self._settings))
             for key, value in flatten(self._settings.model_dump()).items():
-                then = before.get(mlflow_name(key), usual.get(key))
+                then = before.params.get(self._params(key), usual.get(key))
                 if key != "run.resume" and then != _shown_value(key, value):
                     tags[f"resumed.{key}"] = value
-            params = {}
         # Apart, so that a server that refuses one takes the other.
-        parts = [(_shown_settings(tags), {}), ({}, _shown_settings(params))]
+        parts: list[tuple[dict[str, str], dict[str, str]]] = [
+            (_shown(self._tags, tags), {}),
+            ({}, _shown(self._params, params)),
+        ]
         return [
             *(_AboutItem(self._mlflow, self.run_id, *part) for part in parts),
-            _FileItem(self._mlflow, self.run_id, self.folder / SETTINGS_FILE),
+            *(_FileItem(self._mlflow, self.run_id, path) for path in self._about_files(int(tags["attempts"]))),
         ]
+
+    def _about_files(self, attempt: int) -> list[Path]:
+        settings = self.folder / SETTINGS_FILE
+        patch = self.folder / ("git-diff.patch" if attempt == 1 else f"git-diff.{attempt}.patch")
+        if difference := git_diff():
+            _write_atomically(patch, difference)
+            return [settings, patch]
+        patch.unlink(missing_ok=True)  # of an older run
+        return [settings]
+
+    def _note_cut_names(self) -> None:
+        """Write and send NAMES_FILE if MLflow has got a new name that cannot be read back."""
+        cut = self._params.cut | self._metrics.cut | self._tags.cut | self._pictures.cut
+        if cut.keys() <= self._cut.keys():
+            return
+        self._cut |= cut
+        path = self.folder / NAMES_FILE
+        try:
+            known = json.loads(path.read_text(encoding="utf-8")) if self._goes_on and path.exists() else {}
+            _write_atomically(path, json.dumps({**known, **self._cut}, indent=1))
+        except (OSError, ValueError, TypeError) as error:  # no reason to stop: metrics.jsonl has all names, too
+            logger.warning("TRACKING: cannot write %s: %s", path, error)
+            return
+        self._put(_FileItem(self._mlflow, self.run_id, path))
 
     # --- delivery ---------------------------------------------------------------------------------------------------
 
@@ -298,7 +337,8 @@ class Tracker:
         from mlflow.entities import Metric
 
         at = _milliseconds(entry.time)
-        metrics = [Metric(mlflow_name(key), value, at, entry.step) for key, value in entry.metrics.items()]
+        metrics = [Metric(self._metrics(key), value, at, entry.step) for key, value in entry.metrics.items()]
+        self._note_cut_names()
         for start in range(0, len(metrics), MAX_BATCH):
             self._put(_MetricsItem(self._mlflow, self.run_id, metrics[start : start + MAX_BATCH]))
 
@@ -532,14 +572,14 @@ def _write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _shown_settings(settings: Mapping[str, str]) -> dict[str, str]:
-    """Settings as parameters or tags, with names and values that MLflow takes."""
-    return {mlflow_name(key): _shown_value(key, value) for key, value in settings.items()}
+def _shown(names: Names, values: Mapping[str, str]) -> dict[str, str]:
+    """Settings or tags with names and values that MLflow takes."""
+    return {names(key): _shown_value(key, value) for key, value in values.items()}
 
 
 def _shown_value(key: str, value: str) -> str:
-    """A setting's value without secrets, cut to what MLflow takes."""
-    return str(masked_value(key, value))[:_MAX_PARAM_LENGTH]
+    """A value without secrets, cut to what MLflow takes."""
+    return storable(str(masked_value(key, value)))[:_MAX_PARAM_LENGTH]
 
 
 def _as_recipe(settings: Settings) -> str:
