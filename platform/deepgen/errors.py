@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from safetensors import SafetensorError
 
 from deepgen.masking import masked
+from deepgen.monitoring.log_lines import DRIVER, Speaker, set_up_logs
 
 USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
@@ -90,6 +91,7 @@ def run_program(main: Callable[[], int | None], *, resumes: bool = True) -> NoRe
     """
     _fill_standard_streams()
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
+    set_up_logs(Speaker(DRIVER))
     sys.excepthook = print_traceback
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background programs that ignore Ctrl-C
     stop_on_sigterm()

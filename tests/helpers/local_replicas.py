@@ -91,7 +91,7 @@ class LocalActor:
     """Looks like a Ray actor handle."""
 
     def __init__(self, replica: Any) -> None:
-        host = RewardActor(replica._settings)
+        host = RewardActor(replica._settings, replica.label)
         self.start, self.score = (SimpleNamespace(remote=self._remote(call)) for call in (host.start, host.score))
 
     def _remote(self, call: Callable[..., Any]) -> Callable[..., Any]:
