@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +28,17 @@ from deepgen.config.schema.paths import CHECKOUT
 from deepgen.config.settings import shown_settings
 from deepgen.errors import UserError, disk_error, writing
 from deepgen.masking import masked, masked_value
+from deepgen.tracking.delivery.run_items import (
+    AboutItem,
+    EndItem,
+    ExperimentTagItem,
+    FileItem,
+    ImageItem,
+    LaterItem,
+    MetricsItem,
+    TagItem,
+)
+from deepgen.tracking.delivery.sender import MAX_BATCH, Item, Sender, SenderCounts, first_line
 from deepgen.tracking.journal import FILE_NAME, Entry, Journal, make_entry, read_entries
 from deepgen.tracking.mlflow_page import (
     EXPERIMENT_TAGS,
@@ -40,11 +50,10 @@ from deepgen.tracking.mlflow_page import (
     storable,
 )
 from deepgen.tracking.provenance import attempt_tags, git_diff, run_tags
-from deepgen.tracking.sender import MAX_BATCH, Item, Sender, SenderCounts, first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, Metric, RunData
+    from mlflow.entities import Experiment, RunData
 
     from deepgen.config.settings import Settings
 
@@ -59,10 +68,13 @@ _MAX_PARAM_LENGTH = 6000
 _REACH_DEADLINE_S = 10.0
 _LOCAL_SERVER = "http://127.0.0.1:5000"  # of `mlflow ui`
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-_MAX_PER_REQUEST = 100  # parameters, or tags
 # Errors in the content, not in the connection: sending the same thing again cannot help.
 _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"})
 _Result = TypeVar("_Result")
+
+
+class NoAnswerError(UserError):
+    """The server cannot be reached, or does not answer in time."""
 
 
 class Tracker:
@@ -98,7 +110,8 @@ class Tracker:
     def start(self) -> Tracker:
         """Open the journal and begin or continue the MLflow run.
 
-        Raises UserError if the run folder cannot be written, or the tracking server does not answer in time.
+        Raises UserError if the run folder cannot be written, or the tracking server does not answer in time; but a run
+        that it knows goes on, and the server hears of it later.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -107,8 +120,7 @@ class Tracker:
             if not self._attached:
                 _write_atomically(self.folder / SETTINGS_FILE, _as_recipe(self._settings))
             _quiet_mlflow()
-            key = _uri_key(self._settings)
-            about, history = _call_with_deadline(self._open_run, self._start_deadline_s, key, masked(self.uri))
+            about, history = self._open_in_time()
         except OSError as error:
             raise UserError(f"run.dir: cannot write the run folder {self.folder}: {error.strerror or error}") from error
         hint = f"Every number is kept in {self._journal.path}."
@@ -138,16 +150,16 @@ class Tracker:
         name = self._pictures(key)
         picture = Image.fromarray(image.copy()) if isinstance(image, np.ndarray) else image.copy()
         path = self.folder / "images" / f"{name.replace('/', '_')}-{step:06d}.png"
-        self._put(_ImageItem(self._mlflow, self.run_id, name, int(step), _milliseconds(time.time()), path, picture))
+        self._put(ImageItem(self._mlflow, self.run_id, name, int(step), _milliseconds(time.time()), path, picture))
 
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the MLflow run, or replace it."""
-        self._put(_TagItem(self._mlflow, self.run_id, self._tags(key), _shown_value(key, value)))
+        self._put(TagItem(self._mlflow, self.run_id, self._tags(key), _shown_value(key, value)))
         self._note_cut_names()
 
     def log_file(self, path: Path) -> None:
         """Attach a finished file (table, picture, plot) to the MLflow run."""
-        self._put(_FileItem(self._mlflow, self.run_id, Path(path)))
+        self._put(FileItem(self._mlflow, self.run_id, Path(path)))
 
     def counts(self) -> SenderCounts:
         """Failed attempts, refused records, and records that still wait for the server."""
@@ -166,7 +178,7 @@ class Tracker:
         if self._sender is None:
             return
         lost = self._close_journal()
-        self._sender.put(_EndItem(self._mlflow, self.run_id, "FAILED" if lost else status))
+        self._sender.put(EndItem(self._mlflow, self.run_id, "FAILED" if lost else status))
         sender, self._sender = self._sender, None
         undelivered = sender.close(deadline_s)
         if undelivered:
@@ -191,7 +203,7 @@ class Tracker:
 
     def where(self) -> str:
         """One line that tells a person how to open the page of the run and those beside it."""
-        page = page_address(self.experiment_id, self._stage)
+        page = page_address(self.experiment_id, self._stage) if self.experiment_id else ""  # no answer yet
         if self.uri.startswith("sqlite:"):
             here = CHECKOUT is not None and self.uri == f"sqlite:///{CHECKOUT / 'runs' / 'mlflow.db'}"
             server = shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", masked(self.uri)])
@@ -219,31 +231,54 @@ class Tracker:
             self._client = MlflowClient(tracking_uri=self.uri)
         return self._client
 
+    def _open_in_time(self) -> tuple[list[Item], list[Entry]]:
+        """As `_open_run`, or what to do once the server answers, if the run has begun there before."""
+        try:
+            return _call_with_deadline(
+                self._open_run, self._start_deadline_s, _uri_key(self._settings), masked(self.uri)
+            )
+        except NoAnswerError as error:
+            known = self._known_run()
+            if not known:
+                raise
+            logger.warning("TRACKING: %s. The run goes on; what is to be sent waits for the server", error)
+            self.run_id = known
+            return [LaterItem(lambda: self._continued(known))], []
+
+    def _known_run(self) -> str:
+        """The id of the MLflow run that continues; "" if a new one begins."""
+        id_file = self.folder / RUN_ID_FILE
+        return id_file.read_text(encoding="utf-8").strip() if self._goes_on and id_file.exists() else ""
+
+    def _continued(self, known: str) -> list[Item]:
+        """Take up a run that MLflow has. Returns what to send about it."""
+        client = self._mlflow()
+        client.update_run(known, status="RUNNING")
+        run = client.get_run(known)
+        self.experiment_id, there = str(run.info.experiment_id), run.data
+        self._params, self._metrics, self._tags = map(Names, (there.params, there.metrics, there.tags))
+        return [] if self._attached else self._about(there)  # attached: the first process has said it all
+
     def _open_run(self) -> tuple[list[Item], list[Entry]]:
         """Find or create experiment and run. Returns what to send about them, and entries that a new run lacks."""
-        client, id_file = self._mlflow(), self.folder / RUN_ID_FILE
+        client = self._mlflow()
         experiment = self._experiment()
         self.experiment_id = str(experiment.experiment_id)
         about: list[Item] = [
-            _ExperimentTagItem(self._mlflow, self.experiment_id, key, value)
+            ExperimentTagItem(self._mlflow, self.experiment_id, key, value)
             for key, value in EXPERIMENT_TAGS.items()
             if experiment.tags.get(key) != value
         ]
-        known = id_file.read_text(encoding="utf-8").strip() if self._goes_on and id_file.exists() else ""
+        known = self._known_run()
         if known and _run_exists(client, known):
             self.run_id = known
-            client.update_run(known, status="RUNNING")
-            there = client.get_run(known).data
-            self._params, self._metrics, self._tags = map(Names, (there.params, there.metrics, there.tags))
-            if self._attached:  # the first process has said it all
-                return [], []
-            return [*about, *self._about(there)], []
+            return ([] if self._attached else about) + self._continued(known), []
         if known:
             message = "the MLflow run %s is not at %s: a new run takes over the history from metrics.jsonl"
             logger.warning(message, known, masked(self.uri))
         run = client.create_run(self.experiment_id, run_name=self._settings.run.name)
         self.run_id = run.info.run_id
-        _write_atomically(id_file, self.run_id + "\n")
+        _write_atomically(self.folder / RUN_ID_FILE, self.run_id + "\n")
         history = list(read_entries(self.folder / "metrics.jsonl")) if self._goes_on else []
         return [*about, *self._about(None)], history
 
@@ -291,8 +326,8 @@ class Tracker:
             ({}, _shown(self._params, params)),
         ]
         return [
-            *(_AboutItem(self._mlflow, self.run_id, *part) for part in parts),
-            *(_FileItem(self._mlflow, self.run_id, path) for path in self._about_files(int(tags["attempts"]))),
+            *(AboutItem(self._mlflow, self.run_id, *part) for part in parts),
+            *(FileItem(self._mlflow, self.run_id, path) for path in self._about_files(int(tags["attempts"]))),
         ]
 
     def _about_files(self, attempt: int) -> list[Path]:
@@ -317,7 +352,7 @@ class Tracker:
         except (OSError, ValueError, TypeError) as error:  # no reason to stop: metrics.jsonl has all names, too
             logger.warning("TRACKING: cannot write %s: %s", path, error)
             return
-        self._put(_FileItem(self._mlflow, self.run_id, path))
+        self._put(FileItem(self._mlflow, self.run_id, path))
 
     # --- delivery ---------------------------------------------------------------------------------------------------
 
@@ -340,7 +375,7 @@ class Tracker:
         metrics = [Metric(self._metrics(key), value, at, entry.step) for key, value in entry.metrics.items()]
         self._note_cut_names()
         for start in range(0, len(metrics), MAX_BATCH):
-            self._put(_MetricsItem(self._mlflow, self.run_id, metrics[start : start + MAX_BATCH]))
+            self._put(MetricsItem(self._mlflow, self.run_id, metrics[start : start + MAX_BATCH]))
 
     def _put(self, item: Item) -> None:
         if self._sender is None:
@@ -379,124 +414,6 @@ def _uri_key(settings: Settings) -> str:
     return "tracking.uri" if given else "MLFLOW_TRACKING_URI"
 
 
-# --- items of the sender --------------------------------------------------------------------------------------------
-
-_Client = Callable[[], "MlflowClient"]
-
-
-@dataclass
-class _MetricsItem:
-    client: _Client
-    run_id: str
-    metrics: list[Metric]
-
-    def send(self) -> None:
-        # MLflow drops exact repetitions, so sending again after a lost answer is safe.
-        self.client().log_batch(self.run_id, metrics=self.metrics, synchronous=True)
-
-    def merge(self, other: Any) -> bool:
-        if not isinstance(other, _MetricsItem) or len(self.metrics) + len(other.metrics) > MAX_BATCH:
-            return False
-        self.metrics += other.metrics
-        return True
-
-
-@dataclass
-class _ImageItem:
-    client: _Client
-    run_id: str
-    key: str
-    step: int
-    timestamp: int
-    path: Path
-    image: Image.Image | None  # None once saved to `path`: a long outage must not fill the memory
-
-    def send(self) -> None:
-        if self.image is not None:
-            self.image.save(self.path)
-            self.image = None
-        with Image.open(self.path, formats=("PNG",)) as image:
-            self.client().log_image(
-                self.run_id, image, key=self.key, step=self.step, timestamp=self.timestamp, synchronous=True
-            )
-
-    def merge(self, other: Any) -> bool:
-        return False
-
-
-@dataclass
-class _FileItem:
-    client: _Client
-    run_id: str
-    path: Path
-
-    def send(self) -> None:
-        self.client().log_artifact(self.run_id, str(self.path))
-
-    def merge(self, other: Any) -> bool:
-        return False
-
-
-@dataclass
-class _TagItem:
-    client: _Client
-    run_id: str
-    key: str
-    value: str
-
-    def send(self) -> None:
-        self.client().set_tag(self.run_id, self.key, self.value)
-
-    def merge(self, other: Any) -> bool:
-        return False
-
-
-@dataclass
-class _AboutItem:
-    client: _Client
-    run_id: str
-    tags: dict[str, str]
-    params: dict[str, str]
-
-    def send(self) -> None:
-        from mlflow.entities import Param, RunTag
-
-        tags, params = [RunTag(*pair) for pair in self.tags.items()], [Param(*pair) for pair in self.params.items()]
-        for start in range(0, max(len(tags), len(params)), _MAX_PER_REQUEST):
-            part = slice(start, start + _MAX_PER_REQUEST)
-            self.client().log_batch(self.run_id, tags=tags[part], params=params[part])
-
-    def merge(self, other: Any) -> bool:
-        return False
-
-
-@dataclass
-class _ExperimentTagItem:
-    client: _Client
-    experiment_id: str
-    key: str
-    value: str
-
-    def send(self) -> None:
-        self.client().set_experiment_tag(self.experiment_id, self.key, self.value)
-
-    def merge(self, other: Any) -> bool:
-        return False
-
-
-@dataclass
-class _EndItem:
-    client: _Client
-    run_id: str
-    status: str
-
-    def send(self) -> None:
-        self.client().set_terminated(self.run_id, status=self.status)
-
-    def merge(self, other: Any) -> bool:
-        return False
-
-
 # --- helpers --------------------------------------------------------------------------------------------------------
 
 
@@ -521,7 +438,7 @@ def _call_with_deadline(function: Callable[[], _Result], deadline_s: float, key:
         return result[0]
     instead = "give a reachable server, or leave it empty for a file"
     if not errors:
-        raise UserError(f"{key}: no answer from {server} within {deadline_s:.0f} s; {instead}")
+        raise NoAnswerError(f"{key}: no answer from {server} within {deadline_s:.0f} s; {instead}")
     if isinstance(errors[0], UserError):
         raise errors[0]
     if isinstance(errors[0], OSError) and (disk_error(errors[0]) or errors[0].filename):
@@ -532,7 +449,7 @@ def _call_with_deadline(function: Callable[[], _Result], deadline_s: float, key:
     if server.startswith("sqlite:"):
         file, then = server.partition("///")[2], "make room or let it be written, or give another address"
         raise UserError(f"{key}: cannot read or write {file}: {reason}; {then}") from errors[0]
-    raise UserError(f"{key}: no answer from {server}: {reason}; {instead}") from errors[0]
+    raise NoAnswerError(f"{key}: no answer from {server}: {reason}; {instead}") from errors[0]
 
 
 def _quiet_mlflow() -> None:
@@ -541,6 +458,7 @@ def _quiet_mlflow() -> None:
     With MLflow's default timeouts, an unreachable server would hold up the program for minutes.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `Tracker.where` has it, to our view
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     import mlflow  # noqa: F401  its import sets the log levels that are lowered here
