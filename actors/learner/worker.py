@@ -31,6 +31,7 @@ def work(config: dict[str, Any]) -> None:
     job: LearnerJob = config["job"]
     train_context = ray.train.get_context()
     rank, world = train_context.get_world_rank(), train_context.get_world_size()
+    os.environ |= job.variables
     set_up_logs(Speaker("learner", rank=rank, run=job.settings.run.name))
     prepare_process(job.settings)
     run_worker(job, config["attempt"], rank, world)

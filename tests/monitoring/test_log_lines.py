@@ -122,14 +122,15 @@ def test_a_program_speaks_to_people_unless_json_is_asked_for() -> None:
     assert {entry["role"] for entry in said} == {"driver"} and [e["level"] for e in said[:2]] == ["INFO", "WARNING"]
 
 
-def test_a_console_handler_that_is_there_speaks_instead_of_a_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray Train gives its workers one."""
-    root = logging.getLogger()
-    monkeypatch.setattr(root, "handlers", [other := logging.StreamHandler(io.StringIO())])
-    set_up_logs(ROLLOUT)
-    assert len(root.handlers) == 2 and other.formatter is None
-    monkeypatch.setattr(root, "handlers", [there := logging.StreamHandler(sys.stderr)])
+def test_each_line_is_on_the_console_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ray Train gives its workers a handler of its own, which prints the message alone."""
+    from ray._private.log import PlainRayHandler
+
+    root, file = logging.getLogger(), logging.StreamHandler(io.StringIO())
+    monkeypatch.setattr(root, "handlers", [file, PlainRayHandler(), logging.StreamHandler(sys.stdout)])
     set_up_logs(ROLLOUT)
     set_up_logs(Speaker("learner", rank=0))
-    assert root.handlers == [there]
-    assert there.formatter is not None and there.formatter.format(record("a")) == f"learner 0 on {NODE}: a"
+    assert len(root.handlers) == 2 and root.handlers[0] is file
+    logging.getLogger("actors.x").warning("moved")
+    logging.getLogger("actors.x").info("quiet")
+    assert capsys.readouterr() == ("", f"learner 0 on {NODE}: moved\n")

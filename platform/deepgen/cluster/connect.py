@@ -24,6 +24,7 @@ from deepgen.cluster.resources import Need, learner_needs
 from deepgen.config import Settings, UserError
 from deepgen.errors import stop_on_sigterm
 from deepgen.machine import prepare_process, reach_directly
+from deepgen.monitoring.log_lines import DRIVER, Speaker, set_up_logs
 from deepgen.monitoring.variables import HANDED_ON, METRICS, SUBMISSION
 
 AUTO_LOCAL = "auto-local"
@@ -56,6 +57,7 @@ def connect(
     """
     for key, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    set_up_logs(Speaker(DRIVER, run=settings.run.name))
     import ray
 
     if not ray.is_initialized():

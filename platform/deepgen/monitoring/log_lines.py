@@ -49,12 +49,11 @@ def set_up_logs(speaker: Speaker) -> None:
     as_json = os.environ.get(LOG) == "json"
     formatter: logging.Formatter = JsonFormatter(speaker) if as_json else HumanFormatter(speaker)
     root = logging.getLogger()
-    here = [handler for handler in root.handlers if _to_console(handler)]  # Ray Train's workers have one
-    if not here:
-        here = [_ToStderr()]
-        root.addHandler(here[0])
-    for handler in here:
-        handler.setFormatter(formatter)
+    for handler in [one for one in root.handlers if _to_console(one)]:  # Ray Train's workers have one
+        root.removeHandler(handler)
+    ours = _ToStderr()
+    ours.setFormatter(formatter)
+    root.addHandler(ours)
     if as_json:
         sys.stdout, sys.stderr = (_wrapped(stream, speaker) for stream in (sys.stdout, sys.stderr))
 
@@ -115,7 +114,7 @@ class _ToStderr(logging.StreamHandler):
     """Writes to what sys.stderr is at the time."""
 
     def __init__(self) -> None:
-        logging.Handler.__init__(self)
+        logging.Handler.__init__(self, logging.WARNING)  # as Python does without any handler
 
     @property
     def stream(self) -> Any:
