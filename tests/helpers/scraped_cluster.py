@@ -1,12 +1,13 @@
 """A cluster whose metrics a real Prometheus scrapes. Prints what each expression of the dashboard gets, as JSON.
 
-`python -m tests.helpers.scraped_cluster FOLDER`: in a process of its own, because the cluster is its own, too. The
-folder is Ray's, so its path has to be short.
+`python -m tests.helpers.scraped_cluster`: in a process of its own, because the cluster is its own, too. Everything is
+written to RAY_TMPDIR.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -59,7 +60,7 @@ def prometheus(folder: Path, port: int) -> subprocess.Popen[bytes]:
     config["global"]["scrape_interval"] = "1s"
     files = config["scrape_configs"][0]["file_sd_configs"][0]
     (name,) = files["files"]
-    files |= {"files": [str(folder / Path(name).name)], "refresh_interval": "1s"}
+    files |= {"files": [str(folder / "ray" / Path(name).name)], "refresh_interval": "1s"}
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
     command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
     return subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"])
@@ -78,7 +79,7 @@ def answers(port: int, expressions: list[str]) -> dict[str, Any]:
 def main(folder: Path) -> dict[str, Any]:
     dashboard = json.loads((ROOT / "clusters" / "grafana" / "deepgen.json").read_text(encoding="utf-8"))
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
-    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": free_port(), "temp_dir": str(folder)}
+    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": free_port()}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": {"DEEPGEN_METRICS": "1"}})
     actor = ray.remote(Reports).options(num_cpus=0.1).remote(str(folder / "runs"))
@@ -101,5 +102,5 @@ def main(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]))))
+    print(json.dumps(main(Path(os.environ["RAY_TMPDIR"]))))
     sys.exit(0)

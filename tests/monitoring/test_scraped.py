@@ -19,8 +19,8 @@ import pytest
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs the program prometheus (Debian: prometheus)")
 def test_prometheus_gets_every_metric_of_the_dashboard(root: Path) -> None:
     folder = Path(tempfile.mkdtemp(prefix="p", dir="/tmp"))
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    command = [sys.executable, "-m", "tests.helpers.scraped_cluster", str(folder)]
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": str(folder)}
+    command = [sys.executable, "-m", "tests.helpers.scraped_cluster"]
     try:
         done = subprocess.run(
             command, cwd=root, env=environment, capture_output=True, text=True, timeout=280, check=False
