@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from deepgen.monitoring.log_lines import HumanFormatter, JsonFormatter, JsonLine
 
 ROLLOUT = Speaker("rollout", "rollout-3", run="tiny")
 NODE = socket.gethostname()
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def record(message: str, error: BaseException | None = None) -> logging.LogRecord:
@@ -73,6 +75,24 @@ def test_what_is_printed_becomes_json_line_by_line() -> None:
     assert {entry["name"] for entry in objects(below)} == {"rollout-3"}
 
 
+def test_threads_do_not_mix_their_lines() -> None:
+    below = io.StringIO()
+    stream = JsonLines(below, ROLLOUT)
+    stream.write("one ")
+    other = threading.Thread(target=lambda: print("two", file=stream))
+    other.start()
+    other.join()
+    stream.write("line\n")
+    assert [entry["message"] for entry in objects(below)] == ["two", "one line"]
+
+
+@pytest.mark.processes
+def test_what_a_program_only_shows_is_no_log() -> None:
+    command = [sys.executable, "stages/rl.py", "--recipe", "tiny-rl", "--print-config"]
+    shown = subprocess.check_output(command, text=True, env={**os.environ, "DEEPGEN_LOG": "json"}, cwd=ROOT, timeout=60)
+    assert "steps: 26" in shown and not shown.startswith("{")
+
+
 def test_lines_of_workers_and_marks_of_ray_stay_as_they_are() -> None:
     below = io.StringIO()
     stream = JsonLines(below, Speaker("driver"))
@@ -105,7 +125,7 @@ def run(error: str, **environment: str) -> tuple[list[str], list[str]]:
         text=True,
         timeout=60,
         check=False,
-        cwd=Path(__file__).resolve().parents[2],
+        cwd=ROOT,
     )
     assert done.returncode in (1, 2)
     return done.stdout.splitlines(), done.stderr.splitlines()

@@ -17,6 +17,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -139,13 +140,14 @@ class JsonLines(io.TextIOBase):
 
     def __init__(self, below: Any, speaker: Speaker) -> None:
         self.below = below
-        self._speaker, self._begun = speaker, ""
+        self._speaker = speaker
+        self._of_thread = threading.local()  # `print` writes a line and its end apart
 
     def write(self, text: str) -> int:
-        self._begun += text
-        traceback = _TRACEBACK in self._begun
-        if self._begun.endswith("\n") or ("\n" in text and not traceback):
-            *lines, self._begun = self._begun.split("\n")
+        begun = self._of_thread.begun = getattr(self._of_thread, "begun", "") + text
+        traceback = _TRACEBACK in begun
+        if begun.endswith("\n") or ("\n" in text and not traceback):
+            *lines, self._of_thread.begun = begun.split("\n")
             for line in ["\n".join(lines)] if traceback else lines:
                 if line.strip():
                     self.below.write(self._one(line) + "\n")
