@@ -26,6 +26,7 @@ from tests.helpers.servers import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 120.0
+LONG_STEP_S = 25.0  # longer than Ray keeps a gauge that is not set
 
 
 class Reports:
@@ -93,6 +94,8 @@ def main(folder: Path) -> dict[str, Any]:
             time.sleep(2)
             with suppress(httpx.TransportError):  # it is still starting
                 found = answers(port, expressions)
+        time.sleep(LONG_STEP_S)
+        found = answers(port, expressions)
     finally:
         server.terminate()
         server.wait(30)

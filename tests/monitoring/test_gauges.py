@@ -53,6 +53,17 @@ def test_a_step_tells_its_number_images_phases_and_staleness(said: Said, monkeyp
     ]
 
 
+def test_gauges_are_set_again_and_counters_are_not_counted_again(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPGEN_METRICS", "1")
+    gauges = Gauges("tiny")
+    gauges.step(3, 16.0, {"time/update_s": 1.5})
+    gauges.step(4, 16.0, {"time/update_s": 2.5})
+    said.clear()
+    gauges.refresh()
+    run = {"run": "tiny"}
+    assert said == [("deepgen_step", 4, run), ("deepgen_step_seconds", 2.5, run | {"phase": "update"})]
+
+
 def test_missing_rewards_are_counted_by_what_is_new(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPGEN_METRICS", "1")
     gauges = Gauges("tiny")

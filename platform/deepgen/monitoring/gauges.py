@@ -2,18 +2,23 @@
 
 Ray puts `ray_` before each name and adds its own labels (node, session, worker). Only where DEEPGEN_METRICS is 1: for
 the workers on a cluster that is joined. A private cluster ends with the program, and nobody would ask it.
+
+Ray forgets a gauge that has not been set for 20 s, which is right for processes that are gone, but a step may take
+longer. So a thread sets each again to what it was.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from deepgen.monitoring.variables import METRICS
 
 RUN = "run"  # the label of all
+REFRESH_S = 5.0
 
 
 class Declared(NamedTuple):
@@ -44,12 +49,31 @@ class Gauges:
         self._run = run
         self._made: dict[str, Any] = {}
         self._totals: dict[tuple[str, ...], float] = {}
+        self._values: dict[tuple[str, ...], float] = {}  # of gauges, by name and labels
+        self._refresher: threading.Thread | None = None
         self.on = os.environ.get(METRICS) == "1" and "ray" in sys.modules
 
     def set(self, name: str, value: float, *labels: str) -> None:
         """labels: values of the declared ones, in order."""
-        if self.on:
-            self._metric(name).set(value, self._tags(name, labels))
+        if not self.on:
+            return
+        self._metric(name).set(value, self._tags(name, labels))
+        self._values[name, *labels] = value
+        if self._refresher is None:
+            self._refresher = threading.Thread(target=self._keep_alive, name="gauges", daemon=True)
+            self._refresher.start()
+
+    def refresh(self) -> None:
+        """Set all gauges to what they were set to last."""
+        for (name, *labels), value in list(self._values.items()):
+            self._metric(name).set(value, self._tags(name, tuple(labels)))
+
+    def _keep_alive(self) -> None:
+        import ray
+
+        pause = threading.Event()
+        while ray.is_initialized() and not pause.wait(REFRESH_S):
+            self.refresh()
 
     def add(self, name: str, amount: float, *labels: str) -> None:
         """Count on. An amount of 0 or less changes nothing."""
