@@ -11,27 +11,32 @@ none has one, the call is answered 500; the replica lives on. One whose reward i
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import hmac
 import logging
 import re
 import socket
 import time
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.context import _get_global_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from actors.experience.journal.origin import hash_of, scorer_hash
+from actors.experience.scoring.pool_parts import first_line, raised_at
 from actors.experience.scoring.start_check import check_requests
 from deepgen.cluster.own_environment import OwnEnvironment, own_environment
 from deepgen.cluster.resources import Placement, pool_placement
@@ -49,6 +54,8 @@ WAIT_S = 0.01  # for other calls to score together with
 QUEUE = 64  # calls for a reward that wait at the proxy, beyond which Serve answers 503
 BODY_S = 30.0  # for a body to arrive
 POLL_S = 0.2
+STOP_S = 30.0  # for replicas to finish their calls
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
 BUGS = 3  # images of a call with which the reward fails, without a score in between: then all of the call fails
 _NOT_NOW = (RewardUnavailable, RewardBroken)  # another attempt may be answered, by this replica or by another
 _ERROR = re.compile(r"^\s*(?:[\w.]+\.)?(\w*(?:Error|Exception)\w*(?:\(\w+\))?): (.+)$", re.MULTILINE)
@@ -76,6 +83,7 @@ class RewardService:
         set_up_logs(Speaker("reward service", pool.pool_name))
         self._pool, self._token_hash, self._scorer = pool, token_hash, scorer_hash(pool)
         self._since: float | None = None  # when the reward got the batch that it is scoring
+        self._raised = set[tuple[str, str]]()  # kinds of exceptions that are on the log
         self._broken = ""  # why the reward scores nothing any more
         # Rewards are not made for calls beside each other, and some libraries want one thread for all.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
@@ -186,6 +194,11 @@ class RewardService:
             self._broken = str(error) or "broken"
             return error
         except Exception as error:  # noqa: BLE001  raised again by the calls that it concerns
+            kind, where = type(error).__name__, raised_at("".join(traceback.format_exception(error)))
+            if (kind, where) not in self._raised:  # in halves it may go away, and then nobody raises it
+                self._raised.add((kind, where))
+                name, said = self._pool.pool_name, first_line(error)
+                log.warning("%s: raised %s for %d images: %s%s", name, kind, len(requests), said, where)
             return error
 
     def _score(self, requests: list[RewardRequest]) -> list[Score]:
@@ -244,10 +257,16 @@ def start_services(
     if a reward does not start, or if they are not there within `cluster.start_deadline_s`; then nothing that it began
     is left.
     """
+    targets = [
+        serve.RunTarget(
+            reward_application(pool, hosting, pool_placement(cluster, pool, gpus=gpus)),
+            pool.pool_name,
+            f"/{pool.pool_name}",
+            QUIET,
+        )
+        for pool in pools
+    ]
     deadline_s = cluster.start_deadline_s
-    for pool in pools:
-        if hasattr(pool.reward_class(), "score_groups"):
-            raise UserError(f"rewards.{pool.pool_name}: compares images of a prompt; allowed: rewards that score each")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if serve.status().proxies or serve.status().applications:
         raise UserError(
@@ -257,18 +276,9 @@ def start_services(
     make_environments(pools, deadline_s)
     longest = max(pool.deadline_s for pool in pools)
     http = HTTPOptions(host=hosting.host, port=hosting.port, request_timeout_s=longest)
-    quiet = {"log_level": "WARNING", "enable_access_log": False}
-    # Its controller warns of every delay of a busy machine. What keeps a reward from starting, `_wait` tells.
-    alarms = quiet | {"log_level": "ERROR"}
-    targets = [
-        serve.RunTarget(
-            _application(pool, hosting, pool_placement(cluster, pool, gpus=gpus)),
-            pool.pool_name,
-            f"/{pool.pool_name}",
-            quiet,
-        )
-        for pool in pools
-    ]
+    # Its controller warns of every delay of a busy machine. What keeps a reward from starting, `_wait` tells, and
+    # `faults` later.
+    alarms = QUIET | {"log_level": "CRITICAL"}
     try:
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=alarms)
         serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
@@ -282,6 +292,12 @@ def start_services(
 
 def stop_services() -> None:
     """End what `start_services` has started. On a cluster that nobody reaches any more there is nothing to end."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None:
+        # The controller ends in this call. `serve.shutdown` makes it so that Ray would try it again, and Ray says so.
+        ending = client._controller.graceful_shutdown.options(max_task_retries=0).remote()
+        with suppress(RayActorError, GetTimeoutError):
+            ray.get(ending, timeout=STOP_S)
     serve.shutdown()
 
 
@@ -317,7 +333,10 @@ def _make_environment(own: OwnEnvironment, deadline_s: float) -> None:
     own.make(deadline_s)
 
 
-def _application(pool: PoolSettings, hosting: Hosting, placement: Placement) -> Any:
+def reward_application(pool: PoolSettings, hosting: Hosting, placement: Placement) -> Any:
+    """The Serve application that hosts a pool's reward. Raises UserError for a reward that compares images."""
+    if hasattr(pool.reward_class(), "score_groups"):
+        raise UserError(f"rewards.{pool.pool_name}: compares images of a prompt; allowed: rewards that score each")
     own = own_environment(pool)
     runtime = {"runtime_env": {**ray.get_runtime_context().runtime_env, **own.runtime_env()}} if own else {}
     deployment = serve.deployment(
@@ -337,12 +356,18 @@ def _application(pool: PoolSettings, hosting: Hosting, placement: Placement) -> 
 
 
 def _require_free(hosting: Hosting) -> None:
+    host, port = hosting.host, hosting.port
     try:
-        with socket.create_server((hosting.host, hosting.port), family=_family(hosting.host)):
+        socket.getaddrinfo(host, port, _family(host))
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name with a part of more than 63 letters
+        raise UserError(f"--host: got {host!r}: {error}; allowed: an address of this machine") from error
+    try:
+        with socket.create_server((host, port), family=_family(host)):
             pass
     except OSError as error:
+        key = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
         raise UserError(
-            f"--port: cannot listen on {hosting.host}, port {hosting.port}: {error.strerror or error}; allowed: "
+            f"{key}: cannot listen on {host}, port {port}: {error.strerror or error}; allowed: "
             "another --port, or an address of this machine as --host"
         ) from error
 
@@ -357,7 +382,7 @@ def _wait(names: Sequence[str], deadline_s: float) -> None:
         found = serve.status().applications
         for name in names:
             if name in found and found[name].status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise UserError(f"rewards.{name}: cannot be served: {_why(found[name])}")
+                raise UserError(f"rewards.{name}: cannot be served: {_why(found[name])}", _trace(found[name]))
         waiting = [name for name in names if name not in found or found[name].status != "RUNNING"]
         if not waiting:
             return
@@ -369,9 +394,21 @@ def _wait(names: Sequence[str], deadline_s: float) -> None:
         time.sleep(POLL_S)
 
 
+def _texts(application: Any) -> list[str]:
+    return [application.message, *(deployment.message for deployment in application.deployments.values())]
+
+
+def _trace(application: Any) -> str:
+    """The traceback of the reward's error that Serve tells of; "" for none, and for a UserError, which needs none."""
+    for text in _texts(application):
+        if errors := _ERROR.findall(text):
+            return "" if errors[-1][0].startswith("UserError") else text
+    return ""
+
+
 def _why(application: Any) -> str:
     """What Serve says of an application in one line: the error that the reward raised, if there is one."""
-    texts = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    texts = _texts(application)
     for text in texts:
         if errors := _ERROR.findall(text):
             kind, said = errors[-1]

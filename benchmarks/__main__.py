@@ -18,6 +18,7 @@ BENCHMARKS = {
     "rewards": "benchmarks.rewards",
     "overlap": "benchmarks.overlap",
     "control": "benchmarks.control_plane",
+    "simulation": "benchmarks.simulated_steps",
     "canary": "benchmarks.canary_share",
     "checkpoint": "benchmarks.checkpoint_cost",
     "full-size": "benchmarks.full_size",

@@ -44,6 +44,9 @@ DEADLINE_S = 120.0
 class SleepingActor:
     """A rollout actor whose groups are noise, after the time of one."""
 
+    def __init__(self, seconds: float = PHASE_S) -> None:
+        self._seconds = seconds
+
     def ready(self) -> None:
         """It has no model to load."""
 
@@ -54,7 +57,7 @@ class SleepingActor:
         self, group: Group, policy: PolicyWeights | None, references: Pictures = ()
     ) -> tuple[Group, list[RewardRequest], Arrays]:
         """The same three objects as `RolloutActor.sample_group`."""
-        time.sleep(PHASE_S)
+        time.sleep(self._seconds)
         images = np.random.default_rng(group.number).integers(0, 256, (IMAGES, SIDE, SIDE, 3), dtype=np.uint8)
         requests = [RewardRequest(group.record.prompt, "", group.record.task, image) for image in images]
         keys = tuple(f"{group.number}/{i}".encode() for i in range(IMAGES))

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from deepgen.config import InputPath, PoolSettings, setting
-from rewards.base import REASONS, Missing, Reward, RewardBroken, RewardRequest, RewardUnavailable, Score, TextLimit
+from rewards.base import (
+    REASONS,
+    Missing,
+    Reward,
+    RewardBroken,
+    RewardRequest,
+    RewardUnavailable,
+    Score,
+    TextLimit,
+    is_truth,
+)
 
 __all__ = [
     "REASONS",
@@ -19,6 +29,7 @@ __all__ = [
     "applies",
     "build_reward",
     "is_groupwise",
+    "is_truth",
     "setting",
     "text_limit",
 ]

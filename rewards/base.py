@@ -101,6 +101,11 @@ def strip_fault(image: np.ndarray, most: int) -> Missing | None:
 Score = float | Missing | None  # higher is better; None: missing, and the reward does not say why
 
 
+def is_truth(score: object) -> bool:
+    """Whether a score is True or False, Python's, numpy's or torch's: most likely a comparison, by mistake."""
+    return isinstance(score, bool) or str(getattr(score, "dtype", "")).endswith("bool")
+
+
 class RewardUnavailable(Exception):
     """Raised by a reward that cannot score right now, for example because a service does not answer.
 

@@ -40,8 +40,9 @@ TITLES = {  # role -> how Ray titles its processes
     "stream": "ray::ExperienceStream",
     "Train controller": "ray::TrainController",
 }
-JUDGE, NODE, DRIVER = "judge", "node", "driver"
-ROLES = (*TITLES, JUDGE, NODE, DRIVER)
+JUDGE, NODE, DRAINED, DRIVER = "judge", "node", "drained node", "driver"
+ROLES = (*TITLES, JUDGE, NODE, DRAINED, DRIVER)
+NOTICE_S = 4.0  # between the word that a node is taken away and its end
 KILL_HEADER = "| role | moment | kills | in runs that ended with other bits | that failed |\n" + "|---" * 5 + "|"
 
 
@@ -114,6 +115,17 @@ class TwoNodes:
         """SIGKILL for the second node with everything on it; another one takes its place."""
         self._cluster.remove_node(self._second, allow_graceful=False)
         self._second = self._cluster.add_node(**self._node())
+
+    def drain_second(self) -> None:
+        """As a cloud takes a spot node back: a notice, another node meanwhile, then SIGKILL for all that is on it."""
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        reason, ends_ms = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), 1000 * (time.time() + NOTICE_S)
+        GcsClient(address=self.address).drain_node(self._second.node_id, reason, "taken back", int(ends_ms))
+        drained, self._second = self._second, self._cluster.add_node(**self._node())
+        time.sleep(NOTICE_S)
+        self._cluster.remove_node(drained, allow_graceful=False)
 
     def close(self) -> None:
         """End both nodes."""
@@ -226,11 +238,13 @@ def run_trial(cluster: TwoNodes, runner: Runner, number: int, roles: Iterable[st
 
 
 def _kill(cluster: TwoNodes, runner: Runner, chance: random.Random, role: str, trial: Trial) -> None:
-    if role not in (NODE, DRIVER):
+    if role not in (NODE, DRAINED, DRIVER):
         runner.wait(lambda: bool(processes(role)))  # it may be starting again
     kill = Kill(role, unix_now())
     if role == NODE:
         cluster.kill_second()
+    elif role == DRAINED:
+        cluster.drain_second()
     elif role == DRIVER:
         runner.restart()
     elif running := processes(role):

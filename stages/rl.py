@@ -2,6 +2,7 @@
 
     python stages/rl.py [--recipe NAME_OR_PATH] [KEY=VALUE ...] [--resume] [--plan] [--status RUN]
     python stages/rl.py ... [--rollout-only STEPS] [--train-only FOLDER]       (`stages/rl_replay.py`)
+    python stages/rl.py ... [--simulate "GPUs=64..4096 ..."]                   (`stages/rl_simulate.py`)
 
 One training step, and where each part of it is:
 
@@ -47,11 +48,13 @@ from deepgen.data.loading.mixture import check_training_data  # noqa: E402
 from deepgen.data.records import Record  # noqa: E402
 from deepgen.evaluation.choose import heldout_records  # noqa: E402
 from deepgen.planning.plan import plan_text  # noqa: E402
+from deepgen.storage.mirror import mirrored  # noqa: E402
 from deepgen.tracking.alarms import last_words  # noqa: E402
 from deepgen.tracking.journal import FILE_NAME, read_steps  # noqa: E402
 from stages.rl_prompts import check_prompts  # noqa: E402
 from stages.rl_replay import rollout_only, train_only  # noqa: E402
 from stages.rl_report import BeforeAfter, record_pictures, say  # noqa: E402
+from stages.rl_simulate import show_scale  # noqa: E402
 from stages.rl_status import show_status  # noqa: E402
 
 MARGIN_S = 30.0  # lets an actor's own error, which says more, arrive first
@@ -63,9 +66,10 @@ def main() -> int:
         "status": show_status,
         "rollout-only": partial(rollout_only, wire),
         "train-only": partial(train_only, ROOT),
+        "simulate": show_scale,
     }
     settings = parse_command_line("rl", sys.argv[1:], plan_text, instead)
-    with run_lock(settings):
+    with run_lock(settings), mirrored(settings.run.folder, resume=settings.run.resume):
         settings = prepare_run(settings, "rl")
         wire(settings, run)
         record_pictures(settings)

@@ -27,7 +27,7 @@ def show_status(settings: Settings, run: str) -> None:
 
 def status_text(settings: Settings, run: str) -> str:
     """The status of a run: a run.name in run.dir, or a run folder. Raises UserError if there is no such rl run."""
-    folder = _folder(settings, run)
+    folder = run_folder(settings, run)
     place = settings.run.model_copy(update={"name": folder.name, "dir": folder.parent})
     settings = settings.model_copy(update={"run": place})
     status, holder = read_status(folder), lock_holder(settings)
@@ -41,15 +41,16 @@ def status_text(settings: Settings, run: str) -> str:
     return describe(folder.name, status, holder, entries, checkpoint.step if checkpoint else None, time.time())
 
 
-def _folder(settings: Settings, run: str) -> Path:
-    given = given_path("--status", run)
+def run_folder(settings: Settings, run: str, option: str = "--status") -> Path:
+    """The folder of a run: a run.name in run.dir, or a folder. Raises UserError, naming `option`, if there is none."""
+    given = given_path(option, run)
     for folder in (settings.run.dir / given, given):
         if exists(folder) and folder.is_dir():
             return folder.resolve()
     runs = sorted(path.parent.name for path in settings.run.dir.glob(f"*/{STATUS}"))
     hint = nearest(run, runs) if runs else ""
     raise UserError(
-        f"--status: there is no run {run!r} in {settings.run.dir}; "
+        f"{option}: there is no run {run!r} in {settings.run.dir}; "
         f"allowed: {', '.join(runs) or 'a run.name with its run.dir=FOLDER'}, or a run folder{hint}"
     )
 

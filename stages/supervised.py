@@ -14,11 +14,12 @@ from deepgen.data.loading.mixture import check_training_data
 from deepgen.evaluation.choose import heldout_records
 from deepgen.models.stage_parts import Stage
 from deepgen.planning.plan import plan_text
+from deepgen.storage.mirror import mirrored
 
 
 def main(stage: Stage) -> int:
     settings = parse_command_line(stage, sys.argv[1:], plan_text)
-    with run_lock(settings):
+    with run_lock(settings), mirrored(settings.run.folder, resume=settings.run.resume):
         train(prepare_run(settings, stage), stage)
     return 0
 

@@ -22,7 +22,7 @@ MAY_IMPORT = {
 }
 PACKAGES = (*MAY_IMPORT, "benchmarks")
 # Inside actors, each part may import the parts before it.
-ORDER_IN_ACTORS = ("experience", "learner", "objectives", "start")
+ORDER_IN_ACTORS = ("experience", "learner", "objectives", "start", "simulation")
 FLOORS, FILES = 4, 14  # limits of a folder: files in the longest chain of imports, files besides __init__.py
 FUNCTION_LINES, FILE_LINES = 80, 600
 ASSETS_BYTES = 48 * 10**6

@@ -21,11 +21,17 @@ def main():
     {}
 run_program(main)
 """
+AS_RAY_DOES = """try:
+        os.kill(os.getpid(), 15)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt from None"""  # it drops what a handler of signals has raised
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("how", "code"), [("raise KeyboardInterrupt", 130), ("os.kill(os.getpid(), 15)", 143)], ids=["ctrl-c", "sigterm"]
+    ("how", "code"),
+    [("raise KeyboardInterrupt", 130), ("os.kill(os.getpid(), 15)", 143), (AS_RAY_DOES, 143)],
+    ids=["ctrl-c", "sigterm", "sigterm while Ray waits"],
 )
 def test_the_line_to_continue_can_be_pasted(tmp_path: Path, how: str, code: int) -> None:
     """Into a shell in another folder, without the environment on its PATH: the same interpreter, program, settings."""

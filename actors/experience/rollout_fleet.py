@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
@@ -29,6 +28,7 @@ ATTEMPTS = 3
 RESTARTS = -1  # of an actor: no limit. What fails again and again ends with ATTEMPTS, or with the start deadline.
 WEIGHTS_GROUP = "weights"  # calls that may overlap sampling
 _PAUSE_S = 0.2  # pause before a restarting actor is asked again
+_NODE_DIED = "its node has died"  # Ray's words
 _LOOK_S = 1.0  # between looks at which nodes drain
 
 
@@ -43,7 +43,7 @@ class NoRolloutLeftError(RolloutError):
 class RolloutFleet:
     """Distributes calls over the actors, inside one asyncio loop. `actors` maps names to handles of `RolloutActor`.
 
-    Every call is a span in `recorder`.
+    Every call is a span in `recorder`, whose clock tells how long calls take.
     """
 
     def __init__(
@@ -53,13 +53,16 @@ class RolloutFleet:
         call_deadline_s: float,
         start_deadline_s: float,
         least: int | None = None,
+        draining: Callable[[], set[str]] | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        """least: actors without which the work does not begin; None: all."""
+        """least: actors without which no work begins; None: all. draining: tells the nodes where nothing may begin."""
         self._actors = dict(actors)
         self._recorder = recorder or Recorder()
+        self._clock = self._recorder.clock
         self._call_deadline_s, self._start_deadline_s = call_deadline_s, start_deadline_s
         self._turns = Turns(len(self._actors))
+        self._draining = draining
         self._least = len(self._actors) if least is None else least
         self._nodes: dict[str, Any] = {}  # actor that answers -> its node
         self._tasks: set[asyncio.Task[None]] = set()
@@ -82,7 +85,8 @@ class RolloutFleet:
         for name, one in coming.items():
             if not one.done():
                 self._later(self._recover(name, "no node has had room for it", one))
-        self._later(self._heed_drains())
+        if self._draining is not None:
+            self._later(self._heed_drains(self._draining))
 
     def stop(self) -> None:
         """Look after the actors no more. They keep running."""
@@ -107,7 +111,7 @@ class RolloutFleet:
         """
         failures: list[str] = []
         while len(failures) < ATTEMPTS:
-            turn, begin = await self._turns.take(), time.monotonic()
+            turn, begin = await self._turns.take(), self._clock()
             span, reusable = None, True  # stays True when the sampling code itself raises: the actor is fine
             try:
                 policy = known()
@@ -117,14 +121,16 @@ class RolloutFleet:
                 if not await turn.begin():  # the actor has died before it came to this
                     reusable = False
                     continue
-                begin = time.monotonic()
+                begin = self._clock()
                 span = self._recorder.begin(turn.name, ROLLOUT, **_about(method, request, policy))
                 async with asyncio.timeout(self._call_deadline_s):  # `wait_for` would cost a task for each group
                     return (await first, *others)
             except (*GONE, TimeoutError) as error:
                 reusable = False
-                failures.append(_failure(turn.name, method, begin, error))
-                self._replace(turn.name, failures[-1], kill=isinstance(error, TimeoutError))
+                failure = _failure(turn.name, method, self._clock() - begin, error)
+                self._replace(turn.name, failure, kill=isinstance(error, TimeoutError))
+                if _NODE_DIED not in str(error):  # else it is not the call's fault, and its other actors are gone, too
+                    failures.append(failure)
             finally:
                 if span:
                     self._recorder.end(span)
@@ -142,7 +148,7 @@ class RolloutFleet:
         each = published.version == 0 or published.transport != OBJECT_STORE
 
         async def one(name: str) -> None:
-            begin = time.monotonic()
+            begin = self._clock()
             call = self._actors[name].prefetch.options(concurrency_group=WEIGHTS_GROUP)
             version = published.version
             span = self._recorder.begin(
@@ -153,7 +159,7 @@ class RolloutFleet:
             except GONE:
                 return
             except TimeoutError as error:
-                log.warning("%s; it is started again", _failure(name, "prefetch", begin, error))
+                log.warning("%s; it is started again", _failure(name, "prefetch", self._clock() - begin, error))
                 ray.kill(self._actors[name], no_restart=False)  # its next call finds out, as after any other death
             finally:
                 self._recorder.end(span)
@@ -171,15 +177,15 @@ class RolloutFleet:
 
     async def _admit(self, name: str) -> None:
         """Wait until the actor answers; from then on it gets calls."""
-        begin = time.monotonic()
+        begin = self._clock()
         left = self._start_deadline_s
         span = self._recorder.begin(name, ROLLOUT, "start", call="start of the actor")
         try:
             while not await self._answers(name, left):
                 await asyncio.sleep(_PAUSE_S)
-                left = self._start_deadline_s - (time.monotonic() - begin)
+                left = self._start_deadline_s - (self._clock() - begin)
         except (*GONE, TimeoutError) as error:
-            raise RolloutError(_failure(name, "ready", begin, error)) from error
+            raise RolloutError(_failure(name, "ready", self._clock() - begin, error)) from error
         finally:
             self._recorder.end(span)
         self._turns.admit(name)
@@ -217,11 +223,11 @@ class RolloutFleet:
                     self._turns.close(NoRolloutLeftError("no rollout actor is left; " + "; ".join(self._lost.values())))
             return
 
-    async def _heed_drains(self) -> None:
+    async def _heed_drains(self, nodes: Callable[[], set[str]]) -> None:
         """Look for nodes that the cluster takes away, and have their actors move when they have done what they do."""
         while True:
             await asyncio.sleep(_LOOK_S)
-            draining = await asyncio.to_thread(draining_nodes)
+            draining = await asyncio.to_thread(nodes)
             for name in [name for name, node in self._nodes.items() if node in draining]:
                 log.warning("the cluster takes node %s away: %s moves", self._nodes.pop(name), name)
                 self._later(self._move(name, self._turns.leave(name)))
@@ -253,7 +259,9 @@ def is_dead(actor: Any) -> bool:
     """Whether Ray will not start an actor any more."""
     from ray._private.state import state
 
-    return bool(state.actor_table(actor._actor_id.hex()).get("State") == "DEAD")
+    return isinstance(actor, ray.actor.ActorHandle) and bool(
+        state.actor_table(actor._actor_id.hex()).get("State") == "DEAD"
+    )
 
 
 def _about(method: str, request: Any, policy: PolicyWeights | None) -> dict[str, Any]:
@@ -264,8 +272,8 @@ def _about(method: str, request: Any, policy: PolicyWeights | None) -> dict[str,
     return about | {"what": "sample", "step": request.step, "version": policy.version if policy else 0}
 
 
-def _failure(name: str, call: str, begin: float, error: BaseException) -> str:
-    return f"actor {name}, call {call}, after {time.monotonic() - begin:.0f} s: {_reason(error)}"
+def _failure(name: str, call: str, age: float, error: BaseException) -> str:
+    return f"actor {name}, call {call}, after {age:.0f} s: {_reason(error)}"
 
 
 def _reason(error: BaseException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -20,21 +20,22 @@ Tally = dict[str, tuple[int, int, float]]  # reward -> number of scores, number 
 
 
 class StepClock:
-    """Records when the groups of one step begin, are sampled and are scored, in seconds of this process's clock."""
+    """Records when the groups of one step begin, are sampled and are scored, in seconds of `clock`."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self.sampled_groups = self.scored_groups = 0
         self._first_begun, self._last_sampled, self._last_scored = math.inf, -math.inf, -math.inf
 
     def begun(self) -> None:
-        self._first_begun = min(self._first_begun, time.monotonic())
+        self._first_begun = min(self._first_begun, self._clock())
 
     def sampled(self) -> None:
-        self._last_sampled = time.monotonic()
+        self._last_sampled = self._clock()
         self.sampled_groups += 1
 
     def scored(self) -> None:
-        self._last_scored = time.monotonic()
+        self._last_scored = self._clock()
         self.scored_groups += 1
 
     def metrics(self, images: int) -> dict[str, float]:

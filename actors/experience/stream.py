@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +26,9 @@ from ray.exceptions import ObjectLostError
 from actors.experience.journal.journal_counts import JournalCounts
 from actors.experience.prompt_order import PromptOrder, check_state
 from actors.experience.rollout_actor import Pictures
-from actors.experience.rollout_fleet import ATTEMPTS, RolloutError, RolloutFleet
-from actors.experience.scoring.pool_parts import RequestsLostError
+from actors.experience.rollout_fleet import ATTEMPTS, RolloutError, RolloutFleet, draining_nodes
+from actors.experience.scoring.pool_parts import RequestsLostError, RewardPoolError
+from actors.experience.scoring.replica import CallTimeout, Replica
 from actors.experience.scoring.reward_router import RewardRouter
 from actors.experience.step_advantages import factor_and_clamped, own_advantages, step_advantages
 from actors.experience.step_metrics import StepClock, held_out_metrics, stacked_scores, step_metrics
@@ -39,6 +39,7 @@ from deepgen.config import Settings
 from deepgen.data.records import Record
 from deepgen.data.usable import usable_records
 from deepgen.drawing.request import DrawRequest
+from deepgen.errors import UserError
 from deepgen.evaluation.results import Evaluation
 from deepgen.monitoring.log_lines import Speaker, set_up_logs
 from deepgen.tracking.timeline import Recorder
@@ -52,6 +53,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _EVALUATION_IMAGES = 16  # images per evaluation call
+_GRACE_S = 5.0  # for a pool that is not ready in time to say so itself
 
 
 class BatchLateError(RuntimeError):
@@ -62,7 +64,8 @@ class ExperienceStream:
     """See the module. With `resume`, no step begins before `publish`.
 
     records: the prompts; None: the usable ones of data.prompts. actors: rollout actors by name, each as its handle or
-    its name in Ray.
+    its name in Ray. recorder: of the calls; None for one that writes the run's timeline, with a status beside it.
+    replica: makes the replicas of the reward pools.
     """
 
     def __init__(
@@ -73,21 +76,26 @@ class ExperienceStream:
         *,
         resume: bool,
         gpus: bool = False,
+        recorder: Recorder | None = None,
+        replica: Callable[..., Replica] = Replica,
     ) -> None:
         set_up_logs(Speaker("stream", run=settings.run.name))
         self._settings = settings
         if records is None:
             records = [record for _, record in usable_records(settings, "data.prompts", say=log.warning)]
         self._prompts = PromptOrder(records, settings.run.seed)
-        recorder = Recorder(settings.run.folder, "stream")
+        self._watched = recorder is None
+        recorder = recorder or Recorder(settings.run.folder, "stream")
+        self._clock = recorder.clock
         self._fleet = RolloutFleet(
             {name: ray.get_actor(actor) if isinstance(actor, str) else actor for name, actor in actors.items()},
             call_deadline_s=settings.experience.deadline_s / ATTEMPTS,
             start_deadline_s=settings.cluster.start_deadline_s,
             least=min(settings.rollout.least_actors, len(actors)),
+            draining=draining_nodes if self._watched else None,
             recorder=recorder,
         )
-        self._rewards = RewardRouter(settings, gpus=gpus, recorder=recorder)
+        self._rewards = RewardRouter(settings, gpus=gpus, recorder=recorder, replica=replica)
         self._watch = Watch(settings, recorder, self._fleet, self._rewards)
         self._pictures: dict[Pictures, ray.ObjectRef] = {}  # an edit's source pictures, in the object store
         self._version: int | None = None if resume else 0  # the newest
@@ -100,11 +108,14 @@ class ExperienceStream:
         self._journal = JournalCounts()
         self._learner = ""  # the start of the learner that has published last
         self._starting: asyncio.Task[None] | None = None
+        self._stopped = False
 
     async def start(self) -> None:
-        """Wait until rollout actors and reward pools are ready. Raises TimeoutError after cluster.start_deadline_s.
+        """Wait until rollout actors and reward pools are ready. Every call does this first, as Ray may have started the
+        stream again before it. Returns early, and without an error, if `stop` is called meanwhile.
 
-        Every call does this first, because Ray may have started the stream again before it.
+        Raises TimeoutError after cluster.start_deadline_s, and UserError that names a reward that is not ready then, or
+        cannot score.
         """
         if self._starting is None:
             self._starting = asyncio.create_task(self._start())
@@ -112,10 +123,18 @@ class ExperienceStream:
 
     async def _start(self) -> None:
         deadline = self._settings.cluster.start_deadline_s
-        self._watch.start(lambda: self._version)
+        if self._watched:
+            self._watch.start(lambda: self._version)
         try:
             parts = self._fleet.start(), self._rewards.start(), asyncio.to_thread(_import_libraries)
-            await asyncio.wait_for(asyncio.gather(*parts), deadline)
+            await asyncio.wait_for(asyncio.gather(*parts), deadline + _GRACE_S)
+        except CallTimeout as error:
+            raise UserError(
+                f"cluster.start_deadline_s: {error}; it is not placed, or still loading; allowed: more seconds"
+            ) from error
+        except RewardPoolError as error:
+            if not self._stopped:  # else nobody waits any more, and Ray would print the error
+                raise UserError(f"rewards: {error}") from error
         except TimeoutError as error:
             raise TimeoutError(f"rollout actors and reward pools were not ready within {deadline:.0f} s") from error
 
@@ -125,7 +144,7 @@ class ExperienceStream:
 
     async def stop(self) -> None:
         """Stop the reward pools and cancel unfinished steps. The rollout actors keep running."""
-        version = self._version
+        version, self._stopped = self._version, True
         await self._rewind(self._next_step)
         await self._watch.stop(version)
         self._rewards.stop()
@@ -273,11 +292,11 @@ class ExperienceStream:
         self._forget_policies()
 
     async def _in_time(self, task: asyncio.Task[Any], what: str) -> Any:
-        deadline, begin = self._settings.experience.deadline_s, time.monotonic()
+        deadline, begin = self._settings.experience.deadline_s, self._clock()
         try:
             return await asyncio.wait_for(asyncio.shield(task), deadline)
         except TimeoutError as error:
-            if time.monotonic() - begin < deadline:
+            if self._clock() - begin < deadline:
                 raise  # not our deadline: a reward pool raised it
             waiting = self._fleet.oldest_call()
             raise BatchLateError(f"{what} not ready after {deadline:.0f} s; {waiting}") from error
@@ -298,7 +317,7 @@ class ExperienceStream:
         that has started again does not know them.
         """
         await self.start()
-        begin, step = time.monotonic(), published.version if step is None else step
+        begin, step = self._clock(), published.version if step is None else step
         if learner != self._learner:
             if self._learner:
                 await self._rewind(step)
@@ -313,7 +332,7 @@ class ExperienceStream:
             self._published.notify_all()
         self._schedule_steps()
         self._forget_policies()
-        self._sync_seconds = time.monotonic() - begin
+        self._sync_seconds = self._clock() - begin
 
     async def _rewind(self, step: int) -> None:
         tasks = [task for under_way in self._steps.values() for task in (*under_way.groups, under_way.batches)]

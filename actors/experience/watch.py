@@ -61,7 +61,7 @@ class Watch:
 
     def step(self, step: int) -> StepClock:
         """The clock of a step whose groups begin."""
-        clock = self._clocks[step] = StepClock()
+        clock = self._clocks[step] = StepClock(self._recorder.clock)
         return clock
 
     def asked(self, step: int, rank: int) -> None:

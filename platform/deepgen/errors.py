@@ -25,7 +25,7 @@ USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
 TERMINATED_EXIT_CODE = 143
 # Options of the stages that leave nothing to continue, or refuse to (`deepgen.config.cli`).
-_ONLY_SHOWN = ("--help", "-h", "--plan", "--print-config", "--status")  # their output is the result, and no log
+_ONLY_SHOWN = ("--help", "-h", "--plan", "--print-config", "--status", "--simulate")  # the output is the result, no log
 _NOT_CONTINUED = (*_ONLY_SHOWN, "--rollout-only", "--train-only")
 SUBMITTED_COPY = "_ray_pkg_" in __file__  # Ray's name of the folder for the files of a job
 # No space, no quota, file too large for the limit, read-only: nothing that trying again would mend.
@@ -36,14 +36,29 @@ class UserError(Exception):
     """A mistake the user can fix. The message is one line: what is wrong, what was given, what is allowed.
 
     Secrets in it are hidden (`deepgen.masking`).
+
+    trace: of the user's code, where that is at fault; a program prints it before the line, which comes last so.
     """
 
-    def __init__(self, message: object = "") -> None:
+    def __init__(self, message: object = "", trace: str = "") -> None:
         super().__init__(masked(str(message)))
+        self.trace = masked(trace)
+
+    def words(self) -> str:
+        """What a program says of it at its end."""
+        # Ray raises a subclass that carries the remote traceback as its text and the original as `cause`.
+        found = getattr(self, "cause", None) or self
+        line = f"error: {' '.join(str(found).split())}"
+        return f"{found.trace.rstrip()}\n{line}" if found.trace else line
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as sent by schedulers and `ray job stop`. Handled like Ctrl-C, except for the exit code."""
+    """SIGTERM, as sent by schedulers and `ray job stop`. Handled like Ctrl-C, except for the exit code.
+
+    came: whether the signal has come. Where Ray waits, it raises a KeyboardInterrupt of its own in the place of this.
+    """
+
+    came = False
 
 
 @contextmanager
@@ -76,6 +91,7 @@ def stop_on_sigterm() -> None:
     """Raise `Terminated` in the main thread on SIGTERM. Replaces Ray's handler, which aborts the process."""
 
     def stop(number: int, frame: FrameType | None) -> None:
+        Terminated.came = True
         raise Terminated
 
     signal.signal(signal.SIGTERM, stop)
@@ -106,13 +122,12 @@ def run_program(main: Callable[[], int | None], *, resumes: bool = True) -> NoRe
         print(f"error: cannot write {found.filename or 'a file'}: {found.strerror}; make room", file=sys.stderr)
         sys.exit(USAGE_EXIT_CODE)
     except UserError as error:
-        # Ray raises a subclass that carries the remote traceback as its text and the original as `cause`.
-        message = str(getattr(error, "cause", None) or error)
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(error.words(), file=sys.stderr)
         sys.exit(USAGE_EXIT_CODE)
     except KeyboardInterrupt as interrupt:
         print(f"\nstopped{_how_to_continue(resumes)}", file=sys.stderr)
-        sys.exit(TERMINATED_EXIT_CODE if isinstance(interrupt, Terminated) else INTERRUPTED_EXIT_CODE)
+        terminated = Terminated.came or isinstance(interrupt, Terminated)
+        sys.exit(TERMINATED_EXIT_CODE if terminated else INTERRUPTED_EXIT_CODE)
     sys.exit(code or 0)
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 from rewards.base import Missing
 from rewards.judging.questions import TOP_LOGPROBS, Answer, Question
-from rewards.remote.caller import is_loopback
+from rewards.remote.caller import ONE_ANSWER, is_loopback
 
 ATTEMPTS = 3
 MAX_ANSWER_BYTES = 1 << 20
@@ -71,7 +71,7 @@ class EndpointEngine:
             return thread.submit(asyncio.run, self._ask(questions)).result()
 
     async def _ask(self, questions: Sequence[Question]) -> list[Answer | Missing]:
-        headers = {"Accept-Encoding": "identity"}
+        headers = {"Accept-Encoding": "identity", **ONE_ANSWER}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         turns = asyncio.Semaphore(self._concurrency)

@@ -30,7 +30,11 @@ def choice_probabilities(answer: Answer, choices: Sequence[str]) -> list[float] 
             mass[_folded(token)] += math.exp(logprob)
     total = sum(mass.values())
     if not total >= LEAST_MASS:  # NaN, too
-        return Missing("parse", f"the answer begins with {_shown(answer.first[0][0])}, not {' or '.join(choices)}")
+        wanted, given = " or ".join(choices), answer.first[0][0]
+        if _folded(given) in mass:  # the likeliest of many, none of which is likely
+            said = f"the answer begins with {wanted} with a probability of {total:.2g}; allowed: from {LEAST_MASS:g}"
+            return Missing("parse", said)
+        return Missing("parse", f"the answer begins with {_shown(given)}, not {wanted}")
     return [mass[_folded(choice)] / total for choice in choices]
 
 

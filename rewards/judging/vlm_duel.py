@@ -57,6 +57,8 @@ class VlmDuel:
 
         @model_validator(mode="after")
         def _check(self) -> VlmDuel.Options:
+            if self.question and not self.question.strip():
+                raise ValueError(f"question: got {self.question!r}; allowed: text, or nothing for the built-in one")
             if name := unknown_field(self.question):
                 raise ValueError(f"question: got the field {name}; allowed: {{prompt}}, {{answer}}")
             compiled(self.pattern, "pattern")

@@ -56,7 +56,9 @@ class VlmJudge:
 
         @model_validator(mode="after")
         def _check(self) -> VlmJudge.Options:
-            for question in self.questions:
+            for number, question in enumerate(self.questions, 1):
+                if not question.strip():
+                    raise ValueError(f"questions: got {question!r} as number {number}; allowed: text, or no questions")
                 if name := unknown_field(question):
                     raise ValueError(f"questions: got the field {name}; allowed: {{prompt}}, {{answer}}")
             if self.mode == "text" and not self.questions:

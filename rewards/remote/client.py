@@ -35,7 +35,7 @@ class RemoteReward:
             )
         keys = {"url_key": options.dotted("url"), "token_key": options.dotted("token_env")}
         self._timeout_s = options.timeout_s
-        self._caller = Caller(options.url, options.token_env, **keys)
+        self._caller = Caller(options.url, options.token_env, longest_pause_s=options.deadline_s, **keys)
         self.version = ""  # of the scorer, as it was told with the last scores
 
     def score(self, requests: Sequence[RewardRequest]) -> list[Score]:

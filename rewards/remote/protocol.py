@@ -23,10 +23,11 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from deepgen.config.schema.sections import TASKS
 from deepgen.data.images import decode_image, header_size
 from deepgen.data.records import is_unicode
 from deepgen.masking import masked
-from rewards.base import REASONS, Missing, RewardRequest, Score
+from rewards.base import REASONS, Missing, RewardRequest, Score, is_truth
 
 VERSION = 1
 MAX_REQUESTS = 256  # of one body
@@ -139,6 +140,8 @@ def read_question(body: bytes) -> list[RewardRequest | Missing]:
     for given in question.requests:
         try:
             one = _ONE_REQUEST.validate_python(given)
+            if one.task not in TASKS:
+                raise ValueError(f"task: got {one.task!r}; allowed: {', '.join(TASKS)}")
             images = [_decoded(text) for text in (one.image, *one.references)]
             left -= sum(pixels for _, pixels in images)
             if left < 0:
@@ -222,6 +225,7 @@ def read_answer(body: bytes, count: int) -> tuple[list[float | Missing], str]:
         if len(body) > answer_limit(count):
             raise ProtocolError(f"answer of more than {answer_limit(count):,} bytes for {count} scores")
         answer = _read(_Answer, body)
+        json.loads(body, object_pairs_hook=_once, parse_int=str)  # read already, so neither too deep nor too odd
         _check_version(answer.version)
         if len(answer.scores) != count:
             raise ProtocolError(f"answer of {len(answer.scores)} scores for {count} requests")
@@ -242,10 +246,21 @@ def _wire(score: Score) -> dict[str, Any]:
         return {"missing": score.reason, "detail": one_line(score.detail)}
     if score is None:
         return {"missing": "refused", "detail": "the reward gave no score"}
+    if is_truth(score):
+        return {"missing": "parse", "detail": f"the reward gave {score}, which is no number"}
     value = float(score)
     if not math.isfinite(value):
         return {"missing": "parse", "detail": f"the reward gave {value}"}
     return {"score": value}
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    """Raise ProtocolError for a JSON object that has a key twice: nobody knows which of the values is meant."""
+    seen = set[str]()
+    for key, _ in pairs:
+        if key in seen:
+            raise ProtocolError(f"the key {one_line(key)!r} is there twice")
+        seen.add(key)
 
 
 def _score(given: Any) -> float | Missing:

@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from deepgen.config.settings import TASKS
+from deepgen.data.conversion.readers.raw_sample import CAPTION_SUFFIXES
 from deepgen.data.images import DECODE_ERRORS, decode_image, read_header
 from deepgen.data.parquet import read_rows
 from deepgen.data.quotes import quoted_words
 from deepgen.data.records import Record, RecordError, is_unicode
 from deepgen.data.uris import MAX_BYTES
-from deepgen.drawing.picture_files import MANIFEST, SHEET, PictureFolder
+from deepgen.drawing.picture_files import MANIFEST, SHEET, TABLE, PictureFolder
 from deepgen.drawing.prompts import names_a_file
 from deepgen.errors import UserError
 from deepgen.reading.file_reader import read_file
@@ -32,6 +33,8 @@ SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".qoi", ".tga",
 )
 # fmt: on
+OURS = (MANIFEST, SHEET, TABLE)  # of `stages/generate.py`, beside its pictures
+TOLD = 10  # files that are no pictures, a line each
 _SAMPLE = re.compile(r"[-_]\d+$")
 
 
@@ -101,7 +104,7 @@ def find_pictures(folder: Path, prompts: str | None, allow: Sequence[str] = ()) 
     if prompts is not None and not is_unicode(prompts):
         raise UserError("--prompts: got bytes that are no UTF-8; allowed: text, or a file with it")
     found = Found()
-    files = _files(folder, found.left_out)
+    files = _files(folder, prompts, found.left_out)
     listed = prompts is not None and names_a_file(prompts)
     rows = list(_rows(Path(prompts), allow, found.left_out)) if listed and prompts is not None else []
     if prompts is not None and not listed and not prompts.strip():
@@ -176,8 +179,30 @@ class _Known:
         return self.prompts.get(told.get("prompt", ""))
 
 
-def _files(folder: Path, left_out: list[str]) -> list[Path]:
-    """All that is called like a picture, also what cannot be read; folders in it are told."""
+def _no_picture(file: Path) -> str:
+    """Why a file is none by its bytes, or cannot be read; "" if it is one, or is called like one, and told later."""
+    if file.suffix.lower() in SUFFIXES:
+        return ""
+    try:
+        data = read_picture(file)
+    except OSError as error:
+        return error.strerror or str(error)
+    try:
+        read_header(data)
+    except DECODE_ERRORS as error:
+        return f"no picture ({error})"
+    return ""
+
+
+def _same(file: Path, other: str) -> bool:
+    return file.name == Path(other).name and os.path.realpath(file) == os.path.realpath(other)
+
+
+def _files(folder: Path, prompts: str | None, left_out: list[str]) -> list[Path]:
+    """All that is a picture or called like one, also what cannot be read. What else lies there is told, but captions.
+
+    prompts: the list, which may lie among them.
+    """
     if not folder.is_dir():
         raise UserError(f"--images: {folder} is no folder")
     ours = (folder / MANIFEST).is_file()
@@ -186,11 +211,17 @@ def _files(folder: Path, left_out: list[str]) -> list[Path]:
         left_out.append(
             f"{one_line(inner[0])}: a folder ({len(inner):,} of them; only what lies beside them is scored)"
         )
-    files = [
+    candidates = [
         file
         for file in found
-        if file.suffix.lower() in SUFFIXES and not file.is_dir() and not (ours and file.name == SHEET)
+        if not file.is_dir() and not (ours and file.name in OURS) and not (prompts and _same(file, prompts))
     ]
+    strange = {file: why for file in candidates if (why := _no_picture(file))}
+    told = [f"{one_line(file)}: {why}" for file, why in strange.items() if file.suffix.lower() not in CAPTION_SUFFIXES]
+    left_out += told[:TOLD]
+    if len(told) > TOLD:
+        left_out.append(f"{len(told) - TOLD:,} more files in {folder} that are no pictures")
+    files = [file for file in candidates if file not in strange]
     if not files:
         raise UserError(f"--images: {folder} has no picture in it; allowed: {', '.join(SUFFIXES)}")
     return files

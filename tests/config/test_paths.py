@@ -49,9 +49,7 @@ def test_variables_homes_and_files_are_what_they_look_like(scratch: Path, key: s
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ("s3://bucket/runs", "an address of kind s3://; allowed: a folder"),
         ("S3:/bucket/runs", "an address of kind S3://; allowed: a folder"),
-        ("gs://bucket/runs", "an address of kind gs://"),
         ("hdfs://name/runs", "an address of kind hdfs://"),
         ("https://host/runs", "an address of kind https://"),
         ("$NO_SUCH/runs", "but the variable NO_SUCH is not set"),
@@ -68,6 +66,13 @@ def test_what_is_no_folder_is_refused_by_name(scratch: Path, key: str, given: st
     assert str(caught.value).startswith(f"{key}: got ")
     assert why in str(caught.value) and "\n" not in str(caught.value)
     assert not list(scratch.iterdir())
+
+
+@pytest.mark.parametrize("key", [key for key in (*OUTPUTS, *INPUTS) if key != "run.dir"])
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_bucket_is_refused_where_a_folder_of_this_machine_is_wanted(scratch: Path, key: str, scheme: str) -> None:
+    with pytest.raises(UserError, match=rf"^{key}: got .*an address of kind {scheme}://; allowed: a folder"):
+        load_settings(find_recipe("tiny-rl"), [f"{key}={scheme}://bucket/x"])
 
 
 def test_letters_of_an_address_are_decoded_and_those_of_a_path_are_not() -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from actors.experience import rollout_fleet
 from actors.experience.rollout_fleet import RolloutError, RolloutFleet
@@ -221,8 +221,8 @@ class FakeActor:
         return self.node
 
 
-def fleet_of(actors: dict[str, FakeActor], **options: float) -> RolloutFleet:
-    given: Any = {"call_deadline_s": 60, "start_deadline_s": 60} | options
+def fleet_of(actors: dict[str, FakeActor], **options: Any) -> RolloutFleet:
+    given: dict[str, Any] = {"call_deadline_s": 60, "start_deadline_s": 60} | options
     return RolloutFleet(actors, **given)
 
 
@@ -257,10 +257,24 @@ def test_a_fleet_without_its_least_does_not_begin() -> None:
         asyncio.run(body())
 
 
+def test_a_call_that_meets_all_actors_of_a_dead_node_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(FakeActor):
+        async def _sample(self, request: str, policy: None) -> str:
+            raise RayActorError(error_msg="The actor died because its node has died. Node Id: 1")
+
+    async def body() -> None:
+        actors = {f"gone-{n}": Gone("old") for n in range(5)} | {"z": FakeActor("here")}
+        fleet = fleet_of(actors)
+        await fleet.start()
+        assert await sample(fleet, "g0") == "here"
+        assert fleet.restarts == 5
+
+    asyncio.run(body())
+
+
 def test_on_a_node_that_drains_no_group_begins_and_its_actor_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     draining, killed = set[str](), list[FakeActor]()
     monkeypatch.setattr(rollout_fleet, "_LOOK_S", 0.01)
-    monkeypatch.setattr(rollout_fleet, "draining_nodes", lambda: draining)
 
     async def body() -> None:
         a, b = FakeActor("old"), FakeActor("here")
@@ -271,7 +285,7 @@ def test_on_a_node_that_drains_no_group_begins_and_its_actor_moves(monkeypatch: 
             actor.node = "new"
 
         monkeypatch.setattr(rollout_fleet.ray, "kill", kill)
-        fleet = fleet_of({"a": a, "b": b})
+        fleet = fleet_of({"a": a, "b": b}, draining=lambda: draining)
         await fleet.start()
         a.hold.clear()
         last = asyncio.create_task(sample(fleet, "g0"))

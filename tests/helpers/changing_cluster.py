@@ -17,7 +17,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-from actors.experience.rollout_fleet import RESTARTS, RolloutFleet
+from actors.experience.rollout_fleet import RESTARTS, RolloutFleet, draining_nodes
 
 WAIT_S = 60.0
 
@@ -48,7 +48,7 @@ async def main() -> dict[str, Any]:
     ray.init(address=cluster.address, log_to_driver=False)
     options: dict[str, Any] = {"num_cpus": 0.1, "resources": {"slot": 1}, "max_restarts": RESTARTS}
     actors = {f"rollout-{n}": ray.remote(Sampler).options(**options).remote() for n in range(3)}
-    fleet = RolloutFleet(actors, call_deadline_s=60, start_deadline_s=60, least=2)
+    fleet = RolloutFleet(actors, call_deadline_s=60, start_deadline_s=60, least=2, draining=draining_nodes)
 
     async def sample(seconds: float = 0.0) -> str:
         node: str = (await fleet.call("sample_group", seconds, lambda: None))[0]

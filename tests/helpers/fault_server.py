@@ -41,7 +41,8 @@ class FaultServer(ThreadingHTTPServer):
 
     Args:
         answer: the JSON value that answers a path and a body.
-        script: what happens to the first requests: one of FAULTS, or "" for the right answer.
+        script: what happens to the first requests: one of FAULTS, "" for the right answer, or "twice" for two answers
+            at once, the second of which is nobody's.
         rate, seed, faults: afterwards each request fails with this chance, in one of these ways.
         late_s, pause_s: seconds before a late answer, and between the bytes of a trickle.
         port: 0 takes a free one.
@@ -203,6 +204,10 @@ class _Handler(BaseHTTPRequestHandler):
         content = self._right(body)
         self._slowly(self._head(len(content)) + content)
 
+    def _twice(self, body: bytes) -> None:
+        right, other = self._right(body), json.dumps(_doubled(self.server.answer(self.path, body))).encode()
+        self.wfile.write(self._head(len(right)) + right + self._head(len(other)) + other)
+
     def _late(self, body: bytes) -> None:
         content = self._right(body)
         self.server.closed.wait(self.server.late_s)
@@ -210,11 +215,19 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _without_numbers(value: Any) -> Any:
+    return _each_number(value, lambda number: float("nan"))
+
+
+def _doubled(value: Any) -> Any:
+    return _each_number(value, lambda number: 2 * number)
+
+
+def _each_number(value: Any, change: Callable[[float], float]) -> Any:
     if isinstance(value, dict):
-        return {key: _without_numbers(inner) for key, inner in value.items()}
+        return {key: _each_number(inner, change) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_without_numbers(inner) for inner in value]
-    return float("nan") if isinstance(value, float) else value
+        return [_each_number(inner, change) for inner in value]
+    return change(value) if isinstance(value, float) else value
 
 
 def _one_less(value: Any) -> Any:

@@ -6,6 +6,7 @@ They run the real `RewardActor`. What the reward `Scripted` does is what the tes
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from deepgen.config.schema.pools import make_pool
 from deepgen.errors import UserError
 from rewards import RewardBroken, RewardRequest, RewardUnavailable, Score
 
+_ARGUMENTS = ("backoff_s", "max_restarts", "cache_size", "journal", "runs", "start_deadline_s")
 PICTURE = np.zeros((2, 2, 3), dtype=np.uint8)
 
 
@@ -92,7 +94,8 @@ class LocalActor:
 
     def __init__(self, replica: Any) -> None:
         host = RewardActor(replica._settings, replica.label)
-        self.start, self.score = (SimpleNamespace(remote=self._remote(call)) for call in (host.start, host.score))
+        calls = (host.start, host.first, host.score)
+        self.start, self.first, self.score = (SimpleNamespace(remote=self._remote(call)) for call in calls)
 
     def _remote(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def remote(*arguments: Any) -> Any:
@@ -107,7 +110,7 @@ class LocalActor:
             except RayError as error:
                 future.set_exception(error)
             except (ArithmeticError, LookupError, RewardBroken, RewardUnavailable, UserError, ValueError) as error:
-                text = f"Traceback of the replica\n{type(error).__name__}: {error}"
+                text = "Traceback of the replica\n" + "".join(traceback.format_exception(error))
                 future.set_exception(RayTaskError("score", text, error).as_instanceof_cause())
             return SimpleNamespace(future=lambda: future)
 
@@ -143,7 +146,7 @@ def in_pool(work: Callable[[RewardPool], Coroutine[Any, Any, Any]], **changes: A
     settings: dict[str, Any] = {"class": f"{__name__}:Scripted", "batch_size": 8, "deadline_s": 5.0}
     arguments: dict[str, Any] = {"backoff_s": 0.001}
     for key, value in changes.items():
-        (arguments if key in ("backoff_s", "max_restarts", "cache_size", "journal", "runs") else settings)[key] = value
+        (arguments if key in _ARGUMENTS else settings)[key] = value
 
     async def body() -> Any:
         pool = RewardPool(make_pool("mine", settings), **arguments)

@@ -277,6 +277,19 @@ def test_plan_of_pools(tmp_path: Path) -> None:
     assert "one of them needs 4 GPUs" in text and "clip" not in text
 
 
+def test_plan_of_rollout_actors_with_parts_of_a_gpu() -> None:
+    parts = [
+        "rollout.actors=1..3",
+        "cluster.roles.rollout.gpus=0.2",
+        "cluster.roles.learner.gpus=0.6",
+        "train.workers=1",
+    ]
+    none = [f"rewards.weights.{task}={{ocr: 1}}" for task in ("t2i", "reasoning", "text", "edit")]
+    text = "\n".join(other_processes(load_settings(None, [*parts, *none]), 8 * memory.GIB))
+    assert "1 rollout actor, up to 3 as nodes come, 0.2 of a GPU each (rollout.actors)" in text
+    assert "GPUs in all: 1 (0.6 learner, 0.2 rollout)" in text
+
+
 @pytest.mark.parametrize(
     ("wanted", "gpus"), [([], 0), ([1, 1, 4], 6), ([0.9, 0.1, 0.9], 2), ([0.5, 0.6, 0.5], 2), ([0.1] * 10, 1)]
 )

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from soak.kills import DRIVER, NODE, Runner, result, run_trial, two_nodes, undisturbed
+from soak.kills import DRAINED, DRIVER, NODE, Runner, result, run_trial, two_nodes, undisturbed
 from tests.helpers.rl_world import make_world, overrides
 
 # Beside two other files it overloads two cores, so that Ray misses its deadlines: `make soak` runs it, alone.
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(1200)]
 PLANS = {
-    0: ["rollout actor", "stream", "reward replica", "learner rank", NODE, "rollout actor"],
-    1: ["reward replica", "stream", DRIVER, "rollout actor", "Train controller", "reward replica"],
+    0: ["rollout actor", "stream", "reward replica", "learner rank", NODE, DRAINED],
+    1: ["reward replica", "stream", DRIVER, "rollout actor", "Train controller", DRAINED],
 }
 
 

@@ -189,6 +189,27 @@ def test_odd_files_are_told_and_odd_names_can_be_shown(tmp_path: Path) -> None:
     assert "  two\\nlines.png  a cat" in console_text(scored, ["one"])
 
 
+def test_the_bytes_of_a_file_decide_whether_it_is_a_picture(tmp_path: Path) -> None:
+    drawn(tmp_path, record("dog", "a dog"))
+    for name in ("noext", "odd.svg"):
+        save(tmp_path / "x.png").rename(tmp_path / name)
+    (tmp_path / "real.svg").write_text("<svg/>")
+    (tmp_path / ".hidden").write_text("x")
+    os.mkfifo(tmp_path / "pipe")
+    for number in range(12):
+        (tmp_path / f"z-{number:02}.bin").write_text("no picture")
+    (tmp_path / "noext.txt").write_text("a caption")
+    found = find_pictures(
+        tmp_path, listed(tmp_path, *({"id": id, "prompt": "a cat"} for id in ("noext", "odd", "dog")))
+    )
+    assert set(prompts_of(found)) == {"dog-0.png", "noext", "odd.svg"}
+    pipe, svg, *texts, more = [line.removeprefix(f"{tmp_path}/") for line in found.left_out]
+    assert pipe == "pipe: is a FIFO; allowed: a regular file"
+    assert svg.startswith("real.svg: no picture (cannot identify image file; allowed: PNG, JPEG")
+    assert [text[:9] for text in texts] == [f"z-{number:02}.bin:"[:9] for number in range(8)]
+    assert more == f"4 more files in {tmp_path} that are no pictures"
+
+
 def test_large_pictures_are_fewer_at_once(tmp_path: Path) -> None:
     save(tmp_path / "a.png", side=100)
     (small,) = find_pictures(tmp_path, "a cat").pictures

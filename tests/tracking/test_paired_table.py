@@ -102,9 +102,20 @@ def test_the_interval_covers_the_truth_at_the_promised_rate(n: int, kind: str) -
 
 
 def test_nothing_scored_and_constant_changes() -> None:
-    table = paired_table({"none": [NAN, NAN], "one": [0.0, 0.0]}, {"none": [NAN, 1.0], "one": [1.0, 1.0]})
+    before = {"none": [NAN] * 6, "one": [0.0] * 6}
+    table = paired_table(before, {"none": [NAN, 1.0] * 3, "one": [1.0] * 6})
     assert table.rows[0].verdict == "too few prompts"
     assert (table.rows[1].low, table.rows[1].high, table.rows[1].verdict) == (1.0, 1.0, "rose")
+
+
+def test_a_few_prompts_tell_nothing_however_alike_they_change() -> None:
+    for prompts in range(1, 9):
+        table = paired_table({"r": [0.0] * prompts}, {"r": [1.0] * prompts})
+        assert table.rows[0].verdict == ("too few prompts" if prompts < 6 else "rose")
+    few = paired_table({"r": [0.0] * 2}, {"r": [1.0] * 2})
+    assert "| few | +1.000 [+1.000, +1.000] (too few prompts) |" in seeds_table({"few": few})
+    same = paired_table({"r": [0.0] * 24}, {"r": [1.0] * 24}, prompt_ids=[0, 1] * 12)  # many pictures of two prompts
+    assert same.rows[0].verdict == "too few prompts"
 
 
 def test_text_markdown_and_json_say_the_same(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -506,6 +507,19 @@ def test_curves_are_drawn_only_from_what_is_there(tmp_path: Path) -> None:
         journal.append(make_entry(step, time.time(), {"reward/judge": step / 30, "policy/kl": 1e-4 * (step + 1)}))
     assert draw_curves(journal.path, tmp_path / "plots" / "curves.png", title="trial")
     assert Image.open(tmp_path / "plots" / "curves.png").width > 800
+
+
+@pytest.mark.parametrize("rewards", [12, 40])
+def test_many_rewards_fit_the_picture(tmp_path: Path, rewards: int) -> None:
+    """Beside the names of 27 there was no room for the lines; a warning is an error in a test."""
+    journal = Journal(tmp_path, resume=False)
+    names = [f"{'reward' if number % 2 else 'eval'}/a_reward_{number}" for number in range(2 * rewards)]
+    for step in range(3):
+        journal.append(make_entry(step, time.time(), {name: step + len(name) for name in names}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert draw_curves(journal.path, tmp_path / "curves.png", title="trial")
+    assert Image.open(tmp_path / "curves.png").height > 374  # higher than without names below the lines
 
 
 def test_rewards_are_drawn_on_one_scale(tmp_path: Path) -> None:

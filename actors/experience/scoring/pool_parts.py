@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ray
 
@@ -15,6 +16,7 @@ from rewards import REASONS, Missing
 
 log = logging.getLogger(__name__)
 
+_FRAME = re.compile(r'^ +File "(.+)", line (\d+), in (.+)\n(?: {4,}(.+))?', re.MULTILINE)
 MOST_TOLD = 10  # failed calls of a pool for one reason that are lines on the log
 COUNTERS = (
     *("asked", "scored", "calls", "retries", "timeouts", "missing", "cache_hits", "restarts", "unwritten", "seconds"),
@@ -32,10 +34,12 @@ class RewardPoolError(RuntimeError):
 
 
 class FailureLines:
-    """Lines on the log about failed calls of a pool: the first ones for each reason, as a bad day has thousands."""
+    """Lines on the log about what fails in a pool: the first ones for each reason, as a bad day has thousands."""
 
     def __init__(self, pool: str) -> None:
         self._pool, self._told = pool, Counter[str]()
+        self._reasons = set[str]()  # of missing scores
+        self._raised = set[tuple[str, str]]()  # kinds of exceptions: type and where
 
     def tell(self, why: Missing, what_follows: str) -> None:
         """Say why a call failed, and what follows, if there is a line left for its reason."""
@@ -45,6 +49,44 @@ class FailureLines:
         elif self._told[why.reason] == MOST_TOLD:
             text = "%s; %s; more calls that fail like this (%s) are only counted: pool/%s/retries"
             log.warning(text, why.detail, what_follows, why.reason, self._pool)
+
+    def raised(self, error: BaseException, replica: str, images: int) -> None:
+        """Say what a reward raised for so many images, and where, if it is the first of its kind.
+
+        They are tried in halves, and if it goes away then, nothing else tells of it.
+        """
+        cause = getattr(error, "cause", None) or error  # what Ray has carried
+        kind, where = type(cause).__name__, raised_at(str(error))
+        if (kind, where) not in self._raised:
+            self._raised.add((kind, where))
+            text = (
+                "%s: the reward raised %s for %d images: %s%s; they are tried in halves; more like it are only counted"
+            )
+            log.warning(text + ": pool/%s/retries", replica, kind, images, first_line(cause), where, self._pool)
+
+    def named(self, outcome: float | Missing, replica: str) -> float | Missing:
+        """The outcome, with the replica's name where it is missing. The first for each reason is a line."""
+        if not isinstance(outcome, Missing):
+            return outcome
+        why = replace(outcome, detail=f"{replica}: {outcome.detail or 'the reward does not say more'}")
+        if why.reason not in self._reasons:
+            self._reasons.add(why.reason)
+            text = "%s: a score is missing (%s); more with this reason are only counted: pool/%s/missing/%s"
+            log.warning(text, why.detail, why.reason, self._pool, why.reason)
+        return why
+
+
+def raised_at(traceback: str) -> str:
+    """Where a traceback ends, as " (FILE:LINE, in NAME: SOURCE)"; "" if it does not say."""
+    frames = _FRAME.findall(traceback)
+    if not frames:
+        return ""
+    file, line, name, source = frames[-1]
+    return f" ({file}:{line}, in {name}{': ' if source else ''}{source.strip()})"
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -74,7 +116,7 @@ class PoolCall:
     reasons: list[Missing | None]
     counters: dict[str, float]
     waiting: int  # requests without an outcome
-    began: float  # by the monotonic clock
+    began: float  # by the clock of the pool
     done: asyncio.Future[None]
     versions: dict[int, str | None] = field(default_factory=dict)  # of the reward that gave a score, by index
 

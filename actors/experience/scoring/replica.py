@@ -17,7 +17,7 @@ from deepgen.cluster.resources import Placement
 from deepgen.config import PoolSettings
 from deepgen.errors import UserError
 from deepgen.monitoring.log_lines import Speaker, set_up_logs
-from rewards import Missing, RewardBroken, RewardRequest, RewardUnavailable, Score, build_reward, is_groupwise
+from rewards import Missing, RewardBroken, RewardRequest, RewardUnavailable, Score, build_reward, is_groupwise, is_truth
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,10 @@ _GRACE_S = 10.0  # for an actor to say that its node could not make one in time
 
 class CallTimeout(TimeoutError):
     """A remote call passed its deadline; the message names actor, call and age."""
+
+
+class FirstCallTimeout(CallTimeout):
+    """The reward is loaded, but its first call passed its deadline."""
 
 
 class RewardActor:
@@ -46,12 +50,15 @@ class RewardActor:
         environment.make(deadline_s)
         return False
 
-    def start(self, check: list[RewardRequest]) -> BatchReply:
-        """Load the reward and score the images of `check`, which are one prompt's. Called again, it only scores.
+    def start(self) -> None:
+        """Load the reward. Called again, it does nothing."""
+        self._reward = self._reward or build_reward(self._settings)
+
+    def first(self, check: list[RewardRequest]) -> BatchReply:
+        """Score the images of `check`, which are one prompt's.
 
         So no real request pays the extra time of a first call, and a reward that cannot score is found now.
         """
-        self._reward = self._reward or build_reward(self._settings)
         return self._reply([check] if check else [])
 
     def score(self, picks: list[list[int]], *lists: list[RewardRequest]) -> BatchReply:
@@ -103,11 +110,21 @@ class Replica:
             ray.remote(RewardActor).options(**self._placement.options(), **runtime).remote(self._settings, self.label)
         )
 
-    async def start(self, check: list[RewardRequest], deadline_s: float) -> BatchReply:
-        """Load the reward, as `RewardActor.start`; before that, make the environment of its own, if it has one."""
+    async def start(self, check: list[RewardRequest], end: float, first_s: float) -> BatchReply:
+        """Load the reward and have it score a first time; before that, make its own environment, if it has one.
+
+        end: of all this, by the event loop's clock. first_s: for the first score; a reward may load for far longer.
+        Raises CallTimeout; FirstCallTimeout if the reward was loaded.
+        """
         if self._environment is not None:
-            await self._enter(self._environment, deadline_s)
-        reply: BatchReply = await self._answer(self.actor.start.remote(check), "start", deadline_s)
+            await self._enter(self._environment, _left(end))
+        await self._answer(self.actor.start.remote(), "start", _left(end))
+        try:
+            reply: BatchReply = await self._answer(
+                self.actor.first.remote(check), "first score", min(first_s, _left(end))
+            )
+        except CallTimeout as late:
+            raise FirstCallTimeout(str(late)) from late
         return reply
 
     async def score(self, picks: list[list[int]], lists: list[ray.ObjectRef], deadline_s: float) -> BatchReply:
@@ -148,6 +165,10 @@ class Replica:
         return future.result()
 
 
+def _left(end: float) -> float:
+    return max(0.0, end - asyncio.get_running_loop().time())
+
+
 def _finite(value: Score) -> float | Missing:
     """A score as it is; `Missing`, with a bounded text, for none and for one that fp32, as scores travel, cannot hold.
 
@@ -155,6 +176,8 @@ def _finite(value: Score) -> float | Missing:
     """
     if isinstance(value, Missing):
         return replace(value, detail=str(value.detail)[:_DETAIL])
+    if is_truth(value):
+        return Missing("parse", f"the reward gave {value}, which is no number")
     if value is None or not abs(value) <= _LARGEST:
         return Missing("parse", "the reward gave no finite score")
     return float(value)

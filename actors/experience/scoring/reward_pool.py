@@ -23,9 +23,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
-from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,13 @@ from actors.experience.scoring.pool_parts import (
     RewardPoolError,
     RewardScores,
     asked_groups,
+    first_line,
     keys_of_cache,
 )
 from actors.experience.scoring.pool_queue import Batch, PoolQueue, can_split, halves, size_of
 from actors.experience.scoring.replica import CallTimeout, Replica
 from actors.experience.scoring.score_cache import ScoreCache
-from actors.experience.scoring.start_check import check_requests, remedy_for, unfit
+from actors.experience.scoring.start_check import check_requests, first_score, remedy_for
 from actors.gone import GONE
 from actors.messages import BatchReply
 from deepgen.cluster.resources import Placement, pool_placement
@@ -72,14 +72,15 @@ class RewardPool:
     Args:
         settings: `rewards.<name>`: the pool's keys and its reward's options.
         placement: what a replica asks of its node; default: a share of a CPU.
-        start_deadline_s: time limit for placing, loading and warming up one replica.
+        start_deadline_s: time limit for placing, loading and warming up one replica, all attempts together.
         max_restarts: restarts of one replica without a successful call in between; then the pool drops the replica.
         backoff_s: longest pause before the first retry; doubles with each retry, up to 10 s.
         cache_size: number of cached scores; the least recently used are dropped first; 0 = no cache.
-        recorder: gets a span for every call of a replica.
+        recorder: gets a span for every call of a replica; its clock is the pool's.
         journal: folder in which the cache outlives this process (`ScoreJournal`); None for none.
         runs: folder of other runs, whose journals are read as well.
         tasks: those whose prompts the reward scores; `start` checks it with a request of one of them.
+        replica: makes a replica of its label, settings and resources.
     """
 
     def __init__(
@@ -95,19 +96,21 @@ class RewardPool:
         journal: Path | None = None,
         runs: Path | None = None,
         tasks: Sequence[str] = TASKS,
+        replica: Callable[..., Replica] = Replica,
     ) -> None:
         self.name, self._settings, self._groupwise = settings.pool_name, settings, is_groupwise(settings)
         self._grows = settings.most_replicas > settings.least_replicas
         self._placement = placement or pool_placement(ClusterSettings(), settings, gpus=False)
         self._start_deadline_s, self._max_restarts, self._backoff_s = start_deadline_s, max_restarts, backoff_s
         self._cache, self._recorder = ScoreCache(settings, cache_size, journal, runs), recorder or Recorder()
-        self._replicas: list[Replica] = []
+        self._clock = self._recorder.clock
+        self._make_replica, self._replicas = replica, list[Replica]()
         self._starters: list[asyncio.Task[None]] = []
         self._workers: list[asyncio.Task[None]] = []
         self._queue = PoolQueue(settings.batch_size)
         self._jitter = random.Random(self.name)  # moves pauses, never a score
-        self._breaker = Breaker(backoff_s, self._jitter)
-        self._not_before = 0.0  # when a service wants to be asked again, by the monotonic clock
+        self._breaker = Breaker(backoff_s, self._jitter, clock=self._clock)
+        self._not_before = 0.0  # when a service wants to be asked again, by the clock
         self._check = check_requests(settings, tasks)
         self._raised = set[PoolCall]()  # with whose requests the reward raised exceptions, since its last score
         self._numbered = 0  # replicas so far
@@ -115,15 +118,14 @@ class RewardPool:
         self._open: set[PoolCall] = set()
         self._broken: BaseException | None = None
         self._totals = dict.fromkeys(COUNTERS, 0.0)
-        self._told_reasons = set[str]()  # of missing scores, on the log
         self._lines = FailureLines(self.name)
 
     async def start(self) -> None:
         """Create and warm up all replicas. Returns when every replica can score. One that dies meanwhile is replaced.
 
         Raises:
-            UserError: the reward rejects its settings, or cannot score a first request.
-            CallTimeout: a replica was not ready within start_deadline_s.
+            UserError: the reward rejects its settings, or cannot score a first request, or hangs in it.
+            CallTimeout: a replica has not loaded its reward within start_deadline_s.
             RewardPoolError: every replica died again and again, or the pool was stopped.
         """
         if self._broken is not None:
@@ -187,7 +189,7 @@ class RewardPool:
             RewardPoolError: the reward is required and does not answer, or the pool is not running.
             Exception: the reward raised it with BUGS_IN_A_ROW prompts in a row.
         """
-        began = time.monotonic()
+        began = self._clock()
         if self._broken is not None or not self._workers:
             raise self._broken or RewardPoolError(f"reward pool {self.name}: start() comes first")
         counters = dict.fromkeys(COUNTERS, 0.0)
@@ -215,7 +217,7 @@ class RewardPool:
                 self._count(f"missing/{why.reason}", counters)
         self._count("asked", counters, by=len(keys) - keys.count(None))
         self._count("scored", counters, by=len(values) - values.count(None))
-        counters["seconds"] = time.monotonic() - began
+        counters["seconds"] = self._clock() - began
         return RewardScores(values, reasons, counters)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
@@ -237,11 +239,15 @@ class RewardPool:
 
     # ---- replicas ----------------------------------------------------------------------------------------------------
 
-    async def _warm_up(self, replica: Replica) -> Missing | None:
-        """Load the reward and have it score a request like the run's. Returns why that has no score."""
+    async def _warm_up(self, replica: Replica, end: float | None = None) -> Missing | None:
+        """Load the reward and have it score a request like the run's. Returns why that has no score.
+
+        end: when both must be done, by the event loop's clock; default: start_deadline_s from now.
+        """
+        end = asyncio.get_running_loop().time() + self._start_deadline_s if end is None else end
         span = self._recorder.begin(replica.label, self.name, "start", call="start of the reward")
         try:
-            reply = await replica.start(self._check, self._start_deadline_s)
+            reply = await replica.start(self._check, end, self._settings.deadline_s)
         except RayTaskError as error:
             if isinstance(error.cause, UserError):  # not a bug, so leave out the remote traceback
                 raise error.cause from None
@@ -256,31 +262,12 @@ class RewardPool:
         return missing
 
     async def _first_start(self, replica: Replica) -> None:
-        """Start a replica before the first step. Raises UserError if its reward cannot score then.
-
-        A service that is down or busy gets as many attempts as in the run.
-        """
+        """Start a replica before the first step. Raises UserError if its reward cannot score then."""
         try:
-            missing = await self._warm_up(replica)
-            for attempt in range(1, self._settings.retries + 1):
-                if missing is None or missing.reason not in ("transport", "deadline"):
-                    break
-                log.warning("rewards.%s: a first request has no score yet: %s", self.name, missing.detail)
-                await asyncio.sleep(self._pause_s(attempt))
-                missing = await self._warm_up(replica)
+            start = partial(self._warm_up, replica)
+            await first_score(replica, start, self._settings, self._pause_s, self._start_deadline_s)
         except GONE as error:
-            await self._replace(replica, f"{replica.label}: died during start: {_first_line(error)}")
-            return
-        except RayError as error:
-            log.error("%s could not score a first request:\n%s", replica.label, error)
-            met = error.cause if isinstance(error, RayTaskError) else error  # one that cannot be pickled has no cause
-            cause = f"{type(met).__name__}: {_first_line(met)}"
-            raise UserError(unfit(self._settings, cause, "see the traceback above, and its options")) from error
-        if missing is None:
-            return
-        if remedy := remedy_for(missing):
-            raise UserError(unfit(self._settings, missing.detail, remedy, missing.options))
-        log.warning("rewards.%s: the first request has no score (%s: %s)", self.name, missing.reason, missing.detail)
+            await self._replace(replica, f"{replica.label}: died during start: {first_line(error)}")
 
     async def _serve(self, replica: Replica) -> None:
         """Score batches on one replica until the pool drops the replica."""
@@ -304,7 +291,7 @@ class RewardPool:
                 return None
             pause = self._breaker.wait_s()
             if pause is not None:
-                pause = max(pause, self._not_before - time.monotonic())
+                pause = max(pause, self._not_before - self._clock())
             if pause is None or pause > 0:
                 await asyncio.sleep(min(pause or _LOOK_S, _LOOK_S))
                 continue
@@ -327,7 +314,7 @@ class RewardPool:
         """Call a replica once. Returns None on success, else why the call failed and whether the replica is lost."""
         parts = batch.parts
         self._count_batch(parts, "calls")
-        began = time.monotonic()
+        began = self._clock()
         span = self._recorder.begin(replica.label, self.name, "score", call=f"score of {size_of(parts)} images")
         try:
             picks, lists = [part.indices for part in parts], [part.call.requests for part in parts]
@@ -336,27 +323,27 @@ class RewardPool:
             self._count_batch(parts, "timeouts")
             return Missing("deadline", str(error)), True
         except GONE as error:
-            age = time.monotonic() - began
-            what = f"{replica.label}: died during score, {age:.1f} s after the call: {_first_line(error)}"
+            age = self._clock() - began
+            what = f"{replica.label}: died during score, {age:.1f} s after the call: {first_line(error)}"
             return Missing("died", what), True
         except RayError as error:
             self._breaker.probing = self._breaker.probing and not batch.probe  # it answers, though with an error
             self._meet(replica, parts, error)
             return None
         finally:
-            self._totals["seconds"] += time.monotonic() - began
+            self._totals["seconds"] += self._clock() - began
             self._recorder.end(span)
         if reply.broken is not None:
             return Missing("died", f"{replica.label}: {reply.broken}"), True
         if reply.unavailable is not None:
             after_s = min(reply.after_s, self._settings.deadline_s)
-            self._not_before = max(self._not_before, time.monotonic() + after_s)
+            self._not_before = max(self._not_before, self._clock() + after_s)
             return Missing("transport", f"{replica.label}: {reply.unavailable}"), False
         self._settle(replica, batch, reply)
         return None
 
     def _settle(self, replica: Replica, batch: Batch, reply: BatchReply) -> None:
-        outcomes = [self._told(value, replica) for value in reply.values]
+        outcomes = [self._lines.named(value, replica.label) for value in reply.values]
         if not all(isinstance(outcome, Missing) for outcome in outcomes):
             self._cache.version = reply.version
         replica.failures = 0
@@ -373,17 +360,6 @@ class RewardPool:
         for part in batch.parts:
             part.settle([next(rest) for _ in part.indices], reply.version)
 
-    def _told(self, outcome: float | Missing, replica: Replica) -> float | Missing:
-        """The outcome, with the replica's name where it is missing. The first for each reason is a line on the log."""
-        if not isinstance(outcome, Missing):
-            return outcome
-        why = replace(outcome, detail=f"{replica.label}: {outcome.detail or 'the reward does not say more'}")
-        if why.reason not in self._told_reasons:
-            self._told_reasons.add(why.reason)
-            text = "%s: a score is missing (%s); more with this reason are only counted: pool/%s/missing/%s"
-            log.warning(text, why.detail, why.reason, self.name, why.reason)
-        return why
-
     # ---- failures ----------------------------------------------------------------------------------------------------
 
     def _meet(self, replica: Replica, batch: list[Part], error: RayError) -> None:
@@ -397,11 +373,11 @@ class RewardPool:
         if any(part.call.requests.hex() == lost for part in batch):
             for part in batch:
                 if part.call.requests.hex() == lost:
-                    part.call.fail(RequestsLostError(f"reward pool {self.name}: {_first_line(cause)}"))
+                    part.call.fail(RequestsLostError(f"reward pool {self.name}: {first_line(cause)}"))
             self._queue.add(batch)  # for the others; those that have failed are dropped
             return
         if can_split(batch):
-            log.debug("%s: raised an error; its %d requests are tried in halves", replica.label, size_of(batch))
+            self._lines.raised(error, replica.label, size_of(batch))
             self._count_batch(batch, "retries")
             for half in reversed(halves(batch)):  # the first half first and down to its end: a bug is soon told so
                 self._queue.add_suspects(half, first=True)
@@ -411,7 +387,7 @@ class RewardPool:
             for part in batch:
                 part.call.fail(error)
             return
-        what = f"{replica.label}: the reward raised {type(cause).__name__}: {_first_line(cause)}"
+        what = f"{replica.label}: the reward raised {type(cause).__name__}: {first_line(cause)}"
         log.warning("%s; its score is missing; as the replica saw it: %s", what, error)
         self._give_up(batch, Missing("refused", what))
 
@@ -473,7 +449,7 @@ class RewardPool:
             return
         self._queue.add(parts)
         ends = max(self._ends(part) for part in parts)
-        asyncio.get_running_loop().call_later(max(0.0, ends - time.monotonic()), self._expire)
+        asyncio.get_running_loop().call_later(max(0.0, ends - self._clock()), self._expire)
 
     def _ends(self, part: Part) -> float:
         """When a part that waits for the open breaker is missing."""
@@ -486,7 +462,7 @@ class RewardPool:
         """
         if self._breaker.opened is None:
             return
-        now = time.monotonic() + 0.01  # timers may be early by the clock's resolution
+        now = self._clock() + 0.01  # timers may be early by the clock's resolution
         late = self._queue.remove(lambda part: part.call.done.done() or self._ends(part) <= now)
         late = [part for part in late if not part.call.done.done()]
         limit, last = f"{self._settings.deadline_s:g} s", f"last: {self._breaker.last}"
@@ -521,7 +497,7 @@ class RewardPool:
             except (CallTimeout, RayError, UserError) as error:
                 if starting and not isinstance(error, (CallTimeout, *GONE)):
                     raise
-                reason = f"{replica.label}: {_first_line(error)}"
+                reason = f"{replica.label}: {first_line(error)}"
                 log.warning("restart %d failed: %s", replica.failures, reason)
                 continue
             return True
@@ -553,7 +529,7 @@ class RewardPool:
         try:
             await self._warm_up(replica)
         except (CallTimeout, RayError, UserError) as error:
-            log.warning("%s could not be added while requests wait: %s", replica.label, _first_line(error))
+            log.warning("%s could not be added while requests wait: %s", replica.label, first_line(error))
             replica.kill()
             return
         except asyncio.CancelledError:
@@ -568,7 +544,7 @@ class RewardPool:
 
     def _new_replica(self) -> Replica:
         self._numbered += 1
-        return Replica(f"{self.name} reward #{self._numbered - 1}", self._settings, self._placement)
+        return self._make_replica(f"{self.name} reward #{self._numbered - 1}", self._settings, self._placement)
 
     def _employ(self, work: Coroutine[Any, Any, None], name: str) -> None:
         worker = asyncio.get_running_loop().create_task(work, name=name)
@@ -591,7 +567,3 @@ class RewardPool:
 
 def _future() -> asyncio.Future[None]:
     return asyncio.get_running_loop().create_future()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,12 +7,13 @@ A missing score is NaN. `actors.experience.scoring.reward_pool` handles retries,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import ray
 
 from actors.experience.journal.origin import JOURNAL
+from actors.experience.scoring.replica import Replica
 from actors.experience.scoring.reward_pool import RewardPool
 from deepgen.cluster.resources import pool_placement
 from deepgen.config import Settings
@@ -23,10 +24,17 @@ from deepgen.tracking.timeline import Recorder
 class RewardRouter:
     """The reward pools of a run. `names`: the K rewards, in the order of the score columns.
 
-    Calls of the pools' replicas are spans in `recorder`.
+    Calls of the pools' replicas are spans in `recorder`. `replica` makes them.
     """
 
-    def __init__(self, settings: Settings, *, gpus: bool, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        gpus: bool,
+        recorder: Recorder | None = None,
+        replica: Callable[..., Replica] = Replica,
+    ) -> None:
         self.names = settings.rewards.used()
         journal = settings.run.folder / JOURNAL if settings.experience.journal else None
         self._pools = {
@@ -37,6 +45,7 @@ class RewardRouter:
                 recorder=recorder,
                 journal=journal,
                 runs=settings.run.dir,
+                replica=replica,
                 tasks=settings.rewards.tasks_of(name) or TASKS,  # held out: of all
             )
             for name in self.names

@@ -9,7 +9,7 @@ from deepgen.cluster.private import reread_authentication
 from deepgen.errors import UserError
 
 REACH_DEADLINE_S = 10.0
-_WHERE = "RAY_AUTH_TOKEN, a file named by RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token"
+WHERE = "RAY_AUTH_TOKEN, a file named by RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token"
 
 
 def check_reachable(address: str) -> str:
@@ -45,13 +45,13 @@ def use_what_it_takes(address: str) -> None:
     if not tokens.has_token(ignore_auth_mode=True):
         raise UserError(
             f"cluster.address: the Ray cluster at {address} wants a token (RAY_AUTH_MODE=token), here is none; "
-            f"allowed: its token in {_WHERE}"
+            f"allowed: its token in {WHERE}"
         )
     _set_mode("token")
     if _refuses(address, tokens.get_token_for_http_header()):
         raise UserError(
             f"cluster.address: the Ray cluster at {address} refuses the token that is here (RAY_AUTH_MODE=token); "
-            f"allowed: its own in {_WHERE}"
+            f"allowed: its own in {WHERE}"
         )
 
 

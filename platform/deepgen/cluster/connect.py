@@ -26,6 +26,8 @@ from deepgen.errors import stop_on_sigterm
 from deepgen.machine import prepare_process, reach_directly
 from deepgen.monitoring.log_lines import DRIVER, Speaker, set_up_logs
 from deepgen.monitoring.variables import HANDED_ON, METRICS, SUBMISSION
+from deepgen.storage.staging import VARIABLE as STAGING
+from deepgen.storage.staging import address_of
 
 AUTO_LOCAL = "auto-local"
 TELL_S = 2.0
@@ -72,10 +74,11 @@ def find_room(settings: Settings, needs: Callable[..., Sequence[Need]]) -> bool:
     Nodes that are missing start. Raises UserError with a table if there will never be room.
     """
     nodes = cluster_nodes()
+    autoscaler = running_autoscaler()
+    check_staging(settings, several=len(nodes) > 1 or autoscaler is not None)
     gpus = any(node.resources.get("GPU") for node in nodes)
     if gpus and not unplaced(needs(settings, gpus=True), nodes):
         return True
-    autoscaler = running_autoscaler()
     if autoscaler is not None:
         gpus = gpus or autoscaler.can_provide([ANY_GPU])
     wanted = needs(settings, gpus=gpus)
@@ -88,6 +91,16 @@ def find_room(settings: Settings, needs: Callable[..., Sequence[Need]]) -> bool:
         waits = (autoscaler, wanted, settings.cluster.start_deadline_s)
         threading.Thread(target=tell_growth, args=waits, daemon=True).start()
     return gpus
+
+
+def check_staging(settings: Settings, *, several: bool) -> None:
+    """Raise UserError if the run lies in a bucket, and its staging folder on one node of `several`."""
+    address = address_of(settings.run.dir)
+    if address and several and not os.environ.get(STAGING):
+        raise UserError(
+            f"run.dir: got {address!r} on a cluster with several nodes; allowed: {STAGING} in the environment, a "
+            "folder that every node sees, from which the run is brought to the bucket"
+        )
 
 
 def tell_growth(autoscaler: Autoscaler, needs: Sequence[Need], deadline_s: float) -> None:
@@ -146,7 +159,7 @@ def workers_environment(code_root: Path | None) -> dict[str, str]:
     """
     config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     job = config.get("runtime_env", {})
-    ours = {key: os.environ[key] for key in QUIET_ENVIRONMENT}
+    ours = {key: os.environ[key] for key in (*QUIET_ENVIRONMENT, STAGING) if key in os.environ}
     ours |= {METRICS: "1"} | {key: os.environ[key] for key in HANDED_ON if key in os.environ}
     if submission := config.get("metadata", {}).get("job_submission_id"):
         ours[SUBMISSION] = submission

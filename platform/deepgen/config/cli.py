@@ -34,7 +34,12 @@ from deepgen.registry import REWARDS
 
 WIDTH = 100
 _FLAGS = ("help", "plan", "print-config", "resume")
-_INSTEAD = ("status", "rollout-only", "train-only")  # options with a value that run something else than the stage
+_INSTEAD = (
+    "status",
+    "rollout-only",
+    "train-only",
+    "simulate",
+)  # options with a value that run something else than the stage
 _WORDS = ("recipe", *_INSTEAD)  # options with a value
 
 _PURPOSE = {
@@ -61,6 +66,13 @@ _RL_OPTIONS = """\
   --rollout-only STEPS    only draw and score so many steps with model.weights, and write them to
                           RUN/replay
   --train-only FOLDER     only train, on the steps in a folder: RUN/replay, or that of a failed step
+  --simulate "GPUs=64..4096 [TERM=VALUE]..."
+                          predict step time, idle shares, cost and effective training time on so
+                          many GPUs, with the best split between the roles, and start nothing;
+                          weights and data need not be there. Times in s that were measured replace
+                          estimates: from=RUN takes those of a run; sample_s=2 update_s=4
+                          score_s=judge:0.3,ocr:1+0.5 (a call + an image) give some. gpu_hour=2.5
+                          is the price of a GPU hour. All terms: docs/scale.md
 """
 
 

@@ -96,12 +96,17 @@ def count_parameters(settings: Settings, stage: Stage, architecture: Architectur
 # ---- Activations of each stage ----
 
 
-def _tokens(job: Job, *, edit: bool) -> tuple[int, int]:
-    """Image tokens of the DiT, and context tokens, of one square sample; an edit has one reference."""
-    size, architecture = job.settings.data.image_size, job.architecture
+def sample_tokens(
+    architecture: Architecture, size: int, *, edit: bool, prompt_tokens: int = PROMPT_TOKENS
+) -> tuple[int, int]:
+    """Image tokens of the DiT, and context tokens, of one square sample of `size` pixels; an edit has one reference."""
     side = size // (architecture.vae_downsample * architecture.transformer["patch_size"])
-    context = job.prompt_tokens + architecture.num_queries + ((size // 32) ** 2 if edit else 0)
+    context = prompt_tokens + architecture.num_queries + ((size // 32) ** 2 if edit else 0)
     return side * side * (2 if edit else 1), context
+
+
+def _tokens(job: Job, *, edit: bool) -> tuple[int, int]:
+    return sample_tokens(job.architecture, job.settings.data.image_size, edit=edit, prompt_tokens=job.prompt_tokens)
 
 
 def _flow_activations(job: Job) -> dict[str, int]:

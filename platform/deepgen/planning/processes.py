@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from deepgen.cluster.resources import pool_placement, rl_needs
+from deepgen.cluster.resources import pool_placement, rl_needs, role_placement
 from deepgen.config import PoolSettings, Settings
 from deepgen.config.schema.paths import resolve_path
+from deepgen.config.schema.roles import ROLLOUT
 from deepgen.planning.memory import GIB
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -19,9 +20,11 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 def other_processes(settings: Settings, model_bytes: int) -> Iterator[str]:
     """Lines about all processes of rl but the learner's. model_bytes: of the model that each rollout actor holds."""
-    actors = settings.rollout.most_actors
+    least, most = settings.rollout.least_actors, settings.rollout.most_actors
+    grows = f", up to {most} as nodes come" if most > least else ""
+    each = _gpus(role_placement(settings.cluster, ROLLOUT, gpus=True).resources["GPU"])
     yield "beside the learner"
-    yield f"  {actors} {'rollout actor' if actors == 1 else 'rollout actors'}, one GPU each (rollout.actors)"
+    yield f"  {least} {'rollout actor' if least == 1 else 'rollout actors'}{grows}, {each} each (rollout.actors)"
     yield f"    the model in fp32: {model_bytes / GIB:.1f} GiB"
     yield "    not estimated: forward passes and decoding, which keep nothing"
     for name in settings.rewards.used():
@@ -42,7 +45,7 @@ def _pool(settings: Settings, pool: PoolSettings) -> Iterator[str]:
         cpus = pool_placement(settings.cluster, pool, gpus=False).resources["CPU"]
         yield f"{head}, {cpus:g} of a CPU each and no GPU ({key})"
         return
-    amount = "one GPU" if pool.gpus == 1 else f"{pool.gpus:g} of a GPU" if pool.gpus < 1 else f"{pool.gpus:g} GPUs"
+    amount = _gpus(pool.gpus)
     share = getattr(pool, "gpu_memory_share", 0.0)  # of a reward on vLLM
     split = " of one machine, over which the model is split" if share and pool.gpus > 1 else ""
     yield f"{head}, {amount} each{split} ({key})"
@@ -55,6 +58,10 @@ def _pool(settings: Settings, pool: PoolSettings) -> Iterator[str]:
         yield f"    weights on each GPU, as large as their files: {weights / max(1, int(pool.gpus)) / GIB:.1f} GiB"
     elif paths := " and ".join(str(path) for path in pool.input_paths().values()):
         yield f"    size of the weights: not known without files in {paths}"
+
+
+def _gpus(amount: float) -> str:
+    return "one GPU" if amount == 1 else f"{amount:g} of a GPU" if amount < 1 else f"{amount:g} GPUs"
 
 
 def _weights(pool: PoolSettings) -> int:

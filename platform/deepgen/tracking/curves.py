@@ -52,6 +52,9 @@ REWARD_PANELS = (
 )
 _FIRST = 5  # steps that a change starts from, or a fifth of the run
 _LOG_RANGE = 20
+_STYLES = ("-", "--", ":", "-.")  # of lines, as there are only 10 colours
+_INSIDE = 10  # most names that stand in a legend among the lines; more stand below them
+_WIDTH, _HEIGHT, _NAME = 5.2, 3.4, 0.17  # inches of a panel, and of a line of names below it
 _SMOOTHING_SPAN = 10  # recent steps that carry about 87 % of the weight in the thick line
 
 
@@ -90,7 +93,9 @@ def draw_curves(metrics: Path, output: Path, *, title: str = "", panels: tuple[P
         return False
     columns = min(3, len(chosen))
     rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.4 * rows + (0.4 if title else 0)), dpi=110, layout="constrained")
+    height = _HEIGHT + _NAME * max(_lines_below(found) for _, found in chosen)
+    size = _WIDTH * columns, height * rows + (0.4 if title else 0)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title, fontsize=13, fontweight="bold")
@@ -132,12 +137,12 @@ def _draw_panel(axes: Axes, panel: Panel, found: Series) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for index, (label, (steps, values)) in enumerate(sorted(found.items())):
-        colour = f"C{index}"
+        colour, style = f"C{index}", _STYLES[index // 10 % len(_STYLES)]
         if len(steps) > _SMOOTHING_SPAN:
             axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
-            axes.plot(steps, smoothed(values), color=colour, linewidth=2, label=label)
+            axes.plot(steps, smoothed(values), style, color=colour, linewidth=2, label=label)
         else:
-            axes.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
+            axes.plot(steps, values, style, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
     if panel.whole:
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.axhline(1, color="0.6", linewidth=0.8)
@@ -150,8 +155,21 @@ def _draw_panel(axes: Axes, panel: Panel, found: Series) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(found) > 1:
+    if len(found) > _INSIDE:
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15)}
+        axes.legend(fontsize=8, edgecolor="none", ncols=_names_in_a_line(found), **place)
+    elif len(found) > 1:
         axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")  # may lie over lines
+
+
+def _names_in_a_line(found: Series) -> int:
+    """As many as a panel is wide: each with its letters, of about 0.065 inches, and a piece of its line."""
+    return max(1, int(_WIDTH / (0.45 + 0.065 * max(map(len, found)))))
+
+
+def _lines_below(found: Series) -> int:
+    """Lines of names below a panel."""
+    return -(-len(found) // _names_in_a_line(found)) if len(found) > _INSIDE else 0
 
 
 def smoothed(values: list[float], span: int = _SMOOTHING_SPAN) -> npt.NDArray[np.float64]:

@@ -8,6 +8,7 @@ import math
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.exceptions import OutOfMemoryError
 
@@ -134,6 +135,40 @@ def test_errors_with_one_prompt_after_the_other_are_a_bug(script: Script) -> Non
         return await ask(pool, NAMES[:2])
 
     assert in_pool(work, batch_size=64).values == [0, 1]
+
+
+def test_an_exception_that_goes_away_in_halves_is_told_once_with_its_line(
+    script: Script, caplog: pytest.LogCaptureFixture
+) -> None:
+    def score(names: list[str]) -> list[Score]:
+        if len(names) > 4:
+            raise ValueError(f"only 4\nnot {len(names)}")
+        return [1.0] * (len(names) - (len(names) == 3))
+
+    async def work(pool: RewardPool) -> list[RewardScores]:
+        return [await ask(pool, NAMES[n : n + size]) for n, size in ((0, 8), (8, 8), (16, 3), (19, 3))]
+
+    script.score = score
+    found = in_pool(work)
+    assert [scores.values for scores in found] == [[1.0] * size for size in (8, 8, 3, 3)]
+    lines = [record.getMessage() for record in caplog.records if "the reward raised" in record.getMessage()]
+    assert len(lines) == 2  # one for each kind
+    assert lines[0].startswith("mine reward #0: the reward raised ValueError for 8 images: only 4 (")
+    assert "test_pool_limits.py:" in lines[0] and 'in score: raise ValueError(f"only 4' in lines[0]
+    assert lines[1].startswith(
+        "mine reward #0: the reward raised ValueError for 3 images: tests.helpers.local_replicas"
+    )
+    assert "returned 2 scores for 3 requests (" in lines[1]
+    assert all(line.endswith("more like it are only counted: pool/mine/retries") for line in lines)
+
+
+def test_what_is_true_or_false_is_no_score(script: Script) -> None:
+    """It is a comparison, most likely, and the reward's author has not seen it yet."""
+    given: list[Any] = [True, np.False_, 1, np.float32(0.5)]
+    script.score = lambda names: given
+    scores = in_pool(lambda pool: ask(pool, NAMES[:4]))
+    assert scores.values == [None, None, 1.0, 0.5] and why(scores) == {0: "parse", 1: "parse"}
+    assert (scores.reasons[0] or Missing("died")).detail == "mine reward #0: the reward gave True, which is no number"
 
 
 def test_a_wrong_number_of_scores_is_no_score_of_anybody(script: Script) -> None:

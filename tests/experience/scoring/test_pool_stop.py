@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from actors.experience.scoring.pool_parts import RewardPoolError
+from actors.experience.scoring.replica import CallTimeout
 from actors.experience.scoring.reward_pool import RewardPool
 from actors.experience.scoring.reward_router import RewardRouter
+from actors.experience.stream import ExperienceStream
+from deepgen.config import load_settings
 from deepgen.config.schema.pools import make_pool
 from deepgen.errors import UserError
 from rewards import Missing, RewardUnavailable, Score
@@ -148,3 +154,78 @@ def test_probes_of_a_required_reward_cost_no_score(script: Script) -> None:
         return (await probed).values
 
     assert in_pool(work, batch_size=1, deadline_s=5.0, backoff_s=0.02, required=True) == [1.0]
+
+
+class Starting:
+    """In the place of a stream's parts: a start that waits until it ends with an error."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def start(self, *_: Any) -> None:
+        await self.ended
+
+    def stop(self) -> None:
+        self.ended.set_exception(RewardPoolError("reward pool mine was stopped"))
+
+
+class Ready(Starting):
+    async def start(self, *_: Any) -> None: ...
+
+
+class Looking:
+    clock = staticmethod(time.monotonic)
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def start(self, *_: Any) -> None: ...
+
+    async def stop(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def starting(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[ExperienceStream, Starting]]:
+    """Makes a stream whose rewards do not get ready, and these."""
+    for name, part in (("RewardRouter", Starting), ("RolloutFleet", Ready), ("Watch", Looking), ("Recorder", Looking)):
+        monkeypatch.setattr(f"actors.experience.stream.{name}", part)
+
+    settings = load_settings(root / "stages" / "recipes" / "tiny-rl.yaml")
+
+    def make() -> tuple[ExperienceStream, Starting]:
+        made = ExperienceStream(settings, [], {}, resume=True)
+        return made, made._rewards  # type: ignore[return-value]
+
+    return make
+
+
+def test_a_stream_that_is_stopped_while_it_starts_says_nothing(starting: Any) -> None:
+    """Its caller has gone, so Ray would print the error."""
+
+    async def body() -> None:
+        stream, _ = starting()
+        start = asyncio.create_task(stream.start())
+        await asyncio.sleep(0)
+        await stream.stop()
+        await start
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (CallTimeout("mine reward #0: call 'start' is late"), "cluster.start_deadline_s: mine reward #0: call 'start'"),
+        (RewardPoolError("reward pool mine has no replica left"), "rewards: reward pool mine has no replica left"),
+    ],
+)
+def test_a_reward_that_does_not_get_ready_ends_the_start_with_its_name(
+    starting: Any, error: Exception, line: str
+) -> None:
+    async def body() -> None:
+        stream, rewards = starting()
+        rewards.ended.set_exception(error)
+        await stream.start()
+
+    with pytest.raises(UserError) as caught:
+        asyncio.run(body())
+    assert str(caught.value).startswith(line) and "\n" not in str(caught.value)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from ray.exceptions import UnserializableException
+from ray.exceptions import RayTaskError, UnserializableException
 
 from actors.experience.scoring.pool_parts import RewardPoolError, RewardScores
+from actors.experience.scoring.replica import CallTimeout
 from actors.experience.scoring.reward_pool import RewardPool
 from actors.experience.scoring.start_check import check_requests
 from deepgen.config.schema.pools import make_pool
 from deepgen.config.schema.sections import TASKS
 from deepgen.errors import UserError
 from rewards import Missing, RewardRequest, RewardUnavailable, Score
-from tests.helpers.local_replicas import Death, Script, ask, in_pool, script
+from tests.helpers.local_replicas import Death, Hang, Script, ask, in_pool, script
 from tests.helpers.servers import reply, server
 
 __all__ = ["script"]
@@ -117,6 +120,55 @@ def test_a_service_that_is_busy_at_the_start_is_asked_again(script: Script) -> N
     with pytest.raises(UserError, match="still loading"):
         in_pool(nothing, retries=3)
     assert len(script.calls) == 1 + 3
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_reward_that_hangs_in_its_first_request_gets_its_attempts_in_new_processes(
+    script: Script, times: int
+) -> None:
+    def check(names: list[str]) -> list[Score]:
+        if script.processes <= times:
+            raise Hang
+        return [0.0 for _ in names]
+
+    script.check = check
+    if times < 3:
+        in_pool(nothing, deadline_s=0.05, retries=2)
+        assert script.processes == times + 1
+        return
+    with pytest.raises(UserError) as caught:
+        in_pool(nothing, deadline_s=0.05, retries=2)
+    line, late = str(caught.value), r"mine reward #0: call 'first score' has not answered after 0\.\d s "
+    assert script.processes == 3 and "\n" not in line
+    assert re.match(rf"rewards\.mine: the reward cannot score a first request: {late}\(deadline 0\.05 s\); see", line)
+
+
+def test_attempts_at_a_first_request_end_with_the_start(script: Script) -> None:
+    script.check = raising(Hang())
+    with pytest.raises(UserError, match=r"'first score' .*; cluster\.start_deadline_s is over; see to what it asks"):
+        in_pool(nothing, deadline_s=0.05, retries=20, start_deadline_s=0.2)
+    assert 1 < script.processes < 10
+    script.starts = [None, Hang()]  # the second process does not even load
+    with pytest.raises(UserError, match=r"'first score' .*; cluster\.start_deadline_s is over; see to what it asks"):
+        in_pool(nothing, deadline_s=0.05, retries=20, start_deadline_s=0.2)
+
+
+def test_a_reward_that_never_loads_is_named_too(script: Script) -> None:
+    script.starts = [Hang()]
+    with pytest.raises(CallTimeout, match=r"mine reward #0: call 'start' has not answered"):
+        in_pool(nothing, deadline_s=0.05, retries=2, start_deadline_s=0.1)
+    assert script.processes == 1
+
+
+def test_the_traceback_of_a_first_request_travels_with_the_line_which_comes_last(script: Script) -> None:
+    script.check = raising(ValueError("shapes of two"))
+    with pytest.raises(UserError) as caught:
+        in_pool(nothing)
+    arrived = RayTaskError("start", "remote", pickle.loads(pickle.dumps(caught.value))).as_instanceof_cause()
+    trace, line = arrived.words().rsplit("\n", 1)
+    assert trace.startswith("mine reward #0 could not score a first request:\n")
+    assert trace.endswith("ValueError: shapes of two")
+    assert line == f"error: {caught.value}" and "traceback above" in line
 
 
 def test_a_token_that_is_refused_during_the_run_is_told_as_a_dead_service(

@@ -15,6 +15,7 @@ from rewards import Missing
 from rewards.judging.judge_endpoint import MAX_ANSWER_BYTES, EndpointEngine, read_answer
 from rewards.judging.questions import Answer, Question
 from tests.helpers.chat_server import chat_server, question_of, reply_of
+from tests.helpers.fault_server import fault_server
 from tests.helpers.servers import endless, reply, server
 
 YES = Answer("Yes", (("Yes", -0.1), ("No", -2.5)))
@@ -151,6 +152,16 @@ def test_servers_that_break_off_trickle_or_send_for_ever() -> None:
     with server({"": reply(b"", "200 OK", "Content-Encoding: gzip")}) as port:
         (empty,) = engine(f"http://127.0.0.1:{port}/v1", deadline_s=5).ask([QUESTION])
     assert reason(empty) == "parse"
+
+
+def test_a_second_answer_is_not_that_of_the_next_question() -> None:
+    def of(path: str, body: bytes) -> Any:
+        return reply_of(Answer("Yes", (("Yes", -float(json.loads(body)["messages"][0]["content"][-1]["text"])),)))
+
+    questions = [Question(f"{number}", ()) for number in range(1, 5)]
+    with fault_server(of, script=["twice"] * 4) as judge:
+        found = engine(judge.url, concurrency=1).ask(questions)
+    assert found == [Answer("Yes", (("Yes", -float(number)),)) for number in range(1, 5)]
 
 
 def test_a_caller_with_a_loop_of_its_own_may_ask() -> None:

@@ -37,6 +37,8 @@ def test_yes_is_its_share_among_yes_and_no_in_any_spelling() -> None:
 def test_an_answer_to_something_else_is_no_verdict() -> None:
     vague = yes(first(The=0.9, Yes=0.06, No=0.01))
     assert vague == Missing("parse", "the answer begins with 'The', not Yes or No")
+    unsure = yes(first(No=0.06, Yes=0.02, A=0.01))
+    assert unsure == Missing("parse", "the answer begins with Yes or No with a probability of 0.08; allowed: from 0.1")
     assert reason(yes(Answer("Yes"))) == "parse"  # sampled, but without log-probabilities
     assert reason(yes(Answer("", (("Yes", math.nan), ("No", -1.0))))) == "parse"
 

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deepgen.config import load_settings
 from deepgen.config.schema.pools import make_pool
+from deepgen.errors import UserError
 from rewards import Missing, RewardRequest, RewardUnavailable
 from rewards.judging.questions import Answer, Question
 from rewards.judging.vlm_duel import VlmDuel, group_scores
@@ -130,3 +132,11 @@ def test_a_server_that_is_gone_makes_the_judge_unavailable() -> None:
     judge, _ = duel(lambda question: Missing("transport", "refused"))
     with pytest.raises(RewardUnavailable, match="refused"):
         judge.score_groups([group(1, 2)])
+
+
+def test_a_question_of_spaces_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ValueError, match=r"question: got '  '; allowed: text, or nothing for the built-in one"):
+        options(question="  ")
+    with pytest.raises(UserError, match=r"question: got '  '; allowed: text, or nothing for the built-in one"):
+        load_settings(None, ["rewards.vlm_duel.question=  "])
+    assert VlmDuel(options(question=""), FakeEngine(brighter)).score_groups([group(1, 2)]) == [[0.0, 1.0]]

@@ -149,6 +149,8 @@ def test_the_token_comes_from_the_environment_only(monkeypatch: pytest.MonkeyPat
     ("given", "said"),
     [
         ({"questions": ["Show {promt}?"]}, "questions: got the field {promt}; allowed: {prompt}, {answer}"),
+        ({"questions": [""]}, "questions: got '' as number 1; allowed: text, or no questions"),
+        ({"questions": ["Is it {prompt}?", " \n"]}, r"questions: got ' \n' as number 2; allowed: text"),
         ({"mode": "text"}, "questions: got none in mode text"),
         ({"mode": "stars"}, "mode: got 'stars' in mine.yaml; allowed: yes_no, graded or text"),
         ({"mode": "graded", "highest": 10}, "highest: got grades 1 to 10 in mode graded; allowed: digits"),

@@ -99,6 +99,13 @@ def test_a_fault_in_one_score_costs_only_this_one() -> None:
         assert reasons(remote(scorer.url).score(grey(255, 51))) == ["parse", pytest.approx(0.2)]
 
 
+def test_a_second_answer_is_not_that_of_the_next_call() -> None:
+    with fault_server(brightness, script=["twice"] * 3) as scorer:
+        reward = remote(scorer.url)
+        assert [reward.score(grey(level)) for level in (51, 0, 255)] == [[pytest.approx(0.2)], [0.0], [1.0]]
+        assert [head["Connection"] for head in scorer.heads] == ["close"] * 3
+
+
 def test_under_random_faults_no_score_is_wrong() -> None:
     quick = [fault for fault in FAULTS if WANTED[fault] != "deadline"]
     with fault_server(brightness, rate=0.5, seed=7, faults=[*quick, "late"], retry_after="0", late_s=0.6) as scorer:
@@ -137,6 +144,17 @@ def test_a_service_that_wants_a_pause_gets_it() -> None:
         began = time.monotonic()
         assert reward.score(grey(255)) == [1.0]
         assert time.monotonic() - began > 0.8
+
+
+def test_a_pause_ends_with_the_deadline() -> None:
+    with fault_server(brightness, script=["429"], retry_after="9999") as scorer:
+        reward = remote(scorer.url, timeout_s=0.4, deadline_s=0.5)
+        with pytest.raises(RewardUnavailable) as raised:
+            reward.score(grey(0))
+        assert raised.value.after_s == 0.5
+        time.sleep(0.5)
+        reward._timeout_s = PLENTY_S
+        assert reward.score(grey(255)) == [1.0]
 
 
 @pytest.mark.parametrize(

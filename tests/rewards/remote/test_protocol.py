@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rewards import Missing, RewardRequest, Score
+from rewards import Missing, RewardRequest, Score, is_truth
 from rewards.remote import protocol
 from rewards.remote.protocol import ProtocolError, fault, questions, read_answer, read_question, write_answer
 
@@ -83,6 +83,7 @@ def test_large_batches_are_several_bodies(monkeypatch: pytest.MonkeyPatch) -> No
         (one(prompt="a" * 20_001), "too_long", "prompt: String should have at most 20000 characters"),
         (one(references=["x"] * 9), "too_long", "references: List should have at most 8 items"),
         (one(seed=3), "refused", "seed: Extra inputs are not permitted"),
+        (one(task="zzz\n"), "refused", r"task: got 'zzz\n'; allowed: t2i, reasoning, text, edit"),
         (one(prompt=3), "refused", "prompt: Input should be a valid string"),
         ("a cat", "refused", "Input should be a valid dictionary"),
     ],
@@ -177,6 +178,9 @@ def test_a_wrong_score_costs_only_itself(given: Any) -> None:
         b'{"version": 2, "scores": [{"score": 1}, {"score": 1}]}',
         b'{"version": 1, "scores": {"0": 1, "1": 1}}',
         b'{"version": 1, "scores": [{"score": 1}, {"sco',
+        b'{"version": 1, "scores": [{"score": 0.1, "score": 0.9}, {"score": 1}]}',
+        b'{"version": 1, "scores": [{"score": 1}, {"score": 1}], "scores": [{"score": 0}, {"score": 0}]}',
+        b'{"version": 1, "scores": [{"score": 1}, {"score": 1}], "more": [{"a": 1, "b": {}, "a": 1}]}',
         b'{"version": 1, "scores": [' + b" " * 10_000_000 + b"]}",
     ],
 )
@@ -184,6 +188,19 @@ def test_a_wrong_answer_gives_no_score(given: bytes) -> None:
     found, _ = read_answer(given, 2)
     assert [type(one) for one in found] == [Missing, Missing]
     assert {one.reason for one in found if isinstance(one, Missing)} == {"parse"}
+
+
+def test_a_number_of_many_digits_costs_only_itself() -> None:
+    (first, second), _ = read_answer(b'{"version": 1, "scores": [{"score": 1%s}, {"score": 0.5}]}' % (b"0" * 2000), 2)
+    assert isinstance(first, Missing) and first.reason == "parse" and second == 0.5
+
+
+@pytest.mark.parametrize("given", [True, False, np.True_, np.array(True)])
+def test_what_is_true_or_false_is_no_score(given: Any) -> None:
+    assert is_truth(given)
+    ((missing,), _) = read_answer(write_answer([given]), 1)
+    assert missing == Missing("parse", f"the reward gave {given}, which is no number")
+    assert not any(map(is_truth, (1.0, 1, np.float32(1), np.array(1), None, Missing("parse"))))
 
 
 def test_nan_in_json_is_a_missing_score() -> None:

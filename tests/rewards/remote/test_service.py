@@ -122,6 +122,23 @@ def test_a_reward_that_always_fails_is_not_asked_about_every_image() -> None:
         assert isinstance(found, ValueError) and len(asked) == attempts
 
 
+def test_an_exception_that_goes_away_in_halves_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    from actors.reward_service import RewardService
+
+    service = RewardService(pool("bright", **BRIGHTNESS), "")
+
+    def score(requests: list[RewardRequest]) -> list[Score]:
+        if len(requests) > 1:
+            raise ValueError("one at a time")
+        return [1.0]
+
+    service._reward = SimpleNamespace(score=score)
+    for _ in range(2):
+        assert asyncio.run(service._apart(grey(1, 2, 3, 4), None)) == [1.0] * 4
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("bright: raised ValueError for 4 images: one at a time (") and "test_service.py:" in line
+
+
 @pytest.mark.parametrize("name", ["clip_source", "kept"])
 def test_rewards_of_edits_can_be_served(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They need a source picture in the first request as well."""
@@ -176,6 +193,23 @@ def test_a_second_service_and_a_taken_port_are_one_line(services: dict[str, str]
         busy = reward_service.Hosting("127.0.0.1", taken.getsockname()[1], "", 1)
         with pytest.raises(UserError, match=r"--port: cannot listen on 127.0.0.1, port \d+: Address already in use"):
             reward_service._require_free(busy)
+
+
+@pytest.mark.parametrize(
+    ("host", "says"),
+    [
+        ("nosuch.invalid", "--host: got 'nosuch.invalid': "),
+        ("::1%nothing", "--host: got '::1%nothing': "),
+        ("a" * 64, f"--host: got '{'a' * 64}': "),
+        ("198.51.100.7", "--host: cannot listen on 198.51.100.7, port "),
+    ],
+)
+def test_a_host_that_is_not_this_machine_is_one_line(host: str, says: str) -> None:
+    from actors.reward_service import Hosting, _require_free
+
+    with pytest.raises(UserError) as raised:
+        _require_free(Hosting(host, free_port(), TOKEN, 1))
+    assert str(raised.value).startswith(says) and "\n" not in str(raised.value)
 
 
 def test_a_replica_whose_reward_hangs_is_not_healthy() -> None:
@@ -255,12 +289,13 @@ def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_serve_says_of_a_reward_that_does_not_start_is_one_line() -> None:
-    from actors.reward_service import _why
+    from actors.reward_service import _trace, _why
 
     trace = "Traceback (most recent call last):\n  File x, line 3\ndeepgen.errors.UserError: rewards.a.path: no such\n"
     said = SimpleNamespace(message="Failed to update the deployments", deployments={})
     assert _why(said) == "Failed to update the deployments"
     said.deployments = {"a": SimpleNamespace(message=trace)}
-    assert _why(said) == "rewards.a.path: no such"
+    assert _why(said) == "rewards.a.path: no such" and _trace(said) == ""
     said.deployments = {"a": SimpleNamespace(message=json.dumps(1) + "\nray.x.RayTaskError(ValueError): odd\n")}
     assert _why(said) == "RayTaskError(ValueError): odd"
+    assert _trace(said).endswith("ray.x.RayTaskError(ValueError): odd\n")

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from deepgen.errors import UserError
+from deepgen.storage.staging import address_of, is_bucket, staged
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+")  # two letters or more
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
@@ -121,6 +122,20 @@ def _read_output(value: object) -> object:
     return Path(os.path.normpath(Path.cwd() / _expanded(value)))
 
 
+def _read_run_folder(value: object) -> object:
+    """As an output, and an address in a bucket becomes its staging folder."""
+    if not isinstance(value, str) or not is_bucket(value):
+        return _read_output(value)
+    try:
+        return staged(value)
+    except ValueError as error:
+        raise PydanticCustomError("no_path", "{why}", {"why": str(error)}) from error
+
+
+def _shown_run_folder(path: Path) -> str:
+    return address_of(path) or str(path)
+
+
 def _read_optional_output(value: object) -> object:
     found = _read_output(value)
     return str(found) if isinstance(found, Path) else found
@@ -135,7 +150,7 @@ def _portable(path: Path) -> str:
 
 _INPUT = BeforeValidator(_read_input)
 InputPath = Annotated[Path, _INPUT, PlainSerializer(_portable)]
-OutputPath = Annotated[Path, BeforeValidator(_read_output), PlainSerializer(str)]
+RunFolder = Annotated[Path, BeforeValidator(_read_run_folder), PlainSerializer(_shown_run_folder)]
 OptionalOutputPath = Annotated[str, BeforeValidator(_read_optional_output)]  # "": no path
 
 

@@ -22,7 +22,7 @@ from pydantic import (
 
 from deepgen.algorithms.rules import WHITEN, check_noise
 from deepgen.config.schema.choices import OneOf, Replicas, limits
-from deepgen.config.schema.paths import InputPath, OptionalOutputPath, OutputPath
+from deepgen.config.schema.paths import InputPath, OptionalOutputPath, RunFolder
 from deepgen.config.schema.pools import PoolSettings, make_pools
 from deepgen.config.schema.reward_weights import (
     BY_SOURCE,
@@ -57,8 +57,10 @@ class RunSettings(Section):
         allowed=f"letters, digits, dots, dashes and underscores, {MAX_NAME} at most, with a letter or digit first and "
         "no dot last",
     )
-    dir: OutputPath = setting(
-        "runs", "Folder of all runs; on a cluster a folder every node sees. Relative to the current folder."
+    dir: RunFolder = setting(
+        "runs",
+        "Folder of all runs, also in a bucket; on a cluster every node has to see it. Relative to the current folder.",
+        allowed="path, or s3://BUCKET/FOLDER or gs://BUCKET/FOLDER",
     )
     seed: int = setting(42, "Seed of everything random: data order, noise, dropout.", ge=0, lt=2**31)
     resume: bool = setting(False, "Continue run.name from its last checkpoint; the flag --resume sets it.")

@@ -1,0 +1,1 @@
+"""Runs the real experience stream under a virtual clock, with actors that only take time."""
