@@ -16,6 +16,7 @@ import numpy as np
 from deepgen.data.records import Record
 from deepgen.drawing.request import DrawRequest
 from deepgen.errors import UserError
+from deepgen.monitoring.log_lines import Speaker, set_up_logs
 
 START_S = 900.0  # until a first process is there: autoscaled nodes, imports, weights from a shared disk
 DRAW_S = 3600.0  # for one forward after another, until any process has a job done
@@ -128,6 +129,7 @@ class DrawWorker:
     """A process with the model, on the GPU that Ray gives it, or on CPUs."""
 
     def __init__(self, model: Model) -> None:
+        set_up_logs(Speaker("draw"))
         self._model = model
 
     def load(self) -> None:

@@ -7,8 +7,9 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +161,19 @@ class PolicyWeights:
 
 @dataclass(frozen=True)
 class LearnerJob:
-    """One run of the learner. ``build`` makes source and objective inside each worker; it is pickled by reference."""
+    """One run of the learner. ``build`` makes source and objective inside each worker; it is pickled by reference.
+
+    variables: MLflow's in the environment here, address and tokens, for workers on other nodes. They go along in this
+    object, because Ray writes what a runtime environment sets into its logs. Ray Train shows a job's text in Ray's
+    dashboard, so neither they nor the settings are in that.
+    """
 
     stage: str
-    settings: Settings
+    settings: Settings = field(repr=False)
     build: Callable[[Any], Any]  # WorkerContext -> Parts, see `actors.learner.protocols`
     gpus: bool
+    variables: Mapping[str, str] = field(default_factory=lambda: mlflow_variables(os.environ), repr=False)
+
+
+def mlflow_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith("MLFLOW_")}

@@ -43,6 +43,7 @@ from deepgen.cluster.resources import Placement, pool_placement
 from deepgen.config import PoolSettings
 from deepgen.config.schema.sections import TASKS, ClusterSettings
 from deepgen.errors import UserError
+from deepgen.monitoring.log_lines import Speaker, set_up_logs
 from rewards import Missing, RewardBroken, RewardRequest, RewardUnavailable, Score, applies, build_reward
 from rewards.remote.protocol import MAX_BODY, ProtocolError, one_line, read_question, write_answer
 
@@ -79,6 +80,7 @@ class RewardService:
     def __init__(self, pool: PoolSettings, token_hash: str, own: OwnEnvironment | None = None) -> None:
         if own and not own.is_here():
             raise RuntimeError(f"{own.key}: this node has joined later and has no {own.folder}")
+        set_up_logs(Speaker("reward service", pool.pool_name))
         self._pool, self._token_hash, self._scorer = pool, token_hash, scorer_hash(pool)
         self._since: float | None = None  # when the reward got the batch that it is scoring
         self._raised = set[tuple[str, str]]()  # kinds of exceptions that are on the log

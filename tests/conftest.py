@@ -7,6 +7,7 @@ settings only once, and its processes inherit the other variables.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import secrets
 import shutil
@@ -21,6 +22,7 @@ from types import ModuleType
 import pytest
 from cpu_stack_hook import build_of
 
+from deepgen.monitoring.variables import COMMIT, LOG, METRICS, SUBMISSION
 from tests.helpers.process_guard import GUARD
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +38,8 @@ def _torch_is_cpu_build() -> bool:
 def _set_environment() -> None:
     for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         os.environ.pop(name, None)  # tests must not join a real cluster or write to a real server
+    for name in (COMMIT, LOG, METRICS, SUBMISSION):
+        os.environ.pop(name, None)
     os.environ |= {
         "OMP_NUM_THREADS": "1",
         "RAY_TMPDIR": str(RAY_TMPDIR),
@@ -100,6 +104,15 @@ def pytest_sessionfinish() -> None:
 def root() -> Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture(autouse=True)
+def _lines_of_logs_stay() -> Iterator[None]:
+    """What an actor's class says of its lines, where a test makes one in this process, ends with the test."""
+    yield
+    root = logging.getLogger()
+    for handler in [one for one in root.handlers if type(one).__name__ == "_ToStderr"]:
+        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ OPENS_IMAGES = re.compile(
 # These files open only pictures that we made ourselves, and name the format.
 OPEN_THEIR_OWN = {
     "benchmarks/loader_floor.py",
-    "platform/deepgen/tracking/tracker.py",
+    "platform/deepgen/tracking/delivery/run_items.py",
     "stages/base/pictures/world.py",
 }
 

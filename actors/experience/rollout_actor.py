@@ -21,6 +21,7 @@ from actors.experience.reward_requests import held_out_weights, make_requests, r
 from actors.experience.step_metrics import group_diversity
 from actors.messages import Arrays, EvaluationReply, EvaluationRequest, Group, PolicyWeights
 from deepgen.config import Settings
+from deepgen.monitoring.log_lines import Speaker, set_up_logs
 from rewards import RewardRequest
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class RolloutActor:
     """Runs in a Ray actor of its own. Calls to `prefetch` may overlap the others (concurrency group "weights")."""
 
     def __init__(self, settings: Settings, name: str) -> None:
+        set_up_logs(Speaker("rollout", name, run=settings.run.name))
         self.name = name
         self._settings = settings
 

@@ -41,6 +41,7 @@ from deepgen.data.usable import usable_records
 from deepgen.drawing.request import DrawRequest
 from deepgen.errors import UserError
 from deepgen.evaluation.results import Evaluation
+from deepgen.monitoring.log_lines import Speaker, set_up_logs
 from deepgen.tracking.timeline import Recorder
 from rewards import RewardRequest
 
@@ -78,6 +79,7 @@ class ExperienceStream:
         recorder: Recorder | None = None,
         replica: Callable[..., Replica] = Replica,
     ) -> None:
+        set_up_logs(Speaker("stream", run=settings.run.name))
         self._settings = settings
         if records is None:
             records = [record for _, record in usable_records(settings, "data.prompts", say=log.warning)]

@@ -16,6 +16,7 @@ from actors.experience.rollout_fleet import RolloutFleet
 from actors.experience.scoring.reward_router import RewardRouter
 from actors.experience.step_metrics import StepClock
 from deepgen.config import Settings
+from deepgen.monitoring.gauges import Gauges
 from deepgen.tracking.status import Call, GroupsOfStep, Rank, Status, silence_text, status_to_json, write_status
 from deepgen.tracking.timeline import LEARNER, ROLLOUT, Recorder, Span, busy_share
 
@@ -37,6 +38,7 @@ class Watch:
         self._ranks: dict[int, Rank] = {}
         self._waits: list[Span] = []  # of the ranks, since the last batch
         self._handed: tuple[int, float] | None = None  # the step whose batch rank 0 got last, and when
+        self._gauges = Gauges(settings.run.name)
         self._said = -math.inf  # when the last word about a silence was said
         self._changed, self._stopped = asyncio.Event(), False
         self._task: asyncio.Task[None] | None = None
@@ -82,7 +84,10 @@ class Watch:
             f"idle/{role}": 1 - busy_share((s for s in spans if s.role == role), before[1], now, max(1, actors))
             for role, actors in self._actors().items()
         }
-        return idle | {f"idle/{LEARNER}": busy_share(waits, before[1], now, len(self._ranks))}
+        idle[f"idle/{LEARNER}"] = busy_share(waits, before[1], now, len(self._ranks))
+        for key, share in idle.items():
+            self._gauges.set("deepgen_idle_share", share, key.removeprefix("idle/"))
+        return idle
 
     def got(self, step: int, rank: int) -> float:
         """A rank gets what it asked for, a whole batch or one group of it. Returns the time."""
@@ -102,6 +107,7 @@ class Watch:
         while not self._stopped:
             self._changed.clear()
             status = self._status(newest())
+            self._show(status)
             await self._write(status)
             self._recorder.flush()
             quiet_since = self._recorder.moved
@@ -110,6 +116,13 @@ class Watch:
                 log.warning("%s", silence_text(status, status.time - quiet_since))
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), min(_PERIOD_S, self._silence_s))
+
+    def _show(self, status: Status) -> None:
+        """For Prometheus, what the status says."""
+        self._gauges.pools(self._rewards.counters(), status.open_requests)
+        self._gauges.set("deepgen_rollout_actors", status.actors[ROLLOUT])
+        if status.version is not None:
+            self._gauges.set("deepgen_policy_version", status.version)
 
     async def _write(self, status: Status) -> None:
         try:

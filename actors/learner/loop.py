@@ -41,6 +41,7 @@ from actors.learner.protocols import (
 )
 from actors.learner.run_control import Halt, read_halt, result_text, stop_requested, write_halt
 from deepgen.errors import UserError
+from deepgen.monitoring.gauges import Gauges
 from deepgen.seeds import stable_seed
 from deepgen.tracking.alarms import GOOD_STEP, Alarms, News
 from deepgen.tracking.journal import FILE_NAME, read_steps
@@ -118,6 +119,7 @@ class TrainingLoop:
         steps = self.end - (replayed.steps.start if replayed else 0)
         self.most_skipped = min(MOST_SKIPPED, steps * self.updates)  # a run without any update has failed
         self.progress = Progress(self.end, start)
+        self.gauges = Gauges(context.settings.run.name)
         self.last_said = -math.inf
         tracking = context.settings.tracking
         self.alarms = Alarms(tracking) if context.stage == "rl" and context.tracker else None
@@ -172,7 +174,10 @@ class TrainingLoop:
         metrics |= {"throughput/images_per_s": images / (time.monotonic() - begin)} if images else {}
         with self.phases("evaluate"):
             metrics |= self._evaluate(step + 1) | (self.evaluator.arrived() if self.evaluator else {})
-        self._log(step + 1, metrics | self.source.metrics() | self.phases.take())
+        metrics |= self.source.metrics() | self.phases.take()
+        self._log(step + 1, metrics)
+        if context.tracker:
+            self.gauges.step(step + 1, images, metrics)
         self.recorder.flush()
         if self.may_halt:
             self.halt, self.good_step = gather((self.halt, self.good_step), context.world)[0]

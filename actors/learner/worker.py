@@ -18,6 +18,7 @@ from actors.learner.protocols import WorkerContext
 from actors.messages import LearnerJob
 from deepgen.config import Settings
 from deepgen.errors import disk_error, writing
+from deepgen.monitoring.log_lines import Speaker, set_up_logs
 
 if TYPE_CHECKING:
     from deepgen.models.unified import UnifiedModel
@@ -30,6 +31,8 @@ def work(config: dict[str, Any]) -> None:
     job: LearnerJob = config["job"]
     train_context = ray.train.get_context()
     rank, world = train_context.get_world_rank(), train_context.get_world_size()
+    os.environ |= job.variables
+    set_up_logs(Speaker("learner", rank=rank, run=job.settings.run.name))
     prepare_process(job.settings)
     run_worker(job, config["attempt"], rank, world)
 

@@ -19,21 +19,14 @@ from typing import Any, NoReturn
 from safetensors import SafetensorError
 
 from deepgen.masking import masked
+from deepgen.monitoring.log_lines import DRIVER, Speaker, set_up_logs
 
 USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
 TERMINATED_EXIT_CODE = 143
 # Options of the stages that leave nothing to continue, or refuse to (`deepgen.config.cli`).
-_NOT_CONTINUED = (
-    "--help",
-    "-h",
-    "--plan",
-    "--print-config",
-    "--status",
-    "--rollout-only",
-    "--train-only",
-    "--simulate",
-)
+_ONLY_SHOWN = ("--help", "-h", "--plan", "--print-config", "--status", "--simulate")  # the output is the result, no log
+_NOT_CONTINUED = (*_ONLY_SHOWN, "--rollout-only", "--train-only")
 SUBMITTED_COPY = "_ray_pkg_" in __file__  # Ray's name of the folder for the files of a job
 # No space, no quota, file too large for the limit, read-only: nothing that trying again would mend.
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
@@ -115,6 +108,8 @@ def run_program(main: Callable[[], int | None], *, resumes: bool = True) -> NoRe
     """
     _fill_standard_streams()
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
+    if not _has_option(_ONLY_SHOWN):
+        set_up_logs(Speaker(DRIVER))
     sys.excepthook = print_traceback
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background programs that ignore Ctrl-C
     stop_on_sigterm()
@@ -152,8 +147,12 @@ def command(program: str | Path, *arguments: str | Path) -> str:
     return shlex.join([*python, *map(str, arguments)])
 
 
+def _has_option(names: Iterable[str]) -> bool:
+    return any(argument.partition("=")[0] in names for argument in sys.argv[1:])
+
+
 def _how_to_continue(resumes: bool) -> str:
-    if any(argument.partition("=")[0] in _NOT_CONTINUED for argument in sys.argv[1:]):
+    if _has_option(_NOT_CONTINUED):
         return ""
     given = [argument for argument in sys.argv[1:] if not resumes or argument != "--resume"]
     line = command(sys.argv[0], *given, *(["--resume"] if resumes else []))

@@ -94,8 +94,12 @@ def test_workers_of_a_joined_cluster_get_our_environment_and_what_the_job_sets_s
     for key, value in connect_module.QUIET_ENVIRONMENT.items():
         monkeypatch.setenv(key, value)
     ours = connect_module.workers_environment(Path("/checkout"))
-    assert ours == connect_module.QUIET_ENVIRONMENT | {"PYTHONPATH": "/checkout"}
-    job = {"runtime_env": {"working_dir": "gcs://x.zip", "env_vars": {"HF_HUB_VERBOSITY": "info"}}}
+    assert ours == connect_module.QUIET_ENVIRONMENT | {"PYTHONPATH": "/checkout", "DEEPGEN_METRICS": "1"}
+    environment = {"working_dir": "gcs://x.zip", "env_vars": {"HF_HUB_VERBOSITY": "info"}}
+    job = {"runtime_env": environment, "metadata": {"job_submission_id": "raysubmit_1"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    monkeypatch.setenv("DEEPGEN_METRICS", "0")
+    monkeypatch.setenv("DEEPGEN_LOG", "json")
     submitted = connect_module.workers_environment(Path("/checkout"))
-    assert submitted.keys() == connect_module.QUIET_ENVIRONMENT.keys() - {"HF_HUB_VERBOSITY"}
+    reports = {"DEEPGEN_METRICS": "0", "DEEPGEN_LOG": "json", "DEEPGEN_SUBMISSION_ID": "raysubmit_1"}
+    assert submitted == {k: v for k, v in ours.items() if k not in ("HF_HUB_VERBOSITY", "PYTHONPATH")} | reports

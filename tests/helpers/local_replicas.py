@@ -93,7 +93,7 @@ class LocalActor:
     """Looks like a Ray actor handle."""
 
     def __init__(self, replica: Any) -> None:
-        host = RewardActor(replica._settings)
+        host = RewardActor(replica._settings, replica.label)
         calls = (host.start, host.first, host.score)
         self.start, self.first, self.score = (SimpleNamespace(remote=self._remote(call)) for call in calls)
 

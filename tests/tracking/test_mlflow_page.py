@@ -11,11 +11,13 @@ import pytest
 from deepgen.config import load_settings
 from deepgen.tracking.mlflow_page import (
     MAX_NAME,
+    Names,
     changed_settings,
     default_settings,
     flatten,
     mlflow_name,
     page_address,
+    storable,
 )
 
 
@@ -72,6 +74,29 @@ def test_every_name_is_taken_and_no_two_become_one() -> None:
         assert re.fullmatch(r"[a-zA-Z0-9_\-./ ]+", mlflow_name(name, ascii_only=True))
     long = [f"data.weights.{'/' * 300}{i}" for i in range(2)]
     assert len({mlflow_name(name) for name in long}) == 2 and all(len(mlflow_name(name)) == MAX_NAME for name in long)
+
+
+def test_names_that_differ_by_case_only_stay_apart_where_case_is_ignored() -> None:
+    rng = random.Random(1)
+    names = {"".join(rng.choices("lLoO/_\u212akK:", k=rng.randint(1, 4))) for _ in range(2000)} | {"x" * 300, "X" * 300}
+    taken = Names()
+    shown = {name: taken(name) for name in sorted(names)}
+    assert len({safe.lower() for safe in shown.values()}) == len(names)
+    assert all(original(safe) == name for name, safe in shown.items() if len(name) < 300)
+    assert {taken.cut[shown["x" * 300]], taken.cut[shown["X" * 300]]} == {"x" * 300, "X" * 300} and len(taken.cut) == 2
+    assert [taken(name) for name in names] == [shown[name] for name in names]  # whatever the order is from now on
+    again = Names(shown.values())  # a run that goes on knows MLflow's names only
+    assert [again(name) for name in names] == [shown[name] for name in names]
+
+
+def test_a_name_that_grows_too_long_by_its_case_is_cut_and_kept() -> None:
+    taken = Names(["loss" * 60])
+    shown = taken("LOSS" * 60)
+    assert len(shown) == MAX_NAME and taken.cut == {shown: "LOSS" * 60}
+
+
+def test_values_are_what_postgresql_takes() -> None:
+    assert storable("a\0b\ud800c 图\n") == "a\\x00b\\ud800c 图\n"
 
 
 def test_only_what_differs_from_the_defaults_is_shown() -> None:

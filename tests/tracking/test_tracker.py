@@ -20,16 +20,17 @@ from PIL import Image
 from deepgen.config.settings import Settings, load_settings
 from deepgen.errors import UserError
 from deepgen.tracking.curves import draw_curves, draw_rewards, reward_changes, smoothed
+from deepgen.tracking.delivery.sender import Sender
 from deepgen.tracking.journal import Journal, make_entry, read_entries, read_series
 from deepgen.tracking.progress import Phases, Progress, format_duration, format_value
 from deepgen.tracking.provenance import git_state, package_versions
-from deepgen.tracking.sender import Sender
 from deepgen.tracking.tracker import Tracker, tracking_uri
 
 
 @pytest.fixture(autouse=True)
 def _no_server_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("deepgen.tracking.tracker.git_diff", lambda: "")  # whatever the checkout of these tests is like
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ class Recorded:
 
 
 def test_sender_retries_in_order_and_leaves_out_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepgen.tracking.sender._RETRY_S", (0.0,))
+    monkeypatch.setattr("deepgen.tracking.delivery.sender._RETRY_S", (0.0,))
     sent: list[str] = []
     sender = Sender(lambda error: isinstance(error, ValueError), "hint")
     sender.put(Recorded("a", sent, [ConnectionError("away"), ConnectionError("away")]))
@@ -150,7 +151,7 @@ def test_put_returns_while_the_server_hangs() -> None:
 
 
 @pytest.mark.processes
-def test_a_run_and_its_continuation_are_one_mlflow_run(runs: Path) -> None:
+def test_a_run_and_its_continuation_are_one_mlflow_run(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Tracker(settings_in(runs), "rl") as tracker:
         tracker.log(1, {"reward/judge": 0.25, "reward/ocr": None, "loss:total": 1.5})
         tracker.log(2, {"reward/judge": 0.5, "reward/ocr": math.nan})
@@ -173,6 +174,8 @@ def test_a_run_and_its_continuation_are_one_mlflow_run(runs: Path) -> None:
     assert Image.open(runs / "trial" / "images" / "grid_fixed-000002.png").size == (64, 64)
     assert (runs / "trial" / "mlflow_run_id").read_text().strip() == first_id
 
+    monkeypatch.setattr("deepgen.tracking.provenance.socket.gethostname", lambda: "elsewhere")
+    monkeypatch.setattr("deepgen.tracking.tracker.git_diff", lambda: "diff --git a/x b/x\n")
     with Tracker(settings_in(runs, "run.resume=true", "train.grad_clip=7"), "rl") as again:
         again.log(3, {"reward/judge": 0.75})
         assert again.run_id == first_id
@@ -183,6 +186,12 @@ def test_a_run_and_its_continuation_are_one_mlflow_run(runs: Path) -> None:
     assert {key: value for key, value in tags.items() if key.startswith("resumed.")} == {
         "resumed.train.grad_clip": "7.0"
     }
+    assert tags["host"] == run.data.tags["host"] and tags["attempt.2.host"] == "elsewhere"
+    assert (run.data.tags["attempts"], tags["attempts"]) == ("1", "2") and "attempt.2.stage" not in tags
+    assert [item.path for item in client.list_artifacts(first_id) if not item.is_dir] == [
+        "git-diff.2.patch",
+        "settings.yaml",
+    ]
     assert read_series(runs / "trial" / "metrics.jsonl")["reward/judge"][0] == [1, 2, 3]
 
 
@@ -206,6 +215,8 @@ def test_no_name_that_a_person_gives_stops_a_run(runs: Path) -> None:
         "data.weights.a_x003a_b": "5.0",
         "data.weights.a_b": "6.0",
     }
+    names = json.loads((runs / "trial" / "mlflow_names.json").read_text())
+    assert list(names.values()) == ["data.weights." + "x" * 300] and next(iter(names)) in run.data.params
     assert run.data.metrics["loss/图片"] == 1 and run.data.metrics["loss/total"] == 5
     assert read_series(runs / "trial" / "metrics.jsonl")["loss//data/laion/"] == ([1], [2.0])
     assert run.data.tags["a/_x002e__x002e_/b"] == "tag"
@@ -362,6 +373,43 @@ def test_a_server_that_never_answers_meets_the_deadline(tmp_path: Path) -> None:
         uri = f"tracking.uri=http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(UserError, match="within 1 s"):
             Tracker(settings_in(tmp_path, uri), "rl", start_deadline_s=1).start()
+
+
+@pytest.mark.processes
+def test_a_run_that_the_server_knows_goes_on_without_it_and_is_told_later(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when the learner's process is started again while the server is away."""
+    monkeypatch.setattr("deepgen.tracking.delivery.sender._RETRY_S", (0.05,))
+    with Tracker(settings_in(runs), "rl") as tracker:
+        tracker.log(1, {"a": 1})
+
+    class AtTimes:
+        away, client = True, mlflow_client(tracker)
+
+        def __getattr__(self, name: str):
+            if self.away:
+                raise ConnectionError("server away")
+            return getattr(self.client, name)
+
+    again = Tracker(settings_in(runs, "run.resume=true", "train.grad_clip=7"), "rl")
+    again._client, again.uri = AtTimes(), "http://server"
+    with caplog.at_level(logging.WARNING):
+        again.start()
+    assert "no answer from http://server" in caplog.text and "The run goes on" in caplog.text
+    assert again.run_id == tracker.run_id and again.where() == "http://server/"
+    again.log(2, {"a": 2})
+    again._client.away = False
+    assert again.flush(30)
+    again.close()
+    run = mlflow_client(tracker).get_run(tracker.run_id)
+    assert (run.data.tags["attempts"], run.data.tags["resumed.train.grad_clip"]) == ("2", "7.0")
+    assert run.data.metrics["a"] == 2 and run.info.status == "FINISHED"
+    (runs / "trial" / "mlflow_run_id").unlink()  # now nobody knows it
+    new = Tracker(settings_in(runs, "run.resume=true"), "rl")
+    new._client, new.uri = AtTimes(), "http://server"
+    with pytest.raises(UserError, match=r"no answer from http://server: server away"):
+        new.start()
 
 
 def test_a_run_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:

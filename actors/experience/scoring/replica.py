@@ -16,6 +16,7 @@ from deepgen.cluster.own_environment import OwnEnvironment, own_environment
 from deepgen.cluster.resources import Placement
 from deepgen.config import PoolSettings
 from deepgen.errors import UserError
+from deepgen.monitoring.log_lines import Speaker, set_up_logs
 from rewards import Missing, RewardBroken, RewardRequest, RewardUnavailable, Score, build_reward, is_groupwise, is_truth
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ class FirstCallTimeout(CallTimeout):
 class RewardActor:
     """Hosts one reward in its own Ray process. `start` builds the reward, so its errors reach the caller unchanged."""
 
-    def __init__(self, settings: PoolSettings) -> None:
+    def __init__(self, settings: PoolSettings, label: str) -> None:
+        set_up_logs(Speaker("reward", label))
         self._settings = settings
         self._reward: Any = None
 
@@ -104,7 +106,9 @@ class Replica:
 
     def _create(self) -> Any:
         runtime = {"runtime_env": self._environment.runtime_env()} if self._environment else {}
-        return ray.remote(RewardActor).options(**self._placement.options(), **runtime).remote(self._settings)
+        return (
+            ray.remote(RewardActor).options(**self._placement.options(), **runtime).remote(self._settings, self.label)
+        )
 
     async def start(self, check: list[RewardRequest], end: float, first_s: float) -> BatchReply:
         """Load the reward and have it score a first time; before that, make its own environment, if it has one.

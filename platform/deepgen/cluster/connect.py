@@ -24,6 +24,8 @@ from deepgen.cluster.resources import Need, learner_needs
 from deepgen.config import Settings, UserError
 from deepgen.errors import stop_on_sigterm
 from deepgen.machine import prepare_process, reach_directly
+from deepgen.monitoring.log_lines import DRIVER, Speaker, set_up_logs
+from deepgen.monitoring.variables import HANDED_ON, METRICS, SUBMISSION
 from deepgen.storage.staging import VARIABLE as STAGING
 from deepgen.storage.staging import address_of
 
@@ -57,6 +59,7 @@ def connect(
     """
     for key, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    set_up_logs(Speaker(DRIVER, run=settings.run.name))
     import ray
 
     if not ray.is_initialized():
@@ -154,8 +157,12 @@ def workers_environment(code_root: Path | None) -> dict[str, str]:
     Where Ray has started this program as a job, the job's own runtime environment says where the code is, and what it
     sets may not be set again.
     """
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    job = config.get("runtime_env", {})
     ours = {key: os.environ[key] for key in (*QUIET_ENVIRONMENT, STAGING) if key in os.environ}
+    ours |= {METRICS: "1"} | {key: os.environ[key] for key in HANDED_ON if key in os.environ}
+    if submission := config.get("metadata", {}).get("job_submission_id"):
+        ours[SUBMISSION] = submission
     if code_root is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         ours["PYTHONPATH"] = str(code_root)
     return {key: value for key, value in ours.items() if key not in job.get("env_vars", {})}

@@ -22,10 +22,10 @@ from urllib.parse import urlsplit
 import yaml
 
 from deepgen.errors import UserError
+from deepgen.monitoring.variables import COMMIT
 
 CALL_S = 20.0
 SHOWN = 8  # largest files that an error names
-COMMIT = "DEEPGEN_GIT_COMMIT"  # what the submitted copy, which has no .git, is a copy of
 
 
 def check_dashboard(address: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -36,14 +36,55 @@ def mlflow_name(name: str, *, ascii_only: bool = False) -> str:
     """
     safe = _REFUSED.sub(_escaped, name)
     safe = _NOT_ASCII.sub(_escaped, safe) if ascii_only else safe
+    return fitting(safe, name)
+
+
+class Names:
+    """The names of one kind (metrics, parameters, tags) in one run: `mlflow_name`, and none that differ by case only.
+
+    Databases that ignore case (MySQL, SQL Server, as they are set up) refuse the second of `Loss` and `loss`. It gets
+    the letters that differ as their codes, so that it can be read back, too. taken: MLflow's names that are there.
+    """
+
+    def __init__(self, taken: Iterable[str] = (), *, ascii_only: bool = False) -> None:
+        self.cut: dict[str, str] = {}  # names that were too long: MLflow's, and the original
+        self._ascii_only = ascii_only
+        self._first = {name.lower(): name for name in taken}
+
+    def __call__(self, name: str) -> str:
+        safe = mlflow_name(name, ascii_only=self._ascii_only)
+        first = self._first.setdefault(safe.lower(), safe)
+        if first != safe:
+            pairs = zip(first, safe, strict=True)
+            safe = fitting("".join(b if a == b else _code(b) for a, b in pairs), name)
+        if len(safe) == MAX_NAME and safe.endswith(_digest(name)):
+            self.cut[safe] = name
+        return safe
+
+
+def fitting(safe: str, name: str) -> str:
+    """A name of at most MAX_NAME characters: `safe`, or its beginning and a hash of the original `name`."""
     if len(safe) <= MAX_NAME:
         return safe
-    digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+    digest = _digest(name)
     return f"{safe[: MAX_NAME - len(digest) - 1]}_{digest}"
 
 
+def storable(text: str) -> str:
+    """A value of a parameter or tag without what databases refuse: zeros (PostgreSQL), halves of surrogate pairs."""
+    return text.replace("\0", "\\x00").encode(errors="backslashreplace").decode()
+
+
+def _digest(name: str) -> str:
+    return hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+
+
 def _escaped(match: re.Match[str]) -> str:
-    return "".join(f"_x{ord(character):04x}_" for character in match[0])
+    return "".join(map(_code, match[0]))
+
+
+def _code(character: str) -> str:
+    return f"_x{ord(character):04x}_"
 
 
 # ---------------------------------------------------------------- settings

@@ -6,6 +6,7 @@ Left out on purpose: MLflow's global "active run" (two trackers in one process w
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -14,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,21 +28,32 @@ from deepgen.config.schema.paths import CHECKOUT
 from deepgen.config.settings import shown_settings
 from deepgen.errors import UserError, disk_error, writing
 from deepgen.masking import masked, masked_value
+from deepgen.tracking.delivery.run_items import (
+    AboutItem,
+    EndItem,
+    ExperimentTagItem,
+    FileItem,
+    ImageItem,
+    LaterItem,
+    MetricsItem,
+    TagItem,
+)
+from deepgen.tracking.delivery.sender import MAX_BATCH, Item, Sender, SenderCounts, first_line
 from deepgen.tracking.journal import FILE_NAME, Entry, Journal, make_entry, read_entries
 from deepgen.tracking.mlflow_page import (
     EXPERIMENT_TAGS,
+    Names,
     changed_settings,
     default_settings,
     flatten,
-    mlflow_name,
     page_address,
+    storable,
 )
-from deepgen.tracking.provenance import run_tags
-from deepgen.tracking.sender import MAX_BATCH, Item, Sender, SenderCounts, first_line
+from deepgen.tracking.provenance import attempt_tags, git_diff, run_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, Metric
+    from mlflow.entities import Experiment, RunData
 
     from deepgen.config.settings import Settings
 
@@ -50,16 +61,20 @@ logger = logging.getLogger(__name__)
 
 RUN_ID_FILE = "mlflow_run_id"
 SETTINGS_FILE = "settings.yaml"  # all settings of the newest start, as a recipe
+NAMES_FILE = "mlflow_names.json"  # names that MLflow has cut, with their originals
 START_DEADLINE_S = 60.0
 CLOSE_DEADLINE_S = 60.0
 _MAX_PARAM_LENGTH = 6000
 _REACH_DEADLINE_S = 10.0
 _LOCAL_SERVER = "http://127.0.0.1:5000"  # of `mlflow ui`
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-_MAX_PER_REQUEST = 100  # parameters, or tags
 # Errors in the content, not in the connection: sending the same thing again cannot help.
 _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"})
 _Result = TypeVar("_Result")
+
+
+class NoAnswerError(UserError):
+    """The server cannot be reached, or does not answer in time."""
 
 
 class Tracker:
@@ -88,11 +103,15 @@ class Tracker:
         self._client: MlflowClient | None = None
         self._journal: Journal | None = None
         self._sender: Sender | None = None
+        self._params, self._metrics, self._tags = Names(), Names(), Names()
+        self._pictures = Names(ascii_only=True)
+        self._cut: dict[str, str] = {}  # what NAMES_FILE has
 
     def start(self) -> Tracker:
         """Open the journal and begin or continue the MLflow run.
 
-        Raises UserError if the run folder cannot be written, or the tracking server does not answer in time.
+        Raises UserError if the run folder cannot be written, or the tracking server does not answer in time; but a run
+        that it knows goes on, and the server hears of it later.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -101,14 +120,14 @@ class Tracker:
             if not self._attached:
                 _write_atomically(self.folder / SETTINGS_FILE, _as_recipe(self._settings))
             _quiet_mlflow()
-            key = _uri_key(self._settings)
-            about, history = _call_with_deadline(self._open_run, self._start_deadline_s, key, masked(self.uri))
+            about, history = self._open_in_time()
         except OSError as error:
             raise UserError(f"run.dir: cannot write the run folder {self.folder}: {error.strerror or error}") from error
         hint = f"Every number is kept in {self._journal.path}."
         self._sender = Sender(_is_refusal, hint)
         for item in about:
             self._put(item)
+        self._note_cut_names()
         for entry in history:
             self._send_entry(entry)
         return self
@@ -128,18 +147,19 @@ class Tracker:
 
         A copy goes to `<run folder>/images/<key>-<step>.png`.
         """
-        name = mlflow_name(key, ascii_only=True)
+        name = self._pictures(key)
         picture = Image.fromarray(image.copy()) if isinstance(image, np.ndarray) else image.copy()
         path = self.folder / "images" / f"{name.replace('/', '_')}-{step:06d}.png"
-        self._put(_ImageItem(self._mlflow, self.run_id, name, int(step), _milliseconds(time.time()), path, picture))
+        self._put(ImageItem(self._mlflow, self.run_id, name, int(step), _milliseconds(time.time()), path, picture))
 
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the MLflow run, or replace it."""
-        self._put(_TagItem(self._mlflow, self.run_id, mlflow_name(key), value))
+        self._put(TagItem(self._mlflow, self.run_id, self._tags(key), _shown_value(key, value)))
+        self._note_cut_names()
 
     def log_file(self, path: Path) -> None:
         """Attach a finished file (table, picture, plot) to the MLflow run."""
-        self._put(_FileItem(self._mlflow, self.run_id, Path(path)))
+        self._put(FileItem(self._mlflow, self.run_id, Path(path)))
 
     def counts(self) -> SenderCounts:
         """Failed attempts, refused records, and records that still wait for the server."""
@@ -158,7 +178,7 @@ class Tracker:
         if self._sender is None:
             return
         lost = self._close_journal()
-        self._sender.put(_EndItem(self._mlflow, self.run_id, "FAILED" if lost else status))
+        self._sender.put(EndItem(self._mlflow, self.run_id, "FAILED" if lost else status))
         sender, self._sender = self._sender, None
         undelivered = sender.close(deadline_s)
         if undelivered:
@@ -183,7 +203,7 @@ class Tracker:
 
     def where(self) -> str:
         """One line that tells a person how to open the page of the run and those beside it."""
-        page = page_address(self.experiment_id, self._stage)
+        page = page_address(self.experiment_id, self._stage) if self.experiment_id else ""  # no answer yet
         if self.uri.startswith("sqlite:"):
             here = CHECKOUT is not None and self.uri == f"sqlite:///{CHECKOUT / 'runs' / 'mlflow.db'}"
             server = shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", masked(self.uri)])
@@ -211,29 +231,54 @@ class Tracker:
             self._client = MlflowClient(tracking_uri=self.uri)
         return self._client
 
+    def _open_in_time(self) -> tuple[list[Item], list[Entry]]:
+        """As `_open_run`, or what to do once the server answers, if the run has begun there before."""
+        try:
+            return _call_with_deadline(
+                self._open_run, self._start_deadline_s, _uri_key(self._settings), masked(self.uri)
+            )
+        except NoAnswerError as error:
+            known = self._known_run()
+            if not known:
+                raise
+            logger.warning("TRACKING: %s. The run goes on; what is to be sent waits for the server", error)
+            self.run_id = known
+            return [LaterItem(lambda: self._continued(known))], []
+
+    def _known_run(self) -> str:
+        """The id of the MLflow run that continues; "" if a new one begins."""
+        id_file = self.folder / RUN_ID_FILE
+        return id_file.read_text(encoding="utf-8").strip() if self._goes_on and id_file.exists() else ""
+
+    def _continued(self, known: str) -> list[Item]:
+        """Take up a run that MLflow has. Returns what to send about it."""
+        client = self._mlflow()
+        client.update_run(known, status="RUNNING")
+        run = client.get_run(known)
+        self.experiment_id, there = str(run.info.experiment_id), run.data
+        self._params, self._metrics, self._tags = map(Names, (there.params, there.metrics, there.tags))
+        return [] if self._attached else self._about(there)  # attached: the first process has said it all
+
     def _open_run(self) -> tuple[list[Item], list[Entry]]:
         """Find or create experiment and run. Returns what to send about them, and entries that a new run lacks."""
-        client, id_file = self._mlflow(), self.folder / RUN_ID_FILE
+        client = self._mlflow()
         experiment = self._experiment()
         self.experiment_id = str(experiment.experiment_id)
         about: list[Item] = [
-            _ExperimentTagItem(self._mlflow, self.experiment_id, key, value)
+            ExperimentTagItem(self._mlflow, self.experiment_id, key, value)
             for key, value in EXPERIMENT_TAGS.items()
             if experiment.tags.get(key) != value
         ]
-        known = id_file.read_text(encoding="utf-8").strip() if self._goes_on and id_file.exists() else ""
+        known = self._known_run()
         if known and _run_exists(client, known):
             self.run_id = known
-            client.update_run(known, status="RUNNING")
-            if self._attached:  # the first process has said it all
-                return [], []
-            return [*about, *self._about(client.get_run(known).data.params)], []
+            return ([] if self._attached else about) + self._continued(known), []
         if known:
             message = "the MLflow run %s is not at %s: a new run takes over the history from metrics.jsonl"
             logger.warning(message, known, masked(self.uri))
         run = client.create_run(self.experiment_id, run_name=self._settings.run.name)
         self.run_id = run.info.run_id
-        _write_atomically(id_file, self.run_id + "\n")
+        _write_atomically(self.folder / RUN_ID_FILE, self.run_id + "\n")
         history = list(read_entries(self.folder / "metrics.jsonl")) if self._goes_on else []
         return [*about, *self._about(None)], history
 
@@ -259,26 +304,55 @@ class Tracker:
             return None
         return (Path(self._settings.run.dir).resolve() / "mlartifacts").as_uri()
 
-    def _about(self, before: Mapping[str, str] | None) -> list[Item]:
+    def _about(self, before: RunData | None) -> list[Item]:
         """What the page tells of the run: provenance as tags, settings that are not the default, all of them as a file.
 
-        A continued run keeps its parameters `before`, because MLflow does not let them change. A setting that differs
-        now becomes a tag `resumed.<key>`.
+        A continued run keeps what it had `before`: MLflow does not let parameters change. A setting that differs now
+        becomes a tag `resumed.<key>`, and provenance that differs one of this attempt (`attempt_tags`).
         """
         tags, params = run_tags(self._stage), changed_settings(self._settings)
-        if before is not None:
+        if before is None:
+            tags["attempts"] = "1"
+        else:
+            tags, params = attempt_tags(tags, before.tags), {}
             usual = flatten(default_settings(self._settings))
             for key, value in flatten(self._settings.model_dump()).items():
-                then = before.get(mlflow_name(key), usual.get(key))
+                then = before.params.get(self._params(key), usual.get(key))
                 if key != "run.resume" and then != _shown_value(key, value):
                     tags[f"resumed.{key}"] = value
-            params = {}
         # Apart, so that a server that refuses one takes the other.
-        parts = [(_shown_settings(tags), {}), ({}, _shown_settings(params))]
-        return [
-            *(_AboutItem(self._mlflow, self.run_id, *part) for part in parts),
-            _FileItem(self._mlflow, self.run_id, self.folder / SETTINGS_FILE),
+        parts: list[tuple[dict[str, str], dict[str, str]]] = [
+            (_shown(self._tags, tags), {}),
+            ({}, _shown(self._params, params)),
         ]
+        return [
+            *(AboutItem(self._mlflow, self.run_id, *part) for part in parts),
+            *(FileItem(self._mlflow, self.run_id, path) for path in self._about_files(int(tags["attempts"]))),
+        ]
+
+    def _about_files(self, attempt: int) -> list[Path]:
+        settings = self.folder / SETTINGS_FILE
+        patch = self.folder / ("git-diff.patch" if attempt == 1 else f"git-diff.{attempt}.patch")
+        if difference := git_diff():
+            _write_atomically(patch, difference)
+            return [settings, patch]
+        patch.unlink(missing_ok=True)  # of an older run
+        return [settings]
+
+    def _note_cut_names(self) -> None:
+        """Write and send NAMES_FILE if MLflow has got a new name that cannot be read back."""
+        cut = self._params.cut | self._metrics.cut | self._tags.cut | self._pictures.cut
+        if cut.keys() <= self._cut.keys():
+            return
+        self._cut |= cut
+        path = self.folder / NAMES_FILE
+        try:
+            known = json.loads(path.read_text(encoding="utf-8")) if self._goes_on and path.exists() else {}
+            _write_atomically(path, json.dumps({**known, **self._cut}, indent=1))
+        except (OSError, ValueError, TypeError) as error:  # no reason to stop: metrics.jsonl has all names, too
+            logger.warning("TRACKING: cannot write %s: %s", path, error)
+            return
+        self._put(FileItem(self._mlflow, self.run_id, path))
 
     # --- delivery ---------------------------------------------------------------------------------------------------
 
@@ -298,9 +372,10 @@ class Tracker:
         from mlflow.entities import Metric
 
         at = _milliseconds(entry.time)
-        metrics = [Metric(mlflow_name(key), value, at, entry.step) for key, value in entry.metrics.items()]
+        metrics = [Metric(self._metrics(key), value, at, entry.step) for key, value in entry.metrics.items()]
+        self._note_cut_names()
         for start in range(0, len(metrics), MAX_BATCH):
-            self._put(_MetricsItem(self._mlflow, self.run_id, metrics[start : start + MAX_BATCH]))
+            self._put(MetricsItem(self._mlflow, self.run_id, metrics[start : start + MAX_BATCH]))
 
     def _put(self, item: Item) -> None:
         if self._sender is None:
@@ -339,124 +414,6 @@ def _uri_key(settings: Settings) -> str:
     return "tracking.uri" if given else "MLFLOW_TRACKING_URI"
 
 
-# --- items of the sender --------------------------------------------------------------------------------------------
-
-_Client = Callable[[], "MlflowClient"]
-
-
-@dataclass
-class _MetricsItem:
-    client: _Client
-    run_id: str
-    metrics: list[Metric]
-
-    def send(self) -> None:
-        # MLflow drops exact repetitions, so sending again after a lost answer is safe.
-        self.client().log_batch(self.run_id, metrics=self.metrics, synchronous=True)
-
-    def merge(self, other: Any) -> bool:
-        if not isinstance(other, _MetricsItem) or len(self.metrics) + len(other.metrics) > MAX_BATCH:
-            return False
-        self.metrics += other.metrics
-        return True
-
-
-@dataclass
-class _ImageItem:
-    client: _Client
-    run_id: str
-    key: str
-    step: int
-    timestamp: int
-    path: Path
-    image: Image.Image | None  # None once saved to `path`: a long outage must not fill the memory
-
-    def send(self) -> None:
-        if self.image is not None:
-            self.image.save(self.path)
-            self.image = None
-        with Image.open(self.path, formats=("PNG",)) as image:
-            self.client().log_image(
-                self.run_id, image, key=self.key, step=self.step, timestamp=self.timestamp, synchronous=True
-            )
-
-    def merge(self, other: Any) -> bool:
-        return False
-
-
-@dataclass
-class _FileItem:
-    client: _Client
-    run_id: str
-    path: Path
-
-    def send(self) -> None:
-        self.client().log_artifact(self.run_id, str(self.path))
-
-    def merge(self, other: Any) -> bool:
-        return False
-
-
-@dataclass
-class _TagItem:
-    client: _Client
-    run_id: str
-    key: str
-    value: str
-
-    def send(self) -> None:
-        self.client().set_tag(self.run_id, self.key, self.value)
-
-    def merge(self, other: Any) -> bool:
-        return False
-
-
-@dataclass
-class _AboutItem:
-    client: _Client
-    run_id: str
-    tags: dict[str, str]
-    params: dict[str, str]
-
-    def send(self) -> None:
-        from mlflow.entities import Param, RunTag
-
-        tags, params = [RunTag(*pair) for pair in self.tags.items()], [Param(*pair) for pair in self.params.items()]
-        for start in range(0, max(len(tags), len(params)), _MAX_PER_REQUEST):
-            part = slice(start, start + _MAX_PER_REQUEST)
-            self.client().log_batch(self.run_id, tags=tags[part], params=params[part])
-
-    def merge(self, other: Any) -> bool:
-        return False
-
-
-@dataclass
-class _ExperimentTagItem:
-    client: _Client
-    experiment_id: str
-    key: str
-    value: str
-
-    def send(self) -> None:
-        self.client().set_experiment_tag(self.experiment_id, self.key, self.value)
-
-    def merge(self, other: Any) -> bool:
-        return False
-
-
-@dataclass
-class _EndItem:
-    client: _Client
-    run_id: str
-    status: str
-
-    def send(self) -> None:
-        self.client().set_terminated(self.run_id, status=self.status)
-
-    def merge(self, other: Any) -> bool:
-        return False
-
-
 # --- helpers --------------------------------------------------------------------------------------------------------
 
 
@@ -481,7 +438,7 @@ def _call_with_deadline(function: Callable[[], _Result], deadline_s: float, key:
         return result[0]
     instead = "give a reachable server, or leave it empty for a file"
     if not errors:
-        raise UserError(f"{key}: no answer from {server} within {deadline_s:.0f} s; {instead}")
+        raise NoAnswerError(f"{key}: no answer from {server} within {deadline_s:.0f} s; {instead}")
     if isinstance(errors[0], UserError):
         raise errors[0]
     if isinstance(errors[0], OSError) and (disk_error(errors[0]) or errors[0].filename):
@@ -492,7 +449,7 @@ def _call_with_deadline(function: Callable[[], _Result], deadline_s: float, key:
     if server.startswith("sqlite:"):
         file, then = server.partition("///")[2], "make room or let it be written, or give another address"
         raise UserError(f"{key}: cannot read or write {file}: {reason}; {then}") from errors[0]
-    raise UserError(f"{key}: no answer from {server}: {reason}; {instead}") from errors[0]
+    raise NoAnswerError(f"{key}: no answer from {server}: {reason}; {instead}") from errors[0]
 
 
 def _quiet_mlflow() -> None:
@@ -501,6 +458,7 @@ def _quiet_mlflow() -> None:
     With MLflow's default timeouts, an unreachable server would hold up the program for minutes.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `Tracker.where` has it, to our view
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     import mlflow  # noqa: F401  its import sets the log levels that are lowered here
@@ -532,14 +490,14 @@ def _write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _shown_settings(settings: Mapping[str, str]) -> dict[str, str]:
-    """Settings as parameters or tags, with names and values that MLflow takes."""
-    return {mlflow_name(key): _shown_value(key, value) for key, value in settings.items()}
+def _shown(names: Names, values: Mapping[str, str]) -> dict[str, str]:
+    """Settings or tags with names and values that MLflow takes."""
+    return {names(key): _shown_value(key, value) for key, value in values.items()}
 
 
 def _shown_value(key: str, value: str) -> str:
-    """A setting's value without secrets, cut to what MLflow takes."""
-    return str(masked_value(key, value))[:_MAX_PARAM_LENGTH]
+    """A value without secrets, cut to what MLflow takes."""
+    return storable(str(masked_value(key, value)))[:_MAX_PARAM_LENGTH]
 
 
 def _as_recipe(settings: Settings) -> str:

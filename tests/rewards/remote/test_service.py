@@ -23,6 +23,7 @@ from deepgen.config.schema.sections import ClusterSettings
 from rewards import Missing, RewardBroken, RewardRequest, Score, build_reward
 from rewards.remote.protocol import questions
 from stages import serve_rewards
+from tests.helpers.servers import free_port
 
 BRIGHTNESS = {"class": "examples.own_reward.brightness:Brightness", "wanted": 1.0}
 FAKE = "tests.helpers.fake_rewards:FakeReward"
@@ -40,11 +41,6 @@ def remote(url: str, **options: Any) -> Any:
 
 def reasons(scores: list[Score]) -> list[Any]:
     return [one.reason if isinstance(one, Missing) else one for one in scores]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def pool(name: str, **content: Any) -> PoolSettings:

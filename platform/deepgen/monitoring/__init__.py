@@ -1,0 +1,1 @@
+"""What operators see of a run's processes: their lines in logs, and metrics for Prometheus."""
