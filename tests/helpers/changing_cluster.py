@@ -23,14 +23,15 @@ WAIT_S = 60.0
 
 
 class Sampler:
-    """A rollout actor whose group takes as long as it is told, and is the number of its node."""
+    """A rollout actor whose group takes as long as it is told, for ever on one node, and is the number of its node."""
 
     def ready(self) -> str:
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
-    def sample_group(self, seconds: float, policy: None) -> str:
-        time.sleep(seconds)
+    def sample_group(self, told: tuple[float, str], policy: None) -> str:
+        seconds, endless = told
+        time.sleep(WAIT_S if self.ready() == endless else seconds)
         return self.ready()
 
 
@@ -50,8 +51,8 @@ async def main() -> dict[str, Any]:
     actors = {f"rollout-{n}": ray.remote(Sampler).options(**options).remote() for n in range(3)}
     fleet = RolloutFleet(actors, call_deadline_s=60, start_deadline_s=60, least=2, draining=draining_nodes)
 
-    async def sample(seconds: float = 0.0) -> str:
-        node: str = (await fleet.call("sample_group", seconds, lambda: None))[0]
+    async def sample(seconds: float = 0.0, endless: str = "") -> str:
+        node: str = (await fleet.call("sample_group", (seconds, endless), lambda: None))[0]
         return node
 
     await fleet.start()
@@ -68,7 +69,7 @@ async def main() -> dict[str, Any]:
     await until(lambda: fleet.working == 2, "an actor on the new node")
     found["on the new node"] = third.node_id in await asyncio.gather(*(sample(0.3) for _ in range(2)))
     # A node dies in the middle of a group, which another one draws.
-    drawn = [asyncio.create_task(sample(1.0)) for _ in range(2)]
+    drawn = [asyncio.create_task(sample(0.1, second.node_id)) for _ in range(2)]
     await asyncio.sleep(0.3)
     cluster.remove_node(second, allow_graceful=False)
     found["drawn by the other"] = set(await asyncio.gather(*drawn)) == {third.node_id}

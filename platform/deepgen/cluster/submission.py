@@ -11,7 +11,6 @@ import asyncio
 import logging
 import os
 import shlex
-import subprocess
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import yaml
 
 from deepgen.errors import UserError
 from deepgen.monitoring.variables import COMMIT
+from deepgen.tracking.provenance import UNKNOWN, git_state
 
 CALL_S = 20.0
 SHOWN = 8  # largest files that an error names
@@ -74,12 +74,10 @@ def read_environment(file: Path, folder: Path) -> dict[str, Any]:
 
 def git_commit(folder: Path) -> str:
     """The commit of a checkout, with "-dirty" if it was changed; "" where git does not say."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CALL_S, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+    state = git_state(folder)
+    if state["git.commit"] == UNKNOWN:
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return state["git.commit"] + ("-dirty" if state["git.dirty"] == "true" else "")
 
 
 def package_size(environment: dict[str, Any], limit: int | None = None) -> int:
