@@ -43,5 +43,6 @@ def staging_root() -> Path:
     """The folder of all staging folders."""
     if given := os.environ.get(VARIABLE):
         return Path(os.path.abspath(given))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
+    home = Path(os.path.expanduser("~"))  # "~" where nobody knows one: `Path.home` would raise
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache").absolute()
     return cache / "deepgen" / "staging"
