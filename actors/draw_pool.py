@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from deepgen.cluster.capacity import cluster_nodes
 from deepgen.data.records import Record
 from deepgen.drawing.request import DrawRequest
 from deepgen.errors import UserError
@@ -113,9 +114,7 @@ class _Pool:
 
 def _shares(jobs: int, weights: Path, *, gpus: bool) -> tuple[int, dict[str, float]]:
     """How many processes draw, and what of a node each of them has."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node.resources for node in cluster_nodes()]
     if gpus:
         return min(jobs, int(sum(node.get("GPU", 0) for node in nodes))), {"num_gpus": 1, "num_cpus": 1}
     size = 2 * sum(file.stat().st_size for file in weights.rglob("*.safetensors"))  # bf16 files are fp32 in memory

@@ -169,12 +169,11 @@ def prepare_process() -> None:
 
 @contextmanager
 def engine_at_work() -> Iterator[None]:
-    """vLLM computes. Questions that it does not take it refuses before; after an error here it answers no more.
-
-    Raises RewardBroken then.
-    """
+    """vLLM computes. Raises RewardBroken if it fails, as it answers no more then. What it refuses is a ValueError."""
     try:
         yield
+    except ValueError:
+        raise
     except Exception as error:  # of any kind: the device's, the model's, or vLLM's own
         raise RewardBroken(f"vLLM has failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 

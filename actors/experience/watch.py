@@ -119,6 +119,8 @@ class Watch:
 
     def _show(self, status: Status) -> None:
         """For Prometheus, what the status says."""
+        if not self._gauges.on:
+            return
         self._gauges.pools(self._rewards.counters(), status.open_requests)
         self._gauges.set("deepgen_rollout_actors", status.actors[ROLLOUT])
         if status.version is not None:

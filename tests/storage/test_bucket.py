@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,23 +11,7 @@ from deepgen.config.recipes import find_recipe
 from deepgen.storage import bucket as bucket_module
 from deepgen.storage.bucket import Bucket, BucketError
 from deepgen.storage.staging import address_of, staged
-from tests.helpers.bucket_server import NAME, BucketProxy, bucket_server, variables
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[BucketProxy]:
-    with bucket_server() as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def bucket(server: BucketProxy, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Bucket:
-    for name, value in variables(server).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(bucket_module, "_ATTEMPTS", 1)
-    server.fault, server.left = "", None
-    return Bucket(f"s3://{NAME}/runs/{request.node.name}")
-
+from tests.helpers.bucket_server import NAME, BucketProxy
 
 # -- staging folders -------------------------------------------------------------------------------------------------
 

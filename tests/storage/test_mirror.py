@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,29 +11,16 @@ import pytest
 from deepgen.cluster.connect import check_staging
 from deepgen.config import load_settings
 from deepgen.errors import UserError
-from deepgen.storage import bucket as bucket_module
 from deepgen.storage import mirror as mirror_module
 from deepgen.storage.bucket import Bucket, BucketError
 from deepgen.storage.mirror import OWNER, Mirror, mirrored
-from tests.helpers.bucket_server import NAME, BucketProxy, bucket_server, variables
+from tests.helpers.bucket_server import BucketProxy
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[BucketProxy]:
-    with bucket_server() as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def bucket(server: BucketProxy, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Bucket:
-    for name, value in variables(server).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(bucket_module, "_ATTEMPTS", 1)
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror_module, "PERIOD_S", 0.05)
     monkeypatch.setattr(mirror_module, "LONGEST_PAUSE_S", 0.1)
-    server.fault, server.left = "", None
-    server.asked.clear()
-    return Bucket(f"s3://{NAME}/{request.node.name}/run")
 
 
 def checkpoint(folder: Path, step: int, content: str = "weights") -> None:

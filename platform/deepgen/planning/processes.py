@@ -104,14 +104,16 @@ def _sums(settings: Settings) -> Iterator[str]:
 
 def cards(wanted: Iterable[float]) -> int:
     """GPUs for processes that want these amounts: whole ones for themselves, parts side by side, largest first."""
-    whole, free = 0, list[float]()
+    whole, free, place, before = 0, list[float](), 0, 1.0
     for amount in sorted(wanted, reverse=True):
         if amount >= 1:
             whole += int(amount)
             continue
-        place = next((place for place, left in enumerate(free) if left + 1e-6 >= amount), None)
-        if place is None:
+        place = place if amount == before else 0  # where one of this size had no room, the next one has none
+        while place < len(free) and free[place] + 1e-6 < amount:
+            place += 1
+        if place == len(free):
             free.append(1.0)
-            place = len(free) - 1
         free[place] -= amount
+        before = amount
     return whole + len([left for left in free if left < 1])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from deepgen.config import PoolSettings, Settings
+from deepgen.planning.processes import cards
 from deepgen.planning.scale.phases import Phases
 
 _HALVINGS = 60  # of an interval of times, in a search
@@ -33,12 +34,7 @@ class Split:
 
 def reward_gpus(settings: Settings, replicas: Mapping[str, int]) -> int:
     """GPUs of so many replicas of each pool."""
-    whole, parts = 0, 0.0
-    for name, count in replicas.items():
-        gpus = settings.rewards.pools[name].gpus
-        whole += int(gpus) * count if gpus >= 1 else 0
-        parts += gpus * count if gpus < 1 else 0.0
-    return whole + math.ceil(parts - 1e-9)
+    return cards(settings.rewards.pools[name].gpus for name, count in replicas.items() for _ in range(count))
 
 
 @dataclass(frozen=True)

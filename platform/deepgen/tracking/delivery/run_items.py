@@ -19,6 +19,13 @@ _MAX_PER_REQUEST = 100  # parameters, or tags
 _Client = Callable[[], "MlflowClient"]
 
 
+class Single:
+    """An item that goes alone."""
+
+    def merge(self, other: Any) -> bool:
+        return False
+
+
 @dataclass
 class MetricsItem:
     client: _Client
@@ -37,7 +44,7 @@ class MetricsItem:
 
 
 @dataclass
-class ImageItem:
+class ImageItem(Single):
     client: _Client
     run_id: str
     key: str
@@ -55,12 +62,9 @@ class ImageItem:
                 self.run_id, image, key=self.key, step=self.step, timestamp=self.timestamp, synchronous=True
             )
 
-    def merge(self, other: Any) -> bool:
-        return False
-
 
 @dataclass
-class FileItem:
+class FileItem(Single):
     client: _Client
     run_id: str
     path: Path
@@ -68,12 +72,9 @@ class FileItem:
     def send(self) -> None:
         self.client().log_artifact(self.run_id, str(self.path))
 
-    def merge(self, other: Any) -> bool:
-        return False
-
 
 @dataclass
-class TagItem:
+class TagItem(Single):
     client: _Client
     run_id: str
     key: str
@@ -82,12 +83,9 @@ class TagItem:
     def send(self) -> None:
         self.client().set_tag(self.run_id, self.key, self.value)
 
-    def merge(self, other: Any) -> bool:
-        return False
-
 
 @dataclass
-class AboutItem:
+class AboutItem(Single):
     client: _Client
     run_id: str
     tags: dict[str, str]
@@ -101,12 +99,9 @@ class AboutItem:
             part = slice(start, start + _MAX_PER_REQUEST)
             self.client().log_batch(self.run_id, tags=tags[part], params=params[part])
 
-    def merge(self, other: Any) -> bool:
-        return False
-
 
 @dataclass
-class ExperimentTagItem:
+class ExperimentTagItem(Single):
     client: _Client
     experiment_id: str
     key: str
@@ -115,12 +110,9 @@ class ExperimentTagItem:
     def send(self) -> None:
         self.client().set_experiment_tag(self.experiment_id, self.key, self.value)
 
-    def merge(self, other: Any) -> bool:
-        return False
-
 
 @dataclass
-class EndItem:
+class EndItem(Single):
     client: _Client
     run_id: str
     status: str
@@ -128,12 +120,9 @@ class EndItem:
     def send(self) -> None:
         self.client().set_terminated(self.run_id, status=self.status)
 
-    def merge(self, other: Any) -> bool:
-        return False
-
 
 @dataclass
-class LaterItem:
+class LaterItem(Single):
     """What can only be known once the server answers: `find` asks it, and says what to send then."""
 
     find: Callable[[], Sequence[Item]]
@@ -145,6 +134,3 @@ class LaterItem:
         while self.found:  # what has arrived is not sent again
             self.found[0].send()
             del self.found[0]
-
-    def merge(self, other: Any) -> bool:
-        return False
