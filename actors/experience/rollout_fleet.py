@@ -159,8 +159,9 @@ class RolloutFleet:
             except GONE:
                 return
             except TimeoutError as error:
-                log.warning("%s; it is started again", _failure(name, "prefetch", self._clock() - begin, error))
-                ray.kill(self._actors[name], no_restart=False)  # its next call finds out, as after any other death
+                failure = _failure(name, "prefetch", self._clock() - begin, error)
+                log.warning("%s; it is started again", failure)
+                self._dismiss(name, failure)
             finally:
                 self._recorder.end(span)
 
@@ -229,12 +230,19 @@ class RolloutFleet:
             await asyncio.sleep(_LOOK_S)
             draining = await asyncio.to_thread(nodes)
             for name in [name for name, node in self._nodes.items() if node in draining]:
-                log.warning("the cluster takes node %s away: %s moves", self._nodes.pop(name), name)
-                self._later(self._move(name, self._turns.leave(name)))
+                log.warning("the cluster takes node %s away: %s moves", self._nodes[name], name)
+                self._dismiss(name, "its node was taken away")
 
-    async def _move(self, name: str, left: asyncio.Future[bool]) -> None:
-        if await left:  # else its death has been met already
-            self._replace(name, "its node was taken away", kill=True)
+    def _dismiss(self, name: str, why: str) -> None:
+        """Let no call begin on the actor any more, and when it has done what it does, start it again."""
+
+        async def start_again(left: asyncio.Future[bool]) -> None:
+            if await left:  # else its death has been met already
+                self._replace(name, why, kill=True)
+
+        if name in self._nodes:  # else it is on its way
+            del self._nodes[name]
+            self._later(start_again(self._turns.leave(name)))
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

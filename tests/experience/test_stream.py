@@ -331,16 +331,17 @@ def test_an_actor_that_does_not_fetch_weights_does_not_end_the_run(ray_local: Mo
     """It is started again. The next call is answered, by the old process if that still lives, or by the new one."""
     actor = ray_local.remote(num_cpus=0.1, max_restarts=1, concurrency_groups={"weights": 1})(Deaf).remote()
 
-    async def body() -> int:
+    async def body() -> tuple[int, int]:
         fleet = RolloutFleet({"only": actor}, call_deadline_s=0.2, start_deadline_s=200)
         await fleet.start()
         first: int = await actor.process.remote()
         await fleet.prefetch(PolicyWeights(2, "", (), (), Canary(0.0, None)))
         fleet._call_deadline_s = 100
         await fleet.call("sample_group", "group 5", lambda: None)
-        return first
+        return first, fleet.restarts
 
-    first, end = asyncio.run(body()), time.monotonic() + 60
+    (first, restarts), end = asyncio.run(body()), time.monotonic() + 60
+    assert restarts >= 1
     while (process := process_of(ray_local, actor)) in (first, None) and time.monotonic() < end:
         time.sleep(0.1)
     assert process not in (first, None)

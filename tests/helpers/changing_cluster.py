@@ -19,7 +19,8 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from actors.experience.rollout_fleet import RESTARTS, RolloutFleet, draining_nodes
 
-WAIT_S = 60.0
+WAIT_S = 200.0
+ENDLESS_S = 600.0
 
 
 class Sampler:
@@ -31,7 +32,7 @@ class Sampler:
 
     def sample_group(self, told: tuple[float, str], policy: None) -> str:
         seconds, endless = told
-        time.sleep(WAIT_S if self.ready() == endless else seconds)
+        time.sleep(ENDLESS_S if self.ready() == endless else seconds)
         return self.ready()
 
 
@@ -49,7 +50,7 @@ async def main() -> dict[str, Any]:
     ray.init(address=cluster.address, log_to_driver=False)
     options: dict[str, Any] = {"num_cpus": 0.1, "resources": {"slot": 1}, "max_restarts": RESTARTS}
     actors = {f"rollout-{n}": ray.remote(Sampler).options(**options).remote() for n in range(3)}
-    fleet = RolloutFleet(actors, call_deadline_s=60, start_deadline_s=60, least=2, draining=draining_nodes)
+    fleet = RolloutFleet(actors, call_deadline_s=WAIT_S, start_deadline_s=WAIT_S, least=2, draining=draining_nodes)
 
     async def sample(seconds: float = 0.0, endless: str = "") -> str:
         node: str = (await fleet.call("sample_group", (seconds, endless), lambda: None))[0]
